@@ -1,0 +1,15 @@
+"""Full attention: every cached token, exactly. The reference for quality and the dense baseline for time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pqbench.method import Geometry, LayerState, Method
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """No selection, no budget. Decoding runs grouped SDPA: KV heads are never repeated."""
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return LayerState(geometry)

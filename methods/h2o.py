@@ -1,0 +1,88 @@
+"""H2O: keep the tokens that collected the most attention so far (arXiv 2306.14048)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels import reference
+from pqbench.kernels.buffers import GrowingBuffer, swap_remove
+from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
+
+
+@dataclass(frozen=True)
+class H2O(Method):
+    """Heavy hitters per KV head by accumulated attention probability, plus sinks and a recent window.
+
+    After dense prefill the score of a token is its column sum of the causal softmax, over all prompt queries and the
+    query group, in float32. Each decode step adds its own row and then evicts the lightest tokens outside sinks and
+    window until the budget holds; what is evicted is gone.
+
+    Differs from the paper: the official code is multi-head only, here scores are summed over the query group; sinks are
+    kept, as in PQCache's comparison (set ``budget.sink=0`` for the paper); prefill itself evicts nothing.
+
+    Attributes:
+        budget: sinks, window ("recent") and top_k ("heavy"); equal halves in the paper.
+    """
+
+    evicts = True
+
+    budget: Budget = field(default_factory=Budget)
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return H2OState(self, geometry)
+
+
+class H2OState(LayerState):
+    """Accumulated scores, aligned with the rows of the store: ``[B, H, rows]`` float32."""
+
+    needs_weights = True
+
+    def __init__(self, method: H2O, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+        empty = torch.zeros(geometry.batch, geometry.kv_heads, 0)
+        self.scores = GrowingBuffer(empty)
+
+    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        sums = reference.column_sums(q, keys, self.geometry.scaling)  # [B, H, S]
+        if len(self.scores):
+            sums[:, :, : len(self.scores)] += self.scores.view()
+        self.scores = GrowingBuffer(sums)
+
+    def finish_prefill(self, kv: KV) -> Tensor:
+        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
+        first, stop = split.middle(kv.length)
+        heavy = first + reference.top_k(self.scores.view(first, stop), split.top_k)
+        rows = split.around(heavy, kv.length)
+        self.scores = GrowingBuffer(self.scores.view().gather(2, rows))
+        return rows
+
+    def append(self, kv: KV) -> None:
+        self.scores.append(self.scores.view()[:, :, :1] * 0)
+
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        return Selection()
+
+    def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
+        if weights is not None:
+            self.scores.view().add_(weights.sum(2))
+        split = self.method.budget.resolve(kv.seen, self.geometry.prompt)
+        surplus = kv.length - split.total
+        if surplus <= 0:
+            return None
+        positions = kv.positions
+        kept = (positions < split.sink) | (positions >= kv.seen - split.window)
+        lightest = self.scores.view().masked_fill(kept, float("inf")).topk(surplus, dim=-1, largest=False).indices
+        swap_remove(self.scores, lightest)
+        return lightest
+
+    @property
+    def index_bytes(self) -> int:
+        return self.scores.bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.scores.bytes

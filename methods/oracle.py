@@ -1,0 +1,95 @@
+"""Oracle: the selection that exact attention scores would make. An upper rail, not a deployable method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels import reference
+from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
+
+_RULES = ("kv_head", "query_head", "top_p")
+
+
+@dataclass(frozen=True)
+class Oracle(Method):
+    """Exact selection over the middle tokens.
+
+    Attributes:
+        budget: sinks and window always; ``top_k`` by ``rule``.
+        rule: ``kv_head`` takes the top-k of probabilities summed over the query group (the oracle of the PQCache code:
+            softmax over all cached tokens, then only the middle competes); ``query_head`` takes each query head's own
+            top-k, and the union per KV head is what is read; ``top_p`` takes per KV head the smallest set that, with
+            sinks and window, holds ``top_p`` of the group's mean probability, whatever its size.
+        top_p: see ``rule``.
+
+    The index it reads is the whole key cache, which is counted (phi = 1).
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    rule: str = "kv_head"
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.rule not in _RULES:
+            raise ConfigError(f"oracle.rule is {self.rule!r}: use one of {', '.join(_RULES)}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"oracle.top_p is {self.top_p}: it must lie in (0, 1]")
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return OracleState(self, geometry)
+
+
+class OracleState(LayerState):
+    """Keeps nothing between steps but the size of the keys it reads."""
+
+    def __init__(self, method: Oracle, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+        self._read = 0
+
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        keys = kv.keys()
+        self._read = keys.nbytes
+        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
+        first, stop = split.middle(kv.length)
+        logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, S]
+        probabilities = logits.softmax(-1)
+        middle = probabilities[..., first:stop]
+        if self.method.rule == "query_head":
+            chosen = _member(reference.top_k(middle, split.top_k), middle)  # [B, H, G, M]
+            return _ragged(chosen, split.around, first, kv.length)
+        if self.method.rule == "top_p":
+            outside = probabilities[..., :first].sum(-1) + probabilities[..., stop:].sum(-1)  # [B, H, G]
+            chosen = _smallest_set(middle.mean(2), self.method.top_p - outside.mean(2))  # [B, H, M]
+            return _ragged(chosen[:, :, None].expand_as(middle), split.around, first, kv.length)
+        return Selection(split.around(first + reference.top_k(middle.sum(2), split.top_k), kv.length))
+
+    @property
+    def index_bytes(self) -> int:
+        return self._read
+
+
+def _member(indices: Tensor, like: Tensor) -> Tensor:
+    """Bool mask shaped ``like`` that is True at ``indices`` along the last axis."""
+    return torch.zeros_like(like, dtype=torch.bool).scatter_(-1, indices, True)
+
+
+def _smallest_set(weights: Tensor, wanted: Tensor) -> Tensor:
+    """True on the fewest of ``weights`` ``[..., M]`` whose sum reaches ``wanted`` ``[...]`` (none when it is not positive)."""
+    order = weights.argsort(dim=-1, descending=True)
+    before = weights.gather(-1, order).cumsum(-1) - weights.gather(-1, order)
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, before < wanted[..., None])
+
+
+def _ragged(chosen: Tensor, around: object, first: int, length: int) -> Selection:
+    """A selection from per-query-head sets ``[B, H, G, M]``: their union per KV head, padded to the largest union."""
+    union = chosen.any(2)  # [B, H, M]
+    size = int(union.sum(-1).max())
+    top = union.to(torch.int8).topk(size, dim=-1).indices  # members first; the rest is padding nobody sees
+    indices = around(first + top, length)  # type: ignore[operator]
+    visible_top = chosen.gather(3, top[:, :, None].expand(*chosen.shape[:3], size))  # [B, H, G, size]
+    sink, window = first, indices.shape[2] - first - size
+    return Selection(indices, torch.nn.functional.pad(visible_top, (sink, window), value=True))

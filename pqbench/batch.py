@@ -1,0 +1,51 @@
+"""Prompts as a batch: validity, and the grouping of left-padded sequences by length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pqbench.cache import Rows
+from pqbench.errors import ConfigError
+
+
+def check_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The validity mask ``[B, S]`` bool of a batch.
+
+    Raises:
+        ConfigError: an empty prompt, a mask with holes or right padding, or a prompt longer than the model allows.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ConfigError(f"the prompt is empty: input_ids has shape {tuple(input_ids.shape)}, expected [B, S] with S > 0")
+    check_length(model, input_ids.shape[1])
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ConfigError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids is {tuple(input_ids.shape)}")
+    mask = attention_mask.to(input_ids.device, torch.bool)
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ConfigError("attention_mask has holes or right padding: pad on the left (tokenizer.padding_side='left')")
+    if not bool(mask[:, -1].all()):
+        raise ConfigError("a sequence of the batch is all padding: its prompt is empty")
+    return mask
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """Raises ConfigError when ``tokens`` exceed what the model was built for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ConfigError(f"{tokens} tokens of prompt and generation exceed the model's limit of {limit}: "
+                          "shorten the prompt or choose a model with a longer context")  # fmt: skip
+
+
+def group_rows(mask: Tensor) -> list[Rows]:
+    """Sequences of a validity mask ``[B, S]`` by equal length, longest first."""
+    padding = (~mask).long().sum(-1)
+    if int(padding.min()) == int(padding.max()):
+        return [Rows(slice(None), int(padding[0]), mask.shape[0])]
+    groups = []
+    for columns in padding.unique(sorted=True).tolist():
+        index = (padding == columns).nonzero().squeeze(1)
+        groups.append(Rows(index, columns, len(index)))
+    return groups

