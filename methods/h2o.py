@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer, swap_remove
-from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
+from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection, Split
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class H2OState(LayerState):
         self.scores = GrowingBuffer(sums)
 
     def finish_prefill(self, kv: KV) -> Tensor:
-        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
+        split = self._next(kv)
         first, stop = split.middle(kv.length)
         heavy = first + reference.top_k(self.scores.view(first, stop), split.top_k)
         rows = split.around(heavy, kv.length)
@@ -69,7 +69,7 @@ class H2OState(LayerState):
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
         if weights is not None:
             self.scores.view().add_(weights.sum(2))
-        split = self.method.budget.resolve(kv.seen, self.geometry.prompt)
+        split = self._next(kv)
         surplus = kv.length - split.total
         if surplus <= 0:
             return None
@@ -78,6 +78,11 @@ class H2OState(LayerState):
         lightest = self.scores.view().masked_fill(kept, float("inf")).topk(surplus, dim=-1, largest=False).indices
         swap_remove(self.scores, lightest)
         return lightest
+
+    def _next(self, kv: KV) -> Split:
+        """What to hold until the next step, whose own token will complete the budget."""
+        split = self.method.budget.resolve(kv.seen + 1, self.geometry.prompt)
+        return Split(split.sink, split.window - 1, split.top_k)
 
     @property
     def index_bytes(self) -> int:

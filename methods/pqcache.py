@@ -57,6 +57,10 @@ class PQCache(Method):
             raise ConfigError(f"pqcache.m is {self.m}: it must divide the head dimension {geometry.head_dim}")
         return PQCacheState(self, geometry)
 
+    def attends_all(self, context: int) -> bool:
+        first, stop = self.budget.resolve(context, context).middle(context)
+        return stop - first <= 2**self.b
+
 
 class PQCacheState(LayerState):
     """Codebook ``[B, H, m, 2**b, D/m]`` and codes uint8 ``[B, H, middle, m]``; None until there are keys enough."""

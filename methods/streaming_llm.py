@@ -63,4 +63,5 @@ class StreamingState(LayerState):
         return ages.topk(surplus, dim=-1, largest=False).indices
 
     def _size(self, kv: KV) -> int:
-        return self.method.budget.resolve(kv.seen, self.geometry.prompt).total
+        """Rows to hold until the next step, whose own token will complete the budget."""
+        return self.method.budget.resolve(kv.seen + 1, self.geometry.prompt).total - 1

@@ -52,7 +52,7 @@ def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
     }
 
 
-class _OurLayer(CacheLayerMixin):
+class OurLayer(CacheLayerMixin):
     """What transformers asks of a cache layer; eviction is invisible to it, positions count all tokens seen."""
 
     is_sliding = False
@@ -106,7 +106,7 @@ class Observer:
         self.seconds += self.clock() - began
 
 
-class PrefillLayer(_OurLayer):
+class PrefillLayer(OurLayer):
     """Holds the prompt's keys and values, answers with dense attention and shows each block to the observers."""
 
     def __init__(self, capacity: int) -> None:
@@ -207,7 +207,7 @@ class Group:
         return output, weights if self.state.needs_weights else None
 
 
-class DecodeLayer(_OurLayer):
+class DecodeLayer(OurLayer):
     """One new token per sequence: stored, then answered group by group."""
 
     def __init__(self, groups: list[Group], seen: int) -> None:

@@ -78,8 +78,14 @@ class Generation:
     tokens: Tensor  # [B, new]
     ttft_s: float
     steps_s: list[float]
+    observe_s: float
     build_s: float
     cache: LayeredCache
+
+    @property
+    def index_s(self) -> float:
+        """Seconds the method's own index took: watching the prefill, and building afterwards."""
+        return self.observe_s + self.build_s
 
     @property
     def tt2t_s(self) -> float:
@@ -92,9 +98,13 @@ class Generation:
         later = sorted(self.steps_s[1:] or self.steps_s)
         return later[len(later) // 2] if later else float("nan")
 
+    def groups(self) -> list[Group]:
+        """The groups of every layer, with their stores, states and meters."""
+        return [group for layer in self.cache.selective.values() for group in layer.groups]
+
     def meters(self) -> list[Meter]:
         """The meters of every layer and group."""
-        return [group.meter for layer in self.cache.selective.values() for group in layer.groups]
+        return [group.meter for group in self.groups()]
 
 
 def now(model: PreTrainedModel) -> float:
@@ -152,31 +162,47 @@ def prefill(
 @torch.inference_mode()
 def decode(
     prefilled: Prefilled, method: int, max_new_tokens: int, min_new_tokens: int = 0,
-    finished: Callable[[Tensor], bool] | None = None,
+    finished: Callable[[Tensor], bool] | None = None, question: Sequence[int] = (),
 ) -> Generation:  # fmt: skip
     """Greedy decoding of a prefilled prompt by one of its methods.
 
-    ``finished`` sees the tokens so far ``[B, n]`` after every step and may end the generation early (stop strings).
+    Args:
+        finished: sees the tokens so far ``[B, n]`` after every step and may end the generation early (stop strings).
+        question: prompt tokens that were not prefilled; they go through the method one by one before the first answer
+            token, and their time, with that of the index, counts as time to first token.
     """
     model, ends = prefilled.model, end_tokens(prefilled.model)
     cache, mask, position = prefilled.fork(method), prefilled.mask, prefilled.lengths[:, None]
     filler = pad_token(model)
     done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)
-    tokens, steps, logits = [], [], prefilled.logits
+    tokens, steps, asked, logits = [], [], 0.0, prefilled.logits
     with attached(model):
+        for known in question:
+            token = torch.full_like(done, known, dtype=torch.long)
+            logits, mask, seconds = _step(prefilled, cache, token, mask, position)
+            position, asked = position + 1, asked + seconds
         while True:
             token = choose(logits, ends if len(tokens) < min_new_tokens else None)
             tokens.append(token.masked_fill(done, filler))
             done = done | torch.isin(token, ends)
             if len(tokens) == max_new_tokens or bool(done.all()) or (finished and finished(torch.stack(tokens, 1))):
                 break
-            began = now(model)
-            mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
-            logits = forward(model, tokens[-1][:, None], cache, mask, position)
+            logits, mask, seconds = _step(prefilled, cache, tokens[-1], mask, position)
             position = position + 1
-            steps.append(now(model) - began)
-    ttft = prefilled.seconds + prefilled.observe_seconds[method]
-    return Generation(torch.stack(tokens, 1), ttft, steps, prefilled.build_seconds[method], cache)
+            steps.append(seconds)
+    observe, build = prefilled.observe_seconds[method], prefilled.build_seconds[method]
+    ttft = prefilled.seconds + observe + asked + (build if len(question) else 0.0)
+    return Generation(torch.stack(tokens, 1), ttft, steps, observe, 0.0 if len(question) else build, cache)
+
+
+def _step(
+    prefilled: Prefilled, cache: LayeredCache, token: Tensor, mask: Tensor | None, position: Tensor
+) -> tuple[Tensor, Tensor | None, float]:
+    """One decode step: logits ``[B, V]``, the mask grown by a column, and the seconds it took."""
+    began = now(prefilled.model)
+    mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+    logits = forward(prefilled.model, token[:, None], cache, mask, position)
+    return logits, mask, now(prefilled.model) - began
 
 
 def generate(

@@ -99,6 +99,11 @@ class Budget:
             )
         return Split(self.sink, window, size - self.sink - window)
 
+    @property
+    def label(self) -> str:
+        """The budget in a word, for tables."""
+        return f"{self.tokens} tokens" if self.tokens is not None else f"{100 * (self.ratio or 0):g} %"
+
     def _size(self, context: int) -> int:
         return self.tokens if self.tokens is not None else max(self.minimum, int((self.ratio or 0) * context))
 
@@ -260,6 +265,10 @@ class Method(ABC):
     @abstractmethod
     def layer(self, geometry: Geometry) -> LayerState:
         """A fresh state for one layer and group. Raises ConfigError when the options do not fit the geometry."""
+
+    def attends_all(self, context: int) -> bool:
+        """Whether this context is by design attended whole whatever the budget (too short for the method's index)."""
+        return False
 
     def split(self, context: int, prompt: int) -> Split | None:
         """The budget at this length, None when the method has none (full attention)."""

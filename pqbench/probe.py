@@ -1,0 +1,150 @@
+"""How well a method's selections serve the exact attention: retained mass, top-k recall and output error.
+
+Teacher-forced on a given continuation and with clean inputs: every layer passes the dense output on, so all methods see
+the same queries and one pass measures them all. Nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from pqbench.attention import attached
+from pqbench.cache import Group, LayeredCache, OurLayer, copy_sliding
+from pqbench.generation import Prefilled, forward
+from pqbench.kernels import reference
+from pqbench.method import Selection, Split
+from pqbench.store.base import Store
+
+
+@dataclass
+class Fidelity:
+    """Means over layers, steps and KV heads of one method.
+
+    Attributes:
+        mass: share of the exact attention probability that the attended tokens hold.
+        recall: share of the exact top-k (same group rule, same k, middle tokens only) that is attended.
+        output_error: ||o - o_full|| / ||o_full|| of the layer's attention output, all heads together.
+    """
+
+    mass: list[float] = field(default_factory=list)
+    recall: list[float] = field(default_factory=list)
+    output_error: list[float] = field(default_factory=list)
+
+    def means(self) -> dict[str, float | None]:
+        """Each figure's mean; None where it does not apply."""
+        figures = {"mass": self.mass, "recall": self.recall, "output_error": self.output_error}
+        return {name: sum(values) / len(values) if values else None for name, values in figures.items()}
+
+    def add(self, exact: Tensor, output: Tensor, full: Tensor, seen: Tensor, split: Split | None) -> None:
+        """Count one step of one layer: exact probabilities ``[B, H, G, S]``, outputs ``[B, H, G, D]``, and which query
+        head saw which token, ``[B, H, G, S]`` bool."""
+        self.mass.append(float((exact * seen).sum(-1).mean()))
+        difference = (output.float() - full.float()).flatten(1).norm(dim=1) / full.float().flatten(1).norm(dim=1)
+        self.output_error.append(float(difference.mean()))
+        if split is None:
+            return
+        first, stop = split.middle(exact.shape[3])
+        wanted = min(split.top_k, stop - first)
+        if wanted > 0:
+            best = reference.top_k(exact[..., first:stop].sum(2), wanted)  # [B, H, k]
+            found = seen.any(2)[..., first:stop].gather(2, best)
+            self.recall.append(float(found.float().mean()))
+
+
+class ProbeLayer(OurLayer):
+    """Answers densely, and on the side lets every method answer the same query."""
+
+    def __init__(self, dense: Store, groups: Sequence[Group], fidelities: Sequence[Fidelity], splits: Any, seen: int) -> None:
+        super().__init__()
+        self.dense, self.groups, self.fidelities, self.splits, self.seen = dense, groups, fidelities, splits, seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.dense.append(key_states, value_states)
+        for group in self.groups:
+            if group.store is self.dense:
+                group.state.append(group.store)
+            else:
+                group.append(key_states, value_states)
+        self.seen += 1
+        return key_states, value_states
+
+    def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Dense attention of one query per sequence, ``[B, 1, Hq, D]``."""
+        batch, heads, _, width = q.shape
+        grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
+        full, _, exact = reference.sparse_attention(grouped, self.dense.keys(), self.dense.values(), scaling)
+        for group, fidelity, split in zip(self.groups, self.fidelities, self.splits, strict=True):
+            selection = group.state.select(grouped, group.store)
+            check_selection(selection, group.store.length)
+            seen = _seen(selection, group.store, exact)
+            output, weights = group.attention(grouped, selection)
+            dropped = group.state.attended(weights, group.store)
+            if dropped is not None:
+                group.store.drop(dropped)
+            fidelity.add(exact, output, full, seen, split(self.dense.length))
+        return full.reshape(batch, 1, heads, width)
+
+
+@torch.inference_mode()
+def probe(prefilled: Prefilled, tokens: Sequence[int]) -> list[Fidelity]:
+    """Fidelity of every method of a prefilled prompt over the steps that read ``tokens`` as its continuation.
+
+    One sequence at a time: raises RuntimeError for a batch of different lengths.
+    """
+    if len(prefilled.groups) != 1:
+        raise RuntimeError("probe() needs sequences of equal length")
+    rows, fidelities = prefilled.groups[0], [Fidelity() for _ in prefilled.methods]
+    layers: dict[int, CacheLayerMixin] = dict(copy_sliding(prefilled.sliding))
+    length = int(prefilled.lengths[0])
+    splits = [lambda context, m=m: m.split(context, length) for m in prefilled.methods]
+    for i, layer in prefilled.layers.items():
+        stores: list[Store | None] = []
+        for m, _ in enumerate(prefilled.methods):
+            prefilled.build(m)
+            keep = prefilled.keeps[m][i, 0]
+            stores.append(None if keep is None else layer.store(rows))
+            if keep is not None:
+                stores[-1].keep(keep)  # type: ignore[union-attr]
+        dense = layer.store(rows)  # last: the youngest store of the prompt may write
+        states = [copy.deepcopy(prefilled.observers(layer, m)[0].state) for m, _ in enumerate(prefilled.methods)]
+        groups = [Group(rows, store or dense, state) for store, state in zip(stores, states, strict=True)]
+        layers[i] = ProbeLayer(dense, groups, fidelities, splits, layer.seen)
+    cache = LayeredCache([layers[i] for i in range(len(layers))])
+    position = prefilled.lengths[:, None]
+    with attached(prefilled.model):
+        for step, token in enumerate(tokens):
+            ids = torch.full_like(position, token)
+            forward(prefilled.model, ids, cache, None, position + step)
+    return fidelities
+
+
+def check_selection(selection: Selection, length: int) -> None:
+    """The harness verifies what a method returns.
+
+    Raises:
+        AssertionError: rows out of range, selected twice, or the current token missing.
+    """
+    if selection.indices is None:
+        return
+    ordered = selection.indices.sort(dim=2).values
+    if bool((ordered[:, :, 0] < 0).any()) or bool((ordered[:, :, -1] != length - 1).any()):
+        raise AssertionError("a selection is out of range or lacks the current token")
+    if bool((ordered[:, :, 1:] == ordered[:, :, :-1]).any()):
+        raise AssertionError("a selection names a row twice")
+
+
+def _seen(selection: Selection, store: Store, exact: Tensor) -> Tensor:
+    """Which query head attends to which token, bool ``[B, H, G, S]``."""
+    positions = store.positions
+    if selection.indices is not None:
+        positions = positions.gather(2, selection.indices)
+    visible = torch.ones_like(positions, dtype=torch.bool)[:, :, None] if selection.visible is None else selection.visible
+    target = positions[:, :, None].expand(*exact.shape[:3], -1)
+    return torch.zeros_like(exact, dtype=torch.bool).scatter_(3, target, visible.expand(target.shape))

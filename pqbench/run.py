@@ -1,0 +1,231 @@
+"""The main job: for each sample prefill once, decode with every method that lacks it, append a record each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pqbench.benchmarks.base import Benchmark, Prompter, Sample
+from pqbench.errors import BudgetError, LivenessError
+from pqbench.generation import Generation, Prefilled, decode, prefill
+from pqbench.method import Method
+from pqbench.models import LoadedModel
+from pqbench.probe import Fidelity, probe
+from pqbench.records import VERSION, Record, RecordFile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """One benchmark on one model with several methods, and where their records go.
+
+    Attributes:
+        methods: by the name that results use.
+        files: the record file of each method.
+        chunk: prefill block in tokens, None for one shot.
+        question: ``dense`` prefills the question with the context, ``select`` sends it through the method token by token.
+        probe_tokens: tokens of the reference answer over which fidelity is measured; 0 measures none.
+        retry_failed: run samples again whose record is an error.
+    """
+
+    benchmark: Benchmark
+    loaded: LoadedModel
+    prompter: Prompter
+    methods: Mapping[str, Method]
+    files: Mapping[str, RecordFile]
+    chunk: int | None = None
+    question: str = "dense"
+    probe_tokens: int = 8
+    retry_failed: bool = False
+
+
+@dataclass
+class Summary:
+    """What a run did. Seconds: of everything, of prefills shared by all methods, of the methods' own work, of probing."""
+
+    measured: int = 0
+    resumed: int = 0
+    failures: list[str] = field(default_factory=list)
+    wall_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    index_s: float = 0.0
+    probe_s: float = 0.0
+
+
+def run(job: Job) -> Summary:
+    """Run every sample that lacks a record.
+
+    Errors of one sample become records and the run goes on. Raises BudgetError before anything runs when a budget cannot
+    fit the samples; KeyboardInterrupt passes through, with what was measured kept.
+    """
+    summary, began = Summary(), time.perf_counter()
+    samples = list(job.benchmark.samples(job.prompter))
+    check_budgets(job.methods, samples)
+    done = {name: file.done(job.retry_failed) for name, file in job.files.items()}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(job.benchmark.name, total=len(samples))
+        for sample in samples:
+            missing = [name for name in job.methods if sample.id not in done[name]]
+            summary.resumed += len(job.methods) - len(missing)
+            if missing:
+                progress.update(bar, description=f"{job.benchmark.name} {sample.id} ({len(sample.input_ids)} tokens)")
+                _run_sample(job, sample, missing, summary)
+            progress.advance(bar)
+    summary.wall_s = time.perf_counter() - began
+    return summary
+
+
+def _run_sample(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -> None:
+    try:
+        records = evaluate(job, sample, names, summary)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        records = [failure(job, sample, name, "oom", error) for name in names]
+    except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
+        log.debug("sample %s failed", sample.id, exc_info=True)
+        records = [failure(job, sample, name, "error", error) for name in names]
+    for record in records:
+        job.files[record["method"]].append(record)
+        if record["status"] == "ok":
+            summary.measured += 1
+        else:
+            summary.failures.append(f"{record['method']} on {sample.id}: {record['error']}")
+
+
+def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -> list[Record]:
+    """Records of one sample, one per method, from one prefill."""
+    model = job.loaded.model
+    ids = torch.tensor([sample.input_ids], device=model.device)  # [1, S]
+    held_back = sample.question_tokens if job.question == "select" else 0
+    context, question = ids[:, : ids.shape[1] - held_back], ids[0, ids.shape[1] - held_back :].tolist()
+    methods = [job.methods[name] for name in names]
+    prefilled = prefill(model, context, methods, chunk=job.chunk, reserve=sample.max_new_tokens + held_back + job.probe_tokens)
+    summary.prefill_s += prefilled.seconds
+    records = []
+    for i, name in enumerate(names):
+        began = time.perf_counter()
+        try:
+            generation = decode(
+                prefilled, i, sample.max_new_tokens, sample.min_new_tokens, stopper(job.prompter, sample), question
+            )
+            check_alive(methods[i], generation, context.shape[1])
+            records.append(success(job, sample, name, generation))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            records.append(failure(job, sample, name, "oom", error))
+        except Exception as error:  # noqa: BLE001 - the other methods of this prefill still count
+            log.debug("method %s failed on %s", name, sample.id, exc_info=True)
+            records.append(failure(job, sample, name, "error", error))
+        summary.decode_s += time.perf_counter() - began - prefilled.build_seconds[i]
+        summary.index_s += prefilled.build_seconds[i] + prefilled.observe_seconds[i]
+    add_fidelity(job, sample, prefilled, records, summary)
+    return records
+
+
+def add_fidelity(job: Job, sample: Sample, prefilled: Prefilled, records: Sequence[Record], summary: Summary) -> None:
+    """Measure fidelity over the reference answer and put it into the records of the methods that succeeded."""
+    answer = job.prompter.encode(f" {sample.references[0]}")[: job.probe_tokens] if sample.references else []
+    if not answer:
+        return
+    began = time.perf_counter()
+    fidelities: Sequence[Fidelity] = probe(prefilled, answer)
+    for record, fidelity in zip(records, fidelities, strict=True):
+        if record["status"] == "ok":
+            record.update(fidelity.means())
+    summary.probe_s += time.perf_counter() - began
+
+
+def stopper(prompter: Prompter, sample: Sample) -> Any:
+    """A condition on the tokens so far that ends the generation at a stop string; None when the sample has none."""
+    if not sample.stop:
+        return None
+    return lambda tokens: any(stop in prompter.decode(tokens[0].tolist()) for stop in sample.stop)
+
+
+def success(job: Job, sample: Sample, name: str, generation: Generation) -> Record:
+    """The record of one generation, scored."""
+    prediction = job.prompter.decode(generation.tokens[0].tolist())
+    for stop in sample.stop:
+        prediction = prediction.split(stop)[0]
+    meters, groups = generation.meters(), generation.groups()
+    steps = max(1, sum(meter.steps for meter in meters))
+    layers = len(generation.cache.selective)
+    record = _common(job, sample, name) | {
+        "status": "ok",
+        "prompt_tokens": len(sample.input_ids),
+        "new_tokens": generation.tokens.shape[1],
+        "prediction": prediction,
+        "ttft_s": generation.ttft_s,
+        "tt2t_s": generation.tt2t_s,
+        "tpot_s": generation.tpot_s,
+        "index_build_s": generation.index_s,
+        "attended_tokens": sum(meter.attended for meter in meters) / steps,
+        "kv_tokens": sum(group.store.length for group in groups) / len(groups),
+        "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
+        "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
+        "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
+        "device_bytes": sum(group.store.device_bytes for group in groups),
+        "host_bytes": sum(group.store.host_bytes for group in groups),
+    }
+    scores = job.benchmark.score(record)
+    return record | {"score": scores["score"], "scores": scores}
+
+
+def failure(job: Job, sample: Sample, name: str, status: str, error: BaseException) -> Record:
+    """The record of a sample that gave no prediction."""
+    message = " ".join(str(error).split())[:500] or type(error).__name__
+    return _common(job, sample, name) | {"status": status, "error": f"{type(error).__name__}: {message}"}
+
+
+def _common(job: Job, sample: Sample, name: str) -> Record:
+    budget = getattr(job.methods[name], "budget", None)
+    return {
+        "version": VERSION,
+        "benchmark": job.benchmark.name,
+        "model": job.loaded.name,
+        "task": sample.task,
+        "sample_id": sample.id,
+        "method": name,
+        "key": job.files[name].folder.name.rsplit("-", 1)[-1],
+        "budget": "all" if budget is None else budget.label,
+        "question": job.question,
+        "shared_prefill": len(job.methods) > 1,
+        "references": sample.references,
+        "metadata": sample.metadata,
+    }
+
+
+def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> None:
+    """Raises BudgetError when a method's budget cannot be met on some sample, or exceeds every context."""
+    lengths = sorted({len(sample.input_ids) for sample in samples})
+    longest = max((len(s.input_ids) + s.max_new_tokens for s in samples), default=0)
+    for name, method in methods.items():
+        tokens = getattr(getattr(method, "budget", None), "tokens", None)
+        if lengths and tokens is not None and tokens > longest:
+            raise BudgetError(f"{name}: budget.tokens is {tokens}, above the longest context of this run ({longest}): "
+                              "lower it, or use budget.tokens=null budget.ratio=1 to attend to everything")  # fmt: skip
+        for length in lengths:
+            try:
+                method.split(length, length)
+            except BudgetError as error:
+                raise BudgetError(f"{name}: {error}") from error
+
+
+def check_alive(method: Method, generation: Generation, prompt: int) -> None:
+    """Raises LivenessError when a method attended to every token in every step although its budget said fewer."""
+    meters = generation.meters()
+    steps = sum(meter.steps for meter in meters)
+    split = method.split(prompt + 1, prompt)
+    if not steps or split is None or split.total >= prompt or method.attends_all(prompt):
+        return
+    attended = sum(meter.attended for meter in meters) / steps
+    if attended >= prompt:
+        raise LivenessError(f"attended to {attended:.0f} tokens of a context of {prompt} with a budget of {split.total}: "
+                            "the method is not active")  # fmt: skip
