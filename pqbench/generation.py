@@ -162,7 +162,7 @@ def prefill(
 @torch.inference_mode()
 def decode(
     prefilled: Prefilled, method: int, max_new_tokens: int, min_new_tokens: int = 0,
-    finished: Callable[[Tensor], bool] | None = None, question: Sequence[int] = (),
+    finished: Callable[[Tensor], bool] | None = None, question: Sequence[int] = (), extra_ends: Sequence[int] = (),
 ) -> Generation:  # fmt: skip
     """Greedy decoding of a prefilled prompt by one of its methods.
 
@@ -170,8 +170,10 @@ def decode(
         finished: sees the tokens so far ``[B, n]`` after every step and may end the generation early (stop strings).
         question: prompt tokens that were not prefilled; they go through the method one by one before the first answer
             token, and their time, with that of the index, counts as time to first token.
+        extra_ends: token ids that end a sequence besides the model's own.
     """
-    model, ends = prefilled.model, end_tokens(prefilled.model)
+    model = prefilled.model
+    ends = torch.cat([end_tokens(model), torch.tensor(extra_ends, dtype=torch.long, device=model.device)])
     cache, mask, position = prefilled.fork(method), prefilled.mask, prefilled.lengths[:, None]
     filler = pad_token(model)
     done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)

@@ -114,7 +114,7 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
         began = time.perf_counter()
         try:
             generation = decode(
-                prefilled, i, sample.max_new_tokens, sample.min_new_tokens, stopper(job.prompter, sample), question
+                prefilled, i, sample.max_new_tokens, sample.min_new_tokens, question=question, extra_ends=sample.end_tokens
             )
             check_alive(methods[i], generation, context.shape[1])
             records.append(success(job, sample, name, generation))
@@ -142,18 +142,9 @@ def add_fidelity(job: Job, sample: Sample, prefilled: Prefilled, records: Sequen
     summary.probe_s += time.perf_counter() - began
 
 
-def stopper(prompter: Prompter, sample: Sample) -> Any:
-    """A condition on the tokens so far that ends the generation at a stop string; None when the sample has none."""
-    if not sample.stop:
-        return None
-    return lambda tokens: any(stop in prompter.decode(tokens[0].tolist()) for stop in sample.stop)
-
-
 def success(job: Job, sample: Sample, name: str, generation: Generation) -> Record:
     """The record of one generation, scored."""
     prediction = job.prompter.decode(generation.tokens[0].tolist())
-    for stop in sample.stop:
-        prediction = prediction.split(stop)[0]
     meters, groups = generation.meters(), generation.groups()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)

@@ -23,8 +23,8 @@ class Sample:
         references: accepted answers, as the official scorer takes them.
         max_new_tokens: official generation length.
         question_tokens: how many tokens at the end of the prompt follow the context (question, instruction, template).
-        stop: decoding ends once the text so far contains one of these.
-        min_new_tokens: end-of-sequence is not accepted before so many tokens.
+        end_tokens: token ids that end the answer besides the model's own.
+        min_new_tokens: no end token is accepted before so many tokens.
         metadata: facts that scores and plots need (length, depth, ...); must be JSON.
     """
 
@@ -34,7 +34,7 @@ class Sample:
     references: list[str]
     max_new_tokens: int
     question_tokens: int = 0
-    stop: tuple[str, ...] = ()
+    end_tokens: tuple[int, ...] = ()
     min_new_tokens: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -91,8 +91,9 @@ class Prompter:
         return before + self.encode(text) + after + (self.encode(lead_in) if lead_in else [])
 
     def truncate_middle(self, text: str, limit: int) -> str:
-        """Official LongBench and InfiniteBench rule: keep ``limit // 2`` tokens from each end of the filled prompt."""
-        ids = self.encode(text)
+        """Official LongBench and InfiniteBench rule: keep ``limit // 2`` tokens from each end of the filled prompt, the
+        tokenizer's leading special token counted."""
+        ids = self.tokenizer(text, verbose=False).input_ids
         if len(ids) <= limit:
             return text
         half = limit // 2

@@ -205,7 +205,7 @@ class LongBench(Benchmark):
                 references=row["answers"],
                 max_new_tokens=new_tokens,
                 question_tokens=question_tokens,
-                stop=("\n",) if task == "samsum" else (),
+                end_tokens=(prompter.encode("\n")[-1],) if task == "samsum" else (),
                 min_new_tokens=1 if task == "samsum" else 0,
                 metadata=metadata,
             )

@@ -97,7 +97,7 @@ def test_a_sample_is_what_the_official_scripts_see(tmp_path: Path, prompter: Pro
     assert text(prompter, first) == f"USER<{fill_prompt('hotpotqa', 'Some text. ', 'Who?').text}>ASSISTANT:"
     assert (first.id, second.id) == ("hotpotqa/0-01234567", "hotpotqa/1-second")
     assert (first.task, first.references, first.max_new_tokens) == ("hotpotqa", ["Ann", "Bob"], 32)
-    assert (first.stop, first.min_new_tokens) == ((), 0)
+    assert (first.end_tokens, first.min_new_tokens) == ((), 0)
     assert first.metadata == {"row": "0123456789abcdef", "length": 2, "truncated": False}
     tail = prompter.decode(first.input_ids[-first.question_tokens :])
     assert tail == fill_prompt("hotpotqa", "", "Who?").tail + ">ASSISTANT:"
@@ -109,7 +109,8 @@ def test_the_chat_template_is_left_out_where_official(tmp_path: Path, prompter: 
     [sample] = LongBench(tasks=[task], data_dir=folder).samples(prompter)
     plain = task in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
     assert text(prompter, sample).startswith("USER<") != plain
-    assert (sample.stop, sample.min_new_tokens) == ((("\n",), 1) if task == "samsum" else ((), 0))
+    newline = tuple(prompter.encode("\n")[-1:])
+    assert (sample.end_tokens, sample.min_new_tokens) == ((newline, 1) if task == "samsum" else ((), 0))
     assert sample.metadata.get("all_classes") == (["Ann", "Zoe"] if task in ("trec", "lsht") else None)
 
 

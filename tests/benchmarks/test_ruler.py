@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import random
 import re
 import sys
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,58 +30,6 @@ NIAH = [name for name in TASKS if name.startswith("niah")]
 OFFICIAL_NEW_TOKENS = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 LENGTH = 3000
 
-SQUAD = {
-    "data": [
-        {
-            "title": "Rivers",
-            "paragraphs": [
-                {
-                    "context": "The Amber is a river. It is 412 miles long and ends in Lake Orn.",
-                    "qas": [
-                        {
-                            "question": "How long is the Amber?",
-                            "answers": [{"text": "412 miles"}, {"text": "412"}],
-                            "is_impossible": False,
-                        },
-                        {"question": "Who owns the Amber?", "answers": [], "is_impossible": True},
-                    ],
-                },
-                {
-                    "context": "The Bell rises near Torvald. Ships go up to the town of Hask.",
-                    "qas": [{"question": "Where does the Bell rise?", "answers": [{"text": "near Torvald"}]}],
-                },
-            ],
-        },
-        {
-            "title": "Hills",
-            "paragraphs": [
-                {
-                    "context": "Mount Cray is the highest hill of the island.",
-                    "qas": [
-                        {
-                            "question": "Which hill is highest?",
-                            "answers": [{"text": "Mount Cray"}],
-                            "is_impossible": False,
-                        }
-                    ],
-                }
-            ],
-        },
-    ]
-}
-HOTPOT = [
-    {
-        "question": "In which land is the town of Ann Lee?",
-        "answer": "Norland",
-        "context": [["Ann Lee", ["Ann Lee lives in Hask.", " She sings."]], ["Hask", ["Hask is a town in Norland."]]],
-    },
-    {
-        "question": "Who built the bridge of Torvald?",
-        "answer": "Jon Ek",
-        "context": [["Torvald", ["Torvald has a bridge by Jon Ek."]], ["Jon Ek", ["Jon Ek built bridges."]]],
-    },
-]
-
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -103,13 +49,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def prompter(max_length: int = 20_000) -> Prompter:
     return Prompter(tokenizer(), max_length)
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> str:
-    (tmp_path / "dev-v2.0.json").write_text(json.dumps(SQUAD), encoding="utf-8")
-    (tmp_path / "hotpot_dev_distractor_v1.json").write_text(json.dumps(HOTPOT), encoding="utf-8")
-    return str(tmp_path)
 
 
 def text_of(sample: Sample) -> str:
@@ -247,29 +186,6 @@ def test_frequent_words_can_be_counted() -> None:
             assert all(re.fullmatch(r"[a-z]{6}", word) for word in counts)
 
 
-def test_questions_of_squad(data_dir: str) -> None:
-    samples = draw("qa_1", data_dir=data_dir)
-    assert [sample.references for sample in samples] == [["412 miles", "412"], ["near Torvald"], ["Mount Cray"]]
-    paragraphs = [p["context"] for article in SQUAD["data"] for p in article["paragraphs"]]  # type: ignore[attr-defined]
-    for sample, gold in zip(samples, paragraphs, strict=True):
-        text = text_of(sample)
-        documents = re.findall(r"Document \d+:\n(.+)", text)
-        assert gold in documents
-        assert set(documents) <= set(paragraphs)
-        assert len(documents) == sample.metadata["units"] > 10, "few documents are repeated, as officially"
-        assert text.endswith("<|assistant|>\nAnswer:")
-        assert "Who owns" not in text
-
-
-def test_questions_of_hotpot(data_dir: str) -> None:
-    samples = draw("qa_2", data_dir=data_dir, per_cell=2, lengths=[300])
-    assert [sample.references for sample in samples] == [["Norland"], ["Jon Ek"]]
-    for sample, row in zip(samples, HOTPOT, strict=True):
-        text = text_of(sample)
-        assert all(f"{title}\n{''.join(parts)}" in text for title, parts in row["context"])
-        assert f"Question: {row['question']}" in text
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     task=st.sampled_from(GROUPS["offline"]),
@@ -317,11 +233,10 @@ def test_reproducible_and_different(task: str) -> None:
 def test_global_state_is_left_alone() -> None:
     random.seed(3)
     np.random.seed(3)
-    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    expected = random.Random(3).random(), np.random.RandomState(3).random_sample()
     for task in GROUPS["offline"]:
         draw(task, per_cell=1)
-    assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[union-attr]
+    assert (random.random(), np.random.random_sample()) == expected
 
 
 def test_library_is_loaded_without_download_or_traces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,57 +301,6 @@ def test_groups() -> None:
 def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Ruler(**options)
-
-
-@pytest.mark.parametrize("task", list(TASKS))
-def test_impossible_lengths(task: str, data_dir: str) -> None:
-    with pytest.raises(ConfigError, match="has 40000, but the model takes 20000 tokens"):
-        Ruler(tasks=[task], lengths=[40_000], data_dir=data_dir).samples(prompter())
-    with pytest.raises(ConfigError, match=rf"has 60, too short for sample 0 of {task}: it takes \d+ tokens"):
-        Ruler(tasks=[task], lengths=[60], data_dir=data_dir).samples(prompter())
-
-
-def broken(data_dir: str, content: bytes) -> DataError:
-    (Path(data_dir) / "dev-v2.0.json").write_bytes(content)
-    with pytest.raises(DataError) as error:
-        draw("qa_1", data_dir=data_dir)
-    assert "\n" not in str(error.value)
-    assert "dev-v2.0.json" in str(error.value)
-    return error.value
-
-
-def test_damaged_data(data_dir: str) -> None:
-    whole = json.dumps(SQUAD).encode()
-    assert "line 1: not whole JSON" in str(broken(data_dir, whole[: len(whole) // 2]))
-    assert "not whole JSON" in str(broken(data_dir, b""))
-    assert "byte 4 is not UTF-8" in str(broken(data_dir, b'{"a\xff": 1}'))
-    for wrong in ([1], {"data": [{}]}, {"data": 3}, HOTPOT):
-        assert "SQuAD's schema" in str(broken(data_dir, json.dumps(wrong).encode()))
-    number = json.loads(whole)
-    number["data"][0]["paragraphs"][0]["qas"][0]["question"] = 7
-    assert "SQuAD's schema" in str(broken(data_dir, json.dumps(number).encode()))
-    assert "no question with an answer" in str(broken(data_dir, b'{"data": []}'))
-
-
-def test_missing_data(tmp_path: Path) -> None:
-    for task, name in (("qa_1", "dev-v2.0.json"), ("qa_2", "hotpot_dev_distractor_v1.json")):
-        with pytest.raises(DataError, match=rf"{task} needs data: download .*{name} .*benchmark.data_dir"):
-            draw(task)
-        with pytest.raises(DataError, match=rf"must have {name}"):
-            draw(task, data_dir=str(tmp_path))
-        with pytest.raises(ConfigError, match="is no folder"):
-            draw(task, data_dir=str(tmp_path / "absent"))
-    for name in ("squad_a.json", "squad_b.json"):
-        (tmp_path / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(DataError, match=re.escape("(has: squad_a.json, squad_b.json)")):
-        draw("qa_1", data_dir=str(tmp_path))
-
-
-def test_other_file_names_and_too_few_questions(tmp_path: Path) -> None:
-    (tmp_path / "xquad.en.json").write_text(json.dumps(SQUAD), encoding="utf-8")
-    assert len(draw("qa_1", data_dir=str(tmp_path))) == 3
-    with pytest.raises(ConfigError, match="per_cell=4, but the data of qa_1 has 3 questions"):
-        draw("qa_1", data_dir=str(tmp_path), per_cell=4)
 
 
 def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
