@@ -138,7 +138,7 @@ def merge(output: Tensor, lse: Tensor, value: Tensor, log_weight: Tensor) -> Ten
     return (output.float() * (1 - share) + value.float() * share).to(output.dtype)
 
 
-def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 64) -> Tensor:
+def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
     """Attention each key received: sums over queries and group of causal softmax probabilities (H2O, arXiv 2306.14048).
 
     q ``[B, H, G, n, D]`` holds the last n queries of keys ``[B, H, S, D]``. Rows are taken ``rows`` at a time, each with
@@ -149,20 +149,24 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     total = keys.shape[2]
     sums = torch.zeros(batch, heads, total, device=q.device)
     for start in range(0, count, rows):
-        block = q[:, :, :, start : start + rows].float()  # [B, H, G, c, D]
-        end = total - count + start + block.shape[3]
-        first = 0 if band is None else max(0, end - block.shape[3] - band + 1)
-        seen = keys[:, :, first:end].float()  # [B, H, e, D]
-        logits = block.reshape(batch, heads, -1, dimension) @ seen.transpose(2, 3) * scaling  # [B, H, G * c, e]
-        hidden = _hidden(block.shape[3], end - first, band, q.device)  # [c, e]
-        logits = logits.view(batch, heads, group, block.shape[3], -1).masked_fill_(hidden, float("-inf"))
-        sums[:, :, first:end] += logits.softmax(-1).sum((2, 3))
+        block = q[:, :, :, start : start + rows].float() * scaling  # [B, H, G, c, D]
+        size = block.shape[3]
+        end = total - count + start + size
+        first = 0 if band is None else max(0, end - size - band + 1)
+        seen = keys[:, :, first:end].float().transpose(2, 3)  # [B, H, D, e]
+        logits = (block.reshape(batch, heads, -1, dimension) @ seen).view(batch, heads, group, size, -1)
+        _hide(logits, band)
+        weights = logits.softmax(-1).view(batch, heads, group * size, -1)
+        sums[:, :, first:end] += weights.new_ones(1, group * size).matmul(weights)[:, :, 0]
     return sums
 
 
-def _hidden(count: int, total: int, band: int | None, device: torch.device) -> Tensor:
-    """True where query i of the last ``count`` may not see key j of ``total``: the future, or beyond the band."""
-    query = torch.arange(total - count, total, device=device)[:, None]
-    key = torch.arange(total, device=device)
-    hidden = key > query
-    return hidden if band is None else hidden | (key <= query - band)
+def _hide(logits: Tensor, band: int | None) -> None:
+    """Set to -inf what row i of the last c queries ``[..., c, e]`` may not see: the future, or beyond the band."""
+    size, total = logits.shape[-2:]
+    future = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., total - size :].masked_fill_(future, float("-inf"))
+    if band is not None:
+        query = torch.arange(total - size, total, device=logits.device)[:, None]
+        past = torch.arange(total, device=logits.device) <= query - band
+        logits.masked_fill_(past, float("-inf"))

@@ -1,0 +1,50 @@
+# make bench METHOD=pqcache | make test | make lint | make figures | make setup
+METHOD ?= pqcache
+MODEL ?= smollm2
+BENCHMARK ?=
+ARGS ?=
+RESULTS ?= results
+PYTHON ?= python3.11
+
+BIN := .venv/bin
+STAMP := .venv/ready
+RUN := $(BIN)/python -m pqbench model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
+
+.PHONY: setup bench quick figures tables test lint clean
+
+setup: $(STAMP)
+
+# The pins are complete, so nothing is searched; the model package would pull in an inference engine that is not used.
+$(STAMP): constraints.txt pyproject.toml
+	command -v $(PYTHON) >/dev/null || { echo "pqbench needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+# Full attention beside METHOD over one shared prefill: the quick suite, or BENCHMARK alone when it is set.
+ifeq ($(BENCHMARK),)
+bench: setup
+	@$(RUN) benchmark=needle $(ARGS)
+	@$(RUN) benchmark=infinitebench $(ARGS)
+	@$(RUN) benchmark=ruler_quick $(ARGS)
+	@$(BIN)/python -m plots $(RESULTS)
+else
+bench: setup
+	@$(RUN) benchmark=$(BENCHMARK) $(ARGS)
+	@$(BIN)/python -m plots $(RESULTS)
+endif
+
+figures: setup
+	@$(BIN)/python -m plots $(RESULTS)
+
+tables: setup
+	@$(BIN)/python -m pqbench.tables $(RESULTS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy pqbench methods plots tests

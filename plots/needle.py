@@ -1,0 +1,92 @@
+"""Needle heatmaps: score by context length and needle depth, full attention beside a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from plots.style import HEAT, footer, save, style
+from pqbench.records import plain_name
+
+BASELINE = "full"
+
+
+def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.tables.frame`).
+
+    The newest run of a method is ``needle_<method>``; older ones and other models get a suffix. Empty list without
+    needle records.
+    """
+    good = table[(table["benchmark"] == "needle") & (table["status"] == "ok")]
+    if good.empty:
+        return []
+    cells = good.assign(
+        length=[m["length"] for m in good["metadata"]], depth=[m["depth"] for m in good["metadata"]]
+    )
+    paths: list[Path] = []
+    taken: set[str] = set()
+    runs = list(cells.groupby(["model", "method", "key"], sort=False))
+    for (model, method, key), run in reversed(runs):
+        if method == BASELINE and len(runs) > 1:
+            continue
+        full = cells[(cells["model"] == model) & (cells["method"] == BASELINE) & cells["sample_id"].isin(run["sample_id"])]
+        name = f"needle_{plain_name(str(method))}"
+        if name in taken:
+            name = f"{name}-{plain_name(str(model))}-{key}"
+        taken.add(name)
+        with style():
+            paths += save(pair(full, run), folder, name)
+    return paths
+
+
+def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
+    """The figure of one run; the left panel is left out when there is no baseline for the same samples."""
+    panels = [part for part in (full, run) if not part.empty]
+    grids = [grid(part) for part in panels]
+    rows, columns = grids[-1].shape
+    figure = Figure(figsize=(1.6 + len(panels) * max(2.6, 0.95 * columns), 1.7 + 0.5 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axis, part, cells in zip(axes, panels, grids, strict=True):
+        image = heatmap(axis, cells)
+        mean = part["score"].astype(float).mean()
+        budget = part["budget"].iloc[0]
+        title = part["method"].iloc[0] + ("" if budget == "all" else f", budget {budget}")
+        axis.set_title(f"{title}\nmean score {mean:.1f} %")
+    axes[0].set_ylabel("needle depth (% of context)")
+    figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.9)
+    count = run["sample_id"].nunique()
+    footer(figure, f"{run['model'].iloc[0]}, {count} prompts, one per cell" if count == grids[-1].size else
+           f"{run['model'].iloc[0]}, {count} prompts, mean per cell")  # fmt: skip
+    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def grid(part: pd.DataFrame) -> pd.DataFrame:
+    """Mean score with depths as rows (0 on top) and lengths as columns."""
+    scores = part.assign(score=part["score"].astype(float))
+    return scores.pivot_table(index="depth", columns="length", values="score", aggfunc="mean").sort_index()
+
+
+def heatmap(axis: Axes, cells: pd.DataFrame) -> AxesImage:
+    """Draw one grid with its values written in the cells."""
+    image = axis.imshow(cells.to_numpy(), cmap=HEAT, vmin=0, vmax=100, aspect="auto")
+    axis.set_xticks(range(cells.shape[1]), [_tokens(int(length)) for length in cells.columns])
+    axis.set_yticks(range(cells.shape[0]), [f"{depth:g}" for depth in cells.index])
+    axis.set_xlabel("context length (tokens)")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    if cells.size <= 150:
+        for (y, x), value in np.ndenumerate(cells.to_numpy()):
+            if not np.isnan(value):
+                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9,
+                          color="white" if value < 50 else "black")  # fmt: skip
+    return image
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
