@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.logging import RichHandler
-
 from plots import needle
 from pqbench.errors import PqbenchError
 from pqbench.records import read_all
-from pqbench.tables import frame
+from pqbench.summaries import frame
+from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("plots")
 
@@ -26,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m plots", description=__doc__)
     parser.add_argument("results", type=Path, help="folder that runs wrote to")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
-    logging.getLogger("fontTools").setLevel(logging.WARNING)
+    log_to_terminal()
     try:
         table = frame(read_all(options.results))
     except PqbenchError as error:

@@ -17,17 +17,14 @@ BASELINE = "full"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.tables.frame`).
+    """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.summaries.frame`).
 
     The newest run of a method is ``needle_<method>``; older ones and other models get a suffix. Empty list without
     needle records.
     """
-    good = table[(table["benchmark"] == "needle") & (table["status"] == "ok")]
-    if good.empty:
+    cells = placed(table)
+    if cells.empty:
         return []
-    cells = good.assign(
-        length=[m["length"] for m in good["metadata"]], depth=[m["depth"] for m in good["metadata"]]
-    )
     paths: list[Path] = []
     taken: set[str] = set()
     runs = list(cells.groupby(["model", "method", "key"], sort=False))
@@ -44,6 +41,13 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     return paths
 
 
+def placed(table: pd.DataFrame) -> pd.DataFrame:
+    """The needle records that have a score, with their ``length`` and ``depth`` as columns."""
+    good = table[(table["benchmark"] == "needle") & (table["status"] == "ok")]
+    places = [] if good.empty else list(good["metadata"])  # a table without records has no such column
+    return good.assign(length=[place["length"] for place in places], depth=[place["depth"] for place in places])
+
+
 def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
     """The figure of one run; the left panel is left out when there is no baseline for the same samples."""
     panels = [part for part in (full, run) if not part.empty]
@@ -56,7 +60,7 @@ def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
         mean = part["score"].astype(float).mean()
         budget = part["budget"].iloc[0]
         title = part["method"].iloc[0] + ("" if budget == "all" else f", budget {budget}")
-        axis.set_title(f"{title}\nmean score {mean:.1f} %")
+        axis.set_title(f"{title}\nmean score {mean:.1f} %", parse_math=False)
     axes[0].set_ylabel("needle depth (% of context)")
     figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.9)
     count = run["sample_id"].nunique()

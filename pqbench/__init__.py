@@ -1,7 +1,22 @@
 """pqbench: an evaluation and benchmarking harness for KV-cache methods, with a full PQCache at its centre."""
 
-from pqbench.custom_generate import decoding_with
-from pqbench.generation import decode, generate, prefill
-from pqbench.method import Budget, Method
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pqbench.custom_generate import decoding_with
+    from pqbench.generation import decode, generate, prefill
+    from pqbench.method import Budget, Method
 
 __all__ = ["Budget", "Method", "decode", "decoding_with", "generate", "prefill"]
+
+_HOMES = {"decoding_with": "custom_generate", "Budget": "method", "Method": "method"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load their module on first use: reading records needs neither torch nor transformers."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"pqbench.{_HOMES.get(name, 'generation')}"), name)

@@ -12,19 +12,20 @@ import hydra
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.text import Text
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models import LoadedModel
-from pqbench.records import RecordFile, read_lines
+from pqbench.records import RecordFile
 from pqbench.run import Job, Summary, run
 from pqbench.tables import bench_table
+from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
@@ -33,20 +34,19 @@ EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 def main() -> None:
     """Entry point of ``python -m pqbench`` and of the console script. Exits 0, 1 on any failure, 130 on Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through; they are put into one line here
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_terminal()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    failures: list[str] = []
+    failures: list[list[str]] = []  # of each run
 
     def task(config: DictConfig) -> None:
         try:
-            failures.extend(run_config(config))
-        except EXPLAINED as error:
+            failures.append(run_config(config))
+        except Exception as error:  # a sweep goes on past any failing cell
             if config.debug:
                 raise
             log.error(explain(error))
-            failures.append(explain(error))
+            failures.append([explain(error)])
 
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
@@ -59,7 +59,12 @@ def main() -> None:
     except KeyboardInterrupt:
         log.error("interrupted: finished samples are kept, the same command goes on from there")
         sys.exit(130)
-    sys.exit(1 if failures else 0)
+    failed = [line for lines in failures for line in lines]
+    if failed and len(failures) > 1:
+        log.error("%d failures in %d runs:", len(failed), len(failures))
+        for line in failed:
+            log.error(line)
+    sys.exit(1 if failed else 0)
 
 
 def conf_folder() -> Path:
@@ -71,8 +76,7 @@ def conf_folder() -> Path:
 
 def run_config(config: DictConfig) -> list[str]:
     """One job of a composed configuration. Returns the failures, one line each."""
-    if config.question not in ("dense", "select"):
-        raise ConfigError(f"question is {config.question!r}: use dense or select")
+    check_options(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -87,12 +91,25 @@ def run_config(config: DictConfig) -> list[str]:
     summary = run(job)
     console = Console()
     console.width = max(console.width, 132)  # a table cut to a narrow pipe is unreadable
-    records = [record for file in files.values() for record in read_lines(file.path)]
+    records = [record for file in files.values() for record in file.read()]
     console.print(bench_table(records))
-    console.print(footer(summary, plain["results"], multirun=HydraConfig.get().mode.name == "MULTIRUN"), highlight=False)
+    console.print(Text(footer(summary, plain["results"], multirun=HydraConfig.get().mode.name == "MULTIRUN")))
     for failure in summary.failures:
         log.error(failure)
     return summary.failures
+
+
+def check_options(config: DictConfig) -> None:
+    """Raises ConfigError when an option of the run itself cannot work."""
+    if not config.get("methods"):
+        raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
+    if config.question not in ("dense", "select"):
+        raise ConfigError(f"question is {config.question!r}: use dense or select")
+    for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
+        value, optional = config[option], option != "probe_tokens"
+        if not (value is None and optional) and not (type(value) is int and value >= least):
+            choices = f"a whole number from {least} up" + (", or null" if optional else "")
+            raise ConfigError(f"{option} is {value!r}: use {choices}")
 
 
 def _record_file(plain: dict[str, Any], name: str, benchmark: str) -> RecordFile:
@@ -120,12 +137,17 @@ def footer(summary: Summary, results: str, *, multirun: bool) -> str:
 
 def explain(error: BaseException) -> str:
     """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+        return f"there is no {group or 'config'} {name!r}: use one of {', '.join(known)}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, PqbenchError):
             return str(cause)
         cause = cause.__cause__
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"
 
 
 if __name__ == "__main__":

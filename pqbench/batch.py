@@ -1,4 +1,4 @@
-"""Prompts as a batch: validity, and the grouping of left-padded sequences by length."""
+"""Prompts as a batch: validity of what goes in and comes out, and the grouping of left-padded sequences by length."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
     if limit is not None and tokens > limit:
         raise ConfigError(f"{tokens} tokens of prompt and generation exceed the model's limit of {limit}: "
                           "shorten the prompt or choose a model with a longer context")  # fmt: skip
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises ConfigError when a model, or the attention under it, computed NaN: the tokens would look like an answer."""
+    if bool(logits.isnan().any()):
+        raise ConfigError("the model's logits are NaN: weights or keys are not finite or overflow, try model.dtype=float32")
 
 
 def group_rows(mask: Tensor) -> list[Rows]:

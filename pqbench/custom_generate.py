@@ -31,11 +31,12 @@ def decoding_with(method: Method) -> Callable[..., Tensor]:
             raise ConfigError("pqbench decodes greedily: set do_sample=False, num_beams=1 and no logits processors")
         new = generation_config.max_length - input_ids.shape[1]
 
-        def finished(tokens: Tensor) -> bool:
-            return bool(torch.as_tensor(stopping_criteria(torch.cat([input_ids, tokens], 1), None)).all())
+        def finished(tokens: Tensor) -> Tensor:
+            stopped = torch.as_tensor(stopping_criteria(torch.cat([input_ids, tokens], 1), None), device=tokens.device)
+            return stopped.expand(len(tokens))
 
         prefilled = prefill(model, input_ids, [method], model_kwargs.get("attention_mask"), reserve=new)
-        generation = decode(prefilled, 0, new, finished=finished if stopping_criteria else None)
+        generation = decode(prefilled, 0, new, finished=finished if stopping_criteria else None, config=generation_config)
         return torch.cat([input_ids, generation.tokens], 1)
 
     return decoding

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from pqbench.attention import attached, rotary_frequencies
 from pqbench.cache import (
     DecodeLayer, Group, LayeredCache, Meter, Observer, PrefillLayer, Rows, copy_sliding, layer_types, sliding_layers,
 )  # fmt: skip
-from pqbench.batch import check_length, check_prompt, group_rows
+from pqbench.batch import check_length, check_logits, check_prompt, group_rows
+from pqbench.errors import ConfigError
 from pqbench.method import Geometry, Method
 
 Keep = dict[tuple[int, int], Tensor | None]  # (layer, group) -> rows an evicting method keeps at the end of prefill
@@ -127,7 +128,8 @@ def prefill(
         reserve: decoded tokens that fit before buffers grow.
 
     Raises:
-        ConfigError: an empty prompt, padding that is not on the left, or a prompt longer than the model allows.
+        ConfigError: an empty prompt, padding that is not on the left, a prompt longer than the model allows, or a model
+            that computes NaN.
     """
     mask = check_prompt(model, input_ids, attention_mask)
     groups = group_rows(mask)
@@ -150,6 +152,7 @@ def prefill(
             seen = None if padded is None else padded[:, :stop]
             logits = forward(model, input_ids[:, start:stop], cache, seen, positions[:, start:stop])
     seconds = now(model) - began
+    check_logits(logits)
     observed = [
         sum(o.seconds for layer in layers.values() for o in layer.observers[m * len(groups) : (m + 1) * len(groups)])
         for m in range(len(methods))
@@ -162,20 +165,28 @@ def prefill(
 @torch.inference_mode()
 def decode(
     prefilled: Prefilled, method: int, max_new_tokens: int, min_new_tokens: int = 0,
-    finished: Callable[[Tensor], bool] | None = None, question: Sequence[int] = (), extra_ends: Sequence[int] = (),
+    finished: Callable[[Tensor], Tensor] | None = None, question: Sequence[int] = (), extra_ends: Sequence[int] = (),
+    config: GenerationConfig | None = None,
 ) -> Generation:  # fmt: skip
     """Greedy decoding of a prefilled prompt by one of its methods.
 
     Args:
-        finished: sees the tokens so far ``[B, n]`` after every step and may end the generation early (stop strings).
+        finished: sees the tokens so far ``[B, n]`` after every step and says which sequences end there, bool ``[B]``.
         question: prompt tokens that were not prefilled; they go through the method one by one before the first answer
             token, and their time, with that of the index, counts as time to first token.
-        extra_ends: token ids that end a sequence besides the model's own.
+        extra_ends: token ids that end a sequence besides the configured ones.
+        config: end and padding tokens; None takes the model's own.
+
+    Raises:
+        ConfigError: fewer than one token wanted, or a model that computes NaN.
     """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     model = prefilled.model
-    ends = torch.cat([end_tokens(model), torch.tensor(extra_ends, dtype=torch.long, device=model.device)])
+    config = model.generation_config if config is None else config
+    ends = torch.cat([end_tokens(config, model.device), torch.tensor(extra_ends, dtype=torch.long, device=model.device)])
     cache, mask, position = prefilled.fork(method), prefilled.mask, prefilled.lengths[:, None]
-    filler = pad_token(model)
+    filler = pad_token(config)
     done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)
     tokens, steps, asked, logits = [], [], 0.0, prefilled.logits
     with attached(model):
@@ -187,11 +198,14 @@ def decode(
             token = choose(logits, ends if len(tokens) < min_new_tokens else None)
             tokens.append(token.masked_fill(done, filler))
             done = done | torch.isin(token, ends)
-            if len(tokens) == max_new_tokens or bool(done.all()) or (finished and finished(torch.stack(tokens, 1))):
+            if finished is not None:
+                done = done | finished(torch.stack(tokens, 1))
+            if len(tokens) == max_new_tokens or bool(done.all()):
                 break
             logits, mask, seconds = _step(prefilled, cache, tokens[-1], mask, position)
             position = position + 1
             steps.append(seconds)
+    check_logits(logits)  # once: NaN in a token's keys stays, since the window holds it
     observe, build = prefilled.observe_seconds[method], prefilled.build_seconds[method]
     ttft = prefilled.seconds + observe + asked + (build if len(question) else 0.0)
     return Generation(torch.stack(tokens, 1), ttft, steps, observe, 0.0 if len(question) else build, cache)
@@ -216,7 +230,7 @@ def generate(
     Raises:
         ConfigError: see :func:`prefill`; also when the context would outgrow the model.
     """
-    check_length(model, input_ids.shape[1] + max_new_tokens)
+    check_length(model, input_ids.shape[-1] + max_new_tokens)
     prefilled = prefill(model, input_ids, [method], attention_mask, chunk, reserve=max_new_tokens)
     return decode(prefilled, 0, max_new_tokens).tokens
 
@@ -252,17 +266,15 @@ def geometry(model: PreTrainedModel, method: Method, layer: int, kind: str, rows
     )  # fmt: skip
 
 
-def pad_token(model: PreTrainedModel) -> int:
+def pad_token(config: GenerationConfig | None) -> int:
     """What fills a sequence after its end, as in transformers: the padding token, else the first end token."""
-    config = model.generation_config
     pad = None if config is None else config.pad_token_id
-    ends = end_tokens(model)
+    ends = end_tokens(config)
     return int(pad) if pad is not None else int(ends[0]) if len(ends) else 0
 
 
-def end_tokens(model: PreTrainedModel) -> Tensor:
-    """End-of-sequence ids of the model, ``[n]``, possibly none."""
-    config = model.generation_config
+def end_tokens(config: GenerationConfig | None, device: torch.device | None = None) -> Tensor:
+    """End-of-sequence ids of a configuration, ``[n]``, possibly none."""
     ends = config.eos_token_id if config is not None else None
     listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return torch.tensor(listed, dtype=torch.long, device=model.device)
+    return torch.tensor(listed, dtype=torch.long, device=device)

@@ -88,13 +88,14 @@ class Budget:
 
     def resolve(self, context: int, prompt: int) -> Split:
         """The split for ``context`` cached tokens (the current one included) that began as ``prompt`` tokens."""
-        size = self._size(context if self.grow else prompt)
+        base = context if self.grow else prompt
+        size = self._size(base)
         if size >= context:
             return self._whole(context)
         window = self.window if self.window is not None else max(1, int((size - self.sink) * self.window_share))
         if size < self.sink + window:
             raise BudgetError(
-                f"a budget of {size} tokens (ratio {self.ratio} of {context}) is below sink {self.sink} + window "
+                f"a budget of {size} tokens (ratio {self.ratio} of {base}) is below sink {self.sink} + window "
                 f"{window}: raise budget.ratio or budget.minimum, or lower budget.sink or budget.window"
             )
         return Split(self.sink, window, size - self.sink - window)
@@ -124,8 +125,8 @@ class PaperBudget(Budget):
     def resolve(self, context: int, prompt: int) -> Split:
         """See :meth:`Budget.resolve`; only ``sink`` and ``ratio`` count."""
         base = context if self.grow else prompt
-        half = int((base - self.sink) * (self.ratio or 0) * 0.5)
-        if self.sink + 2 * half + 1 >= context or half < 1:
+        half = max(0, int((base - self.sink) * (self.ratio or 0) * 0.5))
+        if self.sink + 2 * half + 1 >= context:
             return self._whole(context)
         return Split(self.sink, half + 1, half)
 

@@ -117,11 +117,12 @@ def probe(prefilled: Prefilled, tokens: Sequence[int]) -> list[Fidelity]:
         groups = [Group(rows, store or dense, state) for store, state in zip(stores, states, strict=True)]
         layers[i] = ProbeLayer(dense, groups, fidelities, splits, layer.seen)
     cache = LayeredCache([layers[i] for i in range(len(layers))])
-    position = prefilled.lengths[:, None]
+    position, mask = prefilled.lengths[:, None], prefilled.mask
     with attached(prefilled.model):
         for step, token in enumerate(tokens):
             ids = torch.full_like(position, token)
-            forward(prefilled.model, ids, cache, None, position + step)
+            mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+            forward(prefilled.model, ids, cache, mask, position + step)
     return fidelities
 
 

@@ -1,23 +1,25 @@
-"""Append-only results: one JSON object a line, one folder per configuration, named by a hash of what can change a figure."""
+"""Append-only results: one JSON object a line, one folder per configuration, named by a hash of all that can change it.
+
+Several processes may write to one folder: every write holds the lock ``records.jsonl.lock``. Reading takes none.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 import os
-import platform
-import subprocess
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib import metadata
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock
 
+from pqbench.environment import differences, environment
 from pqbench.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -32,113 +34,215 @@ def run_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RecordFile:
-    """The records of one method on one benchmark and model, at ``root/<benchmark>/<model>/<method>-<key>/``."""
+    """The records of one method on one benchmark and model, at ``root/<benchmark>/<model>/<method>-<key>/``.
+
+    Beside ``records.jsonl`` lie ``config.yaml``, the settings behind the key, written once; and ``environment.json``, a
+    list: the environment of the first run, then an entry for each later run whose environment was another.
+    """
 
     folder: Path
+    _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    _offset: int = field(default=0, init=False, repr=False)
+    _inode: int = field(default=-1, init=False, repr=False)
 
     @classmethod
     def create(cls, root: Path, benchmark: str, model: str, method: str, settings: Mapping[str, Any]) -> RecordFile:
-        """The file for these settings, its folder made ready with ``config.yaml`` and ``environment.json``.
+        """The file for these settings, its folder made ready.
 
         Raises:
             DataError: the results folder cannot be written.
         """
         parts = (plain_name(benchmark), plain_name(model), f"{plain_name(method)}-{run_key(settings)}")
-        folder = root.joinpath(*parts)
+        file = cls(root.joinpath(*parts))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(dict(settings), sort_keys=False))
-            (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+            file.folder.mkdir(parents=True, exist_ok=True)
+            with file.lock():
+                config = file.folder / "config.yaml"
+                if not config.exists():
+                    write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
+                file._note_environment()
+                file.path.open("ab").close()  # better refused now than after the first measurement
         except OSError as error:
-            raise DataError(f"cannot write results to {folder}: {error.strerror}; set results=FOLDER to one you may "
-                            "write") from error  # fmt: skip
-        return cls(folder)
+            raise unwritable(file.folder, error) from error
+        return file
 
     @property
     def path(self) -> Path:
         """The jsonl file itself."""
         return self.folder / "records.jsonl"
 
+    def lock(self) -> FileLock:
+        """What a process must hold while it writes to this folder."""
+        return FileLock(f"{self.path}.lock")
+
     def read(self) -> list[Record]:
-        """The newest record of every sample, in the order samples first appeared. Broken lines are counted and skipped."""
-        newest: dict[str, Record] = {}
-        for record in read_lines(self.path):
-            newest[record["sample_id"]] = record
-        return list(newest.values())
+        """The newest record of every sample, in the order samples first appeared.
+
+        Broken lines and records of another format version are counted and left out.
+        """
+        newest, foreign = _newest(read_lines(self.path))
+        if foreign:
+            log.warning("%s: left out %s", self.path, _other_version(foreign))
+        return newest
 
     def done(self, retry_failed: bool) -> set[str]:
         """Samples that need not run again."""
         return {r["sample_id"] for r in self.read() if r["status"] == "ok" or not retry_failed}
 
-    def append(self, record: Record) -> None:
-        """Write one line durably. A sample that another process finished meanwhile is not written twice."""
-        line = json.dumps(record, ensure_ascii=True).encode() + b"\n"
-        with FileLock(f"{self.path}.lock"):
-            if any(r["sample_id"] == record["sample_id"] and r["status"] == "ok" for r in self.read()):
-                return
-            with self.path.open("ab+") as file:
-                if file.tell() and not _ends_with_newline(file):
-                    file.write(b"\n")  # a line cut by a kill stays alone
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+    def append(self, record: Record) -> bool:
+        """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has
+        finished the sample meanwhile, or it failed again in the same way.
+
+        Raises:
+            DataError: the file cannot be written, or the disk is full.
+        """
+        record = record | {"version": VERSION}
+        line = encode(record)
+        try:
+            with self.lock():
+                self._catch_up()
+                known = self._written.get(record["sample_id"])
+                if known and (known[0] == "ok" or known == _outcome(record)):
+                    return False
+                with self.path.open("ab") as file:
+                    file.truncate(self._offset)  # what follows is a line cut by a kill: all writers hold the lock
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._inode = os.fstat(file.fileno()).st_ino
+                self._offset += len(line)
+                self._written[record["sample_id"]] = _outcome(record)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        return True
+
+    def _catch_up(self) -> None:
+        """Read what the file gained since this object last looked; all of it at first. Call with the lock held."""
+        if not self.path.exists():
+            self._written, self._offset, self._inode = {}, 0, -1
+            return
+        with self.path.open("rb+") as file:
+            file.seek(max(0, self._offset - 1))
+            stat = os.fstat(file.fileno())
+            same = stat.st_ino == self._inode and stat.st_size >= self._offset
+            if not same or (self._offset and file.read(1) != b"\n"):  # rewritten, or edited by hand
+                self._written, self._offset, self._inode = {}, 0, stat.st_ino
+                file.seek(0)
+            data = file.read()
+            whole, newline, rest = data.rpartition(b"\n")
+            if parse(rest):  # a whole record that lacks only its newline, as some editors leave it
+                file.write(b"\n")
+                whole, newline = data, b"\n"
+        self._offset += len(whole) + len(newline)
+        for record in filter(None, map(parse, whole.split(b"\n"))):
+            if record.get("version") == VERSION:
+                self._written[record["sample_id"]] = _outcome(record)
+
+    def _note_environment(self) -> None:
+        path, present = self.folder / "environment.json", environment()
+        known = _environments(path)
+        if present in known:
+            return
+        if known:
+            changes = "; ".join(differences(known[-1], present))
+            log.warning("%s: this run goes on in another environment: %s", path, changes)
+        write_atomically(path, json.dumps([*known, present], indent=1).encode())
+
+
+def encode(record: Record) -> bytes:
+    """The line of a record: strict JSON in ASCII. NaN and infinities become null, which every reader understands."""
+    return json.dumps(plain_json(record), ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def parse(line: bytes) -> Record | None:
+    """The record on a line, None when it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    return record if all(isinstance(record.get(name), str) for name in ("sample_id", "status")) else None
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """Records of a jsonl file, broken lines skipped with one warning that counts them."""
-    if not path.exists():
-        return
+    """Records of a jsonl file, broken lines skipped with one warning that counts them.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     broken = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not {"sample_id", "status"} <= record.keys():
-                raise ValueError("not a record")
-        except (ValueError, AttributeError):
+    for number, line in enumerate(data.split(b"\n"), 1):
+        record = parse(line)
+        if record:
+            yield record
+        elif line.strip():
             broken.append(number)
-            continue
-        yield record
     if broken:
-        log.warning("%s: skipped %d broken line(s) %s; their samples run again", path, len(broken), broken[:5])
+        shown = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+        log.warning("%s: skipped %d broken line(s) (%s); a run measures their samples again", path, len(broken), shown)
 
 
 def read_all(root: Path) -> list[Record]:
-    """Every record under a results folder. Records of another format version are skipped with a warning.
+    """Every record under a results folder. Records of another format version are left out with one warning.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder does not exist, or a file in it cannot be read.
     """
-    if not root.is_dir():
-        raise DataError(f"no results folder {root}: run `python -m pqbench` first, or name another folder")
-    records, foreign = [], 0
-    for path in sorted(root.glob("*/*/*/records.jsonl")):
-        for record in RecordFile(path.parent).read():
-            if record.get("version") == VERSION:
-                records.append(record)
-            else:
-                foreign += 1
+    records: list[Record] = []
+    foreign: list[Any] = []
+    for folder in run_folders(root):
+        newest, others = _newest(read_lines(RecordFile(folder).path))
+        records += newest
+        foreign += others
     if foreign:
-        log.warning("%s: left out %d record(s) of another format version", root, foreign)
+        log.warning("%s: left out %s", root, _other_version(foreign))
     return records
 
 
-def environment() -> dict[str, Any]:
-    """What a figure may depend on besides its configuration."""
-    packages = ("pqbench", "torch", "transformers", "numba", "lm-eval")
-    installed = {name: metadata.version(name) for name in packages if _installed(name)}
-    return {
-        "packages": installed,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _commit(),
-    }
+def run_folders(root: Path) -> list[Path]:
+    """The folders under ``root`` that hold records, in alphabetical order.
+
+    Raises:
+        DataError: ``root`` is no folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"no results folder {root}: run `python -m pqbench` first, or name another folder")
+    return [path.parent for path in sorted(root.rglob("records.jsonl"))]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content at once: a reader or a kill never meets half of it."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def plain_json(value: Any) -> Any:
+    """``value`` in JSON's types: non-finite numbers as null, numpy and torch scalars as numbers, the rest as text."""
+    if isinstance(value, Mapping):
+        return {str(name): plain_json(member) for name, member in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain_json(member) for member in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    return plain_json(value.item()) if hasattr(value, "item") else str(value)
 
 
 def plain_name(text: str) -> str:
@@ -147,32 +251,47 @@ def plain_name(text: str) -> str:
     return safe or "_"
 
 
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+def unwritable(folder: Path, error: OSError) -> DataError:
+    """The error of a results folder that does not take what is to be written."""
+    return DataError(
+        f"cannot write results to {folder}: {error.strerror or error}; set results=FOLDER to one you may write"
+    )
 
 
-def _installed(name: str) -> bool:
+def _outcome(record: Record) -> tuple[str, Any]:
+    return record["status"], record.get("error")
+
+
+def _newest(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
+    """The newest record of every sample, and the versions of those that are of another format."""
+    newest: dict[str, Record] = {}
+    foreign = []
+    for record in lines:
+        if record.get("version") == VERSION:
+            newest[record["sample_id"]] = record
+        else:
+            foreign.append(record.get("version", "unknown"))
+    return list(newest.values()), foreign
+
+
+def _other_version(found: list[Any]) -> str:
+    versions = ", ".join(sorted({str(version)[:20] for version in found}))
+    return (
+        f"{len(found)} record(s) of format version {versions}; this pqbench reads version {VERSION}: use the one that "
+        "wrote them, or measure again (new records go to folders of their own)"
+    )
+
+
+def _environments(path: Path) -> list[dict[str, Any]]:
     try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    listed = known if isinstance(known, list) else [known]
+    return [one for one in listed if isinstance(one, dict)]
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []  # fmt: skip
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package lies in, with + when it has local changes; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -6,18 +6,21 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import product
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
-from pqbench.errors import BudgetError, LivenessError
-from pqbench.generation import Generation, Prefilled, decode, prefill
+from pqbench.cache import Rows, layer_types
+from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
+from pqbench.generation import Generation, Prefilled, decode, geometry, prefill
 from pqbench.method import Method
 from pqbench.models import LoadedModel
 from pqbench.probe import Fidelity, probe
 from pqbench.records import VERSION, Record, RecordFile
+from pqbench.terminal import plain
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +66,24 @@ class Summary:
 def run(job: Job) -> Summary:
     """Run every sample that lacks a record.
 
-    Errors of one sample become records and the run goes on. Raises BudgetError before anything runs when a budget cannot
-    fit the samples; KeyboardInterrupt passes through, with what was measured kept.
+    Errors of one sample become records and the run goes on. Raises ConfigError before anything runs when a budget
+    cannot fit the samples or a method not the model; KeyboardInterrupt passes through, with what was measured kept.
     """
     summary, began = Summary(), time.perf_counter()
     samples = list(job.benchmark.samples(job.prompter))
     check_budgets(job.methods, samples)
+    check_methods(job.methods, job.loaded.model)
     done = {name: file.done(job.retry_failed) for name, file in job.files.items()}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    what = TextColumn("{task.description}", markup=False)  # ids come from data files
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(job.benchmark.name, total=len(samples))
         for sample in samples:
             missing = [name for name in job.methods if sample.id not in done[name]]
             summary.resumed += len(job.methods) - len(missing)
             if missing:
-                progress.update(bar, description=f"{job.benchmark.name} {sample.id} ({len(sample.input_ids)} tokens)")
+                label = f"{job.benchmark.name} {sample.id} ({len(sample.input_ids)} tokens)"
+                progress.update(bar, description=plain(label))
                 _run_sample(job, sample, missing, summary)
             progress.advance(bar)
     summary.wall_s = time.perf_counter() - began
@@ -207,6 +213,17 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
                 method.split(length, length)
             except BudgetError as error:
                 raise BudgetError(f"{name}: {error}") from error
+
+
+def check_methods(methods: Mapping[str, Method], model: PreTrainedModel) -> None:
+    """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
+    types = layer_types(model.config.get_text_config())
+    first = [(i, kind) for i, kind in enumerate(types) if kind == "full_attention"][:1]
+    for (name, method), (i, kind) in product(methods.items(), first):
+        try:
+            method.layer(geometry(model, method, i, kind, Rows(slice(None), 0, 1), columns=1024))
+        except (ConfigError, ModelError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
 
 def check_alive(method: Method, generation: Generation, prompt: int) -> None:

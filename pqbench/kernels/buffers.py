@@ -67,32 +67,31 @@ def _allocate(rows: Tensor, capacity: int) -> Tensor:
     return data
 
 
-def expand_like(indices: Tensor, data: Tensor) -> Tensor:
-    """``indices`` ``[B, H, n]`` repeated over the trailing axes of ``data`` ``[B, H, S, ...]``, for gather and scatter."""
-    trailing = data.shape[3:]
-    return indices.reshape(*indices.shape, *(1 for _ in trailing)).expand(*indices.shape, *trailing)
+def _address(indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the first three axes that name rows ``[B, H, n]``; indexing so moves whole rows, unlike gather()."""
+    batch, heads, _ = indices.shape
+    sequence = torch.arange(batch, device=indices.device)[:, None, None]
+    head = torch.arange(heads, device=indices.device)[:, None]
+    return sequence, head, indices
 
 
 def gather_rows(data: Tensor, indices: Tensor) -> Tensor:
     """Rows ``indices`` ``[B, H, n]`` of ``data`` ``[B, H, S, ...]``: ``[B, H, n, ...]``."""
-    return data.gather(2, expand_like(indices, data))
+    return data[_address(indices)]
 
 
 def swap_remove(buffer: GrowingBuffer, indices: Tensor) -> None:
-    """Remove rows ``[B, H, e]`` by moving the last rows into their places: O(e), whatever the length.
+    """Remove e rows ``[B, H, e]`` by moving the last rows into their places, whatever the length of the buffer.
 
     The same indices applied to several buffers of equal length leave them aligned.
     """
     count, data = indices.shape[2], buffer.view()
-    length = data.shape[2]
-    removed = torch.zeros(*indices.shape[:2], length, dtype=torch.bool, device=data.device)
-    removed.scatter_(2, indices, True)
-    # Rows of the last `count` that survive, and holes before them: as many of one as of the other per head.
-    tail_kept = ~removed[:, :, length - count :]  # [B, H, e]
-    order = tail_kept.int().argsort(dim=2, descending=True, stable=True)  # survivors first
-    source = length - count + order
-    holes = indices.masked_fill(indices >= length - count, length).sort(dim=2).values  # holes before the tail first
-    target = torch.where(holes < length, holes, source)  # the others move onto themselves
-    moved = gather_rows(data, source)
-    data.scatter_(2, expand_like(target, data), moved)
-    buffer.truncate(length - count)
+    first = data.shape[2] - count  # of the last e rows, which go
+    tail = torch.arange(first, data.shape[2], device=data.device)
+    survives = (tail[:, None] != indices[:, :, None, :]).all(-1)  # [B, H, e]: last rows that are not removed themselves
+    # As many survivors as holes before the tail; the rest of both move onto themselves.
+    source = first + survives.int().argsort(dim=2, descending=True, stable=True)
+    holes = indices.masked_fill(indices >= first, data.shape[2]).sort(dim=2).values
+    target = torch.where(holes < data.shape[2], holes, source)
+    data[_address(target)] = gather_rows(data, source)
+    buffer.truncate(first)

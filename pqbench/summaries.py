@@ -1,0 +1,198 @@
+"""Records to figures: scores by task with averages and intervals, and what each run cost."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import numpy as np
+import pandas as pd
+
+from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, averages
+from pqbench.records import Record
+from pqbench.terminal import plain
+
+KEYS = ["benchmark", "model", "method", "budget", "question", "key"]  # what tells one run from another
+MEANS = ["score", "mass", "recall", "output_error"]
+MEDIANS = ["ttft_s", "tt2t_s", "tpot_s"]
+COSTS = [*MEANS[1:], *MEDIANS, "attended_tokens", "index_bytes", "kv_bytes"]
+DRAWS = 1000  # bootstrap resamples
+LEVEL = 95  # percent
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean score in percent over ``n`` samples, with its bootstrap interval; without one when n is 1."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        interval = f" [{self.low:.1f}, {self.high:.1f}]" if self.n > 1 else ""
+        return f"{self.value:.1f}{interval} n={self.n}"
+
+
+@dataclass
+class Run:
+    """One method in one configuration: its names (:data:`KEYS`), sample counts, scores by column, and costs."""
+
+    names: dict[str, str]
+    n: int
+    failed: int
+    score: float | None  # over all samples, whatever the task
+    scores: dict[str, Estimate] = field(default_factory=dict)
+    costs: dict[str, float | None] = field(default_factory=dict)
+    further: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # task -> other metrics, or length buckets
+
+
+@dataclass
+class Suite:
+    """All runs of one benchmark on one model. ``columns`` are tasks, then averages."""
+
+    benchmark: str
+    model: str
+    columns: list[str]
+    runs: list[Run]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names that tell the runs apart: always the method, others only where runs of a method differ in them."""
+        shown = ["method"]
+        for name in ("budget", "question", "key"):
+            alike = {tuple(run.names[label] for label in shown) for run in self.runs}
+            different = len({run.names[name] for run in self.runs}) > 1
+            if different and (name != "key" or len(alike) < len(self.runs)):
+                shown.append(name)
+        return shown
+
+
+def frame(records: Sequence[Record]) -> pd.DataFrame:
+    """Records as a table, one row each; columns that a record lacks are empty. Names are plain text."""
+    table = pd.DataFrame(list(records))
+    for column in (*KEYS, "status", "task", "sample_id", "score", *COSTS):
+        if column not in table:
+            table[column] = None
+    for column in (*KEYS, "task"):
+        table[column] = [plain("-" if _missing(value) else value) for value in table[column]]
+    sizes = table.reindex(columns=["device_bytes", "host_bytes"]).apply(pd.to_numeric, errors="coerce")
+    table["kv_bytes"] = sizes.sum(axis=1, min_count=1)
+    return table
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per run, in the order runs first appear: counts, mean score, and costs in the units of the records."""
+    rows = []
+    for names, group in table.groupby(KEYS, sort=False, dropna=False):
+        good = group[group["status"] == "ok"]
+        row = dict(zip(KEYS, names, strict=True)) | {"n": len(good), "failed": len(group) - len(good)}
+        rows.append(row | {column: centre(good[column], column) for column in ("score", *COSTS)})
+    return pd.DataFrame(rows, columns=[*KEYS, "n", "failed", "score", *COSTS])
+
+
+def centre(values: pd.Series, column: str) -> float | None:
+    """Mean of the numbers in a column of records, or median of timings; None when there is none."""
+    numbers = pd.to_numeric(values, errors="coerce").dropna()
+    if numbers.empty:
+        return None
+    return float(numbers.median() if column in MEDIANS else numbers.mean())
+
+
+def suites(table: pd.DataFrame) -> list[Suite]:
+    """Scores and costs of every benchmark and model in the table."""
+    extended = (table["benchmark"] == "longbench") & table["task"].str.endswith("_e")
+    titled = table.assign(suite=table["benchmark"].where(~extended, "longbench_e"))
+    return [
+        _suite(str(names[0]), str(names[1]), group) for names, group in titled.groupby(["suite", "model"], sort=False)
+    ]
+
+
+def _suite(benchmark: str, model: str, table: pd.DataFrame) -> Suite:
+    tasks = list(dict.fromkeys(table["task"]))
+    runs, columns = [], dict.fromkeys(tasks)
+    for names, group in table.groupby(KEYS, sort=False, dropna=False):
+        good = group[group["status"] == "ok"]
+        draws = {task: resampled(task, scores) for task, scores in _by_task(good).items()}
+        scores = {task: _estimate(draw) for task, draw in draws.items()}
+        scores |= _averages(benchmark, tasks, draws)
+        columns |= dict.fromkeys(scores)
+        run = Run(dict(zip(KEYS, map(str, names), strict=True)), len(good), len(group) - len(good), None, scores)
+        run.score = centre(good["score"], "score")
+        run.further = {str(task): _further(str(task), rows) for task, rows in good.groupby("task", sort=False)}
+        run.costs = {column: centre(good[column], column) for column in COSTS}
+        runs.append(run)
+    return Suite(benchmark, model, list(columns), runs)
+
+
+def _by_task(good: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Scores of every task in the order of sample ids, so that runs over the same samples are resampled alike."""
+    scored = good.assign(score=pd.to_numeric(good["score"], errors="coerce")).dropna(subset="score")
+    ordered = scored.sort_values("sample_id", kind="stable")
+    return {str(task): group["score"].to_numpy(float) for task, group in ordered.groupby("task", sort=False)}
+
+
+def _further(task: str, good: pd.DataFrame) -> dict[str, Estimate]:
+    """Estimates of what a benchmark reports of each sample beside the official score."""
+    values: dict[str, list[float]] = {}
+    for scores in good.sort_values("sample_id", kind="stable").get("scores", []):
+        for name, value in scores.items() if isinstance(scores, dict) else ():
+            if name != "score" and isinstance(value, int | float):
+                values.setdefault(plain(name), []).append(float(value))
+    return {name: _estimate(resampled(task, np.array(members))) for name, members in values.items()}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A mean, and the same mean over each resample of its ``n`` samples."""
+
+    value: float
+    means: np.ndarray
+    n: int
+
+
+def resampled(task: str, scores: np.ndarray) -> Draws:
+    """Bootstrap of a task's mean. Seeded by the task's name: the same for every run, independent between tasks."""
+    generator = np.random.default_rng(zlib.crc32(task.encode()))
+    block = max(1, (1 << 20) // len(scores))
+    means = [
+        scores[generator.integers(0, len(scores), (min(block, DRAWS - start), len(scores)))].mean(1)
+        for start in range(0, DRAWS, block)
+    ]
+    return Draws(float(scores.mean()), np.concatenate(means), len(scores))
+
+
+def _estimate(draws: Draws) -> Estimate:
+    low, high = np.percentile(draws.means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return Estimate(draws.value, float(low), float(high), draws.n)
+
+
+def _averages(benchmark: str, tasks: Sequence[str], draws: Mapping[str, Draws]) -> dict[str, Estimate]:
+    """Averages over tasks: the official ones for LongBench, elsewhere the plain mean. None over an incomplete set."""
+
+    official = benchmark.startswith("longbench")
+
+    def over(scores: Mapping[str, float]) -> dict[str, float]:
+        if official:
+            return averages(scores)
+        return {"mean": fmean(scores.values())} if len(tasks) > 1 and set(tasks) == scores.keys() else {}
+
+    values = over({task: draw.value for task, draw in draws.items()})
+    resamples = zip(*(draw.means.tolist() for draw in draws.values()), strict=True) if values else ()
+    replicas = [over(dict(zip(draws, means, strict=True))) for means in resamples]
+    return {
+        name: _estimate(Draws(value, np.array([replica[name] for replica in replicas]), _count(name, draws)))
+        for name, value in values.items()
+    }
+
+
+def _count(average: str, draws: Mapping[str, Draws]) -> int:
+    """Samples behind an average."""
+    members = PQCACHE_TABLE2 if average == "pqcache_table2" else GROUPS.get(average.removesuffix("_e"), tuple(draws))
+    return sum(draw.n for task, draw in draws.items() if task.removesuffix("_e") in members or task in members)
+
+
+def _missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and value != value)

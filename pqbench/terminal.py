@@ -1,0 +1,97 @@
+"""Text from models and files on its way to a terminal, a markdown file or LaTeX: nothing in it may act there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import unicodedata
+from collections.abc import Sequence
+from typing import TextIO
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}  # fmt: skip
+
+
+def plain(text: object) -> str:
+    """One line of text without control characters: escape sequences, bidirectional overrides and the like."""
+    words = " ".join(str(text).split())
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") else c for c in words)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
+    """A markdown table, its columns aligned; the first ``labels`` columns to the left, the others to the right."""
+    cells = [[markdown(cell) for cell in row] for row in (headings, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(headings))]
+    lines = [_markdown_row(row, widths, labels) for row in cells]
+    rule = ["-" * width if i < labels else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
+
+
+def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], labels: int, caption: str) -> str:
+    """A LaTeX table (package booktabs)."""
+    lines = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in (headings, *rows)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_latex(caption)}}}",
+            rf"\begin{{tabular}}{{{'l' * labels}{'r' * (len(headings) - labels)}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+class LineHandler(logging.Handler):
+    """Writes each message as one plain line to what is standard error at that moment; warnings and errors say so."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        stream: TextIO = sys.stderr
+        try:
+            stream.write(f"{level}{plain(record.getMessage())}\n")
+            if record.exc_info:
+                stream.write(f"{logging.Formatter().formatException(record.exc_info)}\n")
+            stream.flush()
+        except Exception:  # noqa: BLE001 - logging must not end a run; the standard rule of handlers
+            self.handleError(record)
+
+
+def log_to_terminal() -> None:
+    """Send this process's log to standard error, one line a message, so that standard output holds results only."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    if not any(isinstance(handler, LineHandler) for handler in root.handlers):
+        root.addHandler(LineHandler())
+    for name in ("pqbench", "methods", "plots"):
+        logging.getLogger(name).setLevel(logging.INFO)  # libraries only warn
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+
+
+def markdown(text: str) -> str:
+    """One line of text in which markdown and HTML mean nothing."""
+    text = plain(text).replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`").replace("<", "&lt;")
+    return text.replace("](", "]\\(")  # no links; brackets alone are harmless
+
+
+def _markdown_row(row: Sequence[str], widths: Sequence[int], labels: int) -> str:
+    padded = [
+        cell.ljust(width) if i < labels else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return f"| {' | '.join(padded)} |"
+
+
+def _latex(cell: str) -> str:
+    text = "".join(_LATEX.get(c, c) for c in plain(cell))
+    return f"{{{text[0]}}}{text[1:]}" if text[:1] in ("[", "*") else text  # else an argument of the \\ before it

@@ -1,0 +1,191 @@
+"""What holds for all methods: valid selections, the budget met to the token, exactness when everything fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from methods.full import Full
+from methods.h2o import H2O
+from methods.infllm import InfLLM
+from methods.oracle import Oracle
+from methods.pqcache import PQCache
+from methods.sparq import SparQ
+from methods.streaming_llm import StreamingLLM
+from pqbench.cache import Group, Rows
+from pqbench.method import Budget, Method, PaperBudget
+from tests.support import append, case, finish, output_of, rows_of, start, tokens_of
+
+BUDGETS = {
+    "ratio": Budget(sink=4, ratio=0.3, minimum=8),
+    "fixed ratio": Budget(sink=4, ratio=0.3, minimum=8, grow=False),
+    "tokens": Budget(sink=3, window=5, tokens=23, ratio=None),
+    "window of one": Budget(sink=2, window=1, tokens=9, ratio=None),
+    "no sinks": Budget(sink=0, window=4, tokens=17, ratio=None),
+    "no middle": Budget(sink=4, window=6, tokens=10, ratio=None),
+    "paper": PaperBudget(sink=4, ratio=0.3),
+}
+SELECTING: dict[str, Any] = {
+    "oracle": Oracle,
+    "streaming_llm": StreamingLLM,
+    "h2o": H2O,
+    "sparq": lambda budget: SparQ(budget, rank=4),
+    "infllm": lambda budget: InfLLM(budget, block_size=4, representatives=2),
+    "infllm per head": lambda budget: InfLLM(budget, block_size=5, representatives=1, per_head=True),
+    "pqcache": lambda budget: PQCache(budget, m=2, b=3),
+}
+STEPS = 30
+
+
+@pytest.mark.parametrize("prompt", [61, 3, 15])  # far above the budgets; below all of them, then across while decoding
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("name", SELECTING)
+def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, prompt: int) -> None:
+    data = case(prompt, STEPS)
+    method: Method = SELECTING[name](budget)
+    state, store = start(method, data)
+    gone: set[tuple[int, int, int]] = set()
+    for step in range(STEPS):
+        q = append(state, store, data, step)
+        selection = state.select(q, store)
+        context = data.prompt + step + 1
+        split = budget.resolve(context, data.prompt)
+        rows, tokens = rows_of(selection, store), tokens_of(selection, store)
+        untrained = name == "pqcache" and context - split.sink - split.window <= 8  # by design attended whole
+        assert tokens.shape == (2, 2, context if untrained else split.total)
+        sinks = min(4, context) if name == "streaming_llm" else split.sink
+        window = max(1, split.total - sinks) if name == "streaming_llm" else split.window
+        for b, h in np.ndindex(2, 2):
+            mine = tokens[b, h].tolist()
+            assert len(set(mine)) == len(mine)
+            assert 0 <= min(mine) <= max(mine) < context
+            assert 0 <= int(rows[b, h].min()) <= int(rows[b, h].max()) < store.length
+            assert set(range(sinks)) <= set(mine)
+            held = store.positions[b, h].tolist()
+            # With a growing budget an evicting method cannot bring back what left the window's edge before it grew.
+            edge = context - window + (method.evicts and budget.grow and budget.ratio is not None)
+            assert set(range(edge, context)) <= set(mine)
+            assert not gone & {(b, h, token) for token in mine}
+            gone |= {(b, h, token) for token in set(range(context)) - set(held)}
+        finish(state, store, selection, q, data)
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 5, 40])
+@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p"])
+def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
+    budget = Budget(sink=4, ratio=1.0)
+    if name.startswith("infllm"):
+        budget = Budget(sink=0, window=1000, ratio=1.0)  # everything local: the one case in which it is exact
+    others: dict[str, Method] = {
+        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 1.0)
+    }  # fmt: skip
+    method = others[name] if name in others else SELECTING[name](budget)
+    data = case(prompt, 25)
+    state, store = start(method, data)
+    for step in range(25):
+        q = append(state, store, data, step)
+        selection = state.select(q, store)
+        assert np.allclose(output_of(selection, store, q, data), data.full(prompt + step + 1), atol=1e-5)
+        finish(state, store, selection, q, data)
+
+
+@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p"])
+def test_the_harness_computes_what_the_selection_says(name: str) -> None:
+    budget = Budget(sink=4, ratio=0.3, minimum=8)
+    others: dict[str, Method] = {
+        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 0.8)
+    }  # fmt: skip
+    method = others[name] if name in others else SELECTING[name](budget)
+    data = case(50, 12)
+    state, store = start(method, data)
+    mirror, mirror_store = start(method, data)
+    group = Group(Rows(slice(None), 0, 2), store, state)
+    attended = []
+    for step in range(12):
+        at = data.prompt + step
+        group.append(data.keys[:, :, at : at + 1], data.values[:, :, at : at + 1])
+        output = group.attend(data.q[:, :, :, at])
+        q = append(mirror, mirror_store, data, step)
+        selection = mirror.select(q, mirror_store)
+        assert np.allclose(output.numpy(), output_of(selection, mirror_store, q, data), atol=2e-5)
+        seen = torch.ones(2, 2, 1, 1, dtype=torch.bool) if selection.visible is None else selection.visible
+        attended.append(seen.expand(2, 2, -1, rows_of(selection, mirror_store).shape[2]).any(2).sum(-1).float().mean())
+        finish(mirror, mirror_store, selection, q, data)
+    assert group.meter.steps == 12
+    assert group.meter.attended == pytest.approx(float(sum(attended)))
+
+
+@pytest.mark.parametrize("name", [*SELECTING, "full"])
+def test_meters_follow_the_cost_table(name: str) -> None:
+    """Index bytes read per step and layer, from the formulas of the cost table; keys here take four bytes."""
+    batch, heads, width, length = 2, 2, 16, 70
+    budget = Budget(sink=4, window=6, tokens=22, ratio=None)
+    data = case(length - 1, 1, batch=batch, heads=heads, width=width)
+    state, store = start(Full() if name == "full" else SELECTING[name](budget), data)
+    q = append(state, store, data, 0)
+    state.select(q, store)
+    middle = length - 4 - 6
+    formulas = {
+        "full": 0,
+        "oracle": batch * length * heads * width * 4,  # all keys: phi = 1
+        "streaming_llm": 0,
+        "h2o": batch * heads * 22 * 4,  # one float32 score per kept token
+        "sparq": batch * length * heads * 4 * 4,  # s h_kv r e: phi = r / d
+        "infllm": batch * -(-middle // 4) * heads * width * 4,  # one vector per block and KV head: phi = 1 / P
+        "infllm per head": batch * -(-middle // 5) * heads * width * 4,
+        "pqcache": batch * middle * heads * 2,  # m one-byte codes per middle key
+    }
+    assert state.index_bytes == formulas[name]
+    held = 22 if name in ("h2o", "streaming_llm") else length
+    assert store.device_bytes == 2 * batch * heads * held * width * 4
+
+
+@pytest.mark.parametrize("name", [*SELECTING, "full"])
+def test_sequences_and_heads_do_not_mix(name: str) -> None:
+    """A batch of two equals two batches of one; a group of one head works like plain multi-head attention."""
+    budget = Budget(sink=4, ratio=0.3, minimum=8)
+    method: Method = Full() if name == "full" else SELECTING[name](budget)
+    both = case(47, 6, group=1)
+    together = start(method, both)
+    outputs = []
+    for step in range(6):
+        q = append(*together, both, step)
+        selection = together[0].select(q, together[1])
+        outputs.append(output_of(selection, together[1], q, both))
+        finish(*together, selection, q, both)
+    for b in range(2):
+        alone = case(47, 6, group=1)
+        alone.q, alone.keys, alone.values = both.q[b : b + 1], both.keys[b : b + 1], both.values[b : b + 1]
+        state, store = start(method, alone, chunk=10)
+        for step in range(6):
+            q = append(state, store, alone, step)
+            selection = state.select(q, store)
+            assert np.allclose(output_of(selection, store, q, alone)[0], outputs[step][b], atol=1e-5)
+            finish(state, store, selection, q, alone)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4])
+def test_the_oracle_holds_the_most_mass_at_equal_size(ratio: float) -> None:
+    """Per KV head and sinks and window alike, no selection of the same size keeps more probability."""
+    budget = Budget(sink=4, window=6, ratio=ratio, minimum=12)
+    data = case(150, 3, spread=2.5)
+
+    def mass(method: Method, step: int) -> np.ndarray:
+        state, store = start(method, data)
+        for before in range(step):
+            q = append(state, store, data, before)
+            finish(state, store, state.select(q, store), q, data)
+        q = append(state, store, data, step)
+        tokens = tokens_of(state.select(q, store), store).numpy()
+        exact = data.probabilities(data.prompt + step + 1).sum(2)
+        return np.take_along_axis(exact, tokens, 2).sum(-1)
+
+    for step in range(3):
+        best = mass(Oracle(budget), step)
+        masses = {name: mass(SELECTING[name](budget), step) for name in SELECTING if name not in ("oracle", "streaming_llm")}
+        for name, value in masses.items():
+            assert (value <= best + 1e-6).all(), name
+        assert any((value < best - 1e-3).any() for value in masses.values())

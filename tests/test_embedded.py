@@ -1,0 +1,75 @@
+"""The embedded default model on real prose: with a budget for everything, every method gives what transformers gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from methods.full import Full
+from methods.h2o import H2O
+from methods.infllm import InfLLM
+from methods.oracle import Oracle
+from methods.pqcache import PQCache
+from methods.sparq import SparQ
+from methods.streaming_llm import StreamingLLM
+from pqbench import decode, prefill
+from pqbench.benchmarks.prose import prose
+from pqbench.method import Budget, Method
+from pqbench.models import LoadedModel, PackagedGGUF
+
+pytestmark = pytest.mark.embedded
+WHOLE = Budget(ratio=1.0)
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "oracle": Oracle(WHOLE),
+    "oracle query_head": Oracle(WHOLE, rule="query_head"),
+    "oracle top_p": Oracle(WHOLE, rule="top_p", top_p=1.0),
+    "streaming_llm": StreamingLLM(WHOLE),
+    "h2o": H2O(WHOLE),
+    "sparq": SparQ(WHOLE),
+    "infllm": InfLLM(Budget(sink=0, window=8192, ratio=1.0)),  # all local; with blocks its positions are others by design
+    "pqcache": PQCache(WHOLE),
+}
+NEW = 32
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[LoadedModel]:
+    """The model of conf/model/smollm2.yaml; the only tests that use two threads."""
+    options = yaml.safe_load((Path(__file__).parent.parent / "conf/model/smollm2.yaml").read_text(encoding="utf-8"))
+    fields = {name: options[name] for name in ("name", "package", "version", "file", "dtype", "device")}
+    assert options["_target_"] == "pqbench.models.PackagedGGUF"
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield PackagedGGUF(**fields).load()
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("length", [300, 800, 1500])
+def test_tokens_equal_transformers(smollm2: LoadedModel, length: int) -> None:
+    text = next(speech for speech in prose(seed=length) if len(speech) > 8 * length)
+    ids = torch.tensor([smollm2.tokenizer(text).input_ids[:length]])
+    assert ids.shape == (1, length)
+    output = smollm2.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
+    expected = output[0, length:].tolist()
+    assert len(set(expected)) > 10
+    prefilled = prefill(smollm2.model, ids, list(METHODS.values()), reserve=NEW)
+    different = {}
+    for i, name in enumerate(METHODS):
+        tokens = decode(prefilled, i, NEW).tokens[0].tolist()
+        if tokens != expected:
+            different[name] = tokens
+    assert different == {}
+
+
+def test_the_model_is_the_one_the_configuration_promises(smollm2: LoadedModel) -> None:
+    config = smollm2.model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    assert smollm2.max_length == 8192
+    assert smollm2.tokenizer.chat_template

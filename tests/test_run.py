@@ -1,0 +1,151 @@
+"""The main loop on a real, tiny model: one prefill per sample, records that add up, failures as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from methods.full import Full
+from methods.h2o import H2O
+from methods.pqcache import PQCache
+from pqbench.benchmarks.base import Benchmark, Prompter, Sample
+from pqbench.benchmarks.recall import string_recall
+from pqbench.errors import BudgetError
+from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
+from pqbench.models import LoadedModel, Random
+from pqbench.records import RecordFile
+from pqbench.run import Job, Summary, run
+
+
+@dataclass
+class Letters(Benchmark):
+    """Three prompts of random letters."""
+
+    name: ClassVar[str] = "letters"
+    lengths: tuple[int, ...] = (200, 250, 300)
+
+    def samples(self, prompter: Prompter) -> Iterable[Sample]:
+        generator = torch.Generator().manual_seed(0)
+        for length in self.lengths:
+            ids = torch.randint(60, 120, (length,), generator=generator).tolist()
+            yield Sample(f"s{length}", "letters", ids, ["abcdefgh"], 6, question_tokens=10)
+
+    def score(self, record: Mapping[str, Any]) -> dict[str, float]:
+        return {"score": string_recall(record["prediction"], record["references"])}
+
+
+@dataclass(frozen=True)
+class Lazy(Method):
+    """Claims a budget and attends to everything."""
+
+    budget: Budget = field(default_factory=lambda: Budget(ratio=0.3))
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return LayerState(geometry)
+
+
+class BrokenState(LayerState):
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        raise torch.OutOfMemoryError("no room for the index")
+
+
+@dataclass(frozen=True)
+class Broken(Lazy):
+    """Runs out of memory in its first step."""
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return BrokenState(geometry)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return Random(name="tiny").load()
+
+
+def job(loaded: LoadedModel, folder: Path, methods: Mapping[str, Method], **options: Any) -> Job:
+    files = {name: RecordFile.create(folder, "letters", "tiny", name, {"method": repr(methods[name])}) for name in methods}
+    return Job(Letters(), loaded, Prompter(loaded.tokenizer, loaded.max_length), methods, files, **options)
+
+
+def records(done: Job, method: str) -> list[dict[str, Any]]:
+    return done.files[method].read()
+
+
+def test_methods_share_one_prefill_and_get_a_record_each(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    forward = loaded.model.forward
+    monkeypatch.setattr(loaded.model, "forward", lambda ids, **kw: calls.append(ids.shape[1]) or forward(ids, **kw))
+    done = job(loaded, tmp_path, {"full": Full(), "pqcache": PQCache(Budget(ratio=0.3, sink=4), b=4)})
+    summary = run(done)
+    assert (summary.measured, summary.failures) == (6, [])
+    assert [n for n in calls if n > 1] == [200, 250, 300]
+    for full, pq in zip(records(done, "full"), records(done, "pqcache"), strict=True):
+        length = full["prompt_tokens"]
+        steps = full["new_tokens"] - 1
+        assert full["attended_tokens"] == pytest.approx(length + (steps + 1) / 2)
+        assert pq["attended_tokens"] <= max(64, 0.3 * (length + steps))  # 64: the floor of a ratio budget
+        assert full["mass"] == pytest.approx(1, abs=1e-5)
+        assert full["output_error"] == pytest.approx(0, abs=1e-5)
+        assert 0 < pq["mass"] < 1
+        assert pq["output_error"] > 0
+        # float32 keys and values of 2 layers, 2 KV heads, 16 dimensions
+        assert full["device_bytes"] == 2 * 2 * 2 * 16 * 4 * (length + steps)
+        assert full["tt2t_s"] > full["ttft_s"] > 0
+
+
+def test_a_second_run_measures_nothing_and_a_new_method_only_itself(loaded: LoadedModel, tmp_path: Path) -> None:
+    run(job(loaded, tmp_path, {"full": Full()}))
+    again = run(job(loaded, tmp_path, {"full": Full()}))
+    assert (again.measured, again.resumed, again.prefill_s) == (0, 3, 0.0)
+    more = run(job(loaded, tmp_path, {"full": Full(), "h2o": H2O(Budget(ratio=0.3, sink=4))}))
+    assert (more.measured, more.resumed) == (3, 3)
+
+
+def test_a_method_that_never_skips_a_token_fails_loudly(loaded: LoadedModel, tmp_path: Path) -> None:
+    done = job(loaded, tmp_path, {"full": Full(), "lazy": Lazy()})
+    summary = run(done)
+    assert len(summary.failures) == 3
+    assert "not active" in summary.failures[0]
+    assert {r["status"] for r in records(done, "lazy")} == {"error"}
+    assert {r["status"] for r in records(done, "full")} == {"ok"}
+
+
+def test_out_of_memory_is_a_row_and_the_others_go_on(loaded: LoadedModel, tmp_path: Path) -> None:
+    done = job(loaded, tmp_path, {"broken": Broken(), "full": Full()}, probe_tokens=0)
+    run(done)
+    assert {r["status"] for r in records(done, "broken")} == {"oom"}
+    assert {r["status"] for r in records(done, "full")} == {"ok"}
+    assert run(job(loaded, tmp_path, {"broken": Broken()}, probe_tokens=0)).measured == 0
+    retried: Summary = run(job(loaded, tmp_path, {"broken": Broken()}, probe_tokens=0, retry_failed=True))
+    assert len(retried.failures) == 3
+
+
+def test_the_question_can_go_through_the_method(loaded: LoadedModel, tmp_path: Path) -> None:
+    full = {"full": Full()}
+    dense, select = job(loaded, tmp_path / "a", full), job(loaded, tmp_path / "b", full, question="select")
+    run(dense)
+    run(select)
+    assert [r["prediction"] for r in records(dense, "full")] == [r["prediction"] for r in records(select, "full")]
+    assert [r["question"] for r in records(select, "full")] == ["select"] * 3
+    steps = [r["new_tokens"] - 1 for r in records(select, "full")]
+    lengths = [r["prompt_tokens"] for r in records(select, "full")]
+    for record, n, length in zip(records(select, "full"), steps, lengths, strict=True):
+        assert record["attended_tokens"] == pytest.approx(length - 10 + (10 + n + 1) / 2)
+
+
+def test_an_impossible_budget_stops_before_anything_runs(loaded: LoadedModel, tmp_path: Path) -> None:
+    above = job(loaded, tmp_path, {"full": Full(), "h2o": H2O(Budget(tokens=5000, ratio=None))})
+    with pytest.raises(BudgetError, match=r"h2o.*5000.*above the longest context.*306"):
+        run(above)
+    tight = job(loaded, tmp_path, {"h2o": H2O(Budget(ratio=0.1, sink=32, window=60))})
+    with pytest.raises(BudgetError, match="below sink 32"):
+        run(tight)
+    assert records(above, "full") == []
