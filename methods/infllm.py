@@ -17,13 +17,13 @@ class InfLLM(Method):
     """Middle tokens form blocks; a block is scored by the mean of its representative keys and fetched whole.
 
     Representatives are the tokens of the block that received most attention probability from the queries that saw them
-    inside the local window. Keys are scored and averaged un-rotated, the query at angle ``window - 1``. In the attention
-    itself every token outside the local window, sinks included, sits at distance ``window - 1``: positions are clipped,
-    so InfLLM with all blocks is not full attention.
+    inside the local window. Keys are scored and averaged un-rotated, the query at angle ``window - 1``. In the
+    attention itself every token outside the local window, sinks included, sits at distance ``window - 1``: positions
+    are clipped, so InfLLM with all blocks is not full attention.
 
-    Differs from the released code: prefill is exact and blocks are built after it; probabilities come from a softmax over
-    the local window alone; one vector per block and KV head, not per query head (phi = 1/block_size); the last block may
-    be partial, and the lowest-ranked block is cut so that the budget is met to the token.
+    Differs from the released code: prefill is exact and blocks are built after it; probabilities come from a softmax
+    over the local window alone; one vector per block and KV head, not per query head (phi = 1/block_size); the last
+    block may be partial, and the lowest-ranked block is cut so that the budget is met to the token.
 
     Attributes:
         budget: sinks are n_init, the window n_local, top_k the tokens of retrieved blocks.

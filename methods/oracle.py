@@ -78,7 +78,7 @@ def _member(indices: Tensor, like: Tensor) -> Tensor:
 
 
 def _smallest_set(weights: Tensor, wanted: Tensor) -> Tensor:
-    """True on the fewest of ``weights`` ``[..., M]`` whose sum reaches ``wanted`` ``[...]`` (none when it is not positive)."""
+    """True on the fewest of ``weights`` ``[..., M]`` whose sum reaches ``wanted`` ``[...]``; none if <= 0."""
     order = weights.argsort(dim=-1, descending=True)
     before = weights.gather(-1, order).cumsum(-1) - weights.gather(-1, order)
     return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, before < wanted[..., None])

@@ -15,9 +15,9 @@ from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 class PQCache(Method):
     """Per KV head and sub-space, K-Means on the middle keys after rotary embedding gives codebooks and codes.
 
-    A step scores every middle token by table look-up, takes the softmax over the middle per query head, sums it over the
-    query group, and attends exactly to the top-k per KV head together with sinks and window. A token that leaves the
-    window gets the nearest centroid of the frozen codebooks.
+    A step scores every middle token by table look-up, takes the softmax over the middle per query head, sums it over
+    the query group, and attends exactly to the top-k per KV head together with sinks and window. A token that leaves
+    the window gets the nearest centroid of the frozen codebooks.
 
     Differs from the paper: the number of iterations is fixed here (the paper adapts it to the prefill time); contexts
     whose middle holds at most ``2**b`` tokens are attended whole, and get their codebooks once the middle is larger.

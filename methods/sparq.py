@@ -1,4 +1,4 @@
-"""SparQ: score keys on the few query dimensions that matter, and replace the rest by the mean value (arXiv 2312.04985)."""
+"""SparQ: score keys on the few query components that matter, replace the rest by the mean value (arXiv 2312.04985)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class SparQ(Method):
 
     def layer(self, geometry: Geometry) -> LayerState:
         if not 1 <= self.rank <= geometry.head_dim:
-            raise ConfigError(f"sparq.rank is {self.rank}: it must lie between 1 and the head dimension {geometry.head_dim}")
+            raise ConfigError(
+                f"sparq.rank is {self.rank}: it must lie between 1 and the head dimension {geometry.head_dim}"
+            )
         return SparQState(self, geometry)
 
 

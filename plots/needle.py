@@ -31,7 +31,9 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     for (model, method, key), run in reversed(runs):
         if method == BASELINE and len(runs) > 1:
             continue
-        full = cells[(cells["model"] == model) & (cells["method"] == BASELINE) & cells["sample_id"].isin(run["sample_id"])]
+        full = cells[
+            (cells["model"] == model) & (cells["method"] == BASELINE) & cells["sample_id"].isin(run["sample_id"])
+        ]
         name = f"needle_{plain_name(str(method))}"
         if name in taken:
             name = f"{name}-{plain_name(str(model))}-{key}"

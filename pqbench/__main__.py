@@ -121,16 +121,18 @@ def _record_file(plain: dict[str, Any], name: str, benchmark: str) -> RecordFile
 
 def footer(summary: Summary, results: str, *, multirun: bool) -> str:
     """What the run cost, and what it would have cost without sharing prefills."""
-    lines = [f"{summary.measured} measured, {summary.resumed} already there, {len(summary.failures)} failed; records in {results}/"]
+    counts = f"{summary.measured} measured, {summary.resumed} already there, {len(summary.failures)} failed"
+    lines = [f"{counts}; records in {results}/"]
     if summary.measured:
         own = summary.prefill_s + summary.decode_s + summary.index_s
         lines.append(
-            f"wall {summary.wall_s:.1f} s = {summary.wall_s / own:.2f} x (shared prefills {summary.prefill_s:.1f} s + decodes "
-            f"{summary.decode_s:.1f} s + the methods' own indices {summary.index_s:.1f} s); fidelity probes {summary.probe_s:.1f} s"
+            f"wall {summary.wall_s:.1f} s = {summary.wall_s / own:.2f} x (shared prefills {summary.prefill_s:.1f} s + "
+            f"decodes {summary.decode_s:.1f} s + the methods' own indices {summary.index_s:.1f} s); "
+            f"fidelity probes {summary.probe_s:.1f} s"
         )
     lines.append(
-        f"{torch.get_num_threads()} threads; one prefill serves all methods, so ttft is that prefill plus the method's own "
-        "watching of it; mass, recall and error: teacher-forced on the reference answer, clean inputs"
+        f"{torch.get_num_threads()} threads; one prefill serves all methods, so TTFT is that prefill plus the method's "
+        "own watching of it; mass, recall and error: teacher-forced on the reference answer, clean inputs"
     )
     return "\n".join(lines if not multirun else lines[:1])
 

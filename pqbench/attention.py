@@ -27,8 +27,8 @@ def attention_forward(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, kv: LayeredCache | None = None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Registered under :data:`NAME`. ``kv`` is the cache that the loop passes through ``model(..., kv=cache)``; its layer
-    answers the call. Layers that are not ours (sliding windows), and calls without ``kv``, get plain SDPA.
+    """Registered under :data:`NAME`. ``kv`` is the cache that the loop passes through ``model(..., kv=cache)``; its
+    layer answers the call. Layers that are not ours (sliding windows), and calls without ``kv``, get plain SDPA.
 
     Raises:
         ModelError: the layer asks for something that no method here would honour.
@@ -71,7 +71,7 @@ def rotary_frequencies(model: PreTrainedModel, layer: int, layer_type: str) -> T
     """Rotary frequencies ``[D_rotary / 2]`` of a layer, checked against the model's own rotation.
 
     Raises:
-        ModelError: the model has no rotary embedding, or one that depends on the length or pairs dimensions differently.
+        ModelError: the model has no rotary embedding, or one that depends on the length or pairs other dimensions.
     """
     decoder = model.get_decoder()
     rotary = getattr(decoder, "rotary_emb", None)

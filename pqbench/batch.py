@@ -17,7 +17,9 @@ def check_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         ConfigError: an empty prompt, a mask with holes or right padding, or a prompt longer than the model allows.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ConfigError(f"the prompt is empty: input_ids has shape {tuple(input_ids.shape)}, expected [B, S] with S > 0")
+        raise ConfigError(
+            f"the prompt is empty: input_ids has shape {tuple(input_ids.shape)}, expected [B, S] with S > 0"
+        )
     check_length(model, input_ids.shape[1])
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
@@ -40,9 +42,9 @@ def check_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raises ConfigError when a model, or the attention under it, computed NaN: the tokens would look like an answer."""
+    """Raises ConfigError when the model or a method's attention computed NaN: its tokens would look like an answer."""
     if bool(logits.isnan().any()):
-        raise ConfigError("the model's logits are NaN: weights or keys are not finite or overflow, try model.dtype=float32")
+        raise ConfigError("the model's logits are NaN: weights or keys are not finite, try model.dtype=float32")
 
 
 def group_rows(mask: Tensor) -> list[Rows]:

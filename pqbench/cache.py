@@ -40,16 +40,16 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     types, _ = get_layer_types_and_kwargs(config)
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
-        raise ModelError(f"the model has layers of type {', '.join(unknown)}; pqbench serves full and sliding attention")
+        raise ModelError(
+            f"the model has layers of type {', '.join(unknown)}; pqbench serves full and sliding attention"
+        )
     return types
 
 
 def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
     """Transformers' own cache layers for the layers that methods leave alone."""
     types, options = get_layer_types_and_kwargs(config)
-    return {
-        i: DynamicSlidingWindowLayer(**options[i]) for i, kind in enumerate(types) if kind == "sliding_attention"
-    }
+    return {i: DynamicSlidingWindowLayer(**options[i]) for i, kind in enumerate(types) if kind == "sliding_attention"}
 
 
 class OurLayer(CacheLayerMixin):
@@ -129,7 +129,9 @@ class PrefillLayer(OurLayer):
         self.seen += key_states.shape[2]
         return keys.view(), values.view()
 
-    def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attention(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         """Dense causal attention of a block, ``[B, n, Hq, D]``."""
         output = dense_prefill(module, q, k, v, mask, scaling)
         batch, heads, columns, width = q.shape
@@ -221,7 +223,9 @@ class DecodeLayer(OurLayer):
         self.seen += 1
         return key_states, value_states
 
-    def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attention(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``; the mask is implied by the groups."""
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]

@@ -1,4 +1,4 @@
-"""The way in for people who live in transformers: ``model.generate(**inputs, custom_generate=decoding_with(method))``."""
+"""The way in from transformers: ``model.generate(**inputs, custom_generate=decoding_with(method))``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def decoding_with(method: Method) -> Callable[..., Tensor]:
             return stopped.expand(len(tokens))
 
         prefilled = prefill(model, input_ids, [method], model_kwargs.get("attention_mask"), reserve=new)
-        generation = decode(prefilled, 0, new, finished=finished if stopping_criteria else None, config=generation_config)
+        ending = finished if stopping_criteria else None
+        generation = decode(prefilled, 0, new, finished=ending, config=generation_config)
         return torch.cat([input_ids, generation.tokens], 1)
 
     return decoding

@@ -1,4 +1,4 @@
-"""Prefill once, decode greedily for as many methods as wanted; the loop that every benchmark and timing goes through."""
+"""Prefill once, decode greedily for as many methods as wanted: the loop every benchmark and timing goes through."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from pqbench.attention import attached, rotary_frequencies
-from pqbench.cache import (
-    DecodeLayer, Group, LayeredCache, Meter, Observer, PrefillLayer, Rows, copy_sliding, layer_types, sliding_layers,
-)  # fmt: skip
 from pqbench.batch import check_length, check_logits, check_prompt, group_rows
+from pqbench.cache import (
+    DecodeLayer,
+    Group,
+    LayeredCache,
+    Meter,
+    Observer,
+    PrefillLayer,
+    Rows,
+    copy_sliding,
+    layer_types,
+    sliding_layers,
+)  # fmt: skip
 from pqbench.errors import ConfigError
 from pqbench.method import Geometry, Method
 
@@ -137,7 +146,9 @@ def prefill(
     layers = {i: PrefillLayer(input_ids.shape[1] + reserve) for i, kind in enumerate(types) if kind == "full_attention"}
     for i, layer in layers.items():
         layer.observers = [
-            Observer(rows, method.layer(geometry(model, method, i, types[i], rows, input_ids.shape[1])), lambda: now(model))
+            Observer(
+                rows, method.layer(geometry(model, method, i, types[i], rows, input_ids.shape[1])), lambda: now(model)
+            )
             for method in methods
             for rows in groups
         ]
@@ -158,7 +169,17 @@ def prefill(
         for m in range(len(methods))
     ]
     return Prefilled(
-        model, methods, padded, mask.long().sum(-1), logits, groups, layers, sliding, seconds - sum(observed), observed, [0.0] * len(methods)
+        model,
+        methods,
+        padded,
+        mask.long().sum(-1),
+        logits,
+        groups,
+        layers,
+        sliding,
+        seconds - sum(observed),
+        observed,
+        [0.0] * len(methods),
     )
 
 
@@ -184,11 +205,13 @@ def decode(
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     model = prefilled.model
     config = model.generation_config if config is None else config
-    ends = torch.cat([end_tokens(config, model.device), torch.tensor(extra_ends, dtype=torch.long, device=model.device)])
+    more = torch.tensor(extra_ends, dtype=torch.long, device=model.device)
+    ends = torch.cat([end_tokens(config, model.device), more])
     cache, mask, position = prefilled.fork(method), prefilled.mask, prefilled.lengths[:, None]
     filler = pad_token(config)
     done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)
-    tokens, steps, asked, logits = [], [], 0.0, prefilled.logits
+    tokens: list[Tensor] = []
+    steps, asked, logits = [], 0.0, prefilled.logits
     with attached(model):
         for known in question:
             token = torch.full_like(done, known, dtype=torch.long)
@@ -236,7 +259,7 @@ def generate(
 
 
 def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None: the causal kernel runs."""
+    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None."""
     output = model(
         ids, attention_mask=mask, position_ids=positions, past_key_values=cache, kv=cache, use_cache=True,
         logits_to_keep=1,

@@ -17,8 +17,17 @@ from torch import Tensor
 from pqbench.errors import BudgetError, ConfigError
 
 __all__ = [
-    "Budget", "BudgetError", "ConfigError", "Geometry", "KV", "LayerState", "Method", "PaperBudget", "Residual",
-    "Selection", "Split",
+    "KV",
+    "Budget",
+    "BudgetError",
+    "ConfigError",
+    "Geometry",
+    "LayerState",
+    "Method",
+    "PaperBudget",
+    "Residual",
+    "Selection",
+    "Split",
 ]  # fmt: skip
 
 
@@ -81,7 +90,9 @@ class Budget:
         if not 0 <= self.window_share <= 1:
             raise BudgetError(f"budget.window_share is {self.window_share}: it must lie in [0, 1]")
         if self.sink < 0 or (self.window is not None and self.window < 1):
-            raise BudgetError("budget.sink must be at least 0 and budget.window at least 1 (it holds the current token)")
+            raise BudgetError(
+                "budget.sink must be at least 0 and budget.window at least 1 (it holds the current token)"
+            )
         floor = self.sink + (self.window or 1)
         if self.tokens is not None and self.tokens < floor:
             raise BudgetError(f"budget.tokens is {self.tokens}, below sink + window = {floor}: raise it or lower those")
@@ -238,8 +249,8 @@ class LayerState:
         return Selection()
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
-        """After each step: return rows ``[B, H, e]`` to drop, if any. With ``needs_weights``, ``weights`` are the attention
-        probabilities ``[B, H, G, n]`` of the selected rows."""
+        """After each step: return rows ``[B, H, e]`` to drop, if any. With ``needs_weights``, ``weights`` are the
+        attention probabilities ``[B, H, G, n]`` of the selected rows."""
         return None
 
     @property

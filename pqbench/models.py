@@ -82,7 +82,9 @@ class Pretrained(ModelSource):
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if not self.path:
-            raise ModelError("model.path is empty: set it to a local folder or a hub name, e.g. model.path=/models/llama")
+            raise ModelError(
+                "model.path is empty: set it to a local folder or a hub name, e.g. model.path=/models/llama"
+            )
         local = Path(self.path).expanduser()
         if local.is_dir() and not (local / "config.json").exists():
             raise ModelError(f"{local} holds no config.json: point model.path at a folder written by save_pretrained()")
@@ -152,7 +154,9 @@ class Random(ModelSource):
         return model, tokenizer
 
 
-def load_folder(path: str, dtype: torch.dtype, device_map: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_folder(
+    path: str, dtype: torch.dtype, device_map: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer by folder or hub name. Raises ModelError in one line."""
     options: dict[str, Any] = {"trust_remote_code": False}
     try:
@@ -162,8 +166,10 @@ def load_folder(path: str, dtype: torch.dtype, device_map: str | None) -> tuple[
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"cannot load model {path!r}: it is neither a usable local folder nor reachable on the hub. "
-                         f"Download it elsewhere and set model.path=/folder/of/the/model. ({reason})") from error  # fmt: skip
+        raise ModelError(
+            f"cannot load model {path!r}: it is neither a usable local folder nor reachable on the hub. "
+            f"Download it elsewhere and set model.path=/folder/of/the/model. ({reason})"
+        ) from error
     return model, tokenizer
 
 

@@ -61,7 +61,9 @@ class Fidelity:
 class ProbeLayer(OurLayer):
     """Answers densely, and on the side lets every method answer the same query."""
 
-    def __init__(self, dense: Store, groups: Sequence[Group], fidelities: Sequence[Fidelity], splits: Any, seen: int) -> None:
+    def __init__(
+        self, dense: Store, groups: Sequence[Group], fidelities: Sequence[Fidelity], splits: Any, seen: int
+    ) -> None:
         super().__init__()
         self.dense, self.groups, self.fidelities, self.splits, self.seen = dense, groups, fidelities, splits, seen
 
@@ -75,7 +77,9 @@ class ProbeLayer(OurLayer):
         self.seen += 1
         return key_states, value_states
 
-    def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attention(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         """Dense attention of one query per sequence, ``[B, 1, Hq, D]``."""
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
@@ -146,6 +150,8 @@ def _seen(selection: Selection, store: Store, exact: Tensor) -> Tensor:
     positions = store.positions
     if selection.indices is not None:
         positions = positions.gather(2, selection.indices)
-    visible = torch.ones_like(positions, dtype=torch.bool)[:, :, None] if selection.visible is None else selection.visible
+    visible = (
+        torch.ones_like(positions, dtype=torch.bool)[:, :, None] if selection.visible is None else selection.visible
+    )
     target = positions[:, :, None].expand(*exact.shape[:3], -1)
     return torch.zeros_like(exact, dtype=torch.bool).scatter_(3, target, visible.expand(target.shape))

@@ -33,7 +33,7 @@ class Job:
         methods: by the name that results use.
         files: the record file of each method.
         chunk: prefill block in tokens, None for one shot.
-        question: ``dense`` prefills the question with the context, ``select`` sends it through the method token by token.
+        question: ``dense`` prefills it with the context, ``select`` sends it through the method token by token.
         probe_tokens: tokens of the reference answer over which fidelity is measured; 0 measures none.
         retry_failed: run samples again whose record is an error.
     """
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass
 class Summary:
-    """What a run did. Seconds: of everything, of prefills shared by all methods, of the methods' own work, of probing."""
+    """What a run did. Seconds: of everything, of shared prefills, of the methods' decodes and indices, of probing."""
 
     measured: int = 0
     resumed: int = 0
@@ -95,7 +95,7 @@ def _run_sample(job: Job, sample: Sample, names: Sequence[str], summary: Summary
         records = evaluate(job, sample, names, summary)
     except (MemoryError, torch.OutOfMemoryError) as error:
         records = [failure(job, sample, name, "oom", error) for name in names]
-    except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
+    except Exception as error:
         log.debug("sample %s failed", sample.id, exc_info=True)
         records = [failure(job, sample, name, "error", error) for name in names]
     for record in records:
@@ -113,20 +113,27 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
     held_back = sample.question_tokens if job.question == "select" else 0
     context, question = ids[:, : ids.shape[1] - held_back], ids[0, ids.shape[1] - held_back :].tolist()
     methods = [job.methods[name] for name in names]
-    prefilled = prefill(model, context, methods, chunk=job.chunk, reserve=sample.max_new_tokens + held_back + job.probe_tokens)
+    prefilled = prefill(
+        model, context, methods, chunk=job.chunk, reserve=sample.max_new_tokens + held_back + job.probe_tokens
+    )
     summary.prefill_s += prefilled.seconds
     records = []
     for i, name in enumerate(names):
         began = time.perf_counter()
         try:
             generation = decode(
-                prefilled, i, sample.max_new_tokens, sample.min_new_tokens, question=question, extra_ends=sample.end_tokens
+                prefilled,
+                i,
+                sample.max_new_tokens,
+                sample.min_new_tokens,
+                question=question,
+                extra_ends=sample.end_tokens,
             )
             check_alive(methods[i], generation, context.shape[1])
             records.append(success(job, sample, name, generation))
         except (MemoryError, torch.OutOfMemoryError) as error:
             records.append(failure(job, sample, name, "oom", error))
-        except Exception as error:  # noqa: BLE001 - the other methods of this prefill still count
+        except Exception as error:
             log.debug("method %s failed on %s", name, sample.id, exc_info=True)
             records.append(failure(job, sample, name, "error", error))
         summary.decode_s += time.perf_counter() - began - prefilled.build_seconds[i]
@@ -235,5 +242,7 @@ def check_alive(method: Method, generation: Generation, prompt: int) -> None:
         return
     attended = sum(meter.attended for meter in meters) / steps
     if attended >= prompt:
-        raise LivenessError(f"attended to {attended:.0f} tokens of a context of {prompt} with a budget of {split.total}: "
-                            "the method is not active")  # fmt: skip
+        raise LivenessError(
+            f"attended to {attended:.0f} tokens of a context of {prompt} with a budget of {split.total}: "
+            "the method is not active"
+        )

@@ -11,8 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-    PreTrainedModel, Qwen3Config, Qwen3ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )  # fmt: skip
 
 from pqbench.kernels.buffers import GrowingBuffer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -42,8 +44,8 @@ def test_numbers_by_hand(budget: Budget, context: int, prompt: int, expected: tu
 
 @given(st.integers(33, 40000), st.sampled_from([0.001, 0.05, 0.1, 0.2, 0.5, 0.99]), st.integers(0, 5000))
 def test_the_papers_split_is_that_of_the_released_code(prompt: int, ratio: float, decoded: int) -> None:
-    """Local and top-k are int((s - 32) * c * 0.5) each, fixed at the prompt's length; sinks and current token on top."""
-    half = int((prompt - 32) * ratio * 0.5)  # 0 for the shortest prompts: sinks and current token, never silently all
+    """Local and top-k are int((s - 32) * c * 0.5) each, fixed at the prompt's length; sinks, current token on top."""
+    half = int((prompt - 32) * ratio * 0.5)  # 0 for the shortest prompts: never silently everything
     context = prompt + decoded + 1
     split = PaperBudget(ratio=ratio).resolve(context, prompt)
     if 32 + 2 * half + 1 < context:
@@ -94,9 +96,9 @@ def test_a_split_covers_each_token_once(budget: Budget, prompt: int, decoded: in
 def test_the_middle_never_shrinks_while_decoding(budget: Budget, prompt: int) -> None:
     """Indexes are extended as tokens leave the window; a token must not return into it."""
     middles = [budget.resolve(context, prompt).middle(context) for context in range(prompt, prompt + 120)]
-    for (first, stop), (next_first, next_stop) in zip(middles, middles[1:], strict=False):
+    for (first, stop), (next_first, next_stop) in pairwise(middles):
         assert stop <= next_stop <= stop + 1 or first == stop
-        assert first == next_first or first == stop
+        assert first in (next_first, stop)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.99])
@@ -104,7 +106,7 @@ def test_the_papers_middle_never_shrinks_either(ratio: float) -> None:
     for prompt in range(1, 150):
         budget = PaperBudget(sink=4, ratio=ratio)
         stops = [budget.resolve(context, prompt).middle(context)[1] for context in range(prompt, prompt + 40)]
-        assert all(0 <= after - before <= 1 for before, after in zip(stops, stops[1:], strict=False) if before > 4)
+        assert all(0 <= after - before <= 1 for before, after in pairwise(stops) if before > 4)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +143,13 @@ def test_a_fixed_budget_names_the_length_it_was_taken_from() -> None:
 
 
 def test_the_papers_budget_is_a_ratio() -> None:
-    with pytest.raises(BudgetError, match="budget.ratio"):
+    with pytest.raises(BudgetError, match="set budget"):
         PaperBudget(ratio=None, tokens=100)
 
 
-@pytest.mark.parametrize(("budget", "label"), [(Budget(), "10 %"), (Budget(ratio=0.025), "2.5 %"), (Budget(tokens=90, ratio=None), "90 tokens")])
+@pytest.mark.parametrize(
+    ("budget", "label"),
+    [(Budget(), "10 %"), (Budget(ratio=0.025), "2.5 %"), (Budget(tokens=90, ratio=None), "90 tokens")],
+)
 def test_label(budget: Budget, label: str) -> None:
     assert budget.label == label

@@ -10,9 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel,
-    StoppingCriteria, StoppingCriteriaList,
-)  # fmt: skip
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from methods.full import Full
 from methods.h2o import H2O
@@ -25,6 +32,7 @@ from pqbench.method import Budget, Geometry, LayerState
 from tests.support import SHAPE, left_padded, prompt_of, randomize, tiny_model
 
 NEW = 12
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
 WHOLE = Budget(sink=8, ratio=1.0)
 
 
@@ -118,9 +126,9 @@ def test_custom_generate_equals_generate(model: PreTrainedModel, length: int) ->
     expected = model.generate(ids, do_sample=False, max_new_tokens=NEW)
     small = Budget(sink=4, ratio=0.3, minimum=12)
     for method in (Full(), PQCache(WHOLE, b=3), StreamingLLM(WHOLE)):
-        tokens = model.generate(ids, do_sample=False, max_new_tokens=NEW, custom_generate=decoding_with(method))
+        tokens = model.generate(ids, **GREEDY, custom_generate=decoding_with(method))
         assert torch.equal(tokens, expected)
-    tokens = model.generate(ids, do_sample=False, max_new_tokens=NEW, custom_generate=decoding_with(PQCache(small, b=3)))
+    tokens = model.generate(ids, **GREEDY, custom_generate=decoding_with(PQCache(small, b=3)))
     assert torch.equal(tokens[:, length:], generate(model, ids, PQCache(small, b=3), max_new_tokens=NEW))
 
 
@@ -128,7 +136,7 @@ def test_custom_generate_of_a_padded_batch_with_ends(ending: PreTrainedModel) ->
     ids, mask, free = batch_that_ends(ending)
     for end in (int(free[0, 3]), int(free[1, 5])):
         ending.generation_config.eos_token_id = end
-        tokens = ending.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, custom_generate=decoding_with(Full()))
+        tokens = ending.generate(ids, attention_mask=mask, **GREEDY, custom_generate=decoding_with(Full()))
         assert torch.equal(tokens[:, ids.shape[1] :], greedy(ending, ids, mask))
 
 
@@ -137,9 +145,7 @@ def test_custom_generate_honours_the_calls_own_ends(ending: PreTrainedModel) -> 
     ids, mask, free = batch_that_ends(ending)
     ending.generation_config.eos_token_id = int(free[0, 0])
     options = {"eos_token_id": int(free[0, 5]), "pad_token_id": 77}
-    tokens = ending.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, custom_generate=decoding_with(Full()), **options
-    )
+    tokens = ending.generate(ids, attention_mask=mask, **GREEDY, custom_generate=decoding_with(Full()), **options)
     assert torch.equal(tokens[:, ids.shape[1] :], greedy(ending, ids, mask, **options))
 
 
@@ -147,12 +153,10 @@ def test_custom_generate_honours_stopping_criteria_per_sequence(ending: PreTrain
     ids, mask, free = batch_that_ends(ending)
     for tokens in ([int(free[0, 2])], [int(free[0, 2]), int(free[1, 6])]):
         options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([Stop(tokens)]), "pad_token_id": 0}
-        ending.generation_config.eos_token_id = next(t for t in range(1, 128) if t not in free)  # without one, no padding
-        expected = greedy(ending, ids, mask, **options)
+        ending.generation_config.eos_token_id = next(t for t in range(1, 128) if t not in free)
+        expected = greedy(ending, ids, mask, **options)  # without an end token it would not pad
         assert (expected[0, 3:] == 0).all()
-        mine = ending.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, custom_generate=decoding_with(Full()), **options
-        )
+        mine = ending.generate(ids, attention_mask=mask, **GREEDY, custom_generate=decoding_with(Full()), **options)
         assert torch.equal(mine[:, ids.shape[1] :], expected)
 
 
@@ -161,7 +165,7 @@ def test_custom_generate_honours_stopping_criteria_per_sequence(ending: PreTrain
 ])  # fmt: skip
 def test_custom_generate_refuses_what_is_not_greedy(llama: PreTrainedModel, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="greedily"):
-        llama.generate(prompt_of(5), max_new_tokens=3, custom_generate=decoding_with(Full()), **{"do_sample": False, **options})
+        llama.generate(prompt_of(5), custom_generate=decoding_with(Full()), **{**GREEDY, **options})
 
 
 class FailingState(LayerState):
@@ -209,10 +213,16 @@ def test_learned_sinks_are_refused_by_name() -> None:
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize(("mask", "word"), [
-    ([[1, 1, 0, 1, 1]], "holes"), ([[1, 1, 1, 1, 0]], "left"), ([[0, 1, 1, 0, 0]], "left"), ([[0, 0, 0, 0, 0]], "empty"),
-    ([[1, 1, 1, 1]], "attention_mask"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mask", "word"),
+    [
+        ([[1, 1, 0, 1, 1]], "holes"),
+        ([[1, 1, 1, 1, 0]], "left"),
+        ([[0, 1, 1, 0, 0]], "left"),
+        ([[0, 0, 0, 0, 0]], "empty"),
+        ([[1, 1, 1, 1]], "attention_mask"),
+    ],
+)
 def test_masks_that_cannot_be_served(llama: PreTrainedModel, mask: list[list[int]], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         generate(llama, prompt_of(5), Full(), torch.tensor(mask))

@@ -45,7 +45,9 @@ def test_a_saved_folder_loads_and_generates_the_same(model: PreTrainedModel, tmp
     assert loaded.tokenizer.decode(loaded.tokenizer("text").input_ids) == "text"
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)]
+)
 def test_dtype_and_length_are_applied(llama: PreTrainedModel, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     llama.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -157,7 +159,8 @@ def test_random_models_have_the_shape_asked_for() -> None:
     assert loaded.model.generation_config.pad_token_id == loaded.tokenizer.pad_token_id
     ids = torch.tensor([loaded.tokenizer("hello").input_ids])
     assert torch.equal(
-        generate(loaded.model, ids, Full(), max_new_tokens=5), loaded.model.generate(ids, do_sample=False, max_new_tokens=5)[:, 5:]
+        generate(loaded.model, ids, Full(), max_new_tokens=5),
+        loaded.model.generate(ids, do_sample=False, max_new_tokens=5)[:, 5:],
     )
 
 

@@ -128,10 +128,13 @@ def test_together_equals_alone_and_leaves_the_prompt_untouched(model: PreTrained
 
 def test_padding_changes_nothing(model: PreTrainedModel) -> None:
     ids, answer = prompt_of(30), prompt_of(STEPS, seed=9)[0].tolist()[:1]
-    ids = ids[:, :12] if model.config.model_type == "gemma3_text" else ids  # within the sliding window, which must skip it
+    ids = ids[:, :12] if model.config.model_type == "gemma3_text" else ids  # all inside the sliding window
     chosen = StreamingLLM(Budget(sink=2, window=2, tokens=6, ratio=None), sink=2)
     padded, mask = torch.nn.functional.pad(ids, (9, 0)), torch.nn.functional.pad(torch.ones_like(ids), (9, 0))
-    (plain,), (other,) = probe(prefill(model, ids, [chosen]), answer), probe(prefill(model, padded, [chosen], mask), answer)
+    (plain,), (other,) = (
+        probe(prefill(model, ids, [chosen]), answer),
+        probe(prefill(model, padded, [chosen], mask), answer),
+    )
     assert other.means() == pytest.approx(plain.means(), abs=1e-5)
 
 
@@ -151,7 +154,9 @@ def test_no_steps_mean_nothing() -> None:
     assert Fidelity().means() == {"mass": None, "recall": None, "output_error": None}
 
 
-@pytest.mark.parametrize(("rows", "word"), [([0, 5, 5, 9], "twice"), ([0, 3, 10], "range"), ([-1, 3, 9], "range"), ([0, 3, 8], "current")])
+@pytest.mark.parametrize(
+    ("rows", "word"), [([0, 5, 5, 9], "twice"), ([0, 3, 10], "range"), ([-1, 3, 9], "range"), ([0, 3, 8], "current")]
+)
 def test_invalid_selections_are_caught(rows: list[int], word: str) -> None:
     with pytest.raises(AssertionError, match=word):
         check_selection(Selection(torch.tensor([[[0, 1, 9, 8][: len(rows)], rows]])), 10)
@@ -162,9 +167,11 @@ def test_a_valid_selection_passes_in_any_order() -> None:
     check_selection(Selection(), 10)
 
 
-def test_a_method_that_selects_wrongly_is_caught_by_the_probe(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_selects_wrongly_is_caught_by_the_probe(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefilled = prefill(llama, prompt_of(PROMPT), [Fixed()])
-    monkeypatch.setattr(FixedState, "select", lambda self, q, kv: Selection(torch.zeros(1, 2, 4, dtype=torch.long)))
+    monkeypatch.setattr(FixedState, "select", lambda *_: Selection(torch.zeros(1, 2, 4, dtype=torch.long)))
     with pytest.raises(AssertionError):
         probe(prefilled, [5])
 

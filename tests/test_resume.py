@@ -20,8 +20,8 @@ from pqbench.records import parse
 
 KILLS = 17  # of workers forked after the imports, and
 COMMAND_KILLS = 3  # of the command as users start it
-RUN = ("method=[full,pqcache,h2o]", "model=tiny", "benchmark=needle", "benchmark.lengths=[256]",
-       "benchmark.depths=[0,25,50,75,100]", "benchmark.per_cell=2", "benchmark.max_new_tokens=4", "threads=1")  # fmt: skip
+RUN = ("method=[full,pqcache,h2o]", "model=tiny", "threads=1", "benchmark=needle", "benchmark.lengths=[256]",
+       "benchmark.depths=[0,25,50,75,100]", "benchmark.per_cell=2", "benchmark.max_new_tokens=4")  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 Records = dict[str, list[dict[str, Any]]]

@@ -69,7 +69,9 @@ def loaded() -> LoadedModel:
 
 
 def job(loaded: LoadedModel, folder: Path, methods: Mapping[str, Method], **options: Any) -> Job:
-    files = {name: RecordFile.create(folder, "letters", "tiny", name, {"method": repr(methods[name])}) for name in methods}
+    files = {
+        name: RecordFile.create(folder, "letters", "tiny", name, {"method": repr(methods[name])}) for name in methods
+    }
     return Job(Letters(), loaded, Prompter(loaded.tokenizer, loaded.max_length), methods, files, **options)
 
 
@@ -80,9 +82,14 @@ def records(done: Job, method: str) -> list[dict[str, Any]]:
 def test_methods_share_one_prefill_and_get_a_record_each(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[int] = []
     forward = loaded.model.forward
-    monkeypatch.setattr(loaded.model, "forward", lambda ids, **kw: calls.append(ids.shape[1]) or forward(ids, **kw))
+
+    def counting(ids: Tensor, **options: Any) -> Any:
+        calls.append(ids.shape[1])
+        return forward(ids, **options)
+
+    monkeypatch.setattr(loaded.model, "forward", counting)
     done = job(loaded, tmp_path, {"full": Full(), "pqcache": PQCache(Budget(ratio=0.3, sink=4), b=4)})
     summary = run(done)
     assert (summary.measured, summary.failures) == (6, [])

@@ -101,7 +101,7 @@ class Prompter:
 
 
 class Benchmark(ABC):
-    """A suite: yields samples for a model, and scores records without one. Subclasses are dataclasses, one file each."""
+    """A suite: yields samples for a model, scores records without one. Subclasses are dataclasses, one file each."""
 
     name: ClassVar[str]
 

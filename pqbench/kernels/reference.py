@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_TILE = 1 << 22  # elements of the largest temporary score tile
+_TILE = 1 << 19  # elements of the largest temporary score tile
 CODE = torch.uint8  # one byte per code; K <= 256
 
 
@@ -29,7 +29,7 @@ def rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
 
 
 def assign(points: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid (Euclidean, lowest index on ties) of points ``[P, N, d]`` among ``[P, K, d]``: int64 ``[P, N]``."""
+    """Nearest centroid (Euclidean, lowest index on ties) of points ``[P, N, d]`` in ``[P, K, d]``: int64 ``[P, N]``."""
     problems, count, _ = points.shape
     half_norms = centroids.float().square().sum(-1).mul(-0.5)[:, None, :]  # [P, 1, K]
     flipped = centroids.float().transpose(1, 2)  # [P, d, K]
@@ -92,7 +92,7 @@ def encode(keys: Tensor, codebook: Tensor) -> Tensor:
 
 def pq_scores(q: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
     """q . reconstruct(key) for q ``[B, H, G, D]`` and codes ``[B, H, S, m]``, by table look-up: ``[B, H, G, S]``."""
-    batch, heads, group, dimension = q.shape
+    batch, heads, group, _ = q.shape
     parts, width = codebook.shape[2], codebook.shape[4]
     blocks = q.float().view(batch, heads, group, parts, width)
     tables = torch.einsum("bhgmw,bhmkw->bhmgk", blocks, codebook)  # [B, H, m, G, K]
@@ -106,7 +106,7 @@ def group_probabilities(scores: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, count: int) -> Tensor:
-    """Indices ``[..., k]`` of the ``count`` largest of ``[..., S]``, in no particular order; all of them if S is less."""
+    """Indices ``[..., k]`` of the ``count`` largest of ``[..., S]``, in no particular order; all if S is less."""
     return scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
 
 
@@ -132,7 +132,7 @@ def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> 
 
 
 def merge(output: Tensor, lse: Tensor, value: Tensor, log_weight: Tensor) -> Tensor:
-    """Output over the union of two disjoint sets of tokens, of which the second has mean value ``value`` and log-sum-exp
+    """Output over the union of two disjoint sets of tokens, the second with mean value ``value`` and log-sum-exp
     ``log_weight``; all ``[B, H, G, D]`` and ``[B, H, G]``."""
     share = torch.sigmoid(log_weight - lse)[..., None]  # weight of the second set
     return (output.float() * (1 - share) + value.float() * share).to(output.dtype)
@@ -141,9 +141,9 @@ def merge(output: Tensor, lse: Tensor, value: Tensor, log_weight: Tensor) -> Ten
 def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
     """Attention each key received: sums over queries and group of causal softmax probabilities (H2O, arXiv 2306.14048).
 
-    q ``[B, H, G, n, D]`` holds the last n queries of keys ``[B, H, S, D]``. Rows are taken ``rows`` at a time, each with
-    its complete softmax, so no S x S matrix exists and chunked prefill adds up exactly. With ``band`` a query sees only
-    its last ``band`` keys. Returns float32 ``[B, H, S]``: half precision would saturate on sink columns.
+    q ``[B, H, G, n, D]`` holds the last n queries of keys ``[B, H, S, D]``. Rows are taken ``rows`` at a time, each
+    with its complete softmax, so no S x S matrix exists and chunked prefill adds up exactly. With ``band`` a query
+    sees only its last ``band`` keys. Returns float32 ``[B, H, S]``: half precision would saturate on sink columns.
     """
     batch, heads, group, count, dimension = q.shape
     total = keys.shape[2]

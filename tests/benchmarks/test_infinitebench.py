@@ -82,7 +82,7 @@ def test_the_prompt_is_the_filled_template_of_lm_eval(task: str, tmp_path: Path)
     assert text_of(sample) == fill(config, row_for(task))
     assert sample.max_new_tokens == config["generation_kwargs"]["max_gen_toks"]
     assert sample.metadata["prompt"] == "lm-eval"
-    assert sample.stop == ()
+    assert sample.end_tokens == ()
 
 
 def test_math_calc_is_asked_in_our_own_wording_and_says_so() -> None:

@@ -57,7 +57,9 @@ def test_visible_hides_rows_per_query_head() -> None:
     for h in range(2):
         for g in range(2):
             seen = visible[0, h, g]
-            alone = reference.sparse_attention(q[:, h : h + 1, g : g + 1], keys[:, h : h + 1, seen], values[:, h : h + 1, seen], 0.3)
+            alone = reference.sparse_attention(
+                q[:, h : h + 1, g : g + 1], keys[:, h : h + 1, seen], values[:, h : h + 1, seen], 0.3
+            )
             assert torch.allclose(output[0, h, g], alone[0][0, 0, 0], atol=1e-6)
             assert torch.allclose(lse[0, h, g], alone[1][0, 0, 0], atol=1e-6)
             assert float(weights[0, h, g, ~seen].sum()) == 0
@@ -104,7 +106,13 @@ def test_top_k_against_sorting(count: int, wanted: int, seed: int) -> None:
     assert np.array_equal(np.sort(chosen.numpy(), -1), np.sort(expected, -1))
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([None, 1, 2, 7, 100]), st.integers(1, 17), st.integers(0, 999))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.sampled_from([None, 1, 2, 7, 100]),
+    st.integers(1, 17),
+    st.integers(0, 999),
+)
 def test_column_sums_equal_the_full_matrix(total: int, rows: int, band: int | None, block: int, seed: int) -> None:
     q, keys = normal(2, 2, 2, total, 8, seed=seed) * 2, normal(2, 2, total, 8, seed=seed + 1)
     expected = causal_matrix(q, keys, 0.4, band).sum((2, 3))  # [B, H, S]

@@ -115,7 +115,9 @@ def test_a_problem_alone_equals_the_problem_in_a_batch() -> None:
 
 
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(0, 999))
-def test_pq_score_is_the_product_with_the_reconstructed_key(m: int, count: int, heads: int, group: int, seed: int) -> None:
+def test_pq_score_is_the_product_with_the_reconstructed_key(
+    m: int, count: int, heads: int, group: int, seed: int
+) -> None:
     width, clusters = 8, 5
     q, keys = normal(2, heads, group, width, seed=seed), normal(2, heads, count, width, seed=seed + 1)
     codebook = normal(2, heads, m, clusters, width // m, seed=seed + 2)

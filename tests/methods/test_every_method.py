@@ -185,7 +185,9 @@ def test_the_oracle_holds_the_most_mass_at_equal_size(ratio: float) -> None:
 
     for step in range(3):
         best = mass(Oracle(budget), step)
-        masses = {name: mass(SELECTING[name](budget), step) for name in SELECTING if name not in ("oracle", "streaming_llm")}
+        masses = {
+            name: mass(SELECTING[name](budget), step) for name in SELECTING if name not in ("oracle", "streaming_llm")
+        }
         for name, value in masses.items():
             assert (value <= best + 1e-6).all(), name
         assert any((value < best - 1e-3).any() for value in masses.values())

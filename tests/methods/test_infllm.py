@@ -28,7 +28,9 @@ def clipped_attention(data: Case, q: np.ndarray, tokens: np.ndarray, window: int
     for b, h in np.ndindex(*q.shape[:2]):
         logits = np.stack(
             [
-                q[b, h] @ data.keys[b, h, t].double().numpy() if t > current - window else far[b, h] @ unrotated(data, t)[b, h]
+                q[b, h] @ data.keys[b, h, t].double().numpy()
+                if t > current - window
+                else far[b, h] @ unrotated(data, t)[b, h]
                 for t in tokens[b, h]
             ],
             -1,
@@ -70,7 +72,9 @@ def at_first_step(data: Case, method: InfLLM, chunk: int | None = None) -> tuple
 @pytest.mark.parametrize("chunk", [None, 9])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("size", "representatives"), [(4, 2), (7, 3), (16, 1)])
-def test_blocks_scores_and_output_equal_the_reference(size: int, representatives: int, per_head: bool, chunk: int | None) -> None:
+def test_blocks_scores_and_output_equal_the_reference(
+    size: int, representatives: int, per_head: bool, chunk: int | None
+) -> None:
     data = case(60, 1, spread=2.0)
     method = InfLLM(BUDGET, size, representatives, per_head)
     state, store, q = at_first_step(data, method, chunk)

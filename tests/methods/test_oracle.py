@@ -102,7 +102,9 @@ def test_dropping_tokens_never_raises_mass() -> None:
     assert np.allclose(masses[-1], 3)
 
 
-@pytest.mark.parametrize(("options", "word"), [({"rule": "best"}, "kv_head"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.1}, "top_p")])
+@pytest.mark.parametrize(
+    ("options", "word"), [({"rule": "best"}, "kv_head"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.1}, "top_p")]
+)
 def test_wrong_options_are_named(options: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         Oracle(**options)  # type: ignore[arg-type]

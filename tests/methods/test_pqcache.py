@@ -62,7 +62,9 @@ def test_few_distinct_subvectors_make_it_the_oracle(m: int) -> None:
     picks = torch.randint(8, (2, 2, 200, m), generator=torch.Generator().manual_seed(2))
     data.keys = pool[picks].reshape(2, 2, 200, 16)
     seeds = (_books(data, m, seed) for seed in range(200))
-    state, store = next(s for s in seeds if np.allclose(reconstructed(s[0]), s[1].keys(3, 194).double().numpy(), atol=1e-5))
+    state, store = next(
+        s for s in seeds if np.allclose(reconstructed(s[0]), s[1].keys(3, 194).double().numpy(), atol=1e-5)
+    )
     _same_mass_as_oracle(state, store, data)
 
 
@@ -90,7 +92,8 @@ def _same_mass_as_oracle(state: PQCacheState, store: DeviceStore, data: Case) ->
     mine = tokens_of(state.select(q, store), store).numpy()
     best = tokens_of(oracle.select(q, oracle_store), oracle_store).numpy()
     assert mine.shape[2] == best.shape[2] == 21
-    assert np.allclose(*(np.take_along_axis(exact, tokens, 2).sum(-1) for tokens in (mine, best)), atol=1e-6)
+    kept, most = (np.take_along_axis(exact, tokens, 2).sum(-1) for tokens in (mine, best))
+    assert np.allclose(kept, most, atol=1e-6)
 
 
 def test_an_appended_token_gets_the_nearest_centroid_of_its_own_key() -> None:
@@ -111,7 +114,7 @@ def test_an_appended_token_gets_the_nearest_centroid_of_its_own_key() -> None:
 
 
 def test_codebooks_see_the_middle_alone() -> None:
-    """Sinks, window and memory beyond the prompt must not enter the clustering (the released code clusters stale rows)."""
+    """Sinks, window and memory beyond the prompt must not be clustered (the released code clusters stale rows)."""
     data, poisoned = case(80, 1), case(80, 1)
     for tokens in (slice(0, 3), slice(74, 81)):
         poisoned.keys[:, :, tokens] = float("nan")

@@ -46,7 +46,7 @@ def test_output_equals_the_formulas(rank: int) -> None:
 
 def test_all_components_give_the_exact_logits_and_the_oracle_of_summed_logits() -> None:
     data = case(60, 1)
-    state, store, q = state_at(data, SparQ(BUDGET, rank=16))
+    state, _, q = state_at(data, SparQ(BUDGET, rank=16))
     exact = np.einsum("bhgd,bhsd->bhgs", q.double().numpy(), data.keys.double().numpy()) / np.sqrt(16)
     assert np.allclose(state.scores(q).numpy(), exact, atol=1e-4)  # tau is sqrt(D)
     # One query head per group: summing logits and summing probabilities rank alike.

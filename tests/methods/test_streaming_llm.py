@@ -11,9 +11,14 @@ from pqbench.method import Budget
 from tests.support import append, case, finish, output_of, softmax, start, tokens_of, turned
 
 
-@pytest.mark.parametrize("budget", [
-    Budget(sink=2, tokens=12, ratio=None), Budget(sink=2, ratio=0.3, minimum=8), Budget(sink=2, ratio=0.3, grow=False, minimum=8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(sink=2, tokens=12, ratio=None),
+        Budget(sink=2, ratio=0.3, minimum=8),
+        Budget(sink=2, ratio=0.3, grow=False, minimum=8),
+    ],
+)
 @pytest.mark.parametrize("prompt", [2, 10, 40])
 def test_output_equals_unrotated_keys_renumbered_by_cache_index(budget: Budget, prompt: int) -> None:
     data = case(prompt, 25)
