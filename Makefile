@@ -7,10 +7,11 @@ RESULTS ?= results
 PYTHON ?= python3.11
 
 BIN := .venv/bin
+comma := ,
 STAMP := .venv/ready
 RUN := $(BIN)/python -m pqbench model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
-.PHONY: setup bench quick figures tables test lint clean
+.PHONY: setup bench figures tables test lint
 
 setup: $(STAMP)
 
@@ -23,17 +24,9 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 # Full attention beside METHOD over one shared prefill: the quick suite, or BENCHMARK alone when it is set.
-ifeq ($(BENCHMARK),)
 bench: setup
-	@$(RUN) benchmark=needle $(ARGS)
-	@$(RUN) benchmark=infinitebench $(ARGS)
-	@$(RUN) benchmark=ruler_quick $(ARGS)
+	@$(RUN) $(if $(BENCHMARK),benchmark=$(BENCHMARK),--multirun benchmark=needle$(comma)infinitebench_quick$(comma)ruler_quick) $(ARGS)
 	@$(BIN)/python -m plots $(RESULTS)
-else
-bench: setup
-	@$(RUN) benchmark=$(BENCHMARK) $(ARGS)
-	@$(BIN)/python -m plots $(RESULTS)
-endif
 
 figures: setup
 	@$(BIN)/python -m plots $(RESULTS)

@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pqbench.config import load_model
     from pqbench.custom_generate import decoding_with
     from pqbench.generation import decode, generate, prefill
     from pqbench.method import Budget, Method
 
-__all__ = ["Budget", "Method", "decode", "decoding_with", "generate", "prefill"]
+__all__ = ["Budget", "Method", "decode", "decoding_with", "generate", "load_model", "prefill"]
 
-_HOMES = {"decoding_with": "custom_generate", "Budget": "method", "Method": "method"}
+_HOMES = {"decoding_with": "custom_generate", "load_model": "config", "Budget": "method", "Method": "method"}
 
 
 def __getattr__(name: str) -> Any:

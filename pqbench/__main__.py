@@ -11,7 +11,6 @@ from typing import Any
 import hydra
 import torch
 import transformers
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pqbench.benchmarks.base import Prompter
+from pqbench.config import conf_folder
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models import LoadedModel
 from pqbench.records import RecordFile
@@ -67,13 +67,6 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def conf_folder() -> Path:
-    """The configuration folder: beside the package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent / "conf"
-    return checkout if (checkout / "config.yaml").exists() else package / "conf"
-
-
 def run_config(config: DictConfig) -> list[str]:
     """One job of a composed configuration. Returns the failures, one line each."""
     check_options(config)
@@ -90,10 +83,10 @@ def run_config(config: DictConfig) -> list[str]:
               config.retry_failed)  # fmt: skip
     summary = run(job)
     console = Console()
-    console.width = max(console.width, 132)  # a table cut to a narrow pipe is unreadable
+    console.width = max(console.width, 150)  # a table cut to a narrow pipe is unreadable
     records = [record for file in files.values() for record in file.read()]
     console.print(bench_table(records))
-    console.print(Text(footer(summary, plain["results"], multirun=HydraConfig.get().mode.name == "MULTIRUN")))
+    console.print(Text(footer(summary, plain["results"])))
     for failure in summary.failures:
         log.error(failure)
     return summary.failures
@@ -119,7 +112,7 @@ def _record_file(plain: dict[str, Any], name: str, benchmark: str) -> RecordFile
     return RecordFile.create(Path(plain["results"]), benchmark, plain["model"]["name"], name, settings)
 
 
-def footer(summary: Summary, results: str, *, multirun: bool) -> str:
+def footer(summary: Summary, results: str) -> str:
     """What the run cost, and what it would have cost without sharing prefills."""
     counts = f"{summary.measured} measured, {summary.resumed} already there, {len(summary.failures)} failed"
     lines = [f"{counts}; records in {results}/"]
@@ -134,7 +127,7 @@ def footer(summary: Summary, results: str, *, multirun: bool) -> str:
         f"{torch.get_num_threads()} threads; one prefill serves all methods, so TTFT is that prefill plus the method's "
         "own watching of it; mass, recall and error: teacher-forced on the reference answer, clean inputs"
     )
-    return "\n".join(lines if not multirun else lines[:1])
+    return "\n".join(lines)
 
 
 def explain(error: BaseException) -> str:

@@ -26,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from pqbench.__main__ import conf_folder, explain
+from pqbench.__main__ import explain
 from pqbench.attention import attached
+from pqbench.config import conf_folder
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.generation import Prefilled, decode, forward, prefill
 from pqbench.lm_eval_plugin import register

@@ -9,14 +9,18 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from filelock import FileLock
+from huggingface_hub import constants
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as FastTokenizer
@@ -158,19 +162,36 @@ def load_folder(
     path: str, dtype: torch.dtype, device_map: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer by folder or hub name. Raises ModelError in one line."""
-    options: dict[str, Any] = {"trust_remote_code": False}
+    local = Path(path).is_dir() or not hub_reachable()
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, device_map=device_map, **options
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 200 else reason[:200].rsplit(" ", 1)[0] + " ..."
         raise ModelError(
             f"cannot load model {path!r}: it is neither a usable local folder nor reachable on the hub. "
             f"Download it elsewhere and set model.path=/folder/of/the/model. ({reason})"
         ) from error
     return model, tokenizer
+
+
+def hub_reachable(timeout: float = 5.0) -> bool:
+    """Whether the hub answers. Asked once, so that without a network only local and cached files are looked at: the
+    hub's own client would retry for most of a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True  # a direct connection says nothing behind a proxy
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout).close()
+    except OSError:
+        return False
+    return True
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

@@ -87,6 +87,10 @@ class RecordFile:
             log.warning("%s: left out %s", self.path, _other_version(foreign))
         return newest
 
+    def failed(self) -> dict[str, str]:
+        """What went wrong, by sample that has no prediction."""
+        return {r["sample_id"]: str(r.get("error")) for r in self.read() if r["status"] != "ok"}
+
     def done(self, retry_failed: bool) -> set[str]:
         """Samples that need not run again."""
         return {r["sample_id"] for r in self.read() if r["status"] == "ok" or not retry_failed}

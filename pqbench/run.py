@@ -74,6 +74,7 @@ def run(job: Job) -> Summary:
     check_budgets(job.methods, samples)
     check_methods(job.methods, job.loaded.model)
     done = {name: file.done(job.retry_failed) for name, file in job.files.items()}
+    failed = {name: file.failed() for name, file in job.files.items()}
     what = TextColumn("{task.description}", markup=False)  # ids come from data files
     columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -81,6 +82,11 @@ def run(job: Job) -> Summary:
         for sample in samples:
             missing = [name for name in job.methods if sample.id not in done[name]]
             summary.resumed += len(job.methods) - len(missing)
+            summary.failures += [
+                f"{name} on {sample.id} failed before (retry_failed=true runs it again): {failed[name][sample.id]}"
+                for name in job.methods
+                if name not in missing and sample.id in failed[name]
+            ]
             if missing:
                 label = f"{job.benchmark.name} {sample.id} ({len(sample.input_ids)} tokens)"
                 progress.update(bar, description=plain(label))

@@ -11,12 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from methods.full import Full
-from pqbench import generate
-from pqbench.errors import ModelError
+from pqbench import generate, load_model
+from pqbench.errors import ConfigError, ModelError
 from pqbench.models import LoadedModel, ModelSource, PackagedGGUF, Pretrained, Random, byte_tokenizer, cache_folder
 from tests.support import prompt_of
 
@@ -81,7 +80,6 @@ def test_pickled_weights_are_refused(llama: PreTrainedModel, tmp_path: Path) -> 
     assert "safetensors" in message(Pretrained("x", path=str(tmp_path)))
 
 
-@pytest.mark.xfail(raises=SafetensorError, strict=True, reason="load_folder() does not catch SafetensorError yet")
 def test_a_cut_weight_file_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -178,3 +176,15 @@ def test_special_tokens_are_outside_the_bytes() -> None:
     assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == {256, 257}
     ids = tokenizer("a").input_ids + [tokenizer.eos_token_id]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
+
+
+def test_models_by_their_configured_name(llama: PreTrainedModel, tmp_path: Path) -> None:
+    assert load_model("tiny", hidden=32).model.config.hidden_size == 32
+    llama.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model("hf", path=str(tmp_path), name="mine")
+    assert (loaded.name, loaded.model.num_parameters()) == ("mine", llama.num_parameters())
+    with pytest.raises(ConfigError, match=r"no model 'nope'.*smollm2.*tiny"):
+        load_model("nope")
+    with pytest.raises(ConfigError, match="no field colour"):
+        load_model("tiny", colour="red")

@@ -130,7 +130,9 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(loaded: LoadedModel, tmp_pa
     run(done)
     assert {r["status"] for r in records(done, "broken")} == {"oom"}
     assert {r["status"] for r in records(done, "full")} == {"ok"}
-    assert run(job(loaded, tmp_path, {"broken": Broken()}, probe_tokens=0)).measured == 0
+    resumed = run(job(loaded, tmp_path, {"broken": Broken()}, probe_tokens=0))
+    assert (resumed.measured, len(resumed.failures)) == (0, 3)  # not run again, and not forgotten either
+    assert "retry_failed=true" in resumed.failures[0]
     retried: Summary = run(job(loaded, tmp_path, {"broken": Broken()}, probe_tokens=0, retry_failed=True))
     assert len(retried.failures) == 3
 
