@@ -85,7 +85,10 @@ def heatmap(axis: Axes, cells: pd.DataFrame) -> AxesImage:
     axis.set_yticks(range(cells.shape[0]), [f"{depth:g}" for depth in cells.index])
     axis.set_xlabel("context length (tokens)")
     axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
+    for ticks, count in ((axis.set_xticks, cells.shape[1]), (axis.set_yticks, cells.shape[0])):
+        ticks(np.arange(0.5, count - 1), minor=True)  # white lines between the cells
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="both", length=0)
     if cells.size <= 150:
         for (y, x), value in np.ndenumerate(cells.to_numpy()):
             if not np.isnan(value):
