@@ -87,13 +87,9 @@ class RecordFile:
             log.warning("%s: left out %s", self.path, _other_version(foreign))
         return newest
 
-    def failed(self) -> dict[str, str]:
-        """What went wrong, by sample that has no prediction."""
-        return {r["sample_id"]: str(r.get("error")) for r in self.read() if r["status"] != "ok"}
-
-    def done(self, retry_failed: bool) -> set[str]:
-        """Samples that need not run again."""
-        return {r["sample_id"] for r in self.read() if r["status"] == "ok" or not retry_failed}
+    def outcomes(self) -> dict[str, str | None]:
+        """What went wrong with each sample that has a record; None when it has a prediction."""
+        return {r["sample_id"]: None if r["status"] == "ok" else str(r.get("error")) for r in self.read()}
 
     def append(self, record: Record) -> bool:
         """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has

@@ -73,8 +73,10 @@ def run(job: Job) -> Summary:
     samples = list(job.benchmark.samples(job.prompter))
     check_budgets(job.methods, samples)
     check_methods(job.methods, job.loaded.model)
-    done = {name: file.done(job.retry_failed) for name, file in job.files.items()}
-    failed = {name: file.failed() for name, file in job.files.items()}
+    errors = {name: file.outcomes() for name, file in job.files.items()}  # None: has a prediction
+    done = {
+        name: {i for i, error in known.items() if not (error and job.retry_failed)} for name, known in errors.items()
+    }
     what = TextColumn("{task.description}", markup=False)  # ids come from data files
     columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -83,9 +85,9 @@ def run(job: Job) -> Summary:
             missing = [name for name in job.methods if sample.id not in done[name]]
             summary.resumed += len(job.methods) - len(missing)
             summary.failures += [
-                f"{name} on {sample.id} failed before (retry_failed=true runs it again): {failed[name][sample.id]}"
+                f"{name} on {sample.id} failed before (retry_failed=true runs it again): {errors[name][sample.id]}"
                 for name in job.methods
-                if name not in missing and sample.id in failed[name]
+                if name not in missing and errors[name][sample.id]
             ]
             if missing:
                 label = f"{job.benchmark.name} {sample.id} ({len(sample.input_ids)} tokens)"

@@ -84,7 +84,7 @@ def test_append_and_read_back(file: RecordFile) -> None:
     for sample in ("a", "b", "c"):
         assert file.append(row(sample, score=1.5))
     assert ids(file) == ["a", "b", "c"]
-    assert file.done(retry_failed=False) == {"a", "b", "c"}
+    assert set(file.outcomes()) == {"a", "b", "c"}
 
 
 def test_a_finished_sample_is_not_written_twice(file: RecordFile) -> None:
@@ -99,8 +99,7 @@ def test_error_rows_are_replaced_but_not_repeated(file: RecordFile) -> None:
     assert file.append(row("a", "error", error="first"))
     assert not RecordFile(file.folder).append(row("a", "error", error="first"))
     assert file.append(row("a", "error", error="second"))
-    assert file.done(retry_failed=False) == {"a"}
-    assert file.done(retry_failed=True) == set()
+    assert file.outcomes() == {"a": "second"}
     assert file.append(row("a"))
     assert [record["status"] for record in file.read()] == ["ok"]
     assert file.path.read_bytes().count(b"\n") == 3
@@ -148,7 +147,7 @@ def test_a_line_cut_by_a_kill_runs_again(file: RecordFile, caplog: pytest.LogCap
         file.path.write_bytes(encode(row("a")) + whole[:kept])
         again = RecordFile(file.folder)
         caplog.clear()
-        assert again.done(retry_failed=False) == {"a"}
+        assert set(again.outcomes()) == {"a"}
         assert len(caplog.messages) == 1
         assert again.append(row("b", prediction="z"))
         assert file.path.read_bytes() == encode(row("a")) + encode(row("b", prediction="z"))
@@ -168,7 +167,7 @@ def test_deleting_a_line_makes_that_sample_due(file: RecordFile) -> None:
         file.append(row(sample))
     lines = file.path.read_bytes().splitlines(keepends=True)
     file.path.write_bytes(lines[0] + lines[2])  # in place, while ``file`` still remembers three lines
-    assert file.done(retry_failed=False) == {"a", "c"}
+    assert set(file.outcomes()) == {"a", "c"}
     assert file.append(row("b"))
     assert ids(file) == ["a", "c", "b"]
 
@@ -209,7 +208,7 @@ def test_records_of_another_version_are_told_once(tmp_path: Path, caplog: pytest
     assert [record["sample_id"] for record in read_all(tmp_path)] == ["c", "c"]
     (message,) = caplog.messages
     assert "left out 4 record(s) of format version 0, unknown; this pqbench reads version 1" in message
-    assert RecordFile(folder).done(retry_failed=False) == {"c"}
+    assert set(RecordFile(folder).outcomes()) == {"c"}
     assert RecordFile(folder).append(row("a"))
 
 
