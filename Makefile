@@ -9,7 +9,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 comma := ,
 STAMP := .venv/ready
-RUN := $(BIN)/python -m pqbench model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
+RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
 .PHONY: setup bench figures tables test lint
 
@@ -25,7 +25,7 @@ $(STAMP): constraints.txt pyproject.toml
 
 # Full attention beside METHOD over one shared prefill: the quick suite, or BENCHMARK alone when it is set.
 bench: setup
-	@$(RUN) $(if $(BENCHMARK),benchmark=$(BENCHMARK),--multirun benchmark=needle$(comma)infinitebench_quick$(comma)ruler_quick) $(ARGS)
+	@$(RUN) $(if $(BENCHMARK),benchmark=$(BENCHMARK),benchmark=needle$(comma)infinitebench_quick$(comma)ruler_quick) $(ARGS)
 	@$(BIN)/python -m plots $(RESULTS)
 
 figures: setup
