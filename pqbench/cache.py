@@ -187,6 +187,10 @@ class Group:
         """One step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``."""
         selection = self.state.select(q, self.store)
         self.meter.count(selection, self.store.length, self.state.index_bytes)
+        return self.answer(q, selection)
+
+    def answer(self, q: Tensor, selection: Selection) -> Tensor:
+        """Attend to a selection and let an evicting method drop rows."""
         output, weights = self.attention(q, selection)
         dropped = self.state.attended(weights, self.store)
         if dropped is not None:

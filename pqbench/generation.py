@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from pqbench.cache import (
 )  # fmt: skip
 from pqbench.errors import ConfigError
 from pqbench.method import Geometry, Method
+from pqbench.store.base import Store
 
 Keep = dict[tuple[int, int], Tensor | None]  # (layer, group) -> rows an evicting method keeps at the end of prefill
 
@@ -68,17 +69,25 @@ class Prefilled:
     def fork(self, method: int) -> LayeredCache:
         """A cache that goes on from the prompt with one method and leaves the prompt untouched."""
         self.build(method)
-        layers: dict[int, CacheLayerMixin] = dict(copy_sliding(self.sliding))
-        for i, layer in self.layers.items():
-            groups = []
-            for g, observer in enumerate(self.observers(layer, method)):
-                store = layer.store(observer.rows)
-                keep = self.keeps[method][i, g]
-                if keep is not None:
-                    store.keep(keep)
-                groups.append(Group(observer.rows, store, copy.deepcopy(observer.state)))
-            layers[i] = DecodeLayer(groups, layer.seen)
+        ours = {
+            i: DecodeLayer([self.group(method, i, g) for g in range(len(self.groups))], layer.seen)
+            for i, layer in self.layers.items()
+        }
+        return self.cache(ours)
+
+    def cache(self, ours: Mapping[int, CacheLayerMixin]) -> LayeredCache:
+        """A cache of our layers and of sliding layers that go on from the prompt."""
+        layers = {**copy_sliding(self.sliding), **ours}
         return LayeredCache([layers[i] for i in range(len(layers))])
+
+    def group(self, method: int, layer: int, group: int, shared: Store | None = None) -> Group:
+        """A built method at work on one group of one layer, with its own copy of the state. It reads from ``shared``
+        when that is given and the method evicts nothing, else from a store of its own."""
+        observer, keep = self.observers(self.layers[layer], method)[group], self.keeps[method][layer, group]
+        store = shared if shared is not None and keep is None else self.layers[layer].store(observer.rows)
+        if keep is not None:
+            store.keep(keep)
+        return Group(observer.rows, store, copy.deepcopy(observer.state))
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,16 @@ the same queries and one pass measures them all. Nothing here is timed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
 from pqbench.attention import attached
-from pqbench.cache import Group, LayeredCache, OurLayer, copy_sliding
+from pqbench.cache import Group, OurLayer
 from pqbench.generation import Prefilled, forward
 from pqbench.kernels import reference
 from pqbench.method import Selection, Split
@@ -88,39 +87,32 @@ class ProbeLayer(OurLayer):
             selection = group.state.select(grouped, group.store)
             check_selection(selection, group.store.length)
             seen = _seen(selection, group.store, exact)
-            output, weights = group.attention(grouped, selection)
-            dropped = group.state.attended(weights, group.store)
-            if dropped is not None:
-                group.store.drop(dropped)
+            output = group.answer(grouped, selection)
             fidelity.add(exact, output, full, seen, split(self.dense.length))
         return full.reshape(batch, 1, heads, width)
 
 
 @torch.inference_mode()
-def probe(prefilled: Prefilled, tokens: Sequence[int]) -> list[Fidelity]:
-    """Fidelity of every method of a prefilled prompt over the steps that read ``tokens`` as its continuation.
+def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | None = None) -> list[Fidelity]:
+    """Fidelity over the steps that read ``tokens`` as the continuation of a prefilled prompt.
 
-    One sequence at a time: raises RuntimeError for a batch of different lengths.
+    ``methods`` are indices into the prompt's methods, None for all of them; one result each. One sequence at a time:
+    raises RuntimeError for a batch of different lengths, and whatever a method's own code raises.
     """
     if len(prefilled.groups) != 1:
         raise RuntimeError("probe() needs sequences of equal length")
-    rows, fidelities = prefilled.groups[0], [Fidelity() for _ in prefilled.methods]
-    layers: dict[int, CacheLayerMixin] = dict(copy_sliding(prefilled.sliding))
-    length = int(prefilled.lengths[0])
-    splits = [lambda context, m=m: m.split(context, length) for m in prefilled.methods]
+    chosen = range(len(prefilled.methods)) if methods is None else methods
+    length, fidelities = int(prefilled.lengths[0]), [Fidelity() for _ in chosen]
+    splits = [partial(prefilled.methods[m].split, prompt=length) for m in chosen]
+    for m in chosen:
+        prefilled.build(m)
+    layers = {}
     for i, layer in prefilled.layers.items():
-        stores: list[Store | None] = []
-        for m, _ in enumerate(prefilled.methods):
-            prefilled.build(m)
-            keep = prefilled.keeps[m][i, 0]
-            stores.append(None if keep is None else layer.store(rows))
-            if keep is not None:
-                stores[-1].keep(keep)  # type: ignore[union-attr]
-        dense = layer.store(rows)  # last: the youngest store of the prompt may write
-        states = [copy.deepcopy(prefilled.observers(layer, m)[0].state) for m, _ in enumerate(prefilled.methods)]
-        groups = [Group(rows, store or dense, state) for store, state in zip(stores, states, strict=True)]
+        evicting = {m: prefilled.group(m, i, 0) for m in chosen if prefilled.keeps[m][i, 0] is not None}
+        dense = layer.store(prefilled.groups[0])  # last: the youngest store of the prompt may write
+        groups = [evicting[m] if m in evicting else prefilled.group(m, i, 0, shared=dense) for m in chosen]
         layers[i] = ProbeLayer(dense, groups, fidelities, splits, layer.seen)
-    cache = LayeredCache([layers[i] for i in range(len(layers))])
+    cache = prefilled.cache(layers)
     position, mask = prefilled.lengths[:, None], prefilled.mask
     with attached(prefilled.model):
         for step, token in enumerate(tokens):

@@ -18,7 +18,7 @@ from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
 from pqbench.generation import Generation, Prefilled, decode, geometry, prefill
 from pqbench.method import Method
 from pqbench.models import LoadedModel
-from pqbench.probe import Fidelity, probe
+from pqbench.probe import probe
 from pqbench.records import VERSION, Record, RecordFile
 from pqbench.terminal import plain
 
@@ -101,11 +101,8 @@ def run(job: Job) -> Summary:
 def _run_sample(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -> None:
     try:
         records = evaluate(job, sample, names, summary)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        records = [failure(job, sample, name, "oom", error) for name in names]
-    except Exception as error:
-        log.debug("sample %s failed", sample.id, exc_info=True)
-        records = [failure(job, sample, name, "error", error) for name in names]
+    except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
+        records = [failure(job, sample, name, error) for name in names]
     for record in records:
         job.files[record["method"]].append(record)
         if record["status"] == "ok":
@@ -139,27 +136,30 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
             )
             check_alive(methods[i], generation, context.shape[1])
             records.append(success(job, sample, name, generation))
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            records.append(failure(job, sample, name, "oom", error))
-        except Exception as error:
-            log.debug("method %s failed on %s", name, sample.id, exc_info=True)
-            records.append(failure(job, sample, name, "error", error))
+        except Exception as error:  # noqa: BLE001 - the other methods of this prefill still count
+            records.append(failure(job, sample, name, error))
         summary.decode_s += time.perf_counter() - began - prefilled.build_seconds[i]
         summary.index_s += prefilled.build_seconds[i] + prefilled.observe_seconds[i]
     add_fidelity(job, sample, prefilled, records, summary)
     return records
 
 
-def add_fidelity(job: Job, sample: Sample, prefilled: Prefilled, records: Sequence[Record], summary: Summary) -> None:
+def add_fidelity(job: Job, sample: Sample, prefilled: Prefilled, records: list[Record], summary: Summary) -> None:
     """Measure fidelity over the reference answer and put it into the records of the methods that succeeded."""
     answer = job.prompter.encode(f" {sample.references[0]}")[: job.probe_tokens] if sample.references else []
-    if not answer:
+    good = [i for i, record in enumerate(records) if record["status"] == "ok"]
+    if not answer or not good:
         return
     began = time.perf_counter()
-    fidelities: Sequence[Fidelity] = probe(prefilled, answer)
-    for record, fidelity in zip(records, fidelities, strict=True):
-        if record["status"] == "ok":
-            record.update(fidelity.means())
+    try:
+        for i, fidelity in zip(good, probe(prefilled, answer, good), strict=True):
+            records[i].update(fidelity.means())
+    except Exception:  # noqa: BLE001 - one method's fault must not be another's: each by itself
+        for i in good:
+            try:
+                records[i].update(probe(prefilled, answer, [i])[0].means())
+            except Exception as error:  # noqa: BLE001 - as above
+                records[i] = failure(job, sample, records[i]["method"], error)
     summary.probe_s += time.perf_counter() - began
 
 
@@ -190,8 +190,10 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
     return record | {"score": scores["score"], "scores": scores}
 
 
-def failure(job: Job, sample: Sample, name: str, status: str, error: BaseException) -> Record:
-    """The record of a sample that gave no prediction."""
+def failure(job: Job, sample: Sample, name: str, error: Exception) -> Record:
+    """The record of a sample that gave no prediction that counts."""
+    log.debug("%s failed on %s", name, sample.id, exc_info=error)
+    status = "oom" if isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
     message = " ".join(str(error).split())[:500] or type(error).__name__
     return _common(job, sample, name) | {"status": status, "error": f"{type(error).__name__}: {message}"}
 

@@ -63,6 +63,20 @@ class Broken(Lazy):
         return BrokenState(geometry)
 
 
+class TwiceState(LayerState):
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        last = torch.tensor([kv.length - 1, kv.length - 1])
+        return Selection(last.expand(*q.shape[:2], -1))
+
+
+@dataclass(frozen=True)
+class Twice(Lazy):
+    """Names the current token twice."""
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return TwiceState(geometry)
+
+
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
     return Random(name="tiny").load()
@@ -126,15 +140,25 @@ def test_a_method_that_never_skips_a_token_fails_loudly(loaded: LoadedModel, tmp
 
 
 def test_out_of_memory_is_a_row_and_the_others_go_on(loaded: LoadedModel, tmp_path: Path) -> None:
-    done = job(loaded, tmp_path, {"broken": Broken(), "full": Full()}, probe_tokens=0)
+    done = job(loaded, tmp_path, {"broken": Broken(), "full": Full()})
     run(done)
     assert {r["status"] for r in records(done, "broken")} == {"oom"}
     assert {r["status"] for r in records(done, "full")} == {"ok"}
-    resumed = run(job(loaded, tmp_path, {"broken": Broken()}, probe_tokens=0))
+    resumed = run(job(loaded, tmp_path, {"broken": Broken()}))
     assert (resumed.measured, len(resumed.failures)) == (0, 3)  # not run again, and not forgotten either
     assert "retry_failed=true" in resumed.failures[0]
-    retried: Summary = run(job(loaded, tmp_path, {"broken": Broken()}, probe_tokens=0, retry_failed=True))
+    retried: Summary = run(job(loaded, tmp_path, {"broken": Broken()}, retry_failed=True))
     assert len(retried.failures) == 3
+
+
+def test_a_failing_method_costs_the_others_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+    done = job(loaded, tmp_path, {"full": Full(), "broken": Broken(), "twice": Twice()})
+    run(done)
+    assert {r["status"] for r in records(done, "broken")} == {"oom"}
+    assert {r["status"] for r in records(done, "full")} == {"ok"}
+    assert all(r["mass"] == pytest.approx(1, abs=1e-5) for r in records(done, "full"))
+    # A selection the harness refuses is that method's failure, although its decoding went through.
+    assert all("names a row twice" in r["error"] for r in records(done, "twice"))
 
 
 def test_the_question_can_go_through_the_method(loaded: LoadedModel, tmp_path: Path) -> None:
