@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
-from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
+from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection, Split
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class InfLLMState(LayerState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
-        top = self._rank(q, kv, split.window)  # [B, H, blocks taken]
+        top = self._rank(q, kv, split)  # [B, H, blocks taken]
         size = self.method.block_size
         tokens = (first + top[..., None] * size + torch.arange(size, device=q.device)).flatten(2)  # [B, H, n]
         beyond = (tokens >= stop).to(torch.int8)  # the partial block's missing tokens go last and are cut
@@ -93,16 +93,15 @@ class InfLLMState(LayerState):
         outside = indices < kv.length - split.window
         return Selection(indices, key_shift=(distance - indices) * outside)
 
-    def _rank(self, q: Tensor, kv: KV, window: int) -> Tensor:
+    def _rank(self, q: Tensor, kv: KV, split: Split) -> Tensor:
         """Best blocks first, ``[B, H, n]``: enough of them to fill top_k even if the partial block is among them."""
         if self.vectors is None or self.geometry.inverse_frequencies is None:
             raise RuntimeError("select() before finish_prefill()")
-        turn = torch.tensor(window - kv.length, device=q.device)
+        turn = torch.tensor(split.window - kv.length, device=q.device)
         local = reference.rotate(q, turn, self.geometry.inverse_frequencies)  # query at angle window - 1
         scores = (local.float().sum(2, keepdim=True) @ self.vectors.view().float().transpose(2, 3))[:, :, 0]
         if not self.method.per_head:
             scores = scores.sum(1, keepdim=True).expand_as(scores)
-        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         wanted = min(-(-split.top_k // self.method.block_size) + 1, scores.shape[2])
         return scores.topk(wanted, dim=-1, sorted=True).indices
 

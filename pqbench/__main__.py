@@ -11,24 +11,20 @@ from typing import Any
 import hydra
 import torch
 import transformers
-from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
 from pqbench.benchmarks.base import Prompter
-from pqbench.config import conf_folder
-from pqbench.errors import ConfigError, PqbenchError
-from pqbench.models import LoadedModel
+from pqbench.config import EXPLAINED, conf_folder, explain, model_source
+from pqbench.errors import ConfigError
 from pqbench.records import RecordFile
 from pqbench.run import Job, Summary, run
 from pqbench.tables import bench_table
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
-EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
 def main() -> None:
@@ -73,11 +69,10 @@ def run_config(config: DictConfig) -> list[str]:
     if config.threads:
         torch.set_num_threads(config.threads)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    model_options = {k: v for k, v in plain["model"].items() if k != "chat"}
     methods = {name: instantiate(node) for name, node in config.methods.items()}
     benchmark = instantiate(config.benchmark)
     files = {name: _record_file(plain, name, benchmark.name) for name in methods}
-    loaded: LoadedModel = instantiate(model_options).load()
+    loaded = model_source(plain["model"]).load()
     prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
     job = Job(benchmark, loaded, prompter, methods, files, config.chunk, config.question, config.probe_tokens,
               config.retry_failed)  # fmt: skip
@@ -128,21 +123,6 @@ def footer(summary: Summary, results: str) -> str:
         "own watching of it; mass, recall and error: teacher-forced on the reference answer, clean inputs"
     )
     return "\n".join(lines)
-
-
-def explain(error: BaseException) -> str:
-    """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        known = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        return f"there is no {group or 'config'} {name!r}: use one of {', '.join(known)}"
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, PqbenchError):
-            return str(cause)
-        cause = cause.__cause__
-    text = " ".join(str(error).split())
-    return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""Where the configuration lies, and models by the names it gives them."""
+"""Where the configuration lies, models by the names it gives them, and what went wrong with it in one line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pqbench.errors import ConfigError
+from hydra.errors import HydraException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-if TYPE_CHECKING:
-    from pqbench.models import LoadedModel
+from pqbench.errors import ConfigError, PqbenchError
+from pqbench.models import LoadedModel, ModelSource
+
+EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
 def conf_folder() -> Path:
@@ -28,9 +34,6 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
         ConfigError: no such name or field.
         ModelError: the model cannot be loaded.
     """
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
     folder = conf_folder() / "model"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
@@ -39,7 +42,25 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
     foreign = sorted(set(options) - set(fields))
     if foreign:
         raise ConfigError(f"model {name} has no field {', '.join(foreign)}: it has {', '.join(map(str, fields))}")
-    fields.pop("chat")  # concerns prompts, not the model
-    source = instantiate({**fields, **options})
-    loaded: LoadedModel = source.load()
-    return loaded
+    return model_source({**fields, **options}).load()
+
+
+def model_source(fields: Mapping[str, Any]) -> ModelSource:
+    """The source that the group ``model`` of a configuration describes; its ``chat`` concerns prompts alone."""
+    source: ModelSource = instantiate({name: value for name, value in fields.items() if name != "chat"})
+    return source
+
+
+def explain(error: BaseException) -> str:
+    """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+        return f"there is no {group or 'config'} {name!r}: use one of {', '.join(known)}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PqbenchError):
+            return str(cause)
+        cause = cause.__cause__
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

@@ -30,14 +30,20 @@ def decoding_with(method: Method) -> Callable[..., Tensor]:
         if generation_config.do_sample or (generation_config.num_beams or 1) > 1 or logits_processor:
             raise ConfigError("pqbench decodes greedily: set do_sample=False, num_beams=1 and no logits processors")
         new = generation_config.max_length - input_ids.shape[1]
-
-        def finished(tokens: Tensor) -> Tensor:
-            stopped = torch.as_tensor(stopping_criteria(torch.cat([input_ids, tokens], 1), None), device=tokens.device)
-            return stopped.expand(len(tokens))
-
+        finished = stopping(stopping_criteria, input_ids) if stopping_criteria else None
         prefilled = prefill(model, input_ids, [method], model_kwargs.get("attention_mask"), reserve=new)
-        ending = finished if stopping_criteria else None
-        generation = decode(prefilled, 0, new, finished=ending, config=generation_config)
+        generation = decode(prefilled, 0, new, finished=finished, config=generation_config)
         return torch.cat([input_ids, generation.tokens], 1)
 
     return decoding
+
+
+def stopping(criteria: Callable[..., Any], prompt: Tensor) -> Callable[[Tensor], Tensor]:
+    """Stopping criteria of transformers as :func:`pqbench.generation.decode` takes them: bool ``[B]`` for the tokens so
+    far; ``prompt`` ``[B, S]`` is what the criteria see before those."""
+
+    def finished(tokens: Tensor) -> Tensor:
+        stopped = torch.as_tensor(criteria(torch.cat([prompt, tokens], 1), None), device=tokens.device)
+        return stopped.expand(len(tokens))
+
+    return finished

@@ -153,11 +153,10 @@ def prefill(
     groups = group_rows(mask)
     types = layer_types(model.config.get_text_config())
     layers = {i: PrefillLayer(input_ids.shape[1] + reserve) for i, kind in enumerate(types) if kind == "full_attention"}
+    rotary = frequencies(model, methods, next(iter(layers))) if layers else None
     for i, layer in layers.items():
         layer.observers = [
-            Observer(
-                rows, method.layer(geometry(model, method, i, types[i], rows, input_ids.shape[1])), lambda: now(model)
-            )
+            Observer(rows, method.layer(geometry(model, i, rows, input_ids.shape[1], rotary)), lambda: now(model))
             for method in methods
             for rows in groups
         ]
@@ -284,8 +283,14 @@ def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:
     return logits.argmax(-1)
 
 
-def geometry(model: PreTrainedModel, method: Method, layer: int, kind: str, rows: Rows, columns: int) -> Geometry:
-    """What a method's state of one layer and group needs to know."""
+def frequencies(model: PreTrainedModel, methods: Sequence[Method], layer: int) -> Tensor | None:
+    """Rotary frequencies of the full-attention layers, of which ``layer`` is one, if any of the methods renumbers."""
+    wanted = any(method.needs_positions for method in methods)
+    return rotary_frequencies(model, layer, "full_attention") if wanted else None
+
+
+def geometry(model: PreTrainedModel, layer: int, rows: Rows, columns: int, rotary: Tensor | None) -> Geometry:
+    """What a method's state of one layer and group needs to know; ``rotary`` are its :func:`frequencies`."""
     config = model.config.get_text_config()
     attention = model.get_decoder().layers[layer].self_attn
     heads = config.num_attention_heads
@@ -294,7 +299,7 @@ def geometry(model: PreTrainedModel, method: Method, layer: int, kind: str, rows
     return Geometry(
         layer=layer, batch=rows.count, kv_heads=kv_heads, group=heads // kv_heads, head_dim=width,
         scaling=float(attention.scaling), prompt=columns - rows.padding,
-        inverse_frequencies=rotary_frequencies(model, layer, kind) if method.needs_positions else None,
+        inverse_frequencies=rotary,
     )  # fmt: skip
 
 

@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from pqbench.__main__ import explain
 from pqbench.attention import attached
-from pqbench.config import conf_folder
+from pqbench.config import conf_folder, explain, model_source
+from pqbench.custom_generate import stopping
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.generation import Prefilled, decode, forward, prefill
 from pqbench.lm_eval_plugin import register
@@ -78,7 +78,7 @@ class PqbenchLM(HFLM):
         if config.threads:
             torch.set_num_threads(config.threads)
         self.method = instantiate(config.methods[method])
-        loaded = instantiate({name: value for name, value in config.model.items() if name != "chat"}).load()
+        loaded = model_source(config.model).load()
         self.chunk: int | None = config.chunk
         super().__init__(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", max_length=loaded.max_length,
@@ -98,7 +98,7 @@ class PqbenchLM(HFLM):
         room = max_length - context.shape[1]
         prefilled = prefill(self.model, context, [self.method], mask, self.chunk, reserve=room)
         criteria = stop_sequences_criteria(self.tokenizer, stop, 0, context.shape[0])
-        generation = decode(prefilled, 0, room, finished=lambda tokens: bool(torch.all(criteria(tokens, None))))
+        generation = decode(prefilled, 0, room, finished=stopping(criteria, context[:, :0]))
         return torch.cat([context, generation.tokens], 1)
 
     def _loglikelihood_tokens(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.cache import Rows, layer_types
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
-from pqbench.generation import Generation, Prefilled, decode, geometry, prefill
+from pqbench.generation import Generation, Prefilled, decode, frequencies, geometry, prefill
 from pqbench.method import Method
 from pqbench.models import LoadedModel
 from pqbench.probe import probe
@@ -235,10 +235,11 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
 def check_methods(methods: Mapping[str, Method], model: PreTrainedModel) -> None:
     """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
     types = layer_types(model.config.get_text_config())
-    first = [(i, kind) for i, kind in enumerate(types) if kind == "full_attention"][:1]
-    for (name, method), (i, kind) in product(methods.items(), first):
+    first = [i for i, kind in enumerate(types) if kind == "full_attention"][:1]  # layers are alike
+    for (name, method), layer in product(methods.items(), first):
         try:
-            method.layer(geometry(model, method, i, kind, Rows(slice(None), 0, 1), columns=1024))
+            rotary = frequencies(model, [method], layer)
+            method.layer(geometry(model, layer, Rows(slice(None), 0, 1), columns=1024, rotary=rotary))
         except (ConfigError, ModelError) as error:
             raise type(error)(f"{name}: {error}") from error
 

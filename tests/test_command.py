@@ -13,7 +13,8 @@ import torch
 from hydra.errors import InstantiationException
 
 import pqbench.run
-from pqbench.__main__ import explain, main
+from pqbench.__main__ import main
+from pqbench.config import explain
 from pqbench.errors import BudgetError, DataError
 from pqbench.records import Record, RecordFile, parse, read_all
 

@@ -68,7 +68,7 @@ def template(task: str) -> dict[str, Any]:
     Raises:
         DataError: lm-eval is not installed, or lacks the file.
     """
-    config = load_task(f"longbench/{task}.yaml")
+    config = dict(load_task(f"longbench/{task}.yaml"))
     if task in ("triviaqa", "samsum"):
         config["doc_to_text"] = config["doc_to_text"].replace("}}\n{{", "}}\n\n{{")
     elif task in ("passage_count", "passage_retrieval_en"):

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import yaml
@@ -53,10 +53,11 @@ def _loader(folder: Path) -> type[yaml.SafeLoader]:
     return Loader
 
 
-def load_task(relative_path: str) -> dict[str, Any]:
+@cache
+def load_task(relative_path: str) -> Mapping[str, Any]:
     """The task file at ``relative_path`` below lm-eval's task folder, with its ``include`` files merged in.
 
-    ``!function`` entries become callables.
+    ``!function`` entries become callables. Read once: generators ask for it at every step of their search for a length.
 
     Raises:
         DataError: lm-eval is not installed, or has no such task file.
@@ -70,7 +71,7 @@ def load_task(relative_path: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in [include] if isinstance(include, str) else include:
         merged |= load_task(str(Path(relative_path).parent / name))
-    return merged | own
+    return MappingProxyType(merged | own)
 
 
 def fill(config: Mapping[str, Any], doc: Mapping[str, Any]) -> str:
