@@ -99,6 +99,16 @@ class Prompter:
         half = limit // 2
         return self.decode(ids[:half]) + self.decode(ids[-half:])
 
+    def cut_middle(self, text: str, limit: int, room: int) -> list[int] | None:
+        """Token ids of ``text`` truncated to ``limit``, or to a little less where they would not fit into ``room``: the
+        halves meet in new tokens, and a torn character may come back as several. None when nothing is left."""
+        while limit >= 2:
+            ids = self.encode(self.truncate_middle(text, limit))
+            if len(ids) <= room:
+                return ids
+            limit -= len(ids) - room
+        return None
+
 
 class Benchmark(ABC):
     """A suite: yields samples for a model, scores records without one. Subclasses are dataclasses, one file each."""

@@ -1,8 +1,8 @@
-"""Checks of the numbers that span a benchmark's grid, with one clear line for each mistake."""
+"""What spans a benchmark: task names, and numbers of its grid, with one clear line for each mistake."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pqbench.errors import ConfigError
@@ -28,6 +28,16 @@ def percent(field: str, values: Any) -> list[float]:
     if not _is_grid(values) or not all(type(value) in (int, float) and 0 <= value <= 100 for value in values):
         raise ConfigError(f"benchmark.{field} needs a list of different numbers from 0 to 100, not {_shown(values)}")
     return list(values)
+
+
+def named(
+    tasks: str | Sequence[str], known: Collection[str], groups: Mapping[str, Sequence[str]]
+) -> tuple[list[str], list[str]]:
+    """Tasks that names of tasks and groups stand for, each once and in order; and the names that are neither."""
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    unknown = [str(name) for name in names if name not in known and name not in groups]
+    chosen = dict.fromkeys(task for name in names if str(name) not in unknown for task in groups.get(name, (name,)))
+    return list(chosen), unknown
 
 
 def fits(lengths: Sequence[int], max_length: int) -> None:

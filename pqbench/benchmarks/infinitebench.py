@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.benchmarks.data import TEXT, Kind, Source, find, hub_file, read_rows
+from pqbench.benchmarks.grid import named
 from pqbench.benchmarks.infinitebench_generators import OFFICIAL, Place, Row, fit, generate, least_units
 from pqbench.benchmarks.infinitebench_scores import score
 from pqbench.benchmarks.templates import fill, load_task
@@ -172,15 +173,14 @@ class InfiniteBench(Benchmark):
         return {"score": score(record["task"], record["prediction"], record["references"])}
 
     def _tasks(self) -> list[str]:
-        wanted = [self.tasks] if isinstance(self.tasks, str) else list(self.tasks)
-        unknown = [name for name in wanted if name not in TASKS and name not in GROUPS]
-        if unknown or not wanted:
+        chosen, unknown = named(self.tasks, TASKS, GROUPS)
+        if unknown or not chosen:
+            wanted = [self.tasks] if isinstance(self.tasks, str) else list(self.tasks)
             raise ConfigError(
                 f"benchmark.tasks={wanted} names {', '.join(unknown) or 'nothing'}; tasks: {', '.join(TASKS)}; "
                 f"groups: {', '.join(GROUPS)}"
             )
-        # A task named twice, or in a group besides, runs once.
-        return list(dict.fromkeys(task for name in wanted for task in GROUPS.get(name, (name,))))
+        return chosen
 
     def _lengths(self) -> list[int]:
         return [self.length] if isinstance(self.length, int) else list(self.length)
@@ -249,9 +249,11 @@ class InfiniteBench(Benchmark):
         room = self._limit(prompter) - new_tokens - len(before) - len(after)
         cut = len(ids) > room
         if cut:
-            if self.source == "generated" or not self.truncate or room < _LEAST_ROOM:
+            allowed = self.source == "official" and self.truncate and room >= _LEAST_ROOM
+            shorter = prompter.cut_middle(text, room, room) if allowed else None
+            if shorter is None:
                 raise DataError(self._too_long(name, full, new_tokens, prompter))
-            ids = _cut(prompter, text, room)
+            ids = shorter
         return Sample(
             id=name,
             task=task,
@@ -334,17 +336,6 @@ def _flat(answer: Any) -> Iterator[str]:
             yield from _flat(item)
     else:
         yield str(answer)
-
-
-def _cut(prompter: Prompter, text: str, room: int) -> list[int]:
-    """Tokens of ``text`` cut in the middle: at most ``room``."""
-    limit = room
-    while True:
-        ids = prompter.encode(prompter.truncate_middle(text, limit))
-        if len(ids) <= room:
-            return ids
-        # The halves meet in new tokens, and a torn character comes back as several: more can come out than went in.
-        limit -= len(ids) - room
 
 
 def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from pqbench.benchmarks.data import (
     hub_file,
     read_rows,
 )
+from pqbench.benchmarks.grid import named
 from pqbench.benchmarks.templates import fill, load_task
 from pqbench.errors import ConfigError, DataError
 
@@ -159,16 +160,15 @@ class LongBench(Benchmark):
     def _select(self) -> list[str]:
         available = EXTENDED if self.extended else TASKS
         groups = {**GROUPS, "pqcache_table2": PQCACHE_TABLE2, "all": available}
-        selected: dict[str, None] = {}
-        for name in [self.tasks] if isinstance(self.tasks, str) else self.tasks:
-            if name not in available and name not in groups:
-                suite = "LongBench-E" if self.extended else "LongBench"
-                known = f"sets: {', '.join(available)}; groups: {', '.join(groups)}"
-                raise ConfigError(f"benchmark.tasks: {suite} has no {name!r}; {known}")
-            selected |= dict.fromkeys(task for task in groups.get(name, (name,)) if task in available)
+        selected, unknown = named(self.tasks, available, groups)
+        if unknown:
+            suite = "LongBench-E" if self.extended else "LongBench"
+            known = f"sets: {', '.join(available)}; groups: {', '.join(groups)}"
+            raise ConfigError(f"benchmark.tasks: {suite} has no {unknown[0]!r}; {known}")
+        selected = [task for task in selected if task in available]
         if not selected:
             raise ConfigError("benchmark.tasks is empty: name sets or groups, or set benchmark.tasks=[all]")
-        return list(selected)
+        return selected
 
     def samples(self, prompter: Prompter) -> Iterator[Sample]:
         """The rows of the selected sets, in the order of ``tasks`` and of the files.
@@ -232,20 +232,12 @@ class LongBench(Benchmark):
                 f"raise benchmark.max_length, or take a model with a longer context"
             )
         if cut:
-            body = self._cut(task, prompt.text, limit, room, prompter)
+            shorter = prompter.cut_middle(prompt.text, limit, room)
+            if shorter is None:
+                raise ConfigError(f"task {task}: {limit} tokens are too few for a prompt: raise benchmark.max_length")
+            body = shorter
         tail = min(len(prompter.encode(prompt.tail)), limit // 2 if cut else len(body))
         return before + body + after, tail + len(after), cut
-
-    @staticmethod
-    def _cut(task: str, text: str, limit: int, room: int, prompter: Prompter) -> list[int]:
-        size = limit
-        while size >= 2:
-            body = prompter.encode(prompter.truncate_middle(text, size))
-            if len(body) <= room:
-                return body
-            # Cut characters and the new joint may take a few tokens more than the halves did.
-            size -= len(body) - room
-        raise ConfigError(f"task {task}: {limit} tokens are too few for a prompt: raise benchmark.max_length")
 
     def score(self, record: Mapping[str, Any]) -> dict[str, float]:
         """Percent by the set's official metric; for LongBench-E also under the name of the length bucket.

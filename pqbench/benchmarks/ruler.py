@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pqbench.benchmarks import ruler_data
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
-from pqbench.benchmarks.grid import fits, whole
+from pqbench.benchmarks.grid import fits, named, whole
 from pqbench.benchmarks.recall import string_recall, string_recall_any
 from pqbench.benchmarks.ruler_tasks import DATA_TASKS, GROUPS, TASKS, Draft, Draw, Request, largest
 from pqbench.errors import ConfigError
@@ -66,14 +66,13 @@ class Ruler(Benchmark):
     chat: bool = True
 
     def __post_init__(self) -> None:
-        names = [self.tasks] if isinstance(self.tasks, str) else list(self.tasks)
-        unknown = [name for name in names if name not in TASKS and name not in GROUPS]
-        if unknown or not names:
+        chosen, unknown = named(self.tasks, TASKS, GROUPS)
+        if unknown or not chosen:
             raise ConfigError(
                 f"benchmark.tasks has {', '.join(map(str, unknown)) or 'no task'}; "
                 f"choose from {', '.join(TASKS)}, or a group: {', '.join(GROUPS)}"
             )
-        self.tasks = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+        self.tasks = chosen
         self.lengths = whole("lengths", self.lengths)
         whole("per_cell", [self.per_cell])
 
