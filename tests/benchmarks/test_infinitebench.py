@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pqbench.benchmarks import infinitebench
@@ -17,31 +16,16 @@ from pqbench.benchmarks.infinitebench import TASKS, InfiniteBench
 from pqbench.benchmarks.infinitebench_generators import OFFICIAL, Place, generate
 from pqbench.benchmarks.templates import fill, load_task
 from pqbench.errors import ConfigError, DataError
+from tests.benchmarks.bpe import byte_bpe
 
 OPTIONS = ["red house", "blue boat", "green tree", "old road"]
 REAL_ROW = {"id": 7, "context": "One day it rained. " * 50, "input": "Who came?", "answer": ["Ann"], "options": OPTIONS}
-CHAT = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with one token a digit, learnt from a few prompts."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<s>", "<|user|>", "<|assistant|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([generate(task, 20, Place(0, 4), "0").context for task in OFFICIAL], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", chat_template=CHAT)
+    return byte_bpe([generate(task, 20, Place(0, 4), "0").context for task in OFFICIAL], 600, digits=True)
 
 
 def prompter(max_length: int = 100_000, *, chat: bool = True) -> Prompter:

@@ -19,11 +19,8 @@ from pqbench.benchmarks.needle import Needle
 from pqbench.benchmarks.prose import prose, sentences, speeches
 from pqbench.benchmarks.recall import rouge1, string_recall, string_recall_any
 from pqbench.errors import ConfigError, DataError
+from tests.benchmarks.bpe import CHAT
 
-CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 VARIANTS = ("number", "sandwich", "multi")
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pqbench.benchmarks import ruler_library
@@ -21,11 +20,8 @@ from pqbench.benchmarks.prose import speeches
 from pqbench.benchmarks.ruler import Ruler
 from pqbench.benchmarks.ruler_tasks import GROUPS, TASKS, largest
 from pqbench.errors import ConfigError, DataError
+from tests.benchmarks.bpe import byte_bpe
 
-CHAT = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 NIAH = [name for name in TASKS if name.startswith("niah")]
 OFFICIAL_NEW_TOKENS = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 LENGTH = 3000
@@ -34,17 +30,7 @@ LENGTH = 3000
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE learnt from two speeches."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=["<s>", "<|user|>", "<|assistant|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(speeches()[:2], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", chat_template=CHAT)
+    return byte_bpe(speeches()[:2], 1500)
 
 
 def prompter(max_length: int = 20_000) -> Prompter:
