@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer, swap_remove
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection, Split
 
@@ -47,7 +46,7 @@ class H2OState(LayerState):
         self.scores = GrowingBuffer(empty)
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        sums = reference.column_sums(q, keys, self.geometry.scaling)  # [B, H, S]
+        sums = self.geometry.kernels.column_sums(q, keys, self.geometry.scaling)  # [B, H, S]
         if len(self.scores):
             sums[:, :, : len(self.scores)] += self.scores.view()
         self.scores = GrowingBuffer(sums)
@@ -55,7 +54,7 @@ class H2OState(LayerState):
     def finish_prefill(self, kv: KV) -> Tensor:
         split = self._next(kv)
         first, stop = split.middle(kv.length)
-        heavy = first + reference.top_k(self.scores.view(first, stop), split.top_k)
+        heavy = first + self.geometry.kernels.top_k(self.scores.view(first, stop), split.top_k)
         rows = split.around(heavy, kv.length)
         self.scores = GrowingBuffer(self.scores.view().gather(2, rows))
         return rows

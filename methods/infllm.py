@@ -62,7 +62,7 @@ class InfLLMState(LayerState):
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         window = self.method.budget.resolve(self.geometry.prompt, self.geometry.prompt).window
-        sums = reference.column_sums(q, keys, self.geometry.scaling, band=window)  # [B, H, S]
+        sums = self.geometry.kernels.column_sums(q, keys, self.geometry.scaling, band=window)  # [B, H, S]
         if len(self.scores):
             sums[:, :, : len(self.scores)] += self.scores.view()
         self.scores = GrowingBuffer(sums)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
 
@@ -82,8 +81,9 @@ class PQCacheState(LayerState):
         if self.codebook is None or self.codes is None:
             return Selection()
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
-        scores = reference.pq_scores(q, self.codebook, self.codes.view()) * self.geometry.scaling  # [B, H, G, middle]
-        top = reference.top_k(reference.group_probabilities(scores), split.top_k)
+        body = self.geometry.kernels
+        scores = body.pq_probabilities(q, self.codebook, self.codes.view(), self.geometry.scaling)  # [B, H, middle]
+        top = body.top_k(scores, split.top_k)
         return Selection(split.around(split.sink + top, kv.length))
 
     def _cover(self, kv: KV) -> None:
@@ -93,18 +93,16 @@ class PQCacheState(LayerState):
             if stop - first > 2**self.method.b:
                 self._train(kv.keys(first, stop))
         elif stop - first > len(self.codes):
-            self.codes.append(reference.encode(kv.keys(first + len(self.codes), stop), self.codebook))
+            self.codes.append(self.geometry.kernels.encode(kv.keys(first + len(self.codes), stop), self.codebook))
 
     def _train(self, keys: Tensor) -> None:
         """Cluster the keys ``[B, H, S, D]``; raises ConfigError when they are not finite."""
         if not bool(keys.isfinite().all()):
             raise ConfigError(f"layer {self.geometry.layer} has keys that are NaN or infinite: try model.dtype=float32")
-        batch, heads, count, dimension = keys.shape
-        m, clusters = self.method.m, 2**self.method.b
-        points = reference.subspaces(keys, m)  # [B * H * m, S, D / m]
-        centroids, codes = reference.kmeans(points, clusters, self.method.iterations, self.method.seed)
-        self.codebook = centroids.view(batch, heads, m, clusters, dimension // m)
-        self.codes = GrowingBuffer(codes.view(batch, heads, m, count).transpose(2, 3).to(reference.CODE))
+        self.codebook, codes = self.geometry.kernels.train_codebook(
+            keys, self.method.m, 2**self.method.b, self.method.iterations, self.method.seed
+        )
+        self.codes = GrowingBuffer(codes)
 
     @property
     def index_bytes(self) -> int:

@@ -21,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 from pqbench.attention import dense_prefill
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
-from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import LayerState, Selection
 from pqbench.store.base import Store
 from pqbench.store.device import DeviceStore
@@ -200,17 +200,20 @@ class Group:
     def attention(self, q: Tensor, selection: Selection) -> tuple[Tensor, Tensor | None]:
         """Exact attention over a selection, merged with its residual; probabilities when the method wants them."""
         scaling, frequencies = self.state.geometry.scaling, self.state.geometry.inverse_frequencies
-        keys, values = self.store.fetch(selection.indices)
+        keys, values, rows = self.store.fetch(selection.indices)
         if selection.key_shift is not None and frequencies is not None:
+            if rows is not None:
+                keys, values, rows = gather_rows(keys, rows), gather_rows(values, rows), None
             keys = reference.rotate(keys, selection.key_shift, frequencies)
-        if selection.visible is None and selection.residual is None and not self.state.needs_weights:
-            return reference.dense_attention(q, keys, values, scaling), None
-        output, lse, weights = reference.sparse_attention(q, keys, values, scaling, selection.visible)
+        visible, wanted, body = selection.visible, self.state.needs_weights, self.state.geometry.kernels
+        if rows is None and visible is None and selection.residual is None and not wanted:
+            return body.dense_attention(q, keys, values, scaling), None
+        output, lse, weights = body.attention(q, keys, values, scaling, rows, visible, wanted)
         if selection.residual is not None:
             residual = selection.residual
             log_weight = residual.log_weight + lse if residual.relative else residual.log_weight
             output = reference.merge(output, lse, residual.value, log_weight)
-        return output, weights if self.state.needs_weights else None
+        return output, weights
 
 
 class DecodeLayer(OurLayer):

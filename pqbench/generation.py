@@ -86,7 +86,7 @@ class Prefilled:
         observer, keep = self.observers(self.layers[layer], method)[group], self.keeps[method][layer, group]
         store = shared if shared is not None and keep is None else self.layers[layer].store(observer.rows)
         if keep is not None:
-            store.keep(keep)
+            store = store.keep(keep)
         return Group(observer.rows, store, copy.deepcopy(observer.state))
 
 

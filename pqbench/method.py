@@ -8,13 +8,14 @@ Shapes: B sequences, H KV heads, G query heads per KV head, S tokens, D head dim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from pqbench.errors import BudgetError, ConfigError
+from pqbench.kernels.backend import Kernels, kernels
 
 __all__ = [
     "KV",
@@ -158,6 +159,7 @@ class Geometry:
         prompt: length of the prompt in tokens.
         inverse_frequencies: rotary frequencies ``[D_rotary / 2]`` in radians per position, when the method asked for
             them with ``Method.needs_positions``.
+        kernels: the body to compute with; one signature, see :mod:`pqbench.kernels.backend`.
     """
 
     layer: int
@@ -168,6 +170,11 @@ class Geometry:
     scaling: float
     prompt: int
     inverse_frequencies: Tensor | None = None
+    kernels: Kernels = field(default_factory=lambda: kernels(torch.device("cpu"), "reference"), repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Geometry:
+        """Facts do not change: copies of a state share them."""
+        return self
 
 
 class KV(Protocol):

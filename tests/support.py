@@ -150,7 +150,7 @@ def start(method: Method, data: Case, chunk: int | None = None) -> tuple[LayerSt
     store = store_of(data.keys[:, :, : data.prompt], data.values[:, :, : data.prompt])
     kept = state.finish_prefill(store)
     if kept is not None:
-        store.keep(kept)
+        store = store.keep(kept)
     return state, store
 
 

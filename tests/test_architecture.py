@@ -79,7 +79,7 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
     ("name", "allowed"),
     [
         ("errors", set()),
-        ("method", {"errors"}),
+        ("method", {"errors", "kernels"}),
         ("models", {"errors"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
         ("cache", CORE | {"kernels", "store", "attention"}),

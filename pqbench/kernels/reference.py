@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pqbench.kernels.buffers import gather_rows
+
 _TILE = 1 << 19  # elements of the largest temporary score tile
 CODE = torch.uint8  # one byte per code; K <= 256
 
@@ -52,19 +54,34 @@ def update(points: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
     return torch.where(counts > 0, means, centroids.reshape(-1, dimension).float()).view_as(centroids)
 
 
-def kmeans(points: Tensor, clusters: int, iterations: int, seed: int) -> tuple[Tensor, Tensor]:
+def kmeans(
+    points: Tensor, clusters: int, iterations: int, seed: int, sample: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm on P independent problems, points ``[P, N, d]`` with N >= K.
 
     Initial centroids are K points drawn without replacement, the same rows for every problem (released PQCache code);
-    the draw depends on ``seed`` and N alone. Stops early once no point changes cluster.
+    the draw depends on ``seed`` and N alone. With ``sample`` < N the iterations run on that many rows of the same draw,
+    and one more runs on all points. Stops early once no point changes cluster. An empty cluster keeps its centroid.
 
     Returns:
         centroids ``[P, K, d]`` float32 and codes ``[P, N]`` int64, the nearest of those centroids.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(points.shape[1], generator=generator)[:clusters].to(points.device)
+    order = draw(points.shape[1], seed).to(points.device)
     points = points.float()
-    centroids = points[:, rows].contiguous()
+    centroids = points[:, order[:clusters]].contiguous()
+    if sample is not None and sample < points.shape[1]:
+        centroids, _ = lloyd(points[:, order[: max(sample, clusters)]], centroids, iterations)
+        iterations = min(iterations, 1)
+    return lloyd(points, centroids, iterations)
+
+
+def draw(count: int, seed: int) -> Tensor:
+    """The order in which K-Means draws its rows: a permutation ``[count]``."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def lloyd(points: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """At most ``iterations`` steps of Lloyd's algorithm from given centroids; see :func:`kmeans`."""
     codes = assign(points, centroids)
     for _ in range(iterations):
         centroids = update(points, codes, centroids)
@@ -76,10 +93,24 @@ def kmeans(points: Tensor, clusters: int, iterations: int, seed: int) -> tuple[T
     return centroids, codes
 
 
+def train_codebook(
+    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Product quantiser of keys ``[B, H, S, D]``: :func:`kmeans` per sequence, head and sub-space.
+
+    Returns:
+        codebook float32 ``[B, H, m, K, D/m]`` and codes uint8 ``[B, H, S, m]``.
+    """
+    batch, heads, count, dimension = keys.shape
+    centroids, codes = kmeans(subspaces(keys, parts), clusters, iterations, seed, sample)
+    codebook = centroids.view(batch, heads, parts, clusters, dimension // parts)
+    return codebook, codes.view(batch, heads, parts, count).transpose(2, 3).to(CODE).contiguous()
+
+
 def subspaces(x: Tensor, parts: int) -> Tensor:
     """``[B, H, S, D]`` as P = B*H*m problems ``[P, S, D/m]``."""
     batch, heads, count, dimension = x.shape
-    split = x.view(batch, heads, count, parts, dimension // parts)
+    split = x.reshape(batch, heads, count, parts, dimension // parts)
     return split.transpose(2, 3).reshape(batch * heads * parts, count, dimension // parts)
 
 
@@ -105,25 +136,53 @@ def group_probabilities(scores: Tensor) -> Tensor:
     return scores.float().softmax(-1).sum(2)
 
 
+def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
+    """Approximate attention each token would receive: softmax of :func:`pq_scores` per query head, summed over the
+    group. Float32 ``[B, H, S]``."""
+    return group_probabilities(pq_scores(q, codebook, codes) * scaling)
+
+
+def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """The same from the keys ``[B, H, S, D]`` themselves: float32 ``[B, H, S]``."""
+    return group_probabilities(q.float() @ keys.float().transpose(2, 3) * scaling)
+
+
 def top_k(scores: Tensor, count: int) -> Tensor:
-    """Indices ``[..., k]`` of the ``count`` largest of ``[..., S]``, in no particular order; all if S is less."""
-    return scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False).indices
+    """Indices ``[..., k]`` of the ``count`` largest of ``[..., S]``, in ascending order; all if S is less.
+
+    Ties at the boundary go to the lower index. NaN counts as larger than everything.
+    """
+    total = scores.shape[-1]
+    if count >= total:
+        return torch.arange(total, device=scores.device).expand(*scores.shape[:-1], total)
+    if count <= 0:
+        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64, device=scores.device)
+    scores = scores.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+    threshold = scores.topk(count, dim=-1).values[..., -1:]
+    above, level = scores > threshold, scores == threshold
+    chosen = above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    return chosen.nonzero()[:, -1].view(*scores.shape[:-1], count)
 
 
-def sparse_attention(
-    q: Tensor, keys: Tensor, values: Tensor, scaling: float, visible: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact attention of q ``[B, H, G, D]`` over given rows ``[B, H, n, D]``.
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
+    visible: Tensor | None = None, need_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
+    over all of them. ``visible`` ``[B, H, G, n]`` hides rows from query heads; one row at least must be visible.
 
     Returns:
-        output ``[B, H, G, D]`` in q's type, log-sum-exp of the logits ``[B, H, G]`` and probabilities ``[B, H, G, n]``.
+        output ``[B, H, G, D]`` in q's type, log-sum-exp of the logits ``[B, H, G]`` float32, and probabilities
+        ``[B, H, G, n]`` float32 when wanted.
     """
+    if indices is not None:
+        keys, values = gather_rows(keys, indices), gather_rows(values, indices)
     logits = q.float() @ keys.float().transpose(2, 3) * scaling  # [B, H, G, n]
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     lse = logits.logsumexp(-1)
     weights = (logits - lse[..., None]).exp()
-    return (weights @ values.float()).to(q.dtype), lse, weights
+    return (weights @ values.float()).to(q.dtype), lse, weights if need_weights else None
 
 
 def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -170,3 +229,12 @@ def _hide(logits: Tensor, band: int | None) -> None:
         query = torch.arange(total - size, total, device=logits.device)[:, None]
         past = torch.arange(total, device=logits.device) <= query - band
         logits.masked_fill_(past, float("-inf"))
+
+
+def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
+    """Copy rows ``indices`` ``[B, H, n]`` of ``source`` ``[B, H, S, ...]`` into ``target`` ``[B, H, n, ...]``."""
+    target.copy_(gather_rows(source, indices))
+
+
+def use_threads(count: int) -> None:
+    """Threads of this body in the calling thread; torch has its own setting."""

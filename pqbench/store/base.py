@@ -40,12 +40,20 @@ class Store(ABC):
         """Add rows ``[B, H, n, D]``."""
 
     @abstractmethod
-    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of rows ``[B, H, n]`` on the device; of all rows when None."""
+    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring rows ``[B, H, n]``, or all of them, to the device.
+
+        Returns:
+            keys and values ``[B, H, R, D]`` on the device, and which rows of these are the ones asked for, in the order
+            asked for: ``[B, H, n]``, None for all R. Valid until the next call.
+        """
 
     @abstractmethod
-    def keep(self, indices: Tensor) -> None:
-        """Hold only rows ``[B, H, n]``, in that order, and free the rest."""
+    def keep(self, indices: Tensor) -> Store:
+        """A store of rows ``[B, H, n]`` alone, in that order, on the device: all that an evicting method holds."""
+
+    def settle(self) -> None:  # noqa: B027 - a store without transfers has nothing to wait for
+        """Wait for every transfer under way."""
 
     @abstractmethod
     def drop(self, indices: Tensor) -> None:

@@ -54,16 +54,15 @@ class DeviceStore(Store):
         self._values.append(values)
         self._seen += keys.shape[2]
 
-    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-        if indices is None:
-            return self.keys(), self.values()
-        return gather_rows(self.keys(), indices), gather_rows(self.values(), indices)
+    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.keys(), self.values(), indices
 
-    def keep(self, indices: Tensor) -> None:
+    def keep(self, indices: Tensor) -> DeviceStore:
         self._positions = GrowingBuffer(self.positions.gather(2, indices))
         self._keys = GrowingBuffer(gather_rows(self.keys(), indices))
         self._values = GrowingBuffer(gather_rows(self.values(), indices))
         self._lease = [self]  # own memory now
+        return self
 
     def drop(self, indices: Tensor) -> None:
         if self._positions is None:

@@ -40,7 +40,7 @@ def test_sparse_attention_equals_sdpa(size: tuple[int, int, int, int, int]) -> N
     batch, heads, group, count, seed = size
     q = normal(batch, heads, group, 8, seed=seed)
     keys, values = normal(batch, heads, count, 8, seed=seed + 1), normal(batch, heads, count, 8, seed=seed + 2)
-    output, lse, weights = reference.sparse_attention(q, keys, values, 0.3)
+    output, lse, weights = reference.attention(q, keys, values, 0.3, need_weights=True)
     expected = functional.scaled_dot_product_attention(q, keys, values, scale=0.3)
     logits = np.einsum("bhgd,bhsd->bhgs", q.double().numpy(), keys.double().numpy()) * 0.3
     assert torch.allclose(output, expected, atol=1e-5)
@@ -53,11 +53,11 @@ def test_visible_hides_rows_per_query_head() -> None:
     q, keys, values = normal(1, 2, 2, 8), normal(1, 2, 6, 8, seed=1), normal(1, 2, 6, 8, seed=2)
     visible = torch.rand(1, 2, 2, 6, generator=torch.Generator().manual_seed(3)) > 0.4
     visible[..., 0] = True
-    output, lse, weights = reference.sparse_attention(q, keys, values, 0.3, visible)
+    output, lse, weights = reference.attention(q, keys, values, 0.3, None, visible, True)
     for h in range(2):
         for g in range(2):
             seen = visible[0, h, g]
-            alone = reference.sparse_attention(
+            alone = reference.attention(
                 q[:, h : h + 1, g : g + 1], keys[:, h : h + 1, seen], values[:, h : h + 1, seen], 0.3
             )
             assert torch.allclose(output[0, h, g], alone[0][0, 0, 0], atol=1e-6)
@@ -68,7 +68,7 @@ def test_visible_hides_rows_per_query_head() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_has_the_type_of_the_query(dtype: torch.dtype) -> None:
     q, keys = normal(1, 1, 1, 4).to(dtype), normal(1, 1, 3, 4).to(dtype)
-    output, lse, weights = reference.sparse_attention(q, keys, keys, 0.5)
+    output, lse, weights = reference.attention(q, keys, keys, 0.5, need_weights=True)
     assert (output.dtype, lse.dtype, weights.dtype) == (dtype, torch.float32, torch.float32)
     assert reference.merge(output, lse, keys[:, :, :1], lse).dtype == dtype
 
@@ -77,8 +77,8 @@ def test_output_has_the_type_of_the_query(dtype: torch.dtype) -> None:
 def test_merge_is_one_softmax_over_the_union(first: int, second: int, sharpness: float, seed: int) -> None:
     q = normal(2, 2, 2, 8, seed=seed) * sharpness
     keys, values = normal(2, 2, first + second, 8, seed=seed + 1), normal(2, 2, first + second, 8, seed=seed + 2)
-    output, lse, _ = reference.sparse_attention(q, keys[:, :, :first], values[:, :, :first], 0.3)
-    rest, rest_lse, _ = reference.sparse_attention(q, keys[:, :, first:], values[:, :, first:], 0.3)
+    output, lse, _ = reference.attention(q, keys[:, :, :first], values[:, :, :first], 0.3)
+    rest, rest_lse, _ = reference.attention(q, keys[:, :, first:], values[:, :, first:], 0.3)
     whole = functional.scaled_dot_product_attention(q, keys, values, scale=0.3)
     assert torch.allclose(reference.merge(output, lse, rest, rest_lse), whole, atol=1e-4)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.store.base import Store
 from pqbench.store.device import DeviceStore
 from tests.support import store_of
@@ -48,10 +48,12 @@ def test_positions_follow_rows_through_keep_append_and_drop(prompt: int, steps: 
 
 def test_fetch_brings_the_rows_asked_for() -> None:
     store = store_of(rows(0, 6), -rows(0, 6))
-    keys, values = store.fetch(torch.tensor([[[5, 0], [2, 3]]]))
+    keys, values, chosen = store.fetch(torch.tensor([[[5, 0], [2, 3]]]))
+    keys, values = gather_rows(keys, chosen), gather_rows(values, chosen)
     assert keys[0, :, :, 0].tolist() == [[5, 0], [2, 3]]
     assert torch.equal(values, -keys)
-    everything, _ = store.fetch(None)
+    everything, _, chosen = store.fetch(None)
+    assert chosen is None
     assert torch.equal(everything, rows(0, 6))
     assert torch.equal(store.keys(2, 4), rows(2, 2))
     assert torch.equal(store.values(4), -rows(4, 2))

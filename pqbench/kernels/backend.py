@@ -1,0 +1,66 @@
+"""Which body computes: one signature (:class:`Kernels`), three bodies; ``reference`` defines what others compute."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+BODIES = ("auto", "reference", "cpu", "gpu")
+
+
+class Kernels(Protocol):
+    """The operations a decode step and an index are made of; shapes and meaning are those of
+    :mod:`pqbench.kernels.reference`. Bodies are modules."""
+
+    __name__: str
+
+    def attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
+        visible: Tensor | None = None, need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Exact attention over given rows, or over all."""
+
+    def dense_attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Exact attention over all rows, by the fastest kernel there is."""
+
+    def pq_probabilities(self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
+        """Approximate attention each token would receive."""
+
+    def exact_probabilities(self, q: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        """Exact attention each token would receive."""
+
+    def top_k(self, scores: Tensor, count: int) -> Tensor:
+        """Indices of the largest scores, ascending; ties to the lower index."""
+
+    def train_codebook(
+        self, keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Product quantiser of keys, and their codes."""
+
+    def encode(self, keys: Tensor, codebook: Tensor) -> Tensor:
+        """Codes of keys in a given codebook."""
+
+    def column_sums(self, q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
+        """Attention each key received from a block of prompt queries."""
+
+    def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
+        """Copy rows into a buffer."""
+
+    def use_threads(self, count: int) -> None:
+        """Threads of this body in the calling thread."""
+
+
+def kernels(device: torch.device, body: str = "auto") -> Kernels:
+    """The body for tensors on ``device``: with ``auto`` the compiled one, else the one named.
+
+    Raises:
+        ValueError: no such body.
+    """
+    if body not in BODIES:
+        raise ValueError(f"kernels={body!r}: use one of {', '.join(BODIES)}")
+    if body == "auto":
+        body = {"cpu": "cpu", "cuda": "gpu"}.get(device.type, "reference")
+    return cast(Kernels, import_module(f"pqbench.kernels.{body}"))
