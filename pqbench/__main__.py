@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,33 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Prompter
+from pqbench.calibration import calibrate
 from pqbench.config import EXPLAINED, conf_folder, explain, model_source
 from pqbench.errors import ConfigError
+from pqbench.kernels.backend import BODIES, kernels
+from pqbench.method import Method
+from pqbench.prompt import Setting
 from pqbench.records import RecordFile
 from pqbench.run import Job, Summary, run
 from pqbench.tables import bench_table
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
+
+KEYED = (
+    "benchmark",
+    "model",
+    "store",
+    "question",
+    "chunk",
+    "probe_tokens",
+    "threads",
+    "kernels",
+    "overlap",
+)  # what a figure depends on besides the method
 
 
 def main() -> None:
@@ -66,16 +84,16 @@ def main() -> None:
 def run_config(config: DictConfig) -> list[str]:
     """One job of a composed configuration. Returns the failures, one line each."""
     check_options(config)
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if config.threads:
         torch.set_num_threads(config.threads)
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     methods = {name: instantiate(node) for name, node in config.methods.items()}
     benchmark = instantiate(config.benchmark)
     files = {name: _record_file(plain, name, benchmark.name) for name in methods}
     loaded = model_source(plain["model"]).load()
     prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
     job = Job(benchmark, loaded, prompter, methods, files, config.chunk, config.question, config.probe_tokens,
-              config.retry_failed)  # fmt: skip
+              config.retry_failed, _setting(plain, methods, loaded.model))  # fmt: skip
     summary = run(job)
     console = Console()
     console.width = max(console.width, 150)  # a table cut to a narrow pipe is unreadable
@@ -91,6 +109,8 @@ def check_options(config: DictConfig) -> None:
     """Raises ConfigError when an option of the run itself cannot work."""
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
+    if config.kernels not in BODIES:
+        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
     for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
@@ -100,9 +120,17 @@ def check_options(config: DictConfig) -> None:
             raise ConfigError(f"{option} is {value!r}: use {choices}")
 
 
+def _setting(plain: dict[str, Any], methods: Mapping[str, Method], model: PreTrainedModel) -> Setting:
+    """Where KV lives, which kernels compute and what overlaps; calibrated when a method asks for it."""
+    kernels(model.device, plain["kernels"]).use_threads(torch.get_num_threads())
+    wanted = any(method.needs_calibration for method in methods.values())
+    calibration = calibrate(model, plain["kernels"]) if wanted else None
+    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration)
+
+
 def _record_file(plain: dict[str, Any], name: str, benchmark: str) -> RecordFile:
     """Where a method's records go; the key covers all that can change a figure."""
-    settings = {part: plain[part] for part in ("benchmark", "model", "question", "chunk", "probe_tokens", "threads")}
+    settings = {part: plain[part] for part in KEYED}
     settings["method"] = plain["methods"][name]
     return RecordFile.create(Path(plain["results"]), benchmark, plain["model"]["name"], name, settings)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pqbench.cache import Rows
 from pqbench.errors import ConfigError
+from pqbench.group import Rows
 
 
 def check_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -1,16 +1,14 @@
 """The caches handed to transformers: one kind of layer per phase, so a phase is never inferred from shapes.
 
 :class:`PrefillLayer` keeps the whole prompt and computes dense attention; :class:`DecodeLayer` answers one query per
-sequence through a method. Sequences of a left-padded batch are grouped by length; a group holds no padding, so methods
-and stores never see any.
+sequence through a method.
 """
 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,11 +18,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 
 from pqbench.attention import dense_prefill
 from pqbench.errors import ModelError
-from pqbench.kernels import reference
-from pqbench.kernels.buffers import GrowingBuffer, gather_rows
-from pqbench.method import LayerState, Selection
-from pqbench.store.base import Store
-from pqbench.store.device import DeviceStore
+from pqbench.group import Group, Observer, Rows
+from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.store.tiers import Placement, Prompt
 
 
 class LayeredCache(Cache):
@@ -76,54 +72,32 @@ class OurLayer(CacheLayerMixin):
         return -1
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Sequences of one length within a left-padded batch: their rows in the batch, and how many columns are padding."""
-
-    index: Tensor | slice
-    padding: int
-    count: int
-
-
-@dataclass
-class Observer:
-    """One method's state for one group during prefill, with the time its own work takes."""
-
-    rows: Rows
-    state: LayerState
-    clock: Callable[[], float] = time.perf_counter
-    seconds: float = 0.0
-
-    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Pass the group's part of a block on: q ``[B, H, G, n, D]`` of all sequences, keys ``[B, H, S, D]`` so far."""
-        columns = q.shape[3]
-        skipped = max(0, self.rows.padding - (keys.shape[2] - columns))  # padding columns inside this block
-        if skipped >= columns:
-            return
-        began = self.clock()
-        index, padding = self.rows.index, self.rows.padding
-        self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
-        self.seconds += self.clock() - began
-
-
 class PrefillLayer(OurLayer):
-    """Holds the prompt's keys and values, answers with dense attention and shows each block to the observers."""
+    """Holds the prompt's keys and values, answers with dense attention and shows each block to the observers.
 
-    def __init__(self, capacity: int) -> None:
+    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in: from then on the prompt's rows
+    belong to the tier (:meth:`prompt`), which may be moving them while the next layers compute.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        reserve: int,
+        rows: Sequence[Rows],
+        placement: Placement,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.columns, self.reserve, self.rows, self.placement, self.on_end = columns, reserve, rows, placement, on_end
         self.observers: list[Observer] = []
-        self.buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
-        self._parts: dict[int, tuple[GrowingBuffer, GrowingBuffer]] = {}  # padding -> the group's rows
-        self._leases: dict[int, list[DeviceStore]] = {}
+        self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
+        self._prompts: dict[int, Prompt] = {}  # by padding, which tells groups apart
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.buffers is None:
-            self.buffers = (
-                GrowingBuffer.like(key_states, self.capacity),
-                GrowingBuffer.like(value_states, self.capacity),
-            )
-        keys, values = self.buffers
+        if self._buffers is None:
+            capacity = self.columns + self.reserve
+            self._buffers = GrowingBuffer.like(key_states, capacity), GrowingBuffer.like(value_states, capacity)
+        keys, values = self._buffers
         keys.append(key_states)
         values.append(value_states)
         self.seen += key_states.shape[2]
@@ -138,93 +112,55 @@ class PrefillLayer(OurLayer):
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], columns, width)  # [B, H, G, n, D]
         for observer in self.observers:
             observer.observe(grouped, k, v)
+        if self.seen == self.columns:
+            self._end()
         return output
 
-    def store(self, rows: Rows) -> DeviceStore:
-        """A store over the finished prompt of one group; shares memory when the group is the whole batch."""
-        if self.buffers is None:
-            raise RuntimeError("store() before any token was prefilled")
-        if rows.padding not in self._parts:
-            keys, values = self.buffers
-            self._parts[rows.padding] = keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding)
-        keys, values = self._parts[rows.padding]
-        return DeviceStore(keys.fork(), values.fork(), self._leases.setdefault(rows.padding, []))
+    def prompt(self, rows: Rows) -> Prompt:
+        """The finished prompt of one group, from which stores are made."""
+        if not self._prompts:
+            raise RuntimeError("prompt() before the last token was prefilled")
+        return self._prompts[rows.padding]
 
-
-@dataclass
-class Meter:
-    """Sums over the steps of one group in one layer."""
-
-    steps: int = 0
-    attended: float = 0.0  # tokens per KV head
-    index_bytes: int = 0
-
-    def count(self, selection: Selection, held: int, index_bytes: int) -> None:
-        """Add one step. Rows that no query head of a KV head sees are padding and not counted."""
-        self.steps += 1
-        self.index_bytes += index_bytes
-        if selection.visible is not None:
-            self.attended += float(selection.visible.any(2).sum(-1).float().mean())
-        else:
-            self.attended += held if selection.indices is None else selection.indices.shape[2]
-
-
-@dataclass
-class Group:
-    """A method at work on the sequences of one group in one layer."""
-
-    rows: Rows
-    store: Store
-    state: LayerState
-    meter: Meter = field(default_factory=Meter)
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Store the new token ``[B, H, 1, D]`` and tell the method."""
-        self.store.append(keys, values)
-        self.state.append(self.store)
-
-    def attend(self, q: Tensor) -> Tensor:
-        """One step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``."""
-        selection = self.state.select(q, self.store)
-        self.meter.count(selection, self.store.length, self.state.index_bytes)
-        return self.answer(q, selection)
-
-    def answer(self, q: Tensor, selection: Selection) -> Tensor:
-        """Attend to a selection and let an evicting method drop rows."""
-        output, weights = self.attention(q, selection)
-        dropped = self.state.attended(weights, self.store)
-        if dropped is not None:
-            self.store.drop(dropped)
-        return output
-
-    def attention(self, q: Tensor, selection: Selection) -> tuple[Tensor, Tensor | None]:
-        """Exact attention over a selection, merged with its residual; probabilities when the method wants them."""
-        scaling, frequencies = self.state.geometry.scaling, self.state.geometry.inverse_frequencies
-        keys, values, rows = self.store.fetch(selection.indices)
-        if selection.key_shift is not None and frequencies is not None:
-            if rows is not None:
-                keys, values, rows = gather_rows(keys, rows), gather_rows(values, rows), None
-            keys = reference.rotate(keys, selection.key_shift, frequencies)
-        visible, wanted, body = selection.visible, self.state.needs_weights, self.state.geometry.kernels
-        if rows is None and visible is None and selection.residual is None and not wanted:
-            return body.dense_attention(q, keys, values, scaling), None
-        output, lse, weights = body.attention(q, keys, values, scaling, rows, visible, wanted)
-        if selection.residual is not None:
-            residual = selection.residual
-            log_weight = residual.log_weight + lse if residual.relative else residual.log_weight
-            output = reference.merge(output, lse, residual.value, log_weight)
-        return output, weights
+    def _end(self) -> None:
+        """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch."""
+        if self._buffers is None:
+            raise RuntimeError("attention() before update()")
+        keys, values = self._buffers
+        for rows in self.rows:
+            self._prompts[rows.padding] = self.placement.prompt(
+                keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding)
+            )
+        self._buffers = None
+        if self.on_end is not None:
+            self.on_end()
 
 
 class DecodeLayer(OurLayer):
-    """One new token per sequence: stored, then answered group by group."""
+    """One new token per sequence: stored, then answered group by group.
 
-    def __init__(self, groups: list[Group], seen: int) -> None:
+    ``make`` gives the groups when the first step reaches the layer: it waits for an index that is still being built.
+    """
+
+    def __init__(self, make: Callable[[], list[Group]], seen: int) -> None:
         super().__init__()
-        self.groups = groups
+        self._make = make
         self.seen = seen
+        self.following: DecodeLayer | None = None
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The groups, made at first use."""
+        return self._make()
+
+    def prefetch(self) -> None:
+        """The layer before starts its step. Nothing to ask for while an index is still being built."""
+        for group in self.__dict__.get("groups", ()):
+            group.state.prefetch(group.store)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.following is not None:
+            self.following.prefetch()
         for group in self.groups:
             group.append(key_states[group.rows.index], value_states[group.rows.index])
         self.seen += 1
@@ -242,6 +178,12 @@ class DecodeLayer(OurLayer):
         for group in self.groups:
             output[group.rows.index] = group.attend(grouped[group.rows.index])
         return output.reshape(batch, 1, heads, width)
+
+
+def chain(layers: Sequence[DecodeLayer]) -> None:
+    """Let each layer announce its step to the next, and the last to the first, whose step is the next token's."""
+    for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
+        layer.following = following
 
 
 def copy_sliding(layers: dict[int, CacheLayerMixin]) -> dict[int, CacheLayerMixin]:

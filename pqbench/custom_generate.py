@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from pqbench.errors import ConfigError
-from pqbench.generation import decode, prefill
+from pqbench.generation import decode
 from pqbench.method import Method
+from pqbench.prompt import prefill
 
 
 def decoding_with(method: Method) -> Callable[..., Tensor]:

@@ -1,115 +1,54 @@
-"""Prefill once, decode greedily for as many methods as wanted: the loop every benchmark and timing goes through."""
+"""Greedy decoding of a prefilled prompt by one method: the loop every benchmark and timing goes through."""
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
-from pqbench.attention import attached, rotary_frequencies
-from pqbench.batch import check_length, check_logits, check_prompt, group_rows
-from pqbench.cache import (
-    DecodeLayer,
-    Group,
-    LayeredCache,
-    Meter,
-    Observer,
-    PrefillLayer,
-    Rows,
-    copy_sliding,
-    layer_types,
-    sliding_layers,
-)  # fmt: skip
+from pqbench.attention import attached
+from pqbench.batch import check_length, check_logits
+from pqbench.cache import LayeredCache
 from pqbench.errors import ConfigError
-from pqbench.method import Geometry, Method
-from pqbench.store.base import Store
+from pqbench.group import Group, Meter
+from pqbench.method import Method
+from pqbench.prompt import Prefilled, Setting, forward, now, prefill
 
-Keep = dict[tuple[int, int], Tensor | None]  # (layer, group) -> rows an evicting method keeps at the end of prefill
-
-
-@dataclass
-class Prefilled:
-    """A prompt's keys and values with every method's state, ready to be decoded by each method in turn."""
-
-    model: PreTrainedModel
-    methods: Sequence[Method]
-    mask: Tensor | None  # [B, S] bool, None without padding
-    lengths: Tensor  # [B] tokens of each prompt
-    logits: Tensor  # [B, V] after the last prompt token
-    groups: list[Rows]
-    layers: dict[int, PrefillLayer]
-    sliding: dict[int, CacheLayerMixin]
-    seconds: float  # dense prefill, observers excluded
-    observe_seconds: list[float]
-    build_seconds: list[float] = field(default_factory=list)
-    keeps: dict[int, Keep] = field(default_factory=dict)
-
-    def build(self, method: int) -> float:
-        """Finish the prefill of one method: build its index, once. Returns the seconds this took."""
-        if method not in self.keeps:
-            began = now(self.model)
-            self.keeps[method] = {
-                (i, g): observer.state.finish_prefill(layer.store(observer.rows))
-                for i, layer in self.layers.items()
-                for g, observer in enumerate(self.observers(layer, method))
-            }
-            self.build_seconds[method] = now(self.model) - began
-        return self.build_seconds[method]
-
-    def observers(self, layer: PrefillLayer, method: int) -> list[Observer]:
-        """A method's observers in one layer, one per group."""
-        return layer.observers[method * len(self.groups) : (method + 1) * len(self.groups)]
-
-    def fork(self, method: int) -> LayeredCache:
-        """A cache that goes on from the prompt with one method and leaves the prompt untouched."""
-        self.build(method)
-        ours = {
-            i: DecodeLayer([self.group(method, i, g) for g in range(len(self.groups))], layer.seen)
-            for i, layer in self.layers.items()
-        }
-        return self.cache(ours)
-
-    def cache(self, ours: Mapping[int, CacheLayerMixin]) -> LayeredCache:
-        """A cache of our layers and of sliding layers that go on from the prompt."""
-        layers = {**copy_sliding(self.sliding), **ours}
-        return LayeredCache([layers[i] for i in range(len(layers))])
-
-    def group(self, method: int, layer: int, group: int, shared: Store | None = None) -> Group:
-        """A built method at work on one group of one layer, with its own copy of the state. It reads from ``shared``
-        when that is given and the method evicts nothing, else from a store of its own."""
-        observer, keep = self.observers(self.layers[layer], method)[group], self.keeps[method][layer, group]
-        store = shared if shared is not None and keep is None else self.layers[layer].store(observer.rows)
-        if keep is not None:
-            store = store.keep(keep)
-        return Group(observer.rows, store, copy.deepcopy(observer.state))
+__all__ = ["Generation", "decode", "end_tokens", "generate", "pad_token", "prefill"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one method produced from one prompt, and what it cost. Tokens after the end are the padding token."""
+    """What one method produced from one prompt, and what it cost. Tokens after the end are the padding token.
 
-    tokens: Tensor  # [B, new]
+    Attributes:
+        tokens: ``[B, new]``.
+        ttft_s: seconds to the first token.
+        steps_s: seconds of every decode step; the first includes waiting for an index built in the background.
+        observe_s, build_s: seconds of the method's own work during and after prefill.
+        pending_s: seconds between first token and first step: the index, unless it was built in the background.
+    """
+
+    tokens: Tensor
     ttft_s: float
     steps_s: list[float]
     observe_s: float
     build_s: float
+    pending_s: float
     cache: LayeredCache
 
     @property
     def index_s(self) -> float:
-        """Seconds the method's own index took: watching the prefill, and building afterwards."""
+        """Seconds the method's own index took: watching the prefill, and building it, in the background or not."""
         return self.observe_s + self.build_s
 
     @property
     def tt2t_s(self) -> float:
         """Time to second token: the index must be ready and one step done."""
-        return self.ttft_s + self.build_s + (self.steps_s[0] if self.steps_s else 0.0)
+        return self.ttft_s + self.pending_s + (self.steps_s[0] if self.steps_s else 0.0)
 
     @property
     def tpot_s(self) -> float:
@@ -126,76 +65,11 @@ class Generation:
         return [group.meter for group in self.groups()]
 
 
-def now(model: PreTrainedModel) -> float:
-    """Wall clock after everything queued on the model's device is done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
-
-
-@torch.inference_mode()
-def prefill(
-    model: PreTrainedModel, input_ids: Tensor, methods: Sequence[Method], attention_mask: Tensor | None = None,
-    chunk: int | None = None, reserve: int = 256,
-) -> Prefilled:  # fmt: skip
-    """Run the prompt densely, once, in one shot or ``chunk`` tokens at a time.
-
-    Args:
-        input_ids: ``[B, S]``, left-padded where lengths differ.
-        attention_mask: ``[B, S]``, 0 on padding.
-        reserve: decoded tokens that fit before buffers grow.
-
-    Raises:
-        ConfigError: an empty prompt, padding that is not on the left, a prompt longer than the model allows, or a model
-            that computes NaN.
-    """
-    mask = check_prompt(model, input_ids, attention_mask)
-    groups = group_rows(mask)
-    types = layer_types(model.config.get_text_config())
-    layers = {i: PrefillLayer(input_ids.shape[1] + reserve) for i, kind in enumerate(types) if kind == "full_attention"}
-    rotary = frequencies(model, methods, next(iter(layers))) if layers else None
-    for i, layer in layers.items():
-        layer.observers = [
-            Observer(rows, method.layer(geometry(model, i, rows, input_ids.shape[1], rotary)), lambda: now(model))
-            for method in methods
-            for rows in groups
-        ]
-    sliding = sliding_layers(model.config.get_text_config())
-    cache = LayeredCache([(layers | sliding)[i] for i in range(len(types))])
-    padded = None if bool(mask.all()) else mask
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    began = now(model)
-    with attached(model):
-        for start in range(0, input_ids.shape[1], chunk or input_ids.shape[1]):
-            stop = start + (chunk or input_ids.shape[1])
-            seen = None if padded is None else padded[:, :stop]
-            logits = forward(model, input_ids[:, start:stop], cache, seen, positions[:, start:stop])
-    seconds = now(model) - began
-    check_logits(logits)
-    observed = [
-        sum(o.seconds for layer in layers.values() for o in layer.observers[m * len(groups) : (m + 1) * len(groups)])
-        for m in range(len(methods))
-    ]
-    return Prefilled(
-        model,
-        methods,
-        padded,
-        mask.long().sum(-1),
-        logits,
-        groups,
-        layers,
-        sliding,
-        seconds - sum(observed),
-        observed,
-        [0.0] * len(methods),
-    )
-
-
 @torch.inference_mode()
 def decode(
     prefilled: Prefilled, method: int, max_new_tokens: int, min_new_tokens: int = 0,
     finished: Callable[[Tensor], Tensor] | None = None, question: Sequence[int] = (), extra_ends: Sequence[int] = (),
-    config: GenerationConfig | None = None,
+    config: GenerationConfig | None = None, spend: bool = False,
 ) -> Generation:  # fmt: skip
     """Greedy decoding of a prefilled prompt by one of its methods.
 
@@ -205,6 +79,7 @@ def decode(
             token, and their time, with that of the index, counts as time to first token.
         extra_ends: token ids that end a sequence besides the configured ones.
         config: end and padding tokens; None takes the model's own.
+        spend: use up the method's state instead of a copy, see :meth:`Prefilled.fork`.
 
     Raises:
         ConfigError: fewer than one token wanted, or a model that computes NaN.
@@ -215,7 +90,11 @@ def decode(
     config = model.generation_config if config is None else config
     more = torch.tensor(extra_ends, dtype=torch.long, device=model.device)
     ends = torch.cat([end_tokens(config, model.device), more])
-    cache, mask, position = prefilled.fork(method), prefilled.mask, prefilled.lengths[:, None]
+    pending = 0.0 if prefilled.workers is not None else prefilled.build(method)
+    began = now(model)
+    cache, mask, position = prefilled.fork(method, spend=spend), prefilled.mask, prefilled.lengths[:, None]
+    if spend:  # compaction by an evicting method; without spending it would be the time of copies
+        pending += now(model) - began
     filler = pad_token(config)
     done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)
     tokens: list[Tensor] = []
@@ -237,9 +116,11 @@ def decode(
             position = position + 1
             steps.append(seconds)
     check_logits(logits)  # once: NaN in a token's keys stays, since the window holds it
-    observe, build = prefilled.observe_seconds[method], prefilled.build_seconds[method]
-    ttft = prefilled.seconds + observe + asked + (build if len(question) else 0.0)
-    return Generation(torch.stack(tokens, 1), ttft, steps, observe, 0.0 if len(question) else build, cache)
+    observe, build = prefilled.observe_seconds[method], prefilled.build(method)
+    ttft = prefilled.seconds + observe
+    if len(question):
+        ttft, pending = ttft + pending + asked, 0.0
+    return Generation(torch.stack(tokens, 1), ttft, steps, observe, build, pending, cache)
 
 
 def _step(
@@ -254,26 +135,17 @@ def _step(
 
 def generate(
     model: PreTrainedModel, input_ids: Tensor, method: Method, attention_mask: Tensor | None = None,
-    max_new_tokens: int = 64, chunk: int | None = None,
+    max_new_tokens: int = 64, chunk: int | None = None, setting: Setting | None = None,
 ) -> Tensor:  # fmt: skip
     """Greedy continuation ``[B, new]`` of prompts ``[B, S]`` under a method; ends at the model's end-of-sequence token.
+    ``setting`` says where KV lives, which kernels compute and what overlaps.
 
     Raises:
         ConfigError: see :func:`prefill`; also when the context would outgrow the model.
     """
     check_length(model, input_ids.shape[-1] + max_new_tokens)
-    prefilled = prefill(model, input_ids, [method], attention_mask, chunk, reserve=max_new_tokens)
-    return decode(prefilled, 0, max_new_tokens).tokens
-
-
-def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None."""
-    output = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, kv=cache, use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
-    logits: Tensor = output.logits[:, -1]
-    return logits
+    prefilled = prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting)
+    return decode(prefilled, 0, max_new_tokens, spend=True).tokens
 
 
 def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:
@@ -281,26 +153,6 @@ def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:
     if forbidden is not None and len(forbidden):
         logits = logits.index_fill(1, forbidden, float("-inf"))
     return logits.argmax(-1)
-
-
-def frequencies(model: PreTrainedModel, methods: Sequence[Method], layer: int) -> Tensor | None:
-    """Rotary frequencies of the full-attention layers, of which ``layer`` is one, if any of the methods renumbers."""
-    wanted = any(method.needs_positions for method in methods)
-    return rotary_frequencies(model, layer, "full_attention") if wanted else None
-
-
-def geometry(model: PreTrainedModel, layer: int, rows: Rows, columns: int, rotary: Tensor | None) -> Geometry:
-    """What a method's state of one layer and group needs to know; ``rotary`` are its :func:`frequencies`."""
-    config = model.config.get_text_config()
-    attention = model.get_decoder().layers[layer].self_attn
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Geometry(
-        layer=layer, batch=rows.count, kv_heads=kv_heads, group=heads // kv_heads, head_dim=width,
-        scaling=float(attention.scaling), prompt=columns - rows.padding,
-        inverse_frequencies=rotary,
-    )  # fmt: skip
 
 
 def pad_token(config: GenerationConfig | None) -> int:

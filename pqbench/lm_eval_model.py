@@ -30,8 +30,9 @@ from pqbench.attention import attached
 from pqbench.config import conf_folder, explain, model_source
 from pqbench.custom_generate import stopping
 from pqbench.errors import ConfigError, PqbenchError
-from pqbench.generation import Prefilled, decode, forward, prefill
+from pqbench.generation import decode
 from pqbench.lm_eval_plugin import register
+from pqbench.prompt import Prefilled, forward, prefill
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")

@@ -148,6 +148,16 @@ class PaperBudget(Budget):
             raise BudgetError("the paper's budget is a ratio: set budget.ratio, not budget.tokens")
 
 
+class Calibration(Protocol):
+    """Times measured on this hardware, for methods that fit their work to it."""
+
+    def idle_seconds(self, length: int) -> float:
+        """Seconds of clustering that one layer's dense prefill of ``length`` tokens hides."""
+
+    def clustering(self, problems: int, width: int, clusters: int) -> tuple[float, float]:
+        """a, b of Time = a + b * points * iterations for ``problems`` K-Means of ``width`` dimensions side by side."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What a layer state knows of its layer.
@@ -159,7 +169,9 @@ class Geometry:
         prompt: length of the prompt in tokens.
         inverse_frequencies: rotary frequencies ``[D_rotary / 2]`` in radians per position, when the method asked for
             them with ``Method.needs_positions``.
-        kernels: the body to compute with; one signature, see :mod:`pqbench.kernels.backend`.
+        body: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
+        device: where the model runs.
+        calibration: times of this hardware, None where nobody measured them.
     """
 
     layer: int
@@ -170,11 +182,25 @@ class Geometry:
     scaling: float
     prompt: int
     inverse_frequencies: Tensor | None = None
-    kernels: Kernels = field(default_factory=lambda: kernels(torch.device("cpu"), "reference"), repr=False)
+    body: str = "reference"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    calibration: Calibration | None = None
+
+    @property
+    def kernels(self) -> Kernels:
+        """The kernels for tensors on the model's device."""
+        return kernels(self.device, self.body)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Geometry:
         """Facts do not change: copies of a state share them."""
         return self
+
+
+class Arrival(Protocol):
+    """A tensor on its way to the device."""
+
+    def wait(self) -> Tensor:
+        """The tensor, complete."""
 
 
 class KV(Protocol):
@@ -197,6 +223,16 @@ class KV(Protocol):
 
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Values of rows ``start`` to ``stop``, ``[B, H, n, D]``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries and selected rows are."""
+
+    def bring(self, rows: Tensor) -> Arrival:
+        """Ask for a tensor in host memory; it crosses the link while the caller goes on."""
+
+    def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The same keys where they lie, on the device or in host memory: nothing is moved."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +287,9 @@ class LayerState:
     def append(self, kv: KV) -> None:
         """A decoded token was added as the last row."""
 
+    def prefetch(self, kv: KV) -> None:
+        """The layer before starts its step: ask for what :meth:`select` will read from the host."""
+
     def select(self, q: Tensor, kv: KV) -> Selection:
         """Choose the rows for the query q ``[B, H, G, D]``."""
         return Selection()
@@ -259,6 +298,11 @@ class LayerState:
         """After each step: return rows ``[B, H, e]`` to drop, if any. With ``needs_weights``, ``weights`` are the
         attention probabilities ``[B, H, G, n]`` of the selected rows."""
         return None
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """What a record should say about this index besides its size."""
+        return {}
 
     @property
     def index_bytes(self) -> int:
@@ -275,11 +319,13 @@ class LayerState:
 class Method(ABC):
     """Base of all methods; subclasses are frozen dataclasses whose fields are validated in ``__post_init__``.
 
-    ``evicts`` says that the store really drops rows. ``needs_positions`` asks for rotary frequencies.
+    ``evicts`` says that the store really drops rows. ``needs_positions`` asks for rotary frequencies,
+    ``needs_calibration`` for times of this hardware.
     """
 
     evicts: ClassVar[bool] = False
     needs_positions: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
     @abstractmethod
     def layer(self, geometry: Geometry) -> LayerState:

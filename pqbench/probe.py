@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pqbench.attention import attached
-from pqbench.cache import Group, OurLayer
-from pqbench.generation import Prefilled, forward
+from pqbench.cache import OurLayer
+from pqbench.group import Group
 from pqbench.kernels import reference
 from pqbench.method import Selection, Split
+from pqbench.prompt import Prefilled, forward
 from pqbench.store.base import Store
 
 
@@ -107,12 +108,10 @@ def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | 
     chosen = range(len(prefilled.methods)) if methods is None else methods
     length, fidelities = int(prefilled.lengths[0]), [Fidelity() for _ in chosen]
     splits = [partial(prefilled.methods[m].split, prompt=length) for m in chosen]
-    for m in chosen:
-        prefilled.build(m)
     layers = {}
     for i, layer in prefilled.layers.items():
-        evicting = {m: prefilled.group(m, i, 0) for m in chosen if prefilled.keeps[m][i, 0] is not None}
-        dense = layer.store(prefilled.groups[0])  # last: the youngest store of the prompt may write
+        evicting = {m: prefilled.group(m, i, 0) for m in chosen if prefilled.built(m, i, 0).keep is not None}
+        dense = prefilled.store(i, 0)  # last: the youngest store of the prompt may write
         groups = [evicting[m] if m in evicting else prefilled.group(m, i, 0, shared=dense) for m in chosen]
         layers[i] = ProbeLayer(dense, groups, fidelities, splits, layer.seen)
     cache = prefilled.cache(layers)

@@ -13,12 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
-from pqbench.cache import Rows, layer_types
+from pqbench.cache import layer_types
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
-from pqbench.generation import Generation, Prefilled, decode, frequencies, geometry, prefill
+from pqbench.generation import Generation, decode
+from pqbench.group import Rows
 from pqbench.method import Method
 from pqbench.models import LoadedModel
 from pqbench.probe import probe
+from pqbench.prompt import Prefilled, Setting, frequencies, geometry, prefill
 from pqbench.records import VERSION, Record, RecordFile
 from pqbench.terminal import plain
 
@@ -33,6 +35,7 @@ class Job:
         methods: by the name that results use.
         files: the record file of each method.
         chunk: prefill block in tokens, None for one shot.
+        setting: where KV lives, which kernels compute and what overlaps.
         question: ``dense`` prefills it with the context, ``select`` sends it through the method token by token.
         probe_tokens: tokens of the reference answer over which fidelity is measured; 0 measures none.
         retry_failed: run samples again whose record is an error.
@@ -47,6 +50,7 @@ class Job:
     question: str = "dense"
     probe_tokens: int = 8
     retry_failed: bool = False
+    setting: Setting = field(default_factory=Setting)
 
 
 @dataclass
@@ -72,7 +76,7 @@ def run(job: Job) -> Summary:
     summary, began = Summary(), time.perf_counter()
     samples = list(job.benchmark.samples(job.prompter))
     check_budgets(job.methods, samples)
-    check_methods(job.methods, job.loaded.model)
+    check_methods(job.methods, job.loaded.model, job.setting)
     errors = {name: file.outcomes() for name, file in job.files.items()}  # None: has a prediction
     done = {
         name: {i for i, error in known.items() if not (error and job.retry_failed)} for name, known in errors.items()
@@ -118,9 +122,8 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
     held_back = sample.question_tokens if job.question == "select" else 0
     context, question = ids[:, : ids.shape[1] - held_back], ids[0, ids.shape[1] - held_back :].tolist()
     methods = [job.methods[name] for name in names]
-    prefilled = prefill(
-        model, context, methods, chunk=job.chunk, reserve=sample.max_new_tokens + held_back + job.probe_tokens
-    )
+    reserve = sample.max_new_tokens + held_back + job.probe_tokens
+    prefilled = prefill(model, context, methods, None, job.chunk, reserve, job.setting)
     summary.prefill_s += prefilled.seconds
     records = []
     for i, name in enumerate(names):
@@ -138,8 +141,9 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
             records.append(success(job, sample, name, generation))
         except Exception as error:  # noqa: BLE001 - the other methods of this prefill still count
             records.append(failure(job, sample, name, error))
-        summary.decode_s += time.perf_counter() - began - prefilled.build_seconds[i]
-        summary.index_s += prefilled.build_seconds[i] + prefilled.observe_seconds[i]
+        index = 0.0 if records[-1]["status"] != "ok" else records[-1]["index_build_s"]
+        summary.decode_s += time.perf_counter() - began - (index - prefilled.observe_seconds[i])
+        summary.index_s += index
     add_fidelity(job, sample, prefilled, records, summary)
     return records
 
@@ -182,6 +186,7 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
         "kv_tokens": sum(group.store.length for group in groups) / len(groups),
         "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
+        "index_facts": groups[0].state.facts if groups else {},
         "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
         "device_bytes": sum(group.store.device_bytes for group in groups),
         "host_bytes": sum(group.store.host_bytes for group in groups),
@@ -232,14 +237,14 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
                 raise BudgetError(f"{name}: {error}") from error
 
 
-def check_methods(methods: Mapping[str, Method], model: PreTrainedModel) -> None:
+def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting: Setting) -> None:
     """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
     types = layer_types(model.config.get_text_config())
     first = [i for i, kind in enumerate(types) if kind == "full_attention"][:1]  # layers are alike
     for (name, method), layer in product(methods.items(), first):
         try:
             rotary = frequencies(model, [method], layer)
-            method.layer(geometry(model, layer, Rows(slice(None), 0, 1), columns=1024, rotary=rotary))
+            method.layer(geometry(model, layer, Rows(slice(None), 0, 1), 1024, rotary, setting))
         except (ConfigError, ModelError) as error:
             raise type(error)(f"{name}: {error}") from error
 

@@ -82,11 +82,13 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("method", {"errors", "kernels"}),
         ("models", {"errors"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
-        ("cache", CORE | {"kernels", "store", "attention"}),
-        ("batch", CORE | {"cache"}),
-        ("generation", CORE | {"attention", "cache", "batch", "kernels", "store"}),
-        ("custom_generate", CORE | {"generation"}),
-        ("probe", CORE | {"attention", "cache", "batch", "generation", "kernels", "store"}),
+        ("group", CORE | {"kernels", "store"}),
+        ("cache", CORE | {"kernels", "store", "attention", "group"}),
+        ("batch", CORE | {"group"}),
+        ("prompt", CORE | {"attention", "cache", "batch", "group", "kernels", "store"}),
+        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt"}),
+        ("custom_generate", CORE | {"generation", "prompt"}),
+        ("probe", CORE | {"attention", "cache", "batch", "group", "prompt", "kernels", "store"}),
     ],
 )
 def test_modules_import_only_what_they_may(name: str, allowed: set[str]) -> None:
@@ -126,7 +128,19 @@ def test_records_and_tables_load_nothing_that_runs_a_model() -> None:
         name = todo.pop()
         reached.add(name)
         todo += graph[name] - reached
-    running = {"run", "generation", "attention", "cache", "batch", "probe", "custom_generate", "models", "method"}
+    running = {
+        "run",
+        "generation",
+        "prompt",
+        "group",
+        "attention",
+        "cache",
+        "batch",
+        "probe",
+        "custom_generate",
+        "models",
+        "method",
+    }
     assert reached & {f"pqbench.{name}" for name in running} == set()
     assert not any(name.startswith(("pqbench.store", "pqbench.kernels")) for name in reached)
 

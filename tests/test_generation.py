@@ -168,7 +168,7 @@ def test_question_is_decoded_by_the_method(llama: PreTrainedModel) -> None:
     assert [meter.steps for meter in generation.meters()] == [20 + NEW - 1] * 2
     budgets = [SMALL.resolve(context, 110).total for context in range(111, 111 + 20 + NEW - 1)]
     assert [meter.attended for meter in generation.meters()] == [sum(budgets)] * 2
-    assert generation.ttft_s >= prefilled.seconds + prefilled.build_seconds[0]
+    assert generation.ttft_s >= prefilled.seconds + prefilled.build(0)
     assert len(generation.steps_s) == NEW - 1
 
 

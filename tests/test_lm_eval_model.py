@@ -22,9 +22,9 @@ from lm_eval.tasks import TaskManager
 
 import pqbench.lm_eval_model
 from pqbench.errors import ConfigError
-from pqbench.generation import Prefilled
 from pqbench.lm_eval_model import PqbenchLM, composed, main
 from pqbench.models import Random
+from pqbench.prompt import Prefilled
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = [f"Line {i}: " + "the quick brown fox jumps over the lazy dog. " * (2 * i + 1) + "Answer:" for i in range(5)]

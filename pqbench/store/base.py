@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from pqbench.method import Arrival
+
+
+@dataclass(frozen=True)
+class Present:
+    """An :class:`pqbench.method.Arrival` that is there already."""
+
+    rows: Tensor
+
+    def wait(self) -> Tensor:
+        """The tensor."""
+        return self.rows
 
 
 class Store(ABC):
@@ -34,6 +49,19 @@ class Store(ABC):
     @abstractmethod
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Values of rows ``start`` to ``stop``, ``[B, H, n, D]``."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where queries and fetched rows are."""
+
+    def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Keys of rows ``start`` to ``stop`` where they lie, ``[B, H, n, D]``; nothing is moved."""
+        return self.keys(start, stop)
+
+    def bring(self, rows: Tensor) -> Arrival:
+        """Ask for a tensor in host memory; it crosses the link, if there is one, while the caller goes on."""
+        return Present(rows.to(self.device))
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:

@@ -44,6 +44,10 @@ class DeviceStore(Store):
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self._values.view(start, stop)
 
+    @property
+    def device(self) -> torch.device:
+        return self._keys.view().device
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         if self._lease[0] is not self:
             raise RuntimeError("this store is stale: a younger store of the same prompt writes into the shared slack")

@@ -15,7 +15,7 @@ from methods.oracle import Oracle
 from methods.pqcache import PQCache
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
-from pqbench.cache import Group, Rows
+from pqbench.group import Group, Rows
 from pqbench.method import Budget, Method, PaperBudget
 from tests.support import append, case, finish, output_of, rows_of, start, tokens_of
 

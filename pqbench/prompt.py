@@ -1,0 +1,275 @@
+"""A prompt's dense prefill, once, for as many methods as wanted; what each method builds on it, and where."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from pqbench.attention import attached, rotary_frequencies
+from pqbench.batch import check_logits, check_prompt, group_rows
+from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
+from pqbench.group import Group, Observer, Rows
+from pqbench.kernels.backend import kernels
+from pqbench.method import Calibration, Geometry, Method
+from pqbench.store.base import Store
+from pqbench.store.tiers import DeviceTier, Placement, Tier
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How prompts are run, whatever the method.
+
+    Attributes:
+        tier: where KV lives while decoding.
+        overlap: with a single method, build each layer's index (and offload its rows) in the background while the next
+            layers compute; the tokens are the same without. With several methods nothing overlaps, so that their times
+            stay apart.
+        body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
+        calibration: times of this hardware for methods that adapt to it.
+    """
+
+    tier: Tier = field(default_factory=DeviceTier)
+    overlap: bool = True
+    body: str = "reference"
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A method's finished index in one layer and group: the store it was built on, the rows an evicting method keeps,
+    and the seconds it took."""
+
+    store: Store
+    keep: Tensor | None
+    seconds: float
+
+
+@dataclass
+class Prefilled:
+    """A prompt's keys and values with every method's state, ready to be decoded by each method in turn."""
+
+    model: PreTrainedModel
+    methods: Sequence[Method]
+    groups: list[Rows]
+    layers: dict[int, PrefillLayer]
+    sliding: dict[int, CacheLayerMixin]
+    mask: Tensor | None  # [B, S] bool, None without padding
+    lengths: Tensor  # [B] tokens of each prompt
+    placement: Placement
+    workers: ThreadPoolExecutor | None = None
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, V] after the last prompt token
+    seconds: float = 0.0  # dense prefill, observers excluded
+    observe_seconds: list[float] = field(default_factory=list)
+    _built: dict[tuple[int, int, int], Future[Built]] = field(default_factory=dict)  # by method, layer and group
+    _spent: set[int] = field(default_factory=set)  # methods whose own state went into a decode
+
+    def start(self, layer: int) -> None:
+        """A layer's prompt is complete: build its indices beside what follows, if there are workers."""
+        if self.workers is not None:
+            for method, group in self._pairs():
+                self._built[method, layer, group] = self.workers.submit(self._build, method, layer, group)
+
+    def build(self, method: int) -> float:
+        """Finish a method's indices, once. Returns the seconds the work took, in the background or not."""
+        return sum(self.built(method, i, g).seconds for i in self.layers for g in range(len(self.groups)))
+
+    def built(self, method: int, layer: int, group: int) -> Built:
+        """One layer's index; waits for it or, without workers, builds it now."""
+        future = self._built.get((method, layer, group))
+        if future is None:
+            future = self._built[method, layer, group] = Future()
+            try:
+                future.set_result(self._build(method, layer, group))
+            except Exception as error:  # noqa: BLE001 - kept for every later caller
+                future.set_exception(error)
+        return future.result()
+
+    def observer(self, method: int, layer: int, group: int) -> Observer:
+        """A method's observer of one group in one layer."""
+        return self.layers[layer].observers[method * len(self.groups) + group]
+
+    def fork(self, method: int, *, spend: bool = False) -> LayeredCache:
+        """A cache that goes on from the prompt with one method and leaves the prompt untouched. With ``spend`` the
+        method's own state goes into it, uncopied: no further fork of this method is possible."""
+        if method in self._spent:
+            raise RuntimeError("this method's state is spent: prefill again")
+        if spend:
+            self._spent.add(method)
+        make = partial(self.group, method, spend=spend)
+        ours = {
+            i: DecodeLayer(partial(_each, make, i, len(self.groups)), layer.seen) for i, layer in self.layers.items()
+        }
+        chain(list(ours.values()))
+        if self.workers is None:
+            for layer in ours.values():
+                layer.groups  # noqa: B018 - made here, so that the first step is timed without
+        return self.cache(ours)
+
+    def cache(self, ours: Mapping[int, CacheLayerMixin]) -> LayeredCache:
+        """A cache of our layers and of sliding layers that go on from the prompt."""
+        layers = {**copy_sliding(self.sliding), **ours}
+        return LayeredCache([layers[i] for i in range(len(layers))])
+
+    def group(
+        self, method: int, layer: int, group: int, shared: Store | None = None, *, spend: bool = False
+    ) -> Group:  # fmt: skip
+        """A built method at work on one group of one layer, with its own copy of the state. It reads from ``shared``
+        when that is given and the method evicts nothing, else from a store of its own."""
+        observer, built = self.observer(method, layer, group), self.built(method, layer, group)
+        if spend:
+            store = built.store
+        elif shared is not None and built.keep is None:
+            store = shared
+        else:
+            store = self.store(layer, group, method)
+        if built.keep is not None:
+            store = store.keep(built.keep)
+        state = observer.state if spend else copy.deepcopy(observer.state)
+        return Group(observer.rows, store, state, partial(now, self.model))
+
+    def store(self, layer: int, group: int, method: int | None = None) -> Store:
+        """A store over the prompt of one group in one layer, laid out for a method's sinks and window."""
+        rows = self.groups[group]
+        prompt = self.layers[layer].columns - rows.padding
+        split = None if method is None else partial(self.methods[method].split, prompt=prompt)
+        return self.layers[layer].prompt(rows).store(split)
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(m, g) for m in range(len(self.methods)) for g in range(len(self.groups))]
+
+    @torch.inference_mode()
+    def _build(self, method: int, layer: int, group: int) -> Built:
+        store = self.store(layer, group, method)
+        began = now(self.model)
+        keep = self.observer(method, layer, group).state.finish_prefill(store)
+        return Built(store, keep, now(self.model) - began)
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel, input_ids: Tensor, methods: Sequence[Method], attention_mask: Tensor | None = None,
+    chunk: int | None = None, reserve: int = 256, setting: Setting | None = None,
+) -> Prefilled:  # fmt: skip
+    """Run the prompt densely, once, in one shot or ``chunk`` tokens at a time.
+
+    Args:
+        input_ids: ``[B, S]``, left-padded where lengths differ.
+        attention_mask: ``[B, S]``, 0 on padding.
+        reserve: decoded tokens that fit before buffers grow.
+        setting: how to run it.
+
+    Raises:
+        ConfigError: an empty prompt, padding that is not on the left, a prompt longer than the model allows, a model
+            that computes NaN, or a tier that this machine does not have or that cannot hold the prompt.
+    """
+    setting = Setting() if setting is None else setting
+    mask, columns = check_prompt(model, input_ids, attention_mask), input_ids.shape[1]
+    groups = group_rows(mask)
+    prefilled = _open(model, methods, groups, mask, columns, reserve, setting)
+    both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
+    cache = LayeredCache([both[i] for i in range(len(both))])
+    positions, chunk = (mask.long().cumsum(-1) - 1).clamp(min=0), chunk or columns
+    began = now(model)
+    with attached(model):
+        for start in range(0, columns, chunk):
+            seen = None if prefilled.mask is None else mask[:, : start + chunk]
+            block = slice(start, start + chunk)
+            logits = forward(model, input_ids[:, block], cache, seen, positions[:, block])
+    seconds = now(model) - began
+    check_logits(logits)
+    prefilled.logits, observers = logits, [layer.observers for layer in prefilled.layers.values()]
+    for m in range(len(methods)):
+        own = slice(m * len(groups), (m + 1) * len(groups))
+        prefilled.observe_seconds.append(sum(o.seconds for listed in observers for o in listed[own]))
+    prefilled.seconds = seconds - sum(prefilled.observe_seconds)
+    return prefilled
+
+
+def _open(
+    model: PreTrainedModel, methods: Sequence[Method], groups: list[Rows], mask: Tensor, columns: int, reserve: int,
+    setting: Setting,
+) -> Prefilled:  # fmt: skip
+    """Everything a prompt needs before its first token."""
+    types = layer_types(model.config.get_text_config())
+    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    placement = setting.tier.open(model.device, setting.body)
+    rotary = frequencies(model, methods, full[0]) if full else None
+    background = setting.overlap and len(methods) == 1
+    prefilled = Prefilled(
+        model, methods, groups, {}, sliding_layers(model.config.get_text_config()),
+        None if bool(mask.all()) else mask, mask.long().sum(-1), placement,
+        _workers(model, setting) if background else None,
+    )  # fmt: skip
+    for i in full:
+        layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
+        layer.observers = [
+            Observer(rows, method.layer(geometry(model, i, rows, columns, rotary, setting)), partial(now, model))
+            for method in methods
+            for rows in groups
+        ]
+        prefilled.layers[i] = layer
+    if full:
+        known = geometry(model, full[0], groups[0], columns, None, setting)
+        row = 2 * known.kv_heads * known.head_dim * model.dtype.itemsize * len(full)
+        setting.tier.check((columns + reserve) * len(mask), row)
+    return prefilled
+
+
+def _workers(model: PreTrainedModel, setting: Setting) -> ThreadPoolExecutor:
+    """One background thread. Beside a model on the CPU it computes with one thread of its own, else with all cores."""
+    body = kernels(model.device, setting.body)
+    threads = 1 if model.device.type == "cpu" else os.cpu_count() or 1
+    return ThreadPoolExecutor(1, "index", initializer=body.use_threads, initargs=(threads,))
+
+
+def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Group]:
+    return [make(layer, group) for group in range(groups)]
+
+
+def now(model: PreTrainedModel) -> float:
+    """Wall clock after everything queued on the model's device is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None."""
+    output = model(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, kv=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def frequencies(model: PreTrainedModel, methods: Sequence[Method], layer: int) -> Tensor | None:
+    """Rotary frequencies of the full-attention layers, of which ``layer`` is one, if any of the methods renumbers."""
+    wanted = any(method.needs_positions for method in methods)
+    return rotary_frequencies(model, layer, "full_attention") if wanted else None
+
+
+def geometry(
+    model: PreTrainedModel, layer: int, rows: Rows, columns: int, rotary: Tensor | None, setting: Setting
+) -> Geometry:  # fmt: skip
+    """What a method's state of one layer and group needs to know; ``rotary`` are its :func:`frequencies`."""
+    config = model.config.get_text_config()
+    attention = model.get_decoder().layers[layer].self_attn
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Geometry(
+        layer=layer, batch=rows.count, kv_heads=kv_heads, group=heads // kv_heads, head_dim=width,
+        scaling=float(attention.scaling), prompt=columns - rows.padding,
+        inverse_frequencies=rotary, body=setting.body, device=model.device, calibration=setting.calibration,
+    )  # fmt: skip
