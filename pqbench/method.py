@@ -169,6 +169,7 @@ class Geometry:
         prompt: length of the prompt in tokens.
         inverse_frequencies: rotary frequencies ``[D_rotary / 2]`` in radians per position, when the method asked for
             them with ``Method.needs_positions``.
+        layers: number of full-attention layers of the model, of which this is the ``rank``-th, counted from 0.
         body: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
         device: where the model runs.
         calibration: times of this hardware, None where nobody measured them.
@@ -182,6 +183,8 @@ class Geometry:
     scaling: float
     prompt: int
     inverse_frequencies: Tensor | None = None
+    layers: int = 1
+    rank: int = 0
     body: str = "reference"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calibration: Calibration | None = None

@@ -266,10 +266,12 @@ def geometry(
     config = model.config.get_text_config()
     attention = model.get_decoder().layers[layer].self_attn
     heads = config.num_attention_heads
+    full = [i for i, kind in enumerate(layer_types(config)) if kind == "full_attention"]
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Geometry(
         layer=layer, batch=rows.count, kv_heads=kv_heads, group=heads // kv_heads, head_dim=width,
         scaling=float(attention.scaling), prompt=columns - rows.padding,
-        inverse_frequencies=rotary, body=setting.body, device=model.device, calibration=setting.calibration,
+        inverse_frequencies=rotary, layers=len(full), rank=full.index(layer), body=setting.body, device=model.device,
+        calibration=setting.calibration,
     )  # fmt: skip
