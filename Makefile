@@ -1,4 +1,4 @@
-# make bench METHOD=pqcache | make test | make lint | make figures | make setup
+# make bench METHOD=pqcache | make test | make lint | make figures | make setup | make gpu-check
 METHOD ?= pqcache
 MODEL ?= smollm2
 BENCHMARK ?=
@@ -11,7 +11,7 @@ comma := ,
 STAMP := .venv/ready
 RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
-.PHONY: setup bench figures tables test lint
+.PHONY: setup bench figures tables test lint gpu-check
 
 setup: $(STAMP)
 
@@ -41,3 +41,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy pqbench methods plots tests
+
+# On a machine with a GPU: kernels against their definition, then the latency benchmark; under 8 minutes.
+gpu-check: setup
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pqbench benchmark=latency method=[full,pqcache] store=host model.device=cuda model.dtype=bfloat16 \
+		benchmark.contexts=[1024,4096] benchmark.repeats=2 results=$(RESULTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ import transformers
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
 
-from pqbench.benchmarks.base import Prompter
+from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
 from pqbench.config import EXPLAINED, conf_folder, explain, model_source
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.method import Method
+from pqbench.models import LoadedModel
 from pqbench.prompt import Setting
-from pqbench.records import RecordFile
+from pqbench.records import Record, RecordFile
 from pqbench.run import Job, Summary, run
 from pqbench.tables import bench_table
 from pqbench.terminal import log_to_terminal
+from pqbench.timing.base import Measurement, TimingJob
 
 log = logging.getLogger("pqbench")
 
@@ -89,20 +91,44 @@ def run_config(config: DictConfig) -> list[str]:
         torch.set_num_threads(config.threads)
     methods = {name: instantiate(node) for name, node in config.methods.items()}
     benchmark = instantiate(config.benchmark)
-    files = {name: _record_file(plain, name, benchmark.name) for name in methods}
+    return (_time if isinstance(benchmark, Measurement) else _evaluate)(plain, methods, benchmark)
+
+
+def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benchmark) -> list[str]:
+    """Score methods on a benchmark. Returns the failures."""
+    model = plain["model"]["name"]
+    files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
     loaded = model_source(plain["model"]).load()
     prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
-    job = Job(benchmark, loaded, prompter, methods, files, config.chunk, config.question, config.probe_tokens,
-              config.retry_failed, _setting(plain, methods, loaded.model))  # fmt: skip
+    job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
+              plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
     summary = run(job)
+    _show(bench_table(_records(files)), footer(summary, plain["results"]), summary.failures)
+    return summary.failures
+
+
+def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurement) -> list[str]:
+    """Time methods. Returns the failures."""
+    subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
+    files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
+    loaded = model_source(plain["model"]).load() if benchmark.needs_model else None
+    job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"])
+    done = benchmark.measure(job)
+    _show(benchmark.table(_records(files)), benchmark.footer(done, plain["results"]), done.failures)
+    return done.failures
+
+
+def _records(files: Mapping[str, RecordFile]) -> list[Record]:
+    return [record for file in files.values() for record in file.read()]
+
+
+def _show(table: Table, below: str, failures: Sequence[str]) -> None:
     console = Console()
     console.width = max(console.width, 150)  # a table cut to a narrow pipe is unreadable
-    records = [record for file in files.values() for record in file.read()]
-    console.print(bench_table(records))
-    console.print(Text(footer(summary, plain["results"])))
-    for failure in summary.failures:
+    console.print(table)
+    console.print(Text(below))
+    for failure in failures:
         log.error(failure)
-    return summary.failures
 
 
 def check_options(config: DictConfig) -> None:
@@ -120,19 +146,20 @@ def check_options(config: DictConfig) -> None:
             raise ConfigError(f"{option} is {value!r}: use {choices}")
 
 
-def _setting(plain: dict[str, Any], methods: Mapping[str, Method], model: PreTrainedModel) -> Setting:
+def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: LoadedModel | None) -> Setting:
     """Where KV lives, which kernels compute and what overlaps; calibrated when a method asks for it."""
-    kernels(model.device, plain["kernels"]).use_threads(torch.get_num_threads())
-    wanted = any(method.needs_calibration for method in methods.values())
-    calibration = calibrate(model, plain["kernels"]) if wanted else None
+    device = torch.device("cpu") if loaded is None else loaded.model.device
+    kernels(device, plain["kernels"]).use_threads(torch.get_num_threads())
+    wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
+    calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
     return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration)
 
 
-def _record_file(plain: dict[str, Any], name: str, benchmark: str) -> RecordFile:
+def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str) -> RecordFile:
     """Where a method's records go; the key covers all that can change a figure."""
     settings = {part: plain[part] for part in KEYED}
-    settings["method"] = plain["methods"][name]
-    return RecordFile.create(Path(plain["results"]), benchmark, plain["model"]["name"], name, settings)
+    settings["method"] = plain["methods"].get(name)
+    return RecordFile.create(Path(plain["results"]), benchmark, subject, name, settings)
 
 
 def footer(summary: Summary, results: str) -> str:

@@ -56,6 +56,11 @@ class Generation:
         later = sorted(self.steps_s[1:] or self.steps_s)
         return later[len(later) // 2] if later else float("nan")
 
+    def settle(self) -> None:
+        """Wait for every transfer that decoding left under way."""
+        for group in self.groups():
+            group.store.settle()
+
     def groups(self) -> list[Group]:
         """The groups of every layer, with their stores, states and meters."""
         return [group for layer in self.cache.selective.values() for group in layer.groups]
@@ -145,7 +150,10 @@ def generate(
     """
     check_length(model, input_ids.shape[-1] + max_new_tokens)
     prefilled = prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting)
-    return decode(prefilled, 0, max_new_tokens, spend=True).tokens
+    generation = decode(prefilled, 0, max_new_tokens, spend=True)
+    generation.settle()
+    prefilled.close()
+    return generation.tokens
 
 
 def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:

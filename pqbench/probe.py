@@ -121,6 +121,9 @@ def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | 
             ids = torch.full_like(position, token)
             mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
             forward(prefilled.model, ids, cache, mask, position + step)
+    for probed in layers.values():
+        for store in (probed.dense, *(group.store for group in probed.groups)):
+            store.settle()
     return fidelities
 
 

@@ -40,7 +40,7 @@ class Setting:
 
     tier: Tier = field(default_factory=DeviceTier)
     overlap: bool = True
-    body: str = "reference"
+    body: str = "auto"
     calibration: Calibration | None = None
 
 
@@ -143,6 +143,16 @@ class Prefilled:
         prompt = self.layers[layer].columns - rows.padding
         split = None if method is None else partial(self.methods[method].split, prompt=prompt)
         return self.layers[layer].prompt(rows).store(split)
+
+    def close(self) -> None:
+        """End what runs in the background; stores over this prompt are of no use afterwards.
+
+        Raises:
+            OrderingError: a debugged link found transfers that nobody waited for.
+        """
+        if self.workers is not None:
+            self.workers.shutdown()
+        self.placement.close()
 
     def _pairs(self) -> list[tuple[int, int]]:
         return [(m, g) for m in range(len(self.methods)) for g in range(len(self.groups))]

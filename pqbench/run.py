@@ -137,6 +137,7 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
                 question=question,
                 extra_ends=sample.end_tokens,
             )
+            generation.settle()
             check_alive(methods[i], generation, context.shape[1])
             records.append(success(job, sample, name, generation))
         except Exception as error:  # noqa: BLE001 - the other methods of this prefill still count
@@ -145,6 +146,7 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
         summary.decode_s += time.perf_counter() - began - (index - prefilled.observe_seconds[i])
         summary.index_s += index
     add_fidelity(job, sample, prefilled, records, summary)
+    prefilled.close()
     return records
 
 
@@ -173,6 +175,7 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
     meters, groups = generation.meters(), generation.groups()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)
+    hits, lookups = sum(g.store.cache_hits for g in groups), sum(g.store.cache_lookups for g in groups)
     record = _common(job, sample, name) | {
         "status": "ok",
         "prompt_tokens": len(sample.input_ids),
@@ -188,6 +191,7 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts if groups else {},
         "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
+        "cache_hit_rate": hits / lookups if lookups else None,
         "device_bytes": sum(group.store.device_bytes for group in groups),
         "host_bytes": sum(group.store.host_bytes for group in groups),
     }

@@ -68,6 +68,26 @@ def uses(path: Path, package: str) -> bool:
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
         ("pqbench/benchmarks", {"benchmarks", "errors", "models"}),
+        (
+            "pqbench/timing",
+            CORE
+            | {
+                "timing",
+                "generation",
+                "prompt",
+                "group",
+                "cache",
+                "store",
+                "kernels",
+                "records",
+                "models",
+                "benchmarks",
+                "environment",
+                "batch",
+                "terminal",
+                "timings",
+            },
+        ),
     ],
 )
 def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:

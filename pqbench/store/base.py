@@ -25,7 +25,16 @@ class Present:
 class Store(ABC):
     """Keys and values of one layer for sequences of equal length; satisfies :class:`pqbench.method.KV`."""
 
-    link_bytes: int = 0  # bytes moved between host and device so far
+    bytes_to_device: int = 0  # moved over the link by decoding
+    bytes_to_host: int = 0
+    opening_bytes: int = 0  # moved to the device once, for the rows it holds from the start
+    cache_lookups: int = 0  # rows asked for that neither sinks nor window held, all heads together
+    cache_hits: int = 0  # those among them that a device cache held
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes moved between host and device so far, both ways."""
+        return self.bytes_to_device + self.bytes_to_host
 
     @property
     @abstractmethod

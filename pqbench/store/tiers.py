@@ -6,12 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 
+from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Split
 from pqbench.store.base import Store
+from pqbench.store.block_cache import POLICIES, CacheOptions
 from pqbench.store.device import DeviceStore
+from pqbench.store.host import HostStore
+from pqbench.store.host_cached import CachedHostStore
+from pqbench.store.host_rows import HostPrompt
+from pqbench.store.link import Link
+from pqbench.store.link_cuda import CudaLink
+from pqbench.store.link_emulated import EmulatedLink, speed
+from pqbench.store.link_local import LocalLink
+from pqbench.store.scratch import Scratch
 
 
 class Prompt(ABC):
@@ -30,6 +41,10 @@ class Placement(ABC):
     def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> Prompt:
         """Take over the rows ``[B, H, S, D]`` of one layer and group when its prefill is complete; a host tier starts
         moving them and returns at once."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to end without a link
+        """End the link once every store has settled. Raises OrderingError where a debugged link found transfers that
+        nobody waited for."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +83,115 @@ class DeviceTier(Tier):
 
     def open(self, device: torch.device, body: str = "auto") -> DevicePlacement:
         return DevicePlacement()
+
+
+class OffloadedPrompt(Prompt):
+    """Rows on the host, or on their way there; stores share them."""
+
+    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch) -> None:
+        self._rows, self._tier, self._scratch = rows, tier, scratch
+
+    def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
+        tier, split = self._tier, _everything if split is None else split
+        if tier.cache is None:
+            return HostStore(self._rows, split, tier.margin, tier.background, self._scratch)
+        return CachedHostStore(self._rows, split, tier.cache, tier.margin, tier.background, self._scratch)
+
+
+class HostPlacement(Placement):
+    """Prompts go to the host over one link; all their stores fetch whole contexts into one buffer."""
+
+    def __init__(self, tier: HostTier, link: Link) -> None:
+        self.tier, self.link = tier, link
+        self._scratch = Scratch()
+
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> OffloadedPrompt:
+        rows = HostPrompt.offload(self.link, keys.view(), values.view())
+        if not self.tier.background:
+            rows.wait()
+        return OffloadedPrompt(rows, self.tier, self._scratch)
+
+    def close(self) -> None:
+        self.link.close()
+
+
+@dataclass(frozen=True)
+class HostTier(Tier):
+    """All of it on the host; sinks, window and cached blocks on the device as well.
+
+    Attributes:
+        link: auto (cuda on a GPU, else local), local, cuda, a preset of :mod:`pqbench.store.link_emulated`, or numbers
+            such as ``20GB/s+5us``.
+        cache_tokens: tokens per layer and KV head that the block cache holds; 0 for no cache.
+        cache_block: tokens of a block.
+        cache_policy: lfu or lru.
+        cache_admit: blocks a step may let in.
+        cache_per_head: every KV head has blocks of its own; otherwise those of a sequence share them.
+        background: transfers run beside the computation; False waits for each at once, for the same results.
+        debug: poison buffers while a transfer is under way on them, and check who touches them.
+        margin: tokens the device holds beyond the window; half as many are copied to the host at a time.
+    """
+
+    link: str = "auto"
+    cache_tokens: int = 0
+    cache_block: int = 128
+    cache_policy: str = "lfu"
+    cache_admit: int = 32
+    cache_per_head: bool = False
+    background: bool = True
+    debug: bool = False
+    margin: int = 64
+
+    def __post_init__(self) -> None:
+        if self.link not in ("auto", "local", "cuda"):
+            speed(self.link)
+        if self.cache_block < 1:
+            raise ConfigError(f"store.cache_block is {self.cache_block}: a block has at least 1 token")
+        if self.cache_tokens < 0:
+            raise ConfigError(f"store.cache_tokens is {self.cache_tokens}: use 0 for no cache")
+        if 0 < self.cache_tokens < self.cache_block:
+            raise ConfigError(f"store.cache_tokens is {self.cache_tokens}, less than one block of {self.cache_block}")
+        if self.cache_policy not in POLICIES:
+            raise ConfigError(f"store.cache_policy is {self.cache_policy!r}: use {' or '.join(POLICIES)}")
+        if self.cache_admit < 1:
+            raise ConfigError(f"store.cache_admit is {self.cache_admit}: a step lets in at least 1 block")
+        if self.margin < 2:
+            raise ConfigError(f"store.margin is {self.margin}: it must be at least 2 tokens")
+
+    @property
+    def cache(self) -> CacheOptions | None:
+        """Options of the block cache, None without one."""
+        if not self.cache_tokens:
+            return None
+        return CacheOptions(
+            self.cache_tokens, self.cache_block, self.cache_policy, self.cache_admit, self.cache_per_head
+        )
+
+    def check(self, tokens: int, row_bytes: int) -> None:
+        if self.cache_tokens > tokens:
+            raise ConfigError(
+                f"store.cache_tokens is {self.cache_tokens}, a cache larger than the context of {tokens} tokens: "
+                "lower it, or use store=device"
+            )
+        needed, free = tokens * row_bytes, psutil.virtual_memory().available
+        if needed > free:
+            raise ConfigError(
+                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are "
+                "available: use a shorter context, a smaller batch or a smaller dtype"
+            )
+
+    def open(self, device: torch.device, body: str = "auto") -> HostPlacement:
+        return HostPlacement(self, self._link(device, body))
+
+    def _link(self, device: torch.device, body: str) -> Link:
+        name = self.link if self.link != "auto" else "cuda" if device.type == "cuda" else "local"
+        if name == "cuda":
+            return CudaLink(device, body, self.debug)
+        if device.type != "cpu":
+            raise ConfigError(f"store.link={name} serves models on the CPU, not on {device.type}: use auto or cuda")
+        return LocalLink(self.debug) if name == "local" else EmulatedLink(speed(name), self.debug)
+
+
+def _everything(_: int) -> Split | None:
+    """The split of a method without one."""
+    return None

@@ -1,0 +1,248 @@
+"""Kernels compiled for the CPU; meaning and shapes are those of :mod:`pqbench.kernels.reference`.
+
+float32 and bfloat16 are read as they lie, at any stride but that of the last axis; arithmetic is float32. What does not
+fit (other types or devices, head dimensions that are no multiple of 16) goes to the reference. Results do not depend on
+the number of threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numba
+import torch
+from torch import Tensor
+
+from pqbench.kernels import reference
+from pqbench.kernels.cpu_attention import attend
+from pqbench.kernels.cpu_columns import sum_columns
+from pqbench.kernels.cpu_kmeans import encode_keys, train
+from pqbench.kernels.cpu_rows import copy_rows
+from pqbench.kernels.cpu_scoring import probabilities
+from pqbench.kernels.cpu_top_k import top_of_rows
+from pqbench.kernels.cpu_vector import BLOCK
+
+_SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
+_LOG2_E = 1.4426950408889634
+
+
+@contextmanager
+def _threads_for(work: int) -> Iterator[None]:
+    """One thread for little work."""
+    count = numba.get_num_threads()
+    if work >= _SMALL_WORK or count == 1:
+        yield
+        return
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(count)
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether compiled code reads ``x`` ``[..., D]`` as it lies."""
+    return (
+        x.dtype in (torch.float32, torch.bfloat16)
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and (x.stride(-1) == 1 or x.shape[-1] == 1)
+    )
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Bytes between sequences, heads and rows."""
+    size, (batch, head, row) = x.element_size(), x.stride()[:3]
+    return batch * size, head * size, row * size
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _check_rows(valid: bool, x: Tensor) -> None:
+    if not valid:
+        raise IndexError(f"rows must lie between 0 and {x.shape[2] - 1}")
+
+
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
+    visible: Tensor | None = None, need_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
+    over all: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights ``[B, H, G, n]``."""
+    count = keys.shape[2] if indices is None else indices.shape[2]
+    if not (_fits(keys) and _fits(values) and keys.dtype == values.dtype and count and keys.shape[3] % BLOCK == 0):
+        return reference.attention(q, keys, values, scaling, indices, visible, need_weights)
+    return _attend(q, keys, values, scaling, indices, visible, need_weights)
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor | None, scaling: float, indices: Tensor | None, visible: Tensor | None,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    batch, heads, group, dims = q.shape
+    count = keys.shape[2] if indices is None else indices.shape[2]
+    queries = q.float().contiguous()
+    rows = None if indices is None else indices.long().contiguous()
+    seen = None if visible is None else visible.expand(batch, heads, group, count).contiguous()
+    output = torch.empty(q.shape if values is not None else 0, dtype=torch.float32)
+    lse = torch.empty(batch, heads, group, dtype=torch.float32)
+    weights = torch.empty(batch, heads, group, count, dtype=torch.float32) if need_weights else None
+    with _threads_for(batch * heads * group * count * dims):
+        valid = attend(
+            keys.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(), *_strides(keys), _address(values),
+            *(_strides(keys) if values is None else _strides(values)), _address(rows), _address(seen),
+            _address(weights), 0 if values is None else output.data_ptr(), lse.data_ptr(), batch, heads, group,
+            keys.shape[2], count, dims, scaling,
+        )  # fmt: skip
+    _check_rows(valid, keys)
+    return output.to(q.dtype), lse, weights
+
+
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attention of one query per head over all rows: ``[B, H, G, D]``."""
+    return attention(q, keys, values, scaling)[0]
+
+
+def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Softmax of q . keys per query head, summed over the group: float32 ``[B, H, S]``."""
+    if not _fits(keys) or keys.shape[3] % BLOCK:
+        return reference.exact_probabilities(q, keys, scaling)
+    weights = _attend(q, keys, None, scaling, None, None, True)[2]
+    assert weights is not None
+    return weights.sum(2)
+
+
+def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
+    """Softmax of approximate scores per query head, summed over the group: float32 ``[B, H, S]``."""
+    batch, heads, group, dims = q.shape
+    _, _, parts, clusters, _ = codebook.shape
+    count = codes.shape[2]
+    if q.device.type != "cpu" or count == 0 or (parts > 1 and codes.stride(3) != 1) or codes.dtype != reference.CODE:
+        return reference.pq_probabilities(q, codebook, codes, scaling)
+    queries = (q.float() * (scaling * _LOG2_E)).contiguous()
+    centroids = codebook.float().contiguous()
+    output = torch.empty(batch, heads, count, dtype=torch.float32)
+    with _threads_for(batch * heads * group * (count * parts + clusters * dims)):
+        probabilities(
+            queries.data_ptr(), centroids.data_ptr(), codes.data_ptr(), *_strides(codes), output.data_ptr(), batch,
+            heads, group, count, dims, parts, clusters,
+        )  # fmt: skip
+    return output
+
+
+def top_k(scores: Tensor, count: int) -> Tensor:
+    """Indices ``[..., k]`` of the largest of ``[..., S]``, ascending; ties to the lower index, NaN largest."""
+    total = scores.shape[-1]
+    if scores.dtype != torch.float32 or scores.device.type != "cpu" or not 0 < count < total or scores.numel() == 0:
+        return reference.top_k(scores, count)
+    lines = scores.contiguous()
+    chosen = torch.empty(*scores.shape[:-1], count, dtype=torch.int64)
+    with _threads_for(scores.numel() * 4):
+        top_of_rows(lines.data_ptr(), scores.numel() // total, total, count, chosen.data_ptr())
+    return chosen
+
+
+def train_codebook(
+    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Product quantiser of keys ``[B, H, S, D]``: codebook float32 ``[B, H, m, K, D/m]``, codes uint8 ``[B, H, S, m]``.
+
+    Computes in the calling thread and the threads of its team; other Python threads go on meanwhile.
+    """
+    batch, heads, count, dims = keys.shape
+    if not _fits(keys) or clusters > 256:
+        return reference.train_codebook(keys, parts, clusters, iterations, seed, sample)
+    if count < clusters:
+        raise ValueError(f"{clusters} centroids need as many keys, got {count}")
+    order = reference.draw(count, seed)
+    codebook = torch.empty(batch, heads, parts, clusters, dims // parts, dtype=torch.float32)
+    codes = torch.empty(batch, heads, count, parts, dtype=reference.CODE)
+    with _threads_for(batch * heads * count * dims * clusters):
+        train(
+            keys.dtype == torch.bfloat16, keys.data_ptr(), *_strides(keys), order.data_ptr(), codebook.data_ptr(),
+            codes.data_ptr(), batch, heads, count, dims, parts, clusters, iterations, sample or 0,
+        )  # fmt: skip
+    return codebook, codes
+
+
+def encode(keys: Tensor, codebook: Tensor) -> Tensor:
+    """Codes uint8 ``[B, H, S, m]`` of keys ``[B, H, S, D]`` in a codebook ``[B, H, m, K, D/m]``."""
+    if not _fits(keys):
+        return reference.encode(keys, codebook)
+    batch, heads, count, dims = keys.shape
+    _, _, parts, clusters, _ = codebook.shape
+    centroids = codebook.float().contiguous()
+    codes = torch.empty(batch, heads, count, parts, dtype=reference.CODE)
+    with _threads_for(batch * heads * (count + 1) * dims * clusters):
+        encode_keys(
+            keys.dtype == torch.bfloat16, keys.data_ptr(), *_strides(keys), centroids.data_ptr(), codes.data_ptr(), batch, heads,
+            count, dims, parts, clusters,
+        )  # fmt: skip
+    return codes
+
+
+def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
+    """Attention each key ``[B, H, S, D]`` received from the last queries ``[B, H, G, n, D]``: float32 ``[B, H, S]``.
+
+    ``rows`` is how the reference cuts its work; here tiles are fixed."""
+    batch, heads, group, count, dims = q.shape
+    total = keys.shape[2]
+    if not _fits(keys) or q.numel() == 0:
+        return reference.column_sums(q, keys, scaling, band, rows)
+    queries = q.float().contiguous()
+    sums = torch.empty(batch, heads, total, dtype=torch.float32)
+    with _threads_for(batch * heads * group * count * total * dims):
+        sum_columns(
+            keys.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(), *_strides(keys), sums.data_ptr(), batch, heads,
+            group, count, total, dims, total if band is None else band, scaling,
+        )  # fmt: skip
+    return sums
+
+
+def _row_bytes(x: Tensor) -> int:
+    """Bytes of a row ``[...]`` of ``x`` ``[B, H, S, ...]``, or 0 where its numbers do not follow each other."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[3:]), reversed(x.stride()[3:]), strict=True):
+        if size != 1 and stride != expected:
+            return 0
+        expected *= size
+    return expected * x.element_size()
+
+
+def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
+    """Copy rows ``indices`` ``[B, H, n]`` of ``source`` ``[B, H, S, ...]`` into ``target`` ``[B, H, n, ...]``."""
+    size = _row_bytes(source)
+    plain = source.device.type == target.device.type == "cpu" and source.dtype == target.dtype
+    if not plain or size == 0 or _row_bytes(target) != size or target.numel() == 0:
+        reference.gather(source, indices, target)
+        return
+    batch, heads, count = indices.shape
+    rows = indices.long().contiguous()
+    with _threads_for(target.numel() * target.element_size() // 2):
+        valid = copy_rows(
+            source.data_ptr(), *_strides(source), rows.data_ptr(), target.data_ptr(), *_strides(target), batch, heads,
+            source.shape[2], count, size,
+        )  # fmt: skip
+    _check_rows(valid, source)
+
+
+def use_threads(count: int) -> None:
+    """Threads of this body in the calling thread."""
+    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+
+
+def warm_up(dtype: torch.dtype, dims: int = 64) -> float:
+    """Compile, or load from numba's cache, everything for keys of ``dtype``; returns the seconds it took."""
+    start = time.perf_counter()
+    q, keys = torch.zeros(1, 1, 1, dims, dtype=dtype), torch.zeros(1, 1, 32, dims, dtype=dtype)
+    codebook, codes = train_codebook(keys, 2, 16, 1, 0)
+    encode(keys, codebook)
+    top = top_k(pq_probabilities(q, codebook, codes, 1.0), 16)
+    attention(q, keys, keys, 1.0, top)
+    gather(keys, top, torch.empty_like(keys[:, :, :16]))
+    column_sums(q[:, :, :, None], keys, 1.0)
+    return time.perf_counter() - start

@@ -1,0 +1,44 @@
+"""Copying of selected rows."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from pqbench.kernels.cpu_lanes import copy_bytes
+from pqbench.kernels.cpu_tiles import prefetch_row
+from pqbench.kernels.cpu_vector import OPTIONS, read_i64
+
+_PART = 256  # rows that one thread takes at once
+_AHEAD = 8  # rows requested before they are copied
+
+
+@njit(parallel=True, **OPTIONS)
+def copy_rows(
+    source: int, source_batch: int, source_head: int, source_row: int, indices: int, target: int, target_batch: int,
+    target_head: int, target_row: int, batch: int, heads: int, rows: int, count: int, size: int,
+) -> bool:  # fmt: skip
+    """Copy rows ``indices`` int64 ``[B, H, n]`` of ``size`` bytes between addresses with byte strides.
+
+    Returns whether all rows exist; those that do not are left out.
+    """
+    parts = (count + _PART - 1) // _PART
+    valid = np.ones(batch * heads * parts, np.uint8)
+    for unit in prange(batch * heads * parts):
+        problem, first = unit // parts, unit % parts * _PART
+        sequence, head = problem // heads, problem % heads
+        start = source + sequence * source_batch + head * source_head
+        place = target + sequence * target_batch + head * target_head
+        chosen = indices + problem * count * 8
+        for i in range(first, min(count, first + _PART)):
+            if i + _AHEAD < count:
+                prefetch_row(start + read_i64(chosen + (i + _AHEAD) * 8) * source_row, size)
+            row = read_i64(chosen + i * 8)
+            if 0 <= row < rows:
+                copy_bytes(place + i * target_row, start + row * source_row, size)
+            else:
+                valid[unit] = 0
+    every = True
+    for unit in range(batch * heads * parts):
+        every &= valid[unit] == 1
+    return every

@@ -1,0 +1,23 @@
+"""The body for CUDA: every operation of :class:`pqbench.kernels.backend.Kernels` in Triton, on the current stream.
+
+Shapes and meaning are those of :mod:`pqbench.kernels.reference`. Kernels live by topic, beside their launches. The
+module imports wherever Triton is installed; its functions need tensors on a GPU, or Triton's interpreter
+(``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+from pqbench.kernels.gpu_attention import attention, dense_attention
+from pqbench.kernels.gpu_columns import column_sums
+from pqbench.kernels.gpu_kmeans import encode, train_codebook
+from pqbench.kernels.gpu_rows import gather, top_k
+from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
+
+__all__ = [
+    "attention", "column_sums", "dense_attention", "encode", "exact_probabilities", "gather", "pq_probabilities",
+    "top_k", "train_codebook", "use_threads",
+]  # fmt: skip
+
+
+def use_threads(count: int) -> None:
+    """Nothing: work here is done by the GPU, whatever the threads of the process."""

@@ -1,0 +1,135 @@
+"""Triton: exact attention of one query per head over given rows, split over the tokens (flash decoding)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from pqbench.kernels import gpu_launch as launch
+from pqbench.kernels.gpu_launch import product, row_products
+
+
+@triton.jit(do_not_specialize=["count", "size"])
+def attend_part(
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, indices: tl.tensor, visible: tl.tensor, logits: tl.tensor,
+    part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor, value_strides: tl.tensor,
+    heads: tl.tensor, count: tl.tensor, size: tl.tensor, scaling: tl.tensor, group: tl.constexpr, width: tl.constexpr,
+    chunk: tl.constexpr, precision: tl.constexpr, value_precision: tl.constexpr, block_g: tl.constexpr,
+    block_n: tl.constexpr, block_d: tl.constexpr,
+) -> None:  # fmt: skip
+    """One KV head and one part of its rows: output ``part`` ``[B*H, parts, G, D]`` over these rows alone and its
+    log-sum-exp ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]`` on the way, and ``logits``
+    ``[B*H, G, n]`` kept when weights are wanted; these and ``visible`` may be None."""
+    pair, number = tl.program_id(0), tl.program_id(1)
+    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    g, d, lane = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
+    queries = q + sequence * q_strides[0] + head * q_strides[1] + g * q_strides[2]
+    first_key = keys + sequence * key_strides[0] + head * key_strides[1]
+    first_value = values + sequence * value_strides[0] + head * value_strides[1]
+    top = tl.full([block_g], float("-inf"), tl.float32)
+    total = tl.zeros([block_g], tl.float32)
+    output = tl.zeros([block_g, block_d], tl.float32)
+    stop = tl.minimum(count, (number + 1) * size)
+    for start in range(number * size, stop, block_n):
+        n = start + lane
+        seen = n < stop
+        rows = n.to(tl.int64)
+        if indices is not None:
+            rows = tl.load(indices + pair.to(tl.int64) * count + n, mask=seen, other=0).to(tl.int64)
+        own = first_key + rows * key_strides[2]
+        score = row_products(queries, own, g < group, seen, width, chunk, precision) * scaling  # [G, n]
+        inside = seen[:, None] & (d < width)[None, :]
+        value = tl.load(first_value + rows[:, None] * value_strides[2] + d[None, :], mask=inside, other=0.0)
+        cell = (pair.to(tl.int64) * group + g)[:, None] * count + n[None, :]
+        shown = (g < group)[:, None] & seen[None, :]
+        if visible is not None:
+            shown = shown & (tl.load(visible + cell, mask=shown, other=0) != 0)
+        score = tl.where(shown, score, float("-inf"))
+        if logits is not None:
+            tl.store(logits + cell, score, mask=(g < group)[:, None] & seen[None, :])
+        above = tl.maximum(top, tl.max(score, 1))
+        base = tl.where(above == float("-inf"), 0.0, above)  # nothing visible yet: avoid inf - inf
+        weight, fade = tl.exp(score - base[:, None]), tl.exp(top - base)
+        total = total * fade + tl.sum(weight, 1)
+        output = output * fade[:, None] + product(weight, value, value_precision)
+        top = above
+    some = tl.where(total == 0.0, 1.0, total)
+    lse = tl.where(total == 0.0, float("-inf"), top + tl.log(some))
+    row = (pair * tl.num_programs(1) + number).to(tl.int64) * group + g
+    tl.store(part_lse + row, lse, mask=g < group)
+    held = (g < group)[:, None] & (d < width)[None, :]
+    tl.store(part + row[:, None] * width + d[None, :], output / some[:, None], mask=held)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def merge_parts(
+    part: tl.tensor, part_lse: tl.tensor, output: tl.tensor, lse: tl.tensor, parts: tl.tensor, group: tl.constexpr,
+    width: tl.constexpr, most: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
+) -> None:  # fmt: skip
+    """Attention over all rows from the parts of one query head: output ``[B*H, G, D]``, log-sum-exp ``[B*H, G]``."""
+    pair, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, every = tl.arange(0, block_d), tl.arange(0, most)
+    first = pair * parts * group + head  # parts of one query head lie ``group`` apart
+    whole = tl.load(part_lse + first + every * group, mask=every < parts, other=float("-inf"))
+    top = tl.max(whole, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(whole - base), 0)
+    sums = tl.zeros([block_d], tl.float32)
+    for start in range(0, parts, block_s):
+        s = start + tl.arange(0, block_s)
+        row = first + s * group
+        share = tl.exp(tl.load(part_lse + row, mask=s < parts, other=float("-inf")) - base)
+        inside = (s < parts)[:, None] & (d < width)[None, :]
+        sums += tl.sum(share[:, None] * tl.load(part + row[:, None] * width + d[None, :], mask=inside, other=0.0), 0)
+    some = tl.where(total == 0.0, 1.0, total)
+    tl.store(lse + pair * group + head, base + tl.log(total))
+    tl.store(output + (pair * group + head) * width + d, sums / some, mask=d < width)
+
+
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
+    visible: Tensor | None = None, need_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """See :func:`pqbench.kernels.reference.attention`. Rows are gathered inside the kernel, never copied. Logits have
+    float32 precision; of half types the probabilities are rounded to 11 bits before they meet the values."""
+    q, keys, values = launch.dense_rows(q), launch.dense_rows(keys), launch.dense_rows(values)
+    batch, heads, group, width = q.shape
+    count = keys.shape[2] if indices is None else indices.shape[2]
+    block_n = 32 if width > 128 or keys.dtype == torch.float32 else 64
+    parts, size = launch.split(count, block_n, batch * heads, q.device)
+    part = q.new_empty(batch, heads, parts, group, width, dtype=torch.float32)
+    part_lse = q.new_empty(batch, heads, parts, group, dtype=torch.float32)
+    weights = q.new_empty(batch, heads, group, count, dtype=torch.float32) if need_weights else None
+    output, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    precision, block_d = launch.precision_for(q, keys), launch.power(width, 16)
+    with launch.on(q):
+        attend_part[(batch * heads, parts)](
+            q, keys, values, None if indices is None else indices.contiguous(),
+            None if visible is None else visible.contiguous().view(torch.uint8), weights, part, part_lse,
+            q.stride()[:3], keys.stride()[:3], values.stride()[:3], heads, count, size, float(scaling),
+            group=group, width=width, chunk=launch.chunk_for(width, precision), precision=precision,
+            value_precision="tf32x3" if values.dtype == torch.float32 else "tf32", block_g=launch.power(group, 16),
+            block_n=block_n, block_d=block_d, **launch.options(),
+        )  # fmt: skip
+        merge_parts[(batch * heads, group)](
+            part, part_lse, output, lse, parts, group=group, width=width, most=launch.MOST_SPLITS, block_s=16,
+            block_d=block_d, **launch.options(),
+        )  # fmt: skip
+    if weights is not None:
+        weights.sub_(lse[..., None]).exp_()
+    return output, lse, weights
+
+
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """See :func:`pqbench.kernels.reference.dense_attention`.
+
+    The query heads of a KV head are SDPA's query positions, so KV heads are never repeated. For half types SDPA has
+    flash attention, which splits over the tokens; for float32 it has nothing that does, and one program per head would
+    leave a GPU idle, so the split kernel above computes.
+    """
+    if keys.dtype == torch.float32:
+        return attention(q, keys, values, scaling)[0]
+    return functional.scaled_dot_product_attention(q, keys, values, scale=scaling)

@@ -1,0 +1,102 @@
+"""Triton: the attention every key received from a block of prompt queries, H2O's column sums.
+
+The first pass finds the log-sum-exp of every query row; the second gives each block of keys one program, which goes
+through the queries that see it. Nothing is added atomically, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pqbench.kernels.gpu_launch import blocks, chunk_for, dense_rows, on, options, precision_for, row_products
+
+
+@triton.jit
+def sees(query: tl.tensor, key: tl.tensor, total: tl.tensor, band: tl.tensor) -> tl.tensor:
+    """Which positions ``key`` a query at position ``query`` attends to: the past, no further back than ``band``."""
+    return (key <= query) & (key > query - band) & (query < total)
+
+
+@triton.jit(do_not_specialize=["count", "total", "band"])
+def row_lse(
+    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor, heads: tl.tensor,
+    group: tl.tensor, count: tl.tensor, total: tl.tensor, band: tl.tensor, scaling: tl.tensor, width: tl.constexpr,
+    chunk: tl.constexpr, precision: tl.constexpr, block_q: tl.constexpr, block_k: tl.constexpr,
+) -> None:  # fmt: skip
+    """Log-sum-exp ``[B*H*G, n]`` of the logits of a block of the last n queries."""
+    lane = tl.program_id(1)
+    sequence, head = (lane // group // heads).to(tl.int64), (lane // group % heads).to(tl.int64)
+    i = tl.program_id(0) * block_q + tl.arange(0, block_q)
+    position = total - count + i
+    first_q = q + sequence * q_strides[0] + head * q_strides[1] + (lane % group).to(tl.int64) * q_strides[2]
+    queries = first_q + i.to(tl.int64) * q_strides[3]
+    first_key = keys + sequence * key_strides[0] + head * key_strides[1]
+    top, mass = tl.full([block_q], float("-inf"), tl.float32), tl.zeros([block_q], tl.float32)
+    earliest = total - count + tl.program_id(0) * block_q
+    begin = tl.maximum(0, earliest - band + 1) // block_k * block_k
+    for start in range(begin, tl.minimum(total, earliest + block_q), block_k):
+        j = start + tl.arange(0, block_k)
+        rows = first_key + j.to(tl.int64) * key_strides[2]
+        score = row_products(queries, rows, i < count, j < total, width, chunk, precision) * scaling
+        score = tl.where(sees(position[:, None], j[None, :], total, band), score, float("-inf"))
+        above = tl.maximum(top, tl.max(score, 1))
+        base = tl.where(above == float("-inf"), 0.0, above)  # a row of the block that sees none of these keys
+        mass = mass * tl.exp(top - base) + tl.sum(tl.exp(score - base[:, None]), 1)
+        top = above
+    tl.store(lse + lane.to(tl.int64) * count + i, top + tl.log(mass), mask=i < count)
+
+
+@triton.jit(do_not_specialize=["count", "total", "band"])
+def sum_columns(
+    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, sums: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor,
+    heads: tl.tensor, group: tl.tensor, count: tl.tensor, total: tl.tensor, band: tl.tensor, scaling: tl.tensor,
+    width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, block_q: tl.constexpr, block_k: tl.constexpr,
+) -> None:  # fmt: skip
+    """Sums ``[B*H, S]`` over the queries of the group of the probabilities of a block of keys."""
+    pair = tl.program_id(1)
+    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    first = tl.program_id(0) * block_k
+    j = first + tl.arange(0, block_k)
+    rows = keys + sequence * key_strides[0] + head * key_strides[1] + j.to(tl.int64) * key_strides[2]
+    begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # queries from the first key on,
+    end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # until the last key leaves the band
+    received = tl.zeros([block_k], tl.float32)
+    first_q = q + sequence * q_strides[0] + head * q_strides[1]
+    for g in range(group):
+        for start in range(begin, end, block_q):
+            i = start + tl.arange(0, block_q)
+            queries = first_q + i.to(tl.int64) * q_strides[3]
+            whole = tl.load(lse + (pair.to(tl.int64) * group + g) * count + i, mask=i < count, other=0.0)
+            score = row_products(queries, rows, i < count, j < total, width, chunk, precision) * scaling
+            seen = sees((total - count + i)[:, None], j[None, :], total, band)
+            received += tl.sum(tl.where(seen, tl.exp(score - whole[:, None]), 0.0), 0)
+        first_q += q_strides[2]
+    tl.store(sums + pair.to(tl.int64) * total + j, received, mask=j < total)
+
+
+def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
+    """See :func:`pqbench.kernels.reference.column_sums`; ``rows``, the reference's tile, has no meaning here."""
+    del rows
+    q, keys = dense_rows(q), dense_rows(keys)
+    batch, heads, group, count, width = q.shape
+    total = keys.shape[2]
+    lse = q.new_empty(batch, heads, group, count, dtype=torch.float32)
+    sums = q.new_empty(batch, heads, total, dtype=torch.float32)
+    precision = precision_for(q, keys)
+    block_q, block_k = (32 if precision == "tf32x3" else 64), 64
+    sizes = (heads, group, count, total, total if band is None else min(band, total), float(scaling))
+    shape = {
+        "width": width, "chunk": chunk_for(width, precision), "precision": precision,
+        "block_q": block_q, "block_k": block_k, **options(),
+    }  # fmt: skip
+    with on(q):
+        row_lse[(blocks(count, block_q), batch * heads * group)](
+            q, keys, lse, q.stride()[:4], keys.stride()[:3], *sizes, **shape
+        )
+        sum_columns[(blocks(total, block_k), batch * heads)](
+            q, keys, lse, sums, q.stride()[:4], keys.stride()[:3], *sizes, **shape
+        )
+    return sums

@@ -1,0 +1,190 @@
+"""Triton: K-Means per head and sub-space, with the initial rows, the empty clusters and the results of the reference.
+
+Nothing here waits for the GPU. The reference stops once no point changes cluster; a further iteration would then find
+the same means and the same codes. So every problem is launched to the last iteration here, but one that has settled
+leaves its kernels at once. Sums are ordered, so results do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pqbench.kernels.gpu_launch import (
+    blocks,
+    chunk_for,
+    dense_rows,
+    on,
+    options,
+    power,
+    precision_for,
+    product,
+    split,
+    upload,
+)
+from pqbench.kernels.reference import CODE, draw
+
+_POINTS = 64  # of a tile
+_CLUSTERS = 64
+
+
+@triton.jit(do_not_specialize=["count"])
+def assign(
+    points: tl.tensor, centroids: tl.tensor, codes: tl.tensor, active: tl.tensor, moved: tl.tensor,
+    point_strides: tl.tensor, heads: tl.tensor, count: tl.tensor, clusters: tl.tensor, parts: tl.constexpr,
+    width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+) -> None:  # fmt: skip
+    """Nearest centroid, the lowest index on ties, of a block of one problem's points: codes ``[B*H, N, m]``.
+
+    points ``[B, H, N, D]`` hold m problems side by side, centroids are ``[B*H*m, K, D/m]``. A problem whose ``active``
+    ``[B*H*m]`` is 0 keeps its codes; ``moved`` becomes 1 where a code changes. Both may be None.
+    """
+    problem = tl.program_id(1)
+    live = 1
+    if active is not None:
+        live = tl.load(active + problem)
+    if live != 0:
+        pair, part = problem // parts, problem % parts
+        sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+        n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+        first = points + sequence * point_strides[0] + head * point_strides[1] + part * width
+        rows = first + n.to(tl.int64) * point_strides[2]
+        best, code = tl.full([block_n], float("-inf"), tl.float32), tl.zeros([block_n], tl.int32)
+        for start in range(0, clusters, block_k):
+            k = start + tl.arange(0, block_k)
+            own = centroids + (problem.to(tl.int64) * clusters + k) * width
+            score, norm = tl.zeros([block_n, block_k], tl.float32), tl.zeros([block_k], tl.float32)
+            for first_w in range(0, width, chunk):
+                w = first_w + tl.arange(0, chunk)
+                inside = (n < count)[:, None] & (w < width)[None, :]
+                point = tl.load(rows[:, None] + w[None, :], mask=inside, other=0.0)
+                held = (k < clusters)[:, None] & (w < width)[None, :]
+                centroid = tl.load(own[:, None] + w[None, :], mask=held, other=0.0)
+                score += product(point, tl.trans(centroid), precision)
+                norm += tl.sum(centroid * centroid, 1)
+            score = tl.where((k < clusters)[None, :], score - 0.5 * norm[None, :], float("-inf"))  # nearest is largest
+            value, index = tl.max(score, 1, return_indices=True)
+            better = value > best  # strictly: a tie stays with the lower index
+            best, code = tl.where(better, value, best), tl.where(better, start + index, code)
+        cell = (pair.to(tl.int64) * count + n) * parts + part
+        if moved is not None:
+            before = tl.load(codes + cell, mask=n < count, other=0).to(tl.int32)
+            changed = tl.max(tl.where((n < count) & (before != code), 1, 0), 0)
+            tl.store(moved + problem, 1, mask=changed > 0)
+        tl.store(codes + cell, code.to(tl.uint8), mask=n < count)
+
+
+@triton.jit(do_not_specialize=["count", "size"])
+def sum_clusters(
+    points: tl.tensor, codes: tl.tensor, active: tl.tensor, sums: tl.tensor, sizes: tl.tensor, point_strides: tl.tensor,
+    heads: tl.tensor, count: tl.tensor, size: tl.tensor, clusters: tl.tensor, parts: tl.constexpr, width: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, block_w: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
+    """Sums ``[B*H*m, pieces, K, D/m]`` and sizes ``[B*H*m, pieces, K]`` of a block of clusters within one piece of the
+    points, as a product with the one-hot matrix of their codes: no atomics."""
+    number, problem = tl.program_id(0), tl.program_id(2)
+    if tl.load(active + problem) != 0:
+        pair, part = problem // parts, problem % parts
+        sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+        k, w = tl.program_id(1) * block_k + tl.arange(0, block_k), tl.arange(0, block_w)
+        first = points + sequence * point_strides[0] + head * point_strides[1] + part * width
+        total, members = tl.zeros([block_k, block_w], tl.float32), tl.zeros([block_k], tl.float32)
+        stop = tl.minimum(count, (number + 1) * size)
+        for start in range(number * size, stop, block_n):
+            n = start + tl.arange(0, block_n)
+            code = tl.load(codes + (pair.to(tl.int64) * count + n) * parts + part, mask=n < stop, other=0).to(tl.int32)
+            inside = (n < stop)[:, None] & (w < width)[None, :]
+            point = tl.load(first + n.to(tl.int64)[:, None] * point_strides[2] + w[None, :], mask=inside, other=0.0)
+            mine = ((k[:, None] == code[None, :]) & (n < stop)[None, :]).to(tl.float32)  # [K, n]
+            total += product(mine.to(point.dtype), point, precision)
+            members += tl.sum(mine, 1)
+        row = (problem.to(tl.int64) * tl.num_programs(0) + number) * clusters + k
+        tl.store(sums + row[:, None] * width + w[None, :], total, mask=(k < clusters)[:, None] & (w < width)[None, :])
+        tl.store(sizes + row, members, mask=k < clusters)
+
+
+@triton.jit(do_not_specialize=["pieces"])
+def means(
+    sums: tl.tensor, sizes: tl.tensor, active: tl.tensor, centroids: tl.tensor, pieces: tl.tensor, clusters: tl.tensor,
+    width: tl.constexpr, block_k: tl.constexpr, block_w: tl.constexpr,
+) -> None:  # fmt: skip
+    """Means of a block of clusters from the sums of all pieces; an empty cluster keeps its centroid."""
+    problem = tl.program_id(0)
+    if tl.load(active + problem) != 0:
+        k, w = tl.program_id(1) * block_k + tl.arange(0, block_k), tl.arange(0, block_w)
+        held = (k < clusters)[:, None] & (w < width)[None, :]
+        total, members = tl.zeros([block_k, block_w], tl.float32), tl.zeros([block_k], tl.float32)
+        for piece in range(pieces):
+            row = (problem.to(tl.int64) * pieces + piece) * clusters + k
+            total += tl.load(sums + row[:, None] * width + w[None, :], mask=held, other=0.0)
+            members += tl.load(sizes + row, mask=k < clusters, other=0.0)
+        cell = (problem.to(tl.int64) * clusters + k)[:, None] * width + w[None, :]
+        mean = total / tl.maximum(members, 1.0)[:, None]
+        tl.store(centroids + cell, mean, mask=held & (members > 0)[:, None])
+
+
+def encode(keys: Tensor, codebook: Tensor) -> Tensor:
+    """See :func:`pqbench.kernels.reference.encode`."""
+    keys = dense_rows(keys)
+    codes = torch.empty(*keys.shape[:3], codebook.shape[2], dtype=CODE, device=keys.device)
+    _assign(keys, codebook.float().contiguous(), codes)
+    return codes
+
+
+def train_codebook(
+    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pqbench.kernels.reference.train_codebook` and the module's docstring."""
+    keys = dense_rows(keys)
+    batch, heads, count, dimension = keys.shape
+    drawn = upload(draw(count, seed)[: max(clusters, min(sample or 0, count))], keys.device)
+    start = keys[:, :, drawn[:clusters]].float().view(batch, heads, clusters, parts, dimension // parts)
+    codebook = start.transpose(2, 3).contiguous()  # [B, H, m, K, D/m]
+    if sample is not None and sample < count:
+        _lloyd(keys[:, :, drawn], codebook, iterations)
+        iterations = min(iterations, 1)
+    return codebook, _lloyd(keys, codebook, iterations)
+
+
+def _lloyd(keys: Tensor, codebook: Tensor, iterations: int) -> Tensor:
+    """Improve ``codebook`` in place; returns the codes ``[B, H, N, m]`` of the nearest of its centroids."""
+    batch, heads, parts, clusters, width = codebook.shape
+    count, problems = keys.shape[2], batch * heads * parts
+    codes = torch.empty(batch, heads, count, parts, dtype=CODE, device=keys.device)
+    _assign(keys, codebook, codes)
+    block_w = power(width, 16)
+    block_n = block_k = 64 if block_w < 64 else 32  # the sums of a block of clusters stay in registers
+    warps = 8 if block_w > 128 else 4
+    pieces, size = split(count, block_n, problems * blocks(clusters, block_k), keys.device)
+    sums = codebook.new_empty(problems, pieces, clusters, width)
+    sizes = codebook.new_empty(problems, pieces, clusters)
+    moved = torch.zeros(iterations + 1, problems, dtype=torch.int32, device=keys.device)
+    moved[0] = 1
+    for step in range(iterations):
+        with on(keys):
+            sum_clusters[(pieces, blocks(clusters, block_k), problems)](
+                keys, codes, moved[step], sums, sizes, keys.stride()[:3], heads, count, size, clusters, parts=parts,
+                width=width, block_n=block_n, block_k=block_k, block_w=block_w, precision=precision_for(keys),
+                **options(warps),
+            )  # fmt: skip
+            means[(problems, blocks(clusters, block_k))](
+                sums, sizes, moved[step], codebook, pieces, clusters, width=width, block_k=block_k, block_w=block_w,
+                **options(),
+            )  # fmt: skip
+        _assign(keys, codebook, codes, moved[step], moved[step + 1])
+    return codes
+
+
+def _assign(
+    keys: Tensor, codebook: Tensor, codes: Tensor, active: Tensor | None = None, moved: Tensor | None = None
+) -> None:
+    batch, heads, parts, clusters, width = codebook.shape
+    count, precision = keys.shape[2], precision_for(keys, codebook)
+    with on(keys):
+        assign[(blocks(count, _POINTS), batch * heads * parts)](
+            keys, codebook, codes, active, moved, keys.stride()[:3], heads, count, clusters, parts=parts, width=width,
+            chunk=chunk_for(width, precision), precision=precision, block_n=_POINTS,
+            block_k=min(_CLUSTERS, power(clusters, 16)), **options(),
+        )  # fmt: skip

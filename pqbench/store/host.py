@@ -1,0 +1,261 @@
+"""KV in host memory; sinks and the newest tokens on the device (arXiv 2407.12820)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pqbench.method import Split
+from pqbench.store.base import Store
+from pqbench.store.host_rows import HostPrompt, HostRows
+from pqbench.store.kept import KeptRows
+from pqbench.store.link import Arriving, Copy, Direction, Transfer
+from pqbench.store.pool import Pool
+from pqbench.store.scratch import Scratch
+
+_BOTH, _KEYS, _VALUES = slice(0, 2), slice(0, 1), slice(1, 2)  # of a row [2, D]
+
+
+class HostStore(Store):
+    """Every token has a row on the host, numbered by position. The device holds copies: of the sinks, of the newest
+    tokens in a ring; what else a selection asks for is fetched into a staging area.
+
+    New tokens go to the ring and from there to the host, in batches and in the background. A ring slot is overwritten
+    only after the copy of its token has been waited for, a host row is read only after the copy into it has. Keys and
+    values of the newest tokens are views of the ring, valid until the next append.
+    """
+
+    def __init__(
+        self, prompt: HostPrompt, split: Callable[[int], Split | None], margin: int = 64, overlap: bool = True,
+        scratch: Scratch | None = None, cached: int = 0,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            prompt: rows of the whole prompt, shared with other stores; none of them writes there.
+            split: the budget at a context length, None where there is none. It only says what is worth keeping on the
+                device; any row can be fetched at any time.
+            margin: tokens the ring holds beyond the window, at least 2; half as many are copied to the host at a time.
+            overlap: False waits for every transfer at once, for the same results.
+            scratch: where whole contexts are fetched to; layers that run one after another can share it.
+            cached: rows per head that a cache may fill.
+        """
+        self._prompt, self._split, self._link = prompt, split, prompt.link
+        self._margin, self._overlap = margin, overlap
+        self._scratch, self._shares = Scratch() if scratch is None else scratch, scratch is not None
+        self._host = HostRows(prompt)
+        self._pool = Pool(prompt.rows, prompt.device, prompt.length, cached, self._link.debug)
+        self._length = prompt.length
+        self._flushed = self._landed = prompt.length  # tokens on their way to the host or there; tokens there
+        self._leaving: list[Transfer] = []
+        self._arriving: Arriving | None = None
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def seen(self) -> int:
+        return self._length
+
+    @property
+    def device(self) -> torch.device:
+        return self._prompt.device
+
+    @property
+    def positions(self) -> Tensor:
+        batch, heads = self._prompt.rows.shape[:2]
+        return torch.arange(self._length, device=self._prompt.device).expand(batch, heads, -1)
+
+    def keys(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._half(start, stop, _KEYS)
+
+    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._half(start, stop, _VALUES)
+
+    def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Keys ``[B, H, n, D]`` where they lie on the host; a view where one chunk holds them all."""
+        stop = self._length if stop is None else stop
+        self._export(stop)
+        pieces = [piece.rows[..., 0, :] for piece in self._host.pieces(start, stop)]
+        return pieces[0] if len(pieces) == 1 else torch.cat([self._prompt.rows[:, :, :0, 0], *pieces], 2)
+
+    def bring(self, rows: Tensor) -> Arriving:
+        self._wait_for_index()
+        target = torch.empty_like(rows, device=self.device, memory_format=torch.contiguous_format)
+        self._arriving = Arriving(self._move([Copy(rows, target)], Direction.TO_DEVICE, "index"), target)
+        return self._arriving
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        for step in range(keys.shape[2]):
+            self._fit(self._length + 1)
+            self._land(self._length - self._pool.ring + 1)  # the token whose slot is overwritten
+            self._pool.write(self._length, keys[:, :, step], values[:, :, step])
+            self._length += 1
+            if self._length - self._flushed >= self._margin // 2:
+                self._flush()
+
+    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See :meth:`Store.fetch`. The rows are those of the pool, the same for every head. None moves all rows that
+        neither sinks nor ring hold into a buffer, in the order of positions."""
+        if not self._pool.ring:
+            self._fit(self._length)
+        self._arrive()
+        if indices is None:
+            rows = self._scratch.rows(self._pool.rows, self._length)
+            self._read(0, self._length, rows, _BOTH)
+            return rows[..., 0, :], rows[..., 1, :], None
+        local = self._pool.local.take(indices)
+        slots = local + self._pool.offsets
+        away = (local.view(-1) < 0).nonzero().view(-1)
+        if len(away):
+            slots.put_(away, self._bring(away // indices.shape[2], indices.take(away)))
+        return *self._pool.halves, slots
+
+    def keep(self, indices: Tensor) -> KeptRows:
+        """Fetch rows ``[B, H, n]`` over the link; their bytes open the new store."""
+        self._export(self._length)
+        batch, heads, count = indices.shape
+        owners = torch.arange(batch * heads, device=indices.device).repeat_interleave(count)
+        target = self._pool.table.new_empty(batch * heads * count, 2, self._prompt.rows.shape[4])
+        copies, order = self._host.gather(owners, indices.reshape(-1), target)
+        self._link.submit(copies, Direction.TO_DEVICE, "kept rows", urgent=True).wait()
+        if order is not None:
+            target = target[order.argsort()]
+        rows = target.view(batch, heads, count, 2, -1)
+        return KeptRows(rows[..., 0, :], rows[..., 1, :], indices, self._length)
+
+    def drop(self, indices: Tensor) -> None:
+        raise RuntimeError("drop() on the host tier: what an evicting method keeps lies on the device, see keep()")
+
+    def settle(self) -> None:
+        """Copy out all tokens that are not on the host yet, and wait for every transfer."""
+        self._prompt.wait()
+        self._export(self._length)
+        self._arrive()
+        self._wait_for_index()
+
+    @property
+    def device_bytes(self) -> int:
+        """The pool, cache and staging included; and the buffer for whole contexts unless it is shared."""
+        return self._pool.table.nbytes + (0 if self._shares else self._scratch.nbytes)
+
+    @property
+    def host_bytes(self) -> int:
+        return self._flushed * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._prompt.rows[:, :, :1].nbytes
+
+    def _half(self, start: int, stop: int | None, part: slice) -> Tensor:
+        """Keys or values of some rows on the device: a view of the ring where it can be one."""
+        stop = self._length if stop is None else stop
+        if self._pool.low <= start < stop:
+            pieces = list(self._pool.ring_pieces(start, stop))
+            if len(pieces) == 1:
+                return pieces[0][2][..., part.start, :]
+        return self._rows(start, stop, part)[..., 0, :]
+
+    def _read(self, start: int, stop: int, target: Tensor, part: slice) -> None:
+        """Copy ``part`` of tokens ``start`` to ``stop`` into ``target`` on the device, from wherever they are."""
+        pool = self._pool
+        ring = max(start, min(pool.low, stop))  # from here on in the ring
+        host = max(start, min(pool.sinks, ring))  # from here on on the host
+        if host < ring:
+            self._land(ring)
+            copies = [
+                Copy(piece.rows[..., part, :], target[:, :, piece.start - start : piece.stop - start])
+                for piece in self._host.pieces(host, ring)
+            ]
+            self._move(copies, Direction.TO_DEVICE, "rows", urgent=True)
+        target[:, :, : host - start] = pool.rows[:, :, start:host, part]
+        for first, last, rows in pool.ring_pieces(ring, stop):
+            target[:, :, first - start : last - start] = rows[..., part, :]
+
+    def _fit(self, context: int) -> None:
+        """Make the pool hold what this context wants on the device."""
+        split, pool = self._split(context), self._pool
+        sinks, window = (0, 0) if split is None else (min(split.sink, self._length), split.window)
+        if pool.sinks >= sinks and pool.ring >= window + self._margin:
+            return
+        opening, before = not pool.ring, self.bytes_to_device
+        self._land(self._flushed)
+        self._arrive()
+        spare = 0 if opening else 8 + window // 8  # a window that has grown will grow again
+        if opening and split is not None:
+            pool.staged = pool.offsets.numel() * split.top_k
+        low = max(0, min(pool.low, self._length - window))
+        pool.resize(
+            max(pool.ring, window + self._margin + spare),
+            self._rows(0, max(pool.sinks, sinks)),
+            self._rows(low, self._length),
+            self._length,
+        )
+        if opening:
+            self.opening_bytes, self.bytes_to_device = self.bytes_to_device - before, before
+
+    def _rows(self, start: int, stop: int, part: slice = _BOTH) -> Tensor:
+        """Tokens ``start`` to ``stop`` on the device, ``[B, H, n, 1 or 2, D]``."""
+        batch, heads, _, _, width = self._prompt.rows.shape
+        rows = self._pool.table.new_empty(batch, heads, stop - start, part.stop - part.start, width)
+        self._read(start, stop, rows, part)
+        return rows
+
+    def _bring(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Bring N rows that neither sinks nor ring hold to the device; where they are in the table, ``[N]``."""
+        return self._request(heads, positions, self._pool.stage(len(positions)))
+
+    def _request(self, heads: Tensor, positions: Tensor, target: Tensor) -> Tensor:
+        """Fetch N rows into ``target``, the first of the staging area; where they are in the table, ``[N]``."""
+        self._land(self._pool.low)
+        copies, order = self._host.gather(heads, positions, target)
+        self._move(copies, Direction.TO_DEVICE, "selected rows", urgent=True)
+        slots = torch.arange(self._pool.staging, self._pool.staging + len(positions), device=positions.device)
+        return slots if order is None else torch.empty_like(slots).index_copy_(0, order, slots)
+
+    def _flush(self) -> None:
+        """Start to copy the tokens to the host that are not there yet."""
+        self._land(self._flushed)
+        copies = [
+            Copy(rows, piece.rows[:, :, first - piece.start : last - piece.start])
+            for piece in self._host.pieces(self._flushed, self._length)
+            for first, last, rows in self._pool.ring_pieces(piece.start, piece.stop)
+        ]
+        self._leaving = [self._move(copies, Direction.TO_HOST, "new rows")]
+        self._flushed = self._length
+
+    def _export(self, stop: int) -> None:
+        """Have the tokens before ``stop`` on the host."""
+        if stop > self._flushed:
+            self._flush()
+        self._land(stop)
+
+    def _land(self, stop: int) -> None:
+        """Wait until the tokens before ``stop`` are on the host, if they are on their way."""
+        if stop > self._landed:
+            for transfer in self._leaving:
+                transfer.wait()
+            self._leaving, self._landed = [], self._flushed
+
+    def _wait_for_index(self) -> None:
+        if self._arriving is not None:
+            self._arriving.wait()
+            self._arriving = None
+
+    def _arrive(self) -> None:
+        """Wait for what is on its way into the pool."""
+
+    def _move(self, copies: Sequence[Copy], direction: Direction, name: str, urgent: bool = False) -> Transfer:
+        """Start and meter a transfer; an urgent one is waited for."""
+        size = sum(copy.nbytes for copy in copies)
+        if direction is Direction.TO_HOST:
+            self.bytes_to_host += size
+        else:
+            self.bytes_to_device += size
+        urgent = urgent or not self._overlap
+        transfer = self._link.submit(copies, direction, name, urgent=urgent)
+        if urgent:
+            transfer.wait()
+        return transfer

@@ -1,0 +1,135 @@
+"""Keys and values of one layer in host memory: the prompt's, shared by stores, and what each store adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pqbench.store.link import Copy, Direction, Link, Transfer, poison
+
+_CHUNK = 1024  # rows of the smallest chunk a store adds
+
+
+def host_buffer(batch: int, heads: int, count: int, width: int, dtype: torch.dtype, link: Link) -> Tensor:
+    """Memory ``[B, H, count, 2, D]`` on the host, page-locked where the link needs it, all NaN when it debugs."""
+    buffer = torch.empty(batch, heads, count, 2, width, dtype=dtype, pin_memory=link.pinned)
+    return poison(buffer) if link.debug else buffer
+
+
+class HostPrompt:
+    """A prompt of one layer and one group of sequences on the host, copied there as it is computed.
+
+    Key and value of a token lie side by side, so that a row is one copy. Stores read from it and never write.
+    """
+
+    def __init__(self, capacity: int, like: Tensor, link: Link) -> None:
+        """Room for ``capacity`` tokens of keys like ``like`` ``[B, H, *, D]``, which also names the device."""
+        batch, heads, _, width = like.shape
+        self.rows = host_buffer(batch, heads, capacity, width, like.dtype, link)
+        self.device = like.device
+        self.link = link
+        self.length = 0
+        self._transfers: list[Transfer] = []
+
+    @classmethod
+    def offload(cls, link: Link, keys: Tensor, values: Tensor) -> HostPrompt:
+        """Start copying a whole prompt ``[B, H, S, D]``."""
+        prompt = cls(keys.shape[2], keys, link)
+        prompt.extend(keys, values)
+        return prompt
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """Start copying the next tokens ``[B, H, n, D]``; they must not be overwritten before :meth:`wait`.
+
+        Raises:
+            ValueError: more tokens than there is room for.
+        """
+        stop = self.length + keys.shape[2]
+        if stop > self.rows.shape[2]:
+            raise ValueError(f"a prompt of {stop} tokens does not fit into {self.rows.shape[2]} rows")
+        target = self.rows[:, :, self.length : stop]
+        if self.link.pinned:  # a device copies dense rows: key and value are brought together there
+            copies = [Copy(torch.stack([keys, values], 3), target)]
+        else:
+            copies = [Copy(keys, target[..., 0, :]), Copy(values, target[..., 1, :])]
+        self._transfers.append(self.link.submit(copies, Direction.TO_HOST, "prompt rows"))
+        self.length = stop
+
+    def wait(self) -> None:
+        """Return when all rows are there."""
+        for transfer in self._transfers:
+            transfer.wait()
+        self._transfers = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows held."""
+        return self.rows[:, :, : self.length].nbytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens in one chunk: rows ``[B, H, n, 2, D]`` of tokens ``start`` to ``start + n``."""
+
+    start: int
+    rows: Tensor
+
+    @property
+    def stop(self) -> int:
+        """One past the last token."""
+        return self.start + int(self.rows.shape[2])
+
+
+class HostRows:
+    """All rows of one store by token position, in chunks: rows never move, so transfers may point at them."""
+
+    def __init__(self, prompt: HostPrompt) -> None:
+        self._chunks = [Piece(0, prompt.rows[:, :, : prompt.length])]
+        self._prompt = prompt
+        self._link = prompt.link
+
+    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        """Tokens ``start`` to ``stop``, chunk by chunk; memory is added where they are new."""
+        self._prompt.wait()
+        while self._chunks[-1].stop < stop:
+            self._grow()
+        for chunk in self._chunks:
+            first, last = max(start, chunk.start), min(stop, chunk.stop)
+            if first < last:
+                yield Piece(first, chunk.rows[:, :, first - chunk.start : last - chunk.start])
+
+    def _grow(self) -> None:
+        held = self._chunks[-1].stop
+        batch, heads, _, _, width = self._prompt.rows.shape
+        count = max(_CHUNK, held // 2)
+        buffer = host_buffer(batch, heads, count, width, self._prompt.rows.dtype, self._link)
+        self._chunks.append(Piece(held, buffer))
+
+    def gather(self, heads: Tensor, positions: Tensor, target: Tensor) -> tuple[list[Copy], Tensor | None]:
+        """How to bring N rows, of heads ``[N]`` (counted over all sequences) and positions ``[N]``, to ``target``
+        ``[N, 2, D]``.
+
+        Returns:
+            the copies, and which of the N rows each row of the target will hold, ``[N]``; None for their own order.
+        """
+        self._prompt.wait()
+        if len(self._chunks) == 1:
+            return [self._part(self._chunks[0], heads, positions, target)], None
+        copies, order, first = [], [], 0
+        for chunk in self._chunks:
+            inside = ((positions >= chunk.start) & (positions < chunk.stop)).nonzero()[:, 0]
+            if len(inside):
+                place = target[first : first + len(inside)]
+                copies.append(self._part(chunk, heads[inside], positions[inside], place))
+                order.append(inside)
+                first += len(inside)
+        return copies, torch.cat(order)
+
+    def _part(self, chunk: Piece, heads: Tensor, positions: Tensor, target: Tensor) -> Copy:
+        """One chunk's share, as rows of a flat table: heads need not be asked for equally many rows."""
+        whole = self._prompt.rows if chunk.start == 0 else chunk.rows
+        flat = heads * whole.shape[2] + (positions - chunk.start)
+        return Copy(whole.flatten(0, 2)[None, None], target[None, None], flat[None, None])

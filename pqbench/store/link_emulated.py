@@ -1,0 +1,121 @@
+"""A link that takes the time a PCIe link would: bandwidth and latency, one queue per direction."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from pqbench.errors import ConfigError
+from pqbench.store.link import Copy, Direction, Meters, Transfer
+from pqbench.store.link_local import Lane, LocalLink, Task
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a transfer costs: ``latency`` seconds, then ``bandwidth`` bytes per second."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+    def seconds(self, size: int) -> float:
+        """Duration of a transfer of ``size`` bytes."""
+        return self.latency + size / self.bandwidth
+
+
+# What copies of several MB reach on such slots, about 78 % of the line rate; latency is that of one asynchronous copy.
+PRESETS: Mapping[str, Speed] = MappingProxyType(
+    {
+        "pcie3": Speed("PCIe 3.0 x16", 12.3e9, 10e-6),
+        "pcie4": Speed("PCIe 4.0 x16", 24.6e9, 10e-6),
+        "pcie5": Speed("PCIe 5.0 x16", 49.2e9, 10e-6),
+    }
+)
+_LATE = 1e-3  # seconds; being kept longer than this is the machine's doing, not the sleep's
+_NUMBERS = re.compile(r"([0-9]*\.?[0-9]+)\s*GB/s(?:\s*\+\s*([0-9]*\.?[0-9]+)\s*us)?")
+
+
+def speed(name: str) -> Speed:
+    """A preset, or the numbers in a name such as ``20GB/s`` or ``20GB/s+5us`` (latency 10 us unless given).
+
+    Raises:
+        ConfigError: neither.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    numbers = _NUMBERS.fullmatch(name)
+    if numbers is None or float(numbers[1]) <= 0:
+        raise ConfigError(
+            f"there is no link {name!r}: use local, cuda, {', '.join(PRESETS)} or numbers such as 20GB/s or 20GB/s+5us"
+        )
+    return Speed(name, float(numbers[1]) * 1e9, 1e-6 * float(numbers[2] or 10))
+
+
+class Clock:
+    """When transfers of each direction end.
+
+    Sleeping returns some 60 us late. A caller who was kept too long submits its next transfer that much too late, so
+    the transfer is taken to have been submitted that much earlier: the error never adds up.
+    """
+
+    def __init__(self, speed: Speed) -> None:
+        self.speed = speed
+        self._free = dict.fromkeys(Direction, 0.0)  # when the last transfer of a direction ends
+        self._late = 0.0  # seconds by which the caller runs behind an ideal one
+        self._lock = threading.Lock()
+
+    def book(self, direction: Direction, size: int) -> float:
+        """Queue a transfer; returns when it ends, in seconds of ``time.perf_counter``."""
+        with self._lock:
+            start = max(time.perf_counter() - self._late, self._free[direction])
+            self._free[direction] = start + self.speed.seconds(size)
+            return self._free[direction]
+
+    def sleep_until(self, end: float, entered: float, moved: float) -> None:
+        """Keep a caller who came at ``entered`` until ``end``; the bytes themselves had arrived at ``moved``."""
+        left = end - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        released = time.perf_counter() if left > 0 else entered
+        with self._lock:
+            ideal = max(entered - self._late, end, moved)
+            self._late = min(max(0.0, released - ideal), _LATE)
+
+
+class EmulatedTransfer(Transfer):
+    """Done when the bytes have moved and the time is up."""
+
+    def __init__(self, meters: Meters, lane: Lane, task: Task, clock: Clock, end: float) -> None:
+        super().__init__(meters)
+        self._lane, self._task, self._clock, self._end = lane, task, clock, end
+
+    @property
+    def done(self) -> bool:
+        return self._task.done and time.perf_counter() >= self._end
+
+    def _finish(self) -> None:
+        entered = time.perf_counter()
+        self._lane.wait(self._task)
+        self._clock.sleep_until(self._end, entered, self._task.ended)
+
+
+class EmulatedLink(LocalLink):
+    """Local copies that take at least the time of a slower link. Bytes really move, so where memory is slower than the
+    model they take memory's time."""
+
+    emulated = True
+
+    def __init__(self, speed: Speed, debug: bool = False) -> None:
+        super().__init__(debug)
+        self.speed = speed
+        self.label = f"emulated {speed.name}"
+        self._clock = Clock(speed)
+
+    def _start(self, copies: Sequence[Copy], direction: Direction, size: int, urgent: bool) -> Transfer:
+        end = self._clock.book(direction, size)
+        lane, task = self._enqueue(copies, direction, urgent)
+        return EmulatedTransfer(self.meters, lane, task, self._clock, end)

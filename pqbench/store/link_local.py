@@ -1,0 +1,142 @@
+"""A link between two regions of host memory: one background thread per direction, beside the caller."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pqbench.store.link import Copy, Direction, Link, Meters, Transfer
+
+
+class Task:
+    """Work of a lane; an exception is kept for whoever waits."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.done = False
+        self.ended = 0.0  # seconds of time.perf_counter
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work."""
+        try:
+            with torch.inference_mode():  # thread-local; the tensors of a generation are inference tensors
+                self._work()
+        except BaseException as error:  # noqa: BLE001 - raised again in the waiting thread
+            self.error = error
+
+
+class Lane:
+    """A queue that runs one task at a time, in order, on a thread of its own.
+
+    A caller that waits does not stand by: it runs the tasks nobody has begun, its own last. So a wait right after a
+    submit costs no change of thread, and a worker that died cannot make anyone wait for ever.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: deque[Task] = deque()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closed = False
+        self._worker: threading.Thread | None = None
+
+    def put(self, task: Task, urgent: bool = False) -> None:
+        """Queue a task; an urgent one is left to its caller, who waits at once, and to a thread that is awake."""
+        with self._changed:
+            if self._worker is None or self._closed:
+                self._closed = False
+                self._worker = threading.Thread(target=self._work, name=self._name, daemon=True)
+                self._worker.start()
+            self._queue.append(task)
+            if not urgent:
+                self._changed.notify_all()
+
+    def wait(self, task: Task) -> None:
+        """Return when a queued task is done; raises what it raised."""
+        if not task.done:
+            with self._changed:
+                while not task.done:
+                    self._step()
+        if task.error is not None:
+            raise task.error
+
+    def close(self) -> None:
+        """Let the thread end once the queue is empty."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        with self._changed:
+            while self._queue or self._busy or not self._closed:
+                self._step()
+
+    def _step(self) -> None:
+        """With the lock held: run the next task if none is running, else wait for a change."""
+        if self._busy or not self._queue:
+            self._changed.wait()
+            return
+        task, self._busy = self._queue.popleft(), True
+        self._changed.release()
+        try:
+            task.run()
+        finally:
+            self._changed.acquire()
+            task.ended = time.perf_counter()
+            self._busy, task.done = False, True
+            self._changed.notify_all()
+
+
+class LocalTransfer(Transfer):
+    """A task in a lane."""
+
+    def __init__(self, meters: Meters, lane: Lane, task: Task) -> None:
+        super().__init__(meters)
+        self._lane, self._task = lane, task
+
+    @property
+    def done(self) -> bool:
+        return self._task.done
+
+    def _finish(self) -> None:
+        self._lane.wait(self._task)
+
+
+class LocalLink(Link):
+    """Copies in background threads. They run beside the caller because torch releases the interpreter lock."""
+
+    label = "local"
+
+    def __init__(self, debug: bool = False) -> None:
+        super().__init__(debug)
+        self._lanes = {direction: Lane(f"link {direction.value}") for direction in Direction}
+        self._ended = weakref.finalize(self, _close, list(self._lanes.values()))
+
+    def _start(self, copies: Sequence[Copy], direction: Direction, size: int, urgent: bool) -> Transfer:
+        lane, task = self._enqueue(copies, direction, urgent)
+        return LocalTransfer(self.meters, lane, task)
+
+    def _enqueue(self, copies: Sequence[Copy], direction: Direction, urgent: bool) -> tuple[Lane, Task]:
+        lane, task = self._lanes[direction], Task(lambda: _run(copies))
+        lane.put(task, urgent)
+        return lane, task
+
+    def close(self) -> None:
+        self._ended()
+        super().close()
+
+
+def _run(copies: Sequence[Copy]) -> None:
+    for copy in copies:
+        copy.run()
+
+
+def _close(lanes: Sequence[Lane]) -> None:
+    for lane in lanes:
+        lane.close()

@@ -1,0 +1,122 @@
+"""The device side of a layer whose rows live on the host: one buffer, so that one kernel answers any selection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pqbench.store.link import poison
+
+
+class Pool:
+    """Per head the regions [sinks | ring of the newest tokens | cached blocks], and one staging area behind them all.
+
+    Rows ``[R, 2, D]`` are one flat table: heads need not have equally many rows in the staging area. Row r of head h
+    (counted over all sequences) is row ``h * resident + r`` of the table. ``local`` says of each position in which row
+    of every head it lies, -1 where neither sinks nor ring hold it; the same for all heads.
+    """
+
+    def __init__(self, like: Tensor, device: torch.device, length: int, cached: int, poisoned: bool) -> None:
+        """A pool without regions before the token ``length``, for rows like ``like`` ``[B, H, *, 2, D]``, with
+        ``cached`` rows of blocks per head from the first :meth:`resize` on."""
+        self._batch, self._heads, self._width = like.shape[0], like.shape[1], like.shape[4]
+        self._dtype, self._device, self._poisoned = like.dtype, device, poisoned
+        self.sinks = self.ring = 0  # rows per head
+        self.low = length  # lowest position in the ring
+        self.cached, self.staged = cached, 0  # rows per head, rows
+        self.table = self._allocate(0, 0, 0)
+        self.local = torch.full((0,), -1, dtype=torch.int64, device=self._device)
+        heads = torch.arange(self._batch * self._heads, device=self._device)
+        self._heads_index = heads.view(self._batch, self._heads, 1)
+
+    @property
+    def resident(self) -> int:
+        """Rows per head before the staging area; none in a pool that has not been opened."""
+        return self.sinks + self.ring + self.cached if self.ring else 0
+
+    @property
+    def rows(self) -> Tensor:
+        """Sinks, ring and blocks as ``[B, H, resident, 2, D]``."""
+        count = self._batch * self._heads * self.resident
+        return self.table[:count].view(self._batch, self._heads, self.resident, 2, self._width)
+
+    @property
+    def blocks(self) -> int:
+        """First row of the blocks in each head."""
+        return self.sinks + self.ring
+
+    @property
+    def staging(self) -> int:
+        """First row of the staging area in the table."""
+        return self._batch * self._heads * self.resident
+
+    @property
+    def offsets(self) -> Tensor:
+        """Row of the table where each head begins, ``[B, H, 1]``."""
+        return self._heads_index * self.resident
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the table, ``[B, H, rows, D]``: every head sees all rows."""
+        shape = (self._batch, self._heads, -1, -1)
+        return self.table[:, 0].expand(shape), self.table[:, 1].expand(shape)
+
+    def write(self, position: int, keys: Tensor, values: Tensor) -> None:
+        """Put the newest token, key and value ``[B, H, D]``, into the ring, over the token ``ring`` positions older."""
+        slot, oldest = self.sinks + position % self.ring, position - self.ring
+        row = self.rows[:, :, slot]
+        row[:, :, 0], row[:, :, 1] = keys, values
+        if oldest >= self.sinks:
+            self.local[oldest] = -1
+        self._cover(position + 1)
+        self.local[position] = slot
+        self.low = max(self.low, oldest + 1)
+
+    def ring_pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Tokens ``start`` to ``stop``, held by the ring, as at most two ``(start, stop, rows [B, H, n, 2, D])``."""
+        while start < stop:
+            slot = start % self.ring
+            count = min(stop - start, self.ring - slot)
+            yield start, start + count, self.rows[:, :, self.sinks + slot : self.sinks + slot + count]
+            start += count
+
+    def resize(self, ring: int, head: Tensor, tail: Tensor, length: int) -> None:
+        """Lay the regions out anew: sinks ``head`` ``[B, H, sinks, 2, D]``, and a ring that holds the tokens before
+        ``length``, ``tail`` ``[B, H, n, 2, D]``. No transfer may be under way on the pool."""
+        blocks = self.rows[:, :, self.blocks :]
+        self.table = self._allocate(head.shape[2], ring, self.staged)
+        self.sinks, self.ring, self.low = head.shape[2], ring, length - tail.shape[2]
+        tokens = torch.arange(self.low, length, device=self._device)
+        self.rows[:, :, : self.sinks] = head
+        self.rows[:, :, self.sinks + tokens % ring] = tail
+        self.rows[:, :, self.blocks : self.blocks + blocks.shape[2]] = blocks
+        self._cover(length)
+        self.local.fill_(-1)
+        self.local[tokens] = self.sinks + tokens % ring
+        self.local[: self.sinks] = torch.arange(self.sinks, device=self._device)
+
+    def stage(self, count: int) -> Tensor:
+        """First ``count`` rows of the staging area, ``[count, 2, D]``; no transfer into the pool may be under way."""
+        if count > self.staged:
+            self.staged = max(count, self.staged + self.staged // 2)
+            table = self._allocate(self.sinks, self.ring, self.staged)
+            table[: self.staging] = self.table[: self.staging]
+            self.table = table
+        return self.table[self.staging : self.staging + count]
+
+    def _allocate(self, sinks: int, ring: int, staged: int) -> Tensor:
+        """A table with these regions."""
+        resident = sinks + ring + self.cached if ring else 0
+        shape = (self._batch * self._heads * resident + staged, 2, self._width)
+        table = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return poison(table) if self._poisoned else table
+
+    def _cover(self, length: int) -> None:
+        """Make room for ``length`` positions."""
+        held = len(self.local)
+        if length > held:
+            grown = self.local.new_full((length + max(256, length // 2),), -1)
+            grown[:held] = self.local
+            self.local = grown

@@ -1,0 +1,255 @@
+"""``benchmark=latency``: time to first token, second token and per output token of a whole model, and what takes it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from pqbench.benchmarks.base import Prompter
+from pqbench.benchmarks.grid import whole
+from pqbench.cache import layer_types
+from pqbench.errors import ConfigError
+from pqbench.generation import Generation, decode
+from pqbench.group import PHASES, Rows
+from pqbench.method import Method
+from pqbench.prompt import Prefilled, geometry, prefill
+from pqbench.records import Record
+from pqbench.run import check_alive, check_methods
+from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
+from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
+from pqbench.timing.source import prose_tokens
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a method on a prompt, once. ``prompt`` tokens leave room for the answer in the model."""
+
+    repeat: int
+    context: int
+    prompt: int
+    method: str
+
+    @property
+    def sample_id(self) -> str:
+        """Unique within a method's records."""
+        return f"{self.context}-{self.repeat}"
+
+
+@dataclass
+class Latency(Measurement):
+    """Greedy decoding of prose by one method at a time, each with a prefill of its own.
+
+    Attributes:
+        contexts: prompt lengths in tokens. Where prompt and answer together exceed the model, the prompt is cut to what
+            leaves room for the answer; records hold both lengths.
+        new_tokens: tokens generated, whatever the model says about the end; at least 3.
+        repeats: rounds; each goes through all contexts and methods.
+        warmup: runs of every method on the shortest prompt before the first round; kernels are compiled there.
+        seed: of the prose.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names the field.
+    """
+
+    name: ClassVar[str] = "latency"
+
+    contexts: Sequence[int] = (1024, 2048, 4096, 8192)
+    new_tokens: int = 32
+    repeats: int = 3
+    warmup: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.contexts = whole("contexts", self.contexts)
+        for field, least in (("new_tokens", 3), ("repeats", 1), ("warmup", 0), ("seed", 0)):
+            at_least(field, getattr(self, field), least)
+
+    @property
+    def needs_model(self) -> bool:
+        return True
+
+    def measure(self, job: TimingJob) -> Measured:
+        """See the base class.
+
+        Raises:
+            ConfigError: a context beyond the model, or a method or budget that does not fit it.
+        """
+        if job.loaded is None:
+            raise ConfigError("benchmark=latency needs a model")
+        loaded, ledger = job.loaded, Ledger(self.name, job.loaded.name, job)
+        cells = self._cells(job.methods, loaded.max_length)
+        self._check(job, loaded.model, cells)
+        missing = [cell for cell in cells if ledger.missing(cell.method, cell.sample_id)]
+        if not missing:
+            return ledger.close()
+        prompter = Prompter(loaded.tokenizer, loaded.max_length)
+        longest = prose_tokens(prompter, max(cell.prompt for cell in missing), self.seed)
+        roof = bandwidth(loaded.model.device)
+        shortest = longest[: min(cell.prompt for cell in cells)]
+        with tracked(self.name, len(missing)) as follow:
+            follow("warm-up")
+            warm = {name: self._warm(job, loaded.model, name, shortest) for name in {c.method: 0 for c in missing}}
+            for i, cell in enumerate(missing):
+                if i:
+                    follow(f"{cell.prompt} tokens, {cell.method}, round {cell.repeat + 1} of {self.repeats}")
+                self._record(job, ledger, cell, longest[: cell.prompt], roof, warm[cell.method])
+        return ledger.close()
+
+    def _cells(self, methods: Mapping[str, Method], max_length: int) -> list[Cell]:
+        """Everything to measure, in the order in which it is: methods take turns."""
+        longest = max_length - self.new_tokens
+        if max(self.contexts) > max_length or longest < 1:
+            raise ConfigError(f"benchmark.contexts has {max(self.contexts)} and benchmark.new_tokens is "
+                              f"{self.new_tokens}, but the model takes {max_length} tokens at most")  # fmt: skip
+        return [
+            Cell(repeat, context, min(context, longest), name)
+            for repeat in range(self.repeats)
+            for context in self.contexts
+            for name in methods
+        ]
+
+    def _check(self, job: TimingJob, model: PreTrainedModel, cells: Sequence[Cell]) -> None:
+        check_methods(job.methods, model, job.setting)
+        for cell in cells:
+            check_split(cell.method, job.methods[cell.method], cell.prompt)
+        job.setting.tier.check(max(cell.prompt for cell in cells) + self.new_tokens, row_bytes(model, job))
+
+    def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
+        """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
+        total = 0.0
+        for _ in range(self.warmup):
+            try:
+                generation = run_once(job, model, job.methods[name], prompt, self.new_tokens)[0]
+                total += generation.tt2t_s + sum(generation.steps_s[1:])
+            except Exception:  # noqa: BLE001 - as above
+                continue
+        return total
+
+    def _record(
+        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float
+    ) -> None:  # fmt: skip
+        if job.loaded is None:
+            raise RuntimeError("a latency record without a model")
+        model, method = job.loaded.model, job.methods[cell.method]
+        budget = getattr(method, "budget", None)
+        facts: Record = {
+            "budget": "all" if budget is None else budget.label,
+            "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
+            "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
+            "overlap": job.setting.overlap, "warmup_s": warm, **roof.facts(),
+        }  # fmt: skip
+        forget_peak(model.device)
+        try:
+            generation, prefilled = run_once(job, model, method, prompt, self.new_tokens)
+            check_alive(method, generation, cell.prompt)
+            figures = times(generation) | step_costs(generation, model, roof) | link_facts(generation, prefilled)
+            figures |= {"peak_rss_bytes": peak_rss(), **peak_device(model.device)}
+        except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
+            ledger.failed(cell.method, cell.sample_id, error, facts)
+        else:
+            ledger.ok(cell.method, cell.sample_id, facts | figures)
+
+
+def run_once(
+    job: TimingJob, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
+) -> tuple[Generation, Prefilled]:  # fmt: skip
+    """Prefill with one method alone, decode ``new_tokens``, and end what runs in the background."""
+    gc.collect()
+    ids = torch.tensor([prompt], device=model.device)
+    prefilled = prefill(model, ids, [method], None, job.chunk, new_tokens, job.setting)
+    try:
+        generation = decode(prefilled, 0, new_tokens, min_new_tokens=new_tokens, spend=True)
+        generation.settle()
+    finally:
+        prefilled.close()
+    return generation, prefilled
+
+
+def times(generation: Generation) -> Record:
+    """Times of one generation in seconds. ``tpot_s`` is the median step after the first; ``tpot_released_s`` follows
+    PQCache's released code: (time of all n tokens - TT2T) / (n - 2)."""
+    first, *later = generation.steps_s
+    wait = max(0.0, first - median(later))
+    return {
+        "ttft_s": generation.ttft_s,
+        "tt2t_s": generation.tt2t_s,
+        **spread("tpot", later),
+        "tpot_released_s": sum(later) / (generation.tokens.shape[1] - 2),
+        "observe_s": generation.observe_s,
+        "build_s": generation.build_s,
+        "index_build_s": generation.index_s,
+        "pending_s": generation.pending_s,
+        "wait_s": generation.pending_s + wait,  # for the index, between first token and a step of the usual length
+        "first_wait_s": wait,
+        "steps_s": [round(seconds, 9) for seconds in generation.steps_s],
+    }
+
+
+def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
+    """Where a step's time goes, means over all steps in seconds; and the bytes it reads against what memory can do."""
+    groups, meters = generation.groups(), generation.meters()
+    steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
+    phases = {phase: sum(meter.seconds[phase] for meter in meters) / steps for phase in PHASES}
+    first, *later = generation.steps_s
+    mean = fmean([min(first, median(later)), *later])  # without the wait for the index
+    attended = fmean(meter.attended / max(1, meter.steps) for meter in meters)
+    index_bytes = sum(meter.index_bytes for meter in meters) / steps
+    known = groups[0].state.geometry
+    kv_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * model.dtype.itemsize
+    weights = weight_bytes(model)
+    rate = (weights + kv_bytes + index_bytes) / median(later)
+    return {
+        **{f"{phase}_step_s": seconds for phase, seconds in phases.items()},
+        "dense_step_s": max(0.0, mean - sum(phases.values())),
+        "attended_tokens": attended,
+        "weight_bytes": weights,
+        "attended_bytes": kv_bytes,
+        "index_bytes": index_bytes,
+        "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
+        "index_facts": groups[0].state.facts,
+        "bandwidth_gbps": rate / 1e9,
+        "copy_share": rate / roof.copy,
+    }
+
+
+def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
+    """Bytes by where they lie and over the link per step, hits of the block cache, and what the link is."""
+    stores, steps = [group.store for group in generation.groups()], len(generation.steps_s)
+    link: Any = getattr(prefilled.placement, "link", None)
+    lookups = sum(store.cache_lookups for store in stores)
+    return {
+        "device_bytes": sum(store.device_bytes for store in stores),
+        "host_bytes": sum(store.host_bytes for store in stores),
+        "to_device_bytes_step": sum(store.bytes_to_device for store in stores) / steps,
+        "to_host_bytes_step": sum(store.bytes_to_host for store in stores) / steps,
+        "link_bytes_step": sum(store.link_bytes for store in stores) / steps,
+        "cache_lookups": lookups,
+        "cache_hit_rate": sum(store.cache_hits for store in stores) / lookups if lookups else None,
+        "link": None if link is None else link.label,
+        "emulated": link is not None and link.emulated,
+        "link_wait_s": None if link is None else link.seconds_waited,
+    }
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that one step reads: all but an input embedding that is not the output's as well."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    untied = head is not None and embedding.weight is not head.weight
+    skipped = {id(embedding.weight)} if untied else set()
+    return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
+
+
+def row_bytes(model: PreTrainedModel, job: TimingJob) -> int:
+    """Bytes of the keys and values of one token in all full-attention layers."""
+    types = layer_types(model.config.get_text_config())
+    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    if not full:
+        return 0
+    known = geometry(model, full[0], Rows(slice(None), 0, 1), 1, None, job.setting)
+    return 2 * known.kv_heads * known.head_dim * model.dtype.itemsize * len(full)

@@ -1,0 +1,149 @@
+"""The block cache and its policies against plain dicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pqbench.store.block_cache import LFU, LRU, BlockCache, CacheOptions, Move
+
+CPU = torch.device("cpu")
+STEPS = st.lists(st.lists(st.integers(0, 11), unique=True, max_size=9), max_size=25)
+
+
+class Model:
+    """What the policies promise, in the plainest way: a dict of counts and times of promotion."""
+
+    def __init__(self, capacity: int, lfu: bool) -> None:
+        self.capacity, self.lfu, self.clock = capacity, lfu, 0
+        self.counts: dict[int, int] = {}
+        self.times: dict[int, int] = {}
+
+    def step(self, blocks: list[int]) -> None:
+        """One step."""
+        wanted = blocks[: self.capacity]
+        for block in wanted:
+            if block not in self.counts:
+                while len(self.counts) >= self.capacity:
+                    victim = min(
+                        (b for b in self.counts if b not in wanted),
+                        key=lambda b: (self.counts[b] if self.lfu else 0, self.times[b]),
+                    )
+                    del self.counts[victim], self.times[victim]
+                self.counts[block] = 0
+                self.times[block] = self.clock  # protected by being wanted; set below
+        for block in reversed(wanted):
+            self.clock += 1
+            self.counts[block] += 1
+            self.times[block] = self.clock
+
+
+@pytest.mark.parametrize("lfu", [True, False])
+@given(capacity=st.integers(1, 6), steps=STEPS)
+def test_policies_hold_what_the_model_holds(lfu: bool, capacity: int, steps: list[list[int]]) -> None:
+    policy, model = (LFU if lfu else LRU)(capacity), Model(capacity, lfu)
+    slots: dict[int, int] = {}  # slot -> block, from the moves alone
+    for blocks in steps:
+        before = set(model.counts)
+        moves = policy.step(blocks)
+        model.step(blocks)
+        for move in moves:
+            assert slots.get(move.slot) == move.evicted
+            assert move.evicted not in blocks[:capacity]  # blocks of one step do not evict each other
+            slots[move.slot] = move.block
+        assert {move.block for move in moves} == set(model.counts) - before
+        assert {block: slot for slot, block in slots.items()} == policy.slots
+        assert set(policy.slots) == set(model.counts)
+        assert set(blocks[:capacity]) <= set(policy.slots)
+        assert all(0 <= slot < capacity for slot in slots)
+        if isinstance(policy, LFU):
+            assert policy.counts == model.counts
+
+
+def test_lfu_keeps_what_is_asked_for_often_and_lru_what_was_asked_for_last() -> None:
+    for policy, gone in ((LFU(2), 2), (LRU(2), 1)):
+        for blocks in ([1], [1], [2]):
+            policy.step(blocks)
+        assert policy.step([3]) == [Move(3, policy.slots[3], gone)]
+
+
+def test_among_equals_the_one_promoted_longest_ago_leaves() -> None:
+    policy = LFU(3)
+    policy.step([1, 2, 3])  # 1 is wanted most and promoted last
+    assert policy.step([4])[0].evicted == 3
+    assert policy.step([5])[0].evicted == 2
+
+
+def asked(cache: BlockCache, rows: list[tuple[int, int]], length: int, on_host: int) -> list[tuple[int, int]]:
+    """One step that asks for (head, position); what was let in as (first head, block start)."""
+    heads, positions = torch.tensor(rows).T
+    return [(a.first, a.start) for a in cache.step(cache.address(heads, positions, length), on_host)]
+
+
+def located(cache: BlockCache, head: int, positions: list[int], length: int) -> Tensor:
+    """Cache rows of some positions of a head."""
+    return cache.locate(cache.address(torch.full((len(positions),), head), torch.tensor(positions), length))
+
+
+def test_the_most_wanted_blocks_enter_and_only_complete_ones() -> None:
+    cache = BlockCache(CacheOptions(tokens=8, block=4, admit=2), 1, 2, CPU)
+    rows = [(0, 13), (1, 12), (0, 14), (0, 4), (1, 5), (1, 8)]  # block 3 three times, 1 twice, 2 once
+    assert asked(cache, rows, 16, 15) == [(0, 4), (0, 8)]  # of block 3 one token is missing on the host
+    assert asked(cache, rows, 16, 16) == [(0, 12)]  # 3 and 1 are the most wanted, 1 is there
+    assert (located(cache, 0, [8, 9], 16) < 0).all()
+    for head in (0, 1):
+        found = located(cache, head, [4, 5, 6, 7, 12, 15], 16)
+        assert sorted({int(row) // 4 for row in found}) == [0, 1]
+        assert [int(row) % 4 for row in found] == [0, 1, 2, 3, 0, 3]
+
+
+def test_ties_go_to_the_earlier_block() -> None:
+    cache = BlockCache(CacheOptions(tokens=40, block=4, admit=2), 1, 1, CPU)
+    assert asked(cache, [(0, 21), (0, 9), (0, 2), (0, 17)], 24, 24) == [(0, 0), (0, 8)]
+
+
+def test_sequences_do_not_share_blocks_and_heads_do_unless_told_otherwise() -> None:
+    shared = BlockCache(CacheOptions(tokens=8, block=4), 2, 3, CPU)
+    assert asked(shared, [(0, 1), (2, 6), (4, 9)], 12, 12) == [(0, 0), (0, 4), (3, 8)]
+    assert (located(shared, 1, [0, 5], 12) >= 0).all()
+    assert (located(shared, 3, [0, 5], 12) < 0).all()
+    own = BlockCache(CacheOptions(tokens=8, block=4, per_head=True), 2, 3, CPU)
+    assert asked(own, [(0, 1), (2, 6), (4, 9)], 12, 12) == [(0, 0), (2, 4), (4, 8)]
+    assert (located(own, 1, [0, 5], 12) < 0).all()
+    assert located(own, 4, [9], 12).tolist() == [1]
+    assert own.rows == shared.rows == 8
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@given(data=st.data(), policy=st.sampled_from(["lfu", "lru"]))
+def test_the_table_follows_the_policy_as_the_context_grows(
+    per_head: bool, data: st.DataObject, policy: str
+) -> None:  # fmt: skip
+    size, batch, heads = 3, 2, 2
+    cache = BlockCache(CacheOptions(7, size, policy, 3, per_head), batch, heads, CPU)
+    capacity, length = 2, 5
+    owners = batch * heads if per_head else batch
+    models = [Model(capacity, policy == "lfu") for _ in range(owners)]
+    for _ in range(data.draw(st.integers(1, 12))):
+        length += data.draw(st.integers(0, 7))
+        rows = data.draw(
+            st.lists(st.tuples(st.integers(0, 3), st.integers(0, length - 1)), min_size=1, max_size=30, unique=True)
+        )
+        on_host = data.draw(st.integers(0, length))
+        asked(cache, rows, length, on_host)
+        for owner, model in enumerate(models):
+            mine = [p // size for h, p in rows if (h if per_head else h // heads) == owner]
+            hits = Counter(block for block in mine if (block + 1) * size <= on_host)
+            model.step(sorted(hits, key=lambda block: (-hits[block], block))[:3])
+        for head in range(batch * heads):
+            resident = models[head if per_head else head // heads].counts
+            found = located(cache, head, list(range(length)), length)
+            assert {p // size for p in range(length) if found[p] >= 0} == {b for b in resident if b * size < length}
+            held = [int(row) for row in found if row >= 0]
+            assert len(set(held)) == len(held)
+            assert all(row < cache.rows for row in held)

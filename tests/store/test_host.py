@@ -1,0 +1,350 @@
+"""The host store against the device store, bit for bit, while contexts grow, rings wrap and blocks come and go.
+
+Data carry their own address: component 0 of a key is the position, so a wrong row cannot pass for the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pqbench.kernels.buffers import gather_rows
+from pqbench.method import Budget, Split
+from pqbench.store import host_rows
+from pqbench.store.base import Store
+from pqbench.store.block_cache import CacheOptions
+from pqbench.store.device import DeviceStore
+from pqbench.store.host import HostStore
+from pqbench.store.host_cached import CachedHostStore
+from pqbench.store.host_rows import HostPrompt
+from pqbench.store.link import Link, OrderingError
+from pqbench.store.link_emulated import PRESETS, EmulatedLink
+from pqbench.store.link_local import LocalLink
+from pqbench.store.scratch import Scratch
+from tests.support import store_of
+
+PROMPT, STEPS, BATCH, HEADS, WIDTH = 150, 260, 2, 2, 4
+BUDGET = Budget(sink=8, ratio=0.3, minimum=16)  # the window grows with the context
+ROW = 2 * WIDTH * 4  # bytes of one row of one head
+CACHES = {
+    "none": None,
+    "lfu": CacheOptions(64, 16, "lfu", 3),
+    "lru": CacheOptions(64, 16, "lru", 3),
+    "per_head": CacheOptions(32, 8, "lfu", 4, per_head=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_rows, "_CHUNK", 50)  # several chunks, and blocks and batches that lie across two
+
+
+def tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, H, count, D]``; component 0 is the position, the others are random."""
+    keys, values = torch.randn(2, BATCH, HEADS, count, WIDTH, generator=torch.Generator().manual_seed(seed))
+    keys[..., 0] = values[..., 0] = torch.arange(count)
+    return keys, values
+
+
+def split_of(context: int) -> Split | None:
+    """The budget of :data:`BUDGET`."""
+    return BUDGET.resolve(context, PROMPT)
+
+
+def open_store(
+    keys: Tensor, values: Tensor, link: Link, cache: str = "none", overlap: bool = True,
+    split: Callable[[int], Split | None] = split_of, scratch: Scratch | None = None, prompt: int = PROMPT,
+) -> HostStore:  # fmt: skip
+    """A store over the first ``prompt`` tokens."""
+    rows = HostPrompt.offload(link, keys[:, :, :prompt], values[:, :, :prompt])
+    options = CACHES[cache]
+    if options is None:
+        return HostStore(rows, split, 12, overlap, scratch)
+    return CachedHostStore(rows, split, options, 12, overlap, scratch)
+
+
+def selections(count: int = STEPS, seed: int = 1) -> Iterator[Tensor | None]:
+    """Rows of every step ``[B, H, n]``: sinks, window and a middle in which some places are asked for more often; at
+    times rows from anywhere, in any order and more than once, or all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(count):
+        length = PROMPT + step + 1
+        split = BUDGET.resolve(length, PROMPT)
+        first, stop = split.middle(length)
+        if step % 23 == 22:
+            yield None
+        elif step % 7 == 6:
+            yield torch.randint(0, length, (BATCH, HEADS, 40), generator=generator)
+        else:
+            noise = torch.rand(BATCH, HEADS, stop - first, generator=generator)
+            noise[..., (torch.arange(first, stop) // 9) % 5 == step // 40] += 0.5
+            yield split.around(first + noise.topk(split.top_k).indices.sort().values, length)
+
+
+def fetched(store: Store, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows themselves, ``[B, H, n, D]``."""
+    keys, values, rows = store.fetch(indices)
+    if rows is None:
+        return keys.clone(), values.clone()
+    return gather_rows(keys, rows), gather_rows(values, rows)
+
+
+def wanted(twin: DeviceStore, indices: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same from a device store."""
+    if indices is None:
+        return twin.keys(), twin.values()
+    return gather_rows(twin.keys(), indices), gather_rows(twin.values(), indices)
+
+
+def run(store: HostStore, keys: Tensor, values: Tensor, seed: int = 1) -> list[tuple[int, int, int, int]]:
+    """Decode, comparing every step with a device store. Returns bytes to device and to host, hits and lookups so far
+    at each step."""
+    twin, meters = store_of(keys[:, :, :PROMPT], values[:, :, :PROMPT]), []
+    for step, indices in enumerate(selections(seed=seed)):
+        at = PROMPT + step
+        for each in (store, twin):
+            each.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+        for got, want in zip(fetched(store, indices), wanted(twin, indices), strict=True):
+            assert torch.equal(got, want), step
+        assert torch.equal(store.positions, twin.positions)
+        assert (store.length, store.seen) == (twin.length, twin.seen)
+        meters.append((store.bytes_to_device, store.bytes_to_host, store.cache_hits, store.cache_lookups))
+    store.settle()
+    assert torch.equal(store.stored_keys(), keys[:, :, : PROMPT + STEPS])
+    assert torch.equal(store.values(), values[:, :, : PROMPT + STEPS])
+    return meters
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_rows_are_those_of_a_device_store(cache: str) -> None:
+    keys, values = tokens(PROMPT + STEPS)
+    meters = []
+    for overlap, debug in ((True, False), (False, False), (True, True)):
+        with LocalLink(debug) as link:  # with debug: all memory begins as NaN, buffers in flight are NaN
+            meters.append(run(open_store(keys, values, link, cache, overlap), keys, values))
+    assert meters[0] == meters[1] == meters[2]  # waiting for everything at once changes nothing, hits included
+    hits, lookups = meters[0][-1][2:]
+    assert (hits > 0) == (lookups > 0) == (cache != "none")
+    assert hits < lookups or cache == "none"
+
+
+def test_rows_are_the_same_over_a_slow_link() -> None:
+    keys, values = tokens(PROMPT + STEPS)
+    with EmulatedLink(PRESETS["pcie3"]) as link, LocalLink() as local:
+        slow = run(open_store(keys, values, link, "lfu"), keys, values)
+        assert slow == run(open_store(keys, values, local, "lfu"), keys, values)
+        assert link.bytes_to_host == local.bytes_to_host == keys.nbytes + values.nbytes
+
+
+def test_layers_hold_the_same_tokens_one_step_after_the_other() -> None:
+    layers = [tokens(PROMPT + STEPS, seed) for seed in range(3)]
+    scratch = Scratch()
+    with LocalLink(debug=True) as link:
+        stores = [open_store(*layer, link, "lfu", scratch=scratch) for layer in layers]
+        for step, indices in enumerate(selections(80)):
+            at = PROMPT + step
+            for store, (keys, values) in zip(stores, layers, strict=True):
+                store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+                everything = keys[:, :, : at + 1]
+                got, _ = fetched(store, indices)
+                assert torch.equal(got, everything if indices is None else gather_rows(everything, indices))
+            assert len({store.length for store in stores}) == 1
+        for store, (keys, values) in zip(stores, layers, strict=True):
+            store.settle()
+            host = store._host.pieces(0, PROMPT + 80)  # row r on the host is token r, in every layer
+            rows = torch.cat([piece.rows for piece in host], 2)
+            assert torch.equal(rows, torch.stack([keys, values], 3)[:, :, : PROMPT + 80])
+
+
+@pytest.mark.parametrize("cache", ["lfu", "per_head"])
+def test_a_second_prompt_is_served_as_if_it_were_the_first(cache: str) -> None:
+    first, second = tokens(PROMPT + STEPS, 0), tokens(PROMPT + STEPS, 5)
+    with LocalLink(debug=True) as link:
+        run(open_store(*first, link, cache), *first)
+        after = run(open_store(*second, link, cache), *second, seed=3)
+    with LocalLink(debug=True) as link:
+        alone = run(open_store(*second, link, cache), *second, seed=3)
+    assert after == alone
+    assert after[0][2] == 0  # no hits in the first step
+    assert after[0][3] > 0
+
+
+def test_several_methods_share_one_prompt_and_leave_it_as_it_is() -> None:
+    keys, values = tokens(PROMPT + STEPS)
+    with LocalLink(debug=True) as link:
+        prompt = HostPrompt.offload(link, keys[:, :, :PROMPT], values[:, :, :PROMPT])
+        prompt.wait()
+        before = prompt.rows.clone()
+        for _ in range(2):
+            run(HostStore(prompt, split_of, 12), keys, values)
+        assert torch.equal(prompt.rows, before)
+
+
+def test_bytes_are_those_of_the_rows_that_moved() -> None:
+    keys, values = tokens(PROMPT + 40)
+    with LocalLink() as link:
+        store = open_store(keys, values, link, split=lambda _: Split(8, 20, 10))
+        assert (store.link_bytes, store.device_bytes, store.host_bytes) == (0, 0, BATCH * HEADS * PROMPT * ROW)
+        for at in range(PROMPT, PROMPT + 40):
+            store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+        assert store.opening_bytes == BATCH * HEADS * (8 + 20) * ROW
+        assert store.bytes_to_host == BATCH * HEADS * 36 * ROW  # six batches of margin / 2
+        indices = torch.tensor([7, 8, 30, PROMPT + 39, 100]).expand(BATCH, HEADS, -1)
+        store.fetch(indices)
+        assert store.bytes_to_device == BATCH * HEADS * 3 * ROW  # position 7 is a sink, the newest is in the ring
+        ragged = torch.stack([indices, indices]).flatten()[: BATCH * HEADS * 2].view(BATCH, HEADS, 2)
+        before, on_host = store.bytes_to_device, int(((ragged >= 8) & (ragged < PROMPT + 7)).sum())
+        store.fetch(ragged)
+        assert store.bytes_to_device - before == on_host * ROW  # heads need not miss equally many rows
+        before = store.bytes_to_device
+        store.fetch(None)
+        assert store.bytes_to_device - before == BATCH * HEADS * (PROMPT + 40 - 8 - 32) * ROW
+        assert store.link_bytes == store.bytes_to_device + store.bytes_to_host
+
+
+def test_the_row_that_leaves_the_window_is_read_without_the_link() -> None:
+    keys, values = tokens(PROMPT + STEPS)
+    with LocalLink(debug=True) as link:
+        store = open_store(keys, values, link)
+        moved = None
+        for at in range(PROMPT, PROMPT + STEPS):
+            store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+            moved = store.bytes_to_device if moved is None else moved
+            left = at + 1 - BUDGET.resolve(at + 1, PROMPT).window - 1
+            assert torch.equal(store.keys(left, left + 1), keys[:, :, left : left + 1])
+            assert torch.equal(store.values(left, left + 2), values[:, :, left : left + 2])
+        assert store.bytes_to_device == moved
+        assert torch.equal(store.keys(3, 60), keys[:, :, 3:60])
+        assert store.bytes_to_device == moved + BATCH * HEADS * (60 - 8) * ROW // 2  # keys alone, sinks not
+        assert store.keys(5, 5).shape == (BATCH, HEADS, 0, WIDTH)
+        store.settle()
+
+
+def test_stored_keys_move_nothing_to_the_device() -> None:
+    keys, values = tokens(PROMPT + 70)
+    with LocalLink(debug=True) as link:
+        store = open_store(keys, values, link)
+        assert torch.equal(store.stored_keys(3, 90), keys[:, :, 3:90])
+        assert store.stored_keys(3, 90).data_ptr() == store._host._chunks[0].rows[:, :, 3:].data_ptr()
+        for at in range(PROMPT, PROMPT + 70):
+            store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+        assert torch.equal(store.stored_keys(3), keys[:, :, 3:])
+        assert store.stored_keys(4, 4).shape == (BATCH, HEADS, 0, WIDTH)
+        assert store.bytes_to_device == 0
+        store.settle()
+
+
+def test_what_an_evicting_method_keeps_lies_on_the_device() -> None:
+    keys, values = tokens(PROMPT + 60)
+    with LocalLink(debug=True) as link:
+        store = open_store(keys, values, link)
+        for at in range(PROMPT, PROMPT + 60):
+            store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+        with pytest.raises(RuntimeError, match=r"keep\(\)"):
+            store.drop(torch.zeros(BATCH, HEADS, 1, dtype=torch.long))
+        indices = torch.randint(0, PROMPT + 60, (BATCH, HEADS, 25))
+        kept = store.keep(indices)
+        assert torch.equal(kept.positions, indices)
+        assert torch.equal(kept.keys(), gather_rows(keys, indices))
+        assert torch.equal(kept.values(), gather_rows(values, indices))
+        assert (kept.seen, kept.length, kept.host_bytes, kept.link_bytes) == (PROMPT + 60, 25, 0, 0)
+        assert kept.opening_bytes == kept.device_bytes == BATCH * HEADS * 25 * ROW
+        kept.append(keys[:, :, :1], values[:, :, :1])
+        kept.drop(torch.zeros(BATCH, HEADS, 1, dtype=torch.long))
+        assert int(kept.positions[0, 0].max()) == PROMPT + 60
+        store.settle()
+
+
+def test_short_prompts_whose_sinks_are_still_growing() -> None:
+    budget = Budget(sink=32, ratio=0.5, minimum=16 + 32)
+    keys, values = tokens(140)
+    for prompt in (1, 2, 31, 40):
+        with LocalLink(debug=True) as link:
+            store = open_store(keys, values, link, "lfu", prompt=prompt, split=lambda n: budget.resolve(n, 1))
+            for at in range(prompt, 140):
+                store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+                indices = torch.randint(0, at + 1, (BATCH, HEADS, 9))
+                assert torch.equal(fetched(store, indices)[1], gather_rows(values, indices))
+            moved = store.bytes_to_device
+            sinks = torch.arange(32).expand(BATCH, HEADS, -1)
+            assert torch.equal(fetched(store, sinks)[0], keys[:, :, :32])
+            assert store.bytes_to_device == moved
+            store.settle()
+
+
+def test_several_tokens_at_once_and_no_budget() -> None:
+    keys, values = tokens(PROMPT + 90)
+    with LocalLink(debug=True) as link:
+        store = open_store(keys, values, link, split=lambda _: None)
+        for at in range(PROMPT, PROMPT + 90, 30):
+            store.append(keys[:, :, at : at + 30], values[:, :, at : at + 30])
+            got = fetched(store, None)
+            assert torch.equal(got[0], keys[:, :, : at + 30])
+            assert torch.equal(got[1], values[:, :, : at + 30])
+        store.settle()
+
+
+def test_an_index_crosses_the_link_on_request() -> None:
+    keys, values = tokens(PROMPT)
+    codes = torch.randint(0, 255, (BATCH, HEADS, 50, 4), dtype=torch.uint8)
+    with LocalLink(debug=True) as link:
+        store = open_store(keys, values, link)
+        arrival = store.bring(codes[:, :, :40])
+        assert torch.equal(arrival.wait(), codes[:, :, :40])
+        assert store.bytes_to_device == codes[:, :, :40].nbytes
+        store.bring(codes)  # asked for, and never used
+        store.bring(codes)
+        store.settle()
+
+
+def test_a_prompt_can_arrive_in_blocks() -> None:
+    keys, values = tokens(PROMPT)
+    with LocalLink(debug=True) as link:
+        prompt = HostPrompt(PROMPT, keys, link)
+        for start in range(0, PROMPT, 40):
+            prompt.extend(keys[:, :, start : start + 40], values[:, :, start : start + 40])
+        assert torch.equal(HostStore(prompt, split_of).stored_keys(), keys)
+        assert prompt.nbytes == link.bytes_to_host == 2 * keys.nbytes
+        with pytest.raises(ValueError, match="does not fit"):
+            prompt.extend(keys[:, :, :1], values[:, :, :1])
+
+
+class NeverLands(HostStore):
+    """A store that reads host rows and overwrites ring slots without waiting for the copies."""
+
+    def _land(self, stop: int) -> None:
+        self._landed = self._flushed
+
+
+class NeverArrives(CachedHostStore):
+    """A store that uses blocks before they are there."""
+
+    def _arrive(self) -> None:
+        self._entering = []
+
+
+def decode(store: HostStore, keys: Tensor, values: Tensor) -> None:
+    """Decode and check, until something is wrong."""
+    for step, indices in enumerate(selections()):
+        at = PROMPT + step
+        store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+        got, _ = fetched(store, indices)
+        everything = keys[:, :, : at + 1]
+        assert torch.equal(got, everything if indices is None else gather_rows(everything, indices))
+
+
+@pytest.mark.parametrize("broken", [NeverLands, NeverArrives])
+def test_a_store_that_forgets_to_wait_is_caught_every_time(broken: type[HostStore]) -> None:
+    keys, values = tokens(PROMPT + STEPS)
+    link = LocalLink(debug=True)
+    prompt = HostPrompt.offload(link, keys[:, :, :PROMPT], values[:, :, :PROMPT])
+    options = CACHES["lfu"]
+    assert options is not None
+    store = NeverLands(prompt, split_of, 12) if broken is NeverLands else NeverArrives(prompt, split_of, options, 12)
+    with pytest.raises((AssertionError, OrderingError)):
+        decode(store, keys, values)
+    with pytest.raises(OrderingError, match="never waited for"):
+        link.close()

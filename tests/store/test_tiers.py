@@ -1,0 +1,113 @@
+"""Tiers: what they place where, and what they refuse in one line before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from pqbench.errors import ConfigError
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+from pqbench.method import Budget
+from pqbench.store.device import DeviceStore
+from pqbench.store.host import HostStore
+from pqbench.store.host_cached import CachedHostStore
+from pqbench.store.link import OrderingError
+from pqbench.store.tiers import DeviceTier, HostTier, Tier
+
+CPU = torch.device("cpu")
+TIERS: list[Tier] = [
+    DeviceTier(), HostTier(), HostTier(background=False), HostTier("pcie5", cache_tokens=32, cache_block=8),
+    HostTier("local", 32, 8, "lru", 2, True, True, True), HostTier("20GB/s+5us", debug=True, margin=2),
+]  # fmt: skip
+
+
+def rows(count: int) -> torch.Tensor:
+    """Random rows ``[1, 2, count, 4]``."""
+    return torch.randn(1, 2, count, 4, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_tier_serves_the_same_rows(tier: Tier) -> None:
+    keys, values = rows(130), -rows(130)
+    tier.check(130, 64)
+    placement = tier.open(CPU)
+    prompt = placement.prompt(GrowingBuffer(keys[:, :, :100]), GrowingBuffer(values[:, :, :100]))
+    budget = Budget(sink=4, ratio=0.3, minimum=8)
+    for split in (lambda n: budget.resolve(n, 100), None, lambda _: None):
+        store = prompt.store(split)
+        for at in range(100, 130):
+            store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+            indices = torch.randint(0, at + 1, (1, 2, 11))
+            got, _, chosen = store.fetch(indices)
+            assert chosen is not None
+            assert torch.equal(gather_rows(got, chosen), gather_rows(keys, indices))
+        everything, _, chosen = store.fetch(None)
+        assert chosen is None
+        assert torch.equal(everything, keys)
+        assert store.device == CPU
+        store.settle()
+    placement.close()
+
+
+def test_a_tier_makes_the_store_it_describes() -> None:
+    def store(tier: Tier) -> Any:
+        return tier.open(CPU).prompt(GrowingBuffer(rows(100)), GrowingBuffer(rows(100))).store(None)
+
+    assert type(store(DeviceTier())) is DeviceStore
+    assert type(store(HostTier())) is HostStore
+    cached = store(HostTier(cache_tokens=20, cache_block=8))
+    assert type(cached) is CachedHostStore
+    assert cached.cache_bytes == 2 * 16 * 2 * 4 * 4  # two whole blocks for two heads
+    assert HostTier().open(CPU).link.label == "local"
+    assert not HostTier().open(CPU).link.emulated
+    assert HostTier("pcie3").open(CPU).link.label == "emulated PCIe 3.0 x16"
+    assert HostTier("pcie3").open(CPU).link.emulated
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"link": "pcie9"}, "there is no link 'pcie9': use local, cuda, pcie3, pcie4, pcie5"),
+        ({"cache_block": 0}, "cache_block is 0: a block has at least 1 token"),
+        ({"cache_tokens": -1}, "cache_tokens is -1: use 0"),
+        ({"cache_tokens": 100}, "less than one block of 128"),
+        ({"cache_policy": "fifo"}, "cache_policy is 'fifo': use lfu or lru"),
+        ({"cache_admit": 0}, "cache_admit is 0"),
+        ({"margin": 1}, "margin is 1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        HostTier(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_too_little_memory_is_noticed_before_it_is_taken() -> None:
+    free = psutil.virtual_memory().available
+    with pytest.raises(ConfigError, match=r"1000000 tokens of KV need 9313225\.7 GiB .* and [\d.]+ GiB are available"):
+        HostTier().check(1_000_000, 10**10)
+    HostTier().check(1, free // 4)
+
+
+def test_a_cache_larger_than_the_context_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cache_tokens is 4096, a cache larger than the context of 1000 tokens"):
+        HostTier(cache_tokens=4096).check(1000, 100)
+    HostTier(cache_tokens=4096).check(4096, 100)
+
+
+def test_links_serve_the_device_they_are_made_for() -> None:
+    with pytest.raises(ConfigError, match=r"store.link=local serves models on the CPU, not on cuda"):
+        HostTier("local").open(torch.device("cuda"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"no CUDA device is available here: use store.link=local"):
+            HostTier("cuda").open(CPU)
+
+
+def test_a_debugged_placement_reports_what_nobody_waited_for() -> None:
+    placement = HostTier(debug=True).open(CPU)
+    placement.prompt(GrowingBuffer(rows(10)), GrowingBuffer(rows(10)))
+    with pytest.raises(OrderingError, match="prompt rows to host"):
+        placement.close()
