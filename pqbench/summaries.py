@@ -103,6 +103,8 @@ def centre(values: pd.Series, column: str) -> float | None:
 
 def suites(table: pd.DataFrame) -> list[Suite]:
     """Scores and costs of every benchmark and model in the table."""
+    if table.empty:
+        return []
     extended = (table["benchmark"] == "longbench") & table["task"].str.endswith("_e")
     titled = table.assign(suite=table["benchmark"].where(~extended, "longbench_e"))
     return [

@@ -17,6 +17,7 @@ from pqbench.errors import DataError, PqbenchError
 from pqbench.records import Record, read_all
 from pqbench.summaries import COSTS, KEYS, Run, Suite, frame, suites, summarise
 from pqbench.terminal import latex_table, log_to_terminal, markdown, markdown_table, plain
+from pqbench.timings import flat, is_timing, sections
 
 __all__ = ["bench_table", "frame", "main", "suites", "summarise", "wide"]
 
@@ -83,21 +84,19 @@ def cost_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
     return headings, rows, len(suite.labels)
 
 
-def document(table: pd.DataFrame, *, latex: bool = False) -> str:
-    """All tables of a results folder as markdown or LaTeX."""
+def document(table: pd.DataFrame, timed: Sequence[Record] = (), *, latex: bool = False) -> str:
+    """All tables of a results folder as markdown or LaTeX: scored records as a frame, timing records as they are."""
     parts = []
     for suite in suites(table):
         kinds = [("scores, mean [95 % interval] and n", score_rows(suite)), ("other scores", further_rows(suite)),
                  ("costs", cost_rows(suite))]  # fmt: skip
-        for kind, (headings, rows, labels) in kinds:
-            if not rows:
-                continue
-            title = f"{suite.benchmark} on {suite.model}: {kind}"
-            if latex:
-                parts.append(latex_table(headings, rows, labels, title))
-            else:
-                parts.append(f"### {markdown(title)}\n\n{markdown_table(headings, rows, labels)}")
-    return "\n\n".join(parts)
+        parts += [(f"{suite.benchmark} on {suite.model}: {kind}", *found) for kind, found in kinds]
+    parts += [(section.title, section.headings, section.rows, section.labels) for section in sections(timed)]
+    return "\n\n".join(
+        latex_table(headings, rows, labels, title) if latex
+        else f"### {markdown(title)}\n\n{markdown_table(headings, rows, labels)}"
+        for title, headings, rows, labels in parts if rows
+    )  # fmt: skip
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables of a results folder. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pqbench.tables", description=__doc__)
     parser.add_argument("results", type=Path, help="folder that runs wrote to")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write one row per run to this file")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write one row per run (timings: per record) to this file"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print markdown (the default)")
     form.add_argument("--latex", action="store_true", help="print LaTeX instead (package booktabs)")
@@ -147,12 +148,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal()
     try:
         failed = _rescore(options.results) if options.rescore else 0
-        table = frame(read_all(options.results))
-        if table.empty:
+        records = read_all(options.results)
+        if not records:
             raise DataError(f"no records under {options.results}: nothing was measured yet")
+        timed = [record for record in records if is_timing(record.get("benchmark"))]
+        table = frame([record for record in records if not is_timing(record.get("benchmark"))])
         if options.csv:
-            _write_csv(wide(table), options.csv)
-        print_document(document(table, latex=options.latex))
+            parts = [part for part in (wide(table), pd.DataFrame(flat(timed))) if not part.empty]
+            _write_csv(pd.concat(parts), options.csv)
+        print_document(document(table, timed, latex=options.latex))
     except PqbenchError as error:
         log.error(error)
         return 1

@@ -1,7 +1,7 @@
 """Product-quantised scores without an exponential per token.
 
-exp(score) is a product over sub-spaces, so tables of exponentials ``[m][K][4 heads]`` are made first; a token's weight is
-then the product of m table entries, four query heads per load. Entries are relative to the largest of their sub-space
+exp(score) is a product over sub-spaces, so tables of exponentials ``[m][K][4 heads]`` are made first; the weight of a
+token is then the product of m table entries, four query heads per load. Entries are relative to the largest of their sub-space
 and the first table carries 2**80, which leaves the range of float32 below the best token. Where the best token lies too
 far below the product of the largest entries for that, scores are added up and exponentials taken token by token.
 """
@@ -31,7 +31,6 @@ from pqbench.kernels.cpu_vector import (
     write_f32x4,
 )
 
-_LOG2_E = np.float32(1.4426950408889634)
 _HEADROOM = np.float32(80)  # a sum of 2**40 tokens still fits
 _PART = 8192  # tokens that one thread takes at once
 _RUN = 1024  # tokens added up in one register: short, for accuracy
@@ -41,8 +40,8 @@ _RUN = 1024  # tokens added up in one register: short, for accuracy
 def _make_tables(
     q: int, heads: int, dims: int, codebook: int, clusters: int, width: int, first: int, target: int, scores: int
 ) -> None:
-    """Tables ``[K][4]`` of one sub-space at ``target`` and their logarithms at ``scores``; centroids ``[K, width]`` meet
-    dimensions from ``first`` of q ``[heads, D]``, of which four at most."""
+    """Tables ``[K][4]`` of one sub-space at ``target`` and their logarithms at ``scores``; centroids ``[K, width]``
+    meet dimensions from ``first`` of q ``[heads, D]``, of which four at most."""
     turned = np.empty(width * 4, np.float32)  # [width][4]
     for w in range(width):
         for head in range(4):

@@ -27,6 +27,7 @@ class Store(ABC):
 
     bytes_to_device: int = 0  # moved over the link by decoding
     bytes_to_host: int = 0
+    bytes_admitted: int = 0  # of those to the device, blocks that a cache let in
     opening_bytes: int = 0  # moved to the device once, for the rows it holds from the start
     cache_lookups: int = 0  # rows asked for that neither sinks nor window held, all heads together
     cache_hits: int = 0  # those among them that a device cache held

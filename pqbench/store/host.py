@@ -116,15 +116,7 @@ class HostStore(Store):
     def keep(self, indices: Tensor) -> KeptRows:
         """Fetch rows ``[B, H, n]`` over the link; their bytes open the new store."""
         self._export(self._length)
-        batch, heads, count = indices.shape
-        owners = torch.arange(batch * heads, device=indices.device).repeat_interleave(count)
-        target = self._pool.table.new_empty(batch * heads * count, 2, self._prompt.rows.shape[4])
-        copies, order = self._host.gather(owners, indices.reshape(-1), target)
-        self._link.submit(copies, Direction.TO_DEVICE, "kept rows", urgent=True).wait()
-        if order is not None:
-            target = target[order.argsort()]
-        rows = target.view(batch, heads, count, 2, -1)
-        return KeptRows(rows[..., 0, :], rows[..., 1, :], indices, self._length)
+        return KeptRows.fetched(self._host, indices, self._length)
 
     def drop(self, indices: Tensor) -> None:
         raise RuntimeError("drop() on the host tier: what an evicting method keeps lies on the device, see keep()")
@@ -187,12 +179,8 @@ class HostStore(Store):
         if opening and split is not None:
             pool.staged = pool.offsets.numel() * split.top_k
         low = max(0, min(pool.low, self._length - window))
-        pool.resize(
-            max(pool.ring, window + self._margin + spare),
-            self._rows(0, max(pool.sinks, sinks)),
-            self._rows(low, self._length),
-            self._length,
-        )
+        head, tail = self._rows(0, max(pool.sinks, sinks)), self._rows(low, self._length)
+        pool.resize(max(pool.ring, window + self._margin + spare), head, tail, self._length)
         if opening:
             self.opening_bytes, self.bytes_to_device = self.bytes_to_device - before, before
 

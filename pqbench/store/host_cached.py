@@ -27,7 +27,6 @@ class CachedHostStore(HostStore):
         self._cache = BlockCache(cache, prompt.rows.shape[0], prompt.rows.shape[1], prompt.device)
         super().__init__(prompt, split, margin, overlap, scratch, self._cache.rows)
         self._entering: list[Transfer] = []
-        self.bytes_admitted = 0  # of the bytes to the device, those of blocks let in
 
     @property
     def cache_bytes(self) -> int:

@@ -89,7 +89,13 @@ class HostRows:
     def __init__(self, prompt: HostPrompt) -> None:
         self._chunks = [Piece(0, prompt.rows[:, :, : prompt.length])]
         self._prompt = prompt
-        self._link = prompt.link
+        self.link, self.device, self.dtype = prompt.link, prompt.device, prompt.rows.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, H, 2 and D."""
+        batch, heads, _, halves, width = self._prompt.rows.shape
+        return batch, heads, halves, width
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
         """Tokens ``start`` to ``stop``, chunk by chunk; memory is added where they are new."""
@@ -105,7 +111,7 @@ class HostRows:
         held = self._chunks[-1].stop
         batch, heads, _, _, width = self._prompt.rows.shape
         count = max(_CHUNK, held // 2)
-        buffer = host_buffer(batch, heads, count, width, self._prompt.rows.dtype, self._link)
+        buffer = host_buffer(batch, heads, count, width, self.dtype, self.link)
         self._chunks.append(Piece(held, buffer))
 
     def gather(self, heads: Tensor, positions: Tensor, target: Tensor) -> tuple[list[Copy], Tensor | None]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.store.device import DeviceStore
+from pqbench.store.host_rows import HostRows
+from pqbench.store.link import Direction
 
 
 class KeptRows(DeviceStore):
@@ -17,3 +20,17 @@ class KeptRows(DeviceStore):
         self._positions = GrowingBuffer(positions)
         self._seen = seen
         self.opening_bytes = keys.nbytes + values.nbytes
+
+    @classmethod
+    def fetched(cls, host: HostRows, indices: Tensor, seen: int) -> KeptRows:
+        """Rows ``indices`` ``[B, H, n]`` of ``seen`` tokens on the host, brought over the link."""
+        batch, heads, halves, width = host.shape
+        count = indices.shape[2]
+        owners = torch.arange(batch * heads, device=indices.device).repeat_interleave(count)
+        rows = torch.empty(batch * heads * count, halves, width, dtype=host.dtype, device=host.device)
+        copies, order = host.gather(owners, indices.reshape(-1), rows)
+        host.link.submit(copies, Direction.TO_DEVICE, "kept rows", urgent=True).wait()
+        if order is not None:
+            rows = rows[order.argsort()]
+        rows = rows.view(batch, heads, count, halves, width)
+        return cls(rows[..., 0, :], rows[..., 1, :], indices, seen)

@@ -114,10 +114,10 @@ class Attention(Measurement):
             ConfigError: an unknown budget for a method, or a context that needs more memory than there is.
         """
         device = self._device(job)
-        ledger = Ledger(self.name, self.geometry, job)
         cells = [Cell(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
         body = kernels(device, job.setting.body)
         body.use_threads(torch.get_num_threads())
+        ledger = Ledger(self.name, self.geometry, job, body_name(body))
         self._check(job, cells, device)
         wanted = {cell: self._wanted(job, ledger, cell, body) for cell in cells}
         if not any(wanted.values()):

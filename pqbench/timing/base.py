@@ -97,10 +97,10 @@ class Measurement(ABC):
 
 
 class Ledger:
-    """What is on record already, and what this run adds."""
+    """What is on record already, and what this run adds. ``kernels`` is the body that computes, ``auto`` resolved."""
 
-    def __init__(self, benchmark: str, model: str, job: TimingJob) -> None:
-        self.benchmark, self.model, self.job = benchmark, model, job
+    def __init__(self, benchmark: str, model: str, job: TimingJob, kernels: str) -> None:
+        self.benchmark, self.model, self.job, self.kernels = benchmark, model, job, kernels
         self.done = Measured()
         self._began = time.perf_counter()
         self._known = {name: file.outcomes() for name, file in job.files.items()}
@@ -141,7 +141,7 @@ class Ledger:
         record: Record = {
             "version": VERSION, "benchmark": self.benchmark, "model": self.model, "task": self.benchmark,
             "sample_id": sample_id, "method": name, "key": file.folder.name.rsplit("-", 1)[-1], "question": "-",
-            "kernels": self.job.setting.body, "threads": torch.get_num_threads(), **facts,
+            "kernels": self.kernels, "threads": torch.get_num_threads(), **facts,
         }  # fmt: skip
         new = file.append(record)  # full attention is timed beside every budget and recorded once
         if record["status"] == "ok":

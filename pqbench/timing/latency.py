@@ -17,11 +17,13 @@ from pqbench.cache import layer_types
 from pqbench.errors import ConfigError
 from pqbench.generation import Generation, decode
 from pqbench.group import PHASES, Rows
+from pqbench.kernels.backend import kernels
 from pqbench.method import Method
 from pqbench.prompt import Prefilled, geometry, prefill
 from pqbench.records import Record
 from pqbench.run import check_alive, check_methods
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
+from pqbench.timing.dense import body_name
 from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
 from pqbench.timing.source import prose_tokens
 
@@ -82,7 +84,9 @@ class Latency(Measurement):
         """
         if job.loaded is None:
             raise ConfigError("benchmark=latency needs a model")
-        loaded, ledger = job.loaded, Ledger(self.name, job.loaded.name, job)
+        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
+        body.use_threads(torch.get_num_threads())
+        ledger = Ledger(self.name, loaded.name, job, body_name(body))
         cells = self._cells(job.methods, loaded.max_length)
         self._check(job, loaded.model, cells)
         missing = [cell for cell in cells if ledger.missing(cell.method, cell.sample_id)]

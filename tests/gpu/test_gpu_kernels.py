@@ -1,0 +1,107 @@
+"""The Triton body on a real GPU: the checks of the interpreter on more tokens, pinned host memory, streams, threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from pqbench.kernels import reference
+from pqbench.kernels.buffers import gather_rows
+from tests.kernels.gpu_checks import CHECKS, body, close, draw_rows, normal
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install pqbench[gpu]"),
+]
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("scale", [1, 29])
+@pytest.mark.parametrize("name", CHECKS)
+@torch.inference_mode()
+def test_triton_equals_the_reference(name: str, scale: int) -> None:
+    CHECKS[name](CUDA, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_gathered_from_pinned_memory(dtype: torch.dtype) -> None:
+    source = normal(torch.device("cpu"), 1, 8, 20_000, 2, 128, dtype=dtype).pin_memory()
+    indices = draw_rows(CUDA, 1, 8, 20_000, 3_000)
+    target = torch.zeros(1, 8, 3_000, 2, 128, dtype=dtype, device=CUDA)
+    body().gather(source, indices, target)
+    assert torch.equal(target.cpu(), gather_rows(source, indices.cpu()))
+    body().gather(source[:, :, 100:, 1], indices[..., :7] % 500, target[:, :, :7, 0])  # a view of it
+    assert torch.equal(target[:, :, :7, 0].cpu(), gather_rows(source[:, :, 100:, 1], indices[..., :7].cpu() % 500))
+
+
+def test_rows_are_written_to_pinned_memory() -> None:
+    source, indices = normal(CUDA, 2, 2, 500, 64), draw_rows(CUDA, 2, 2, 500, 90)
+    target = torch.zeros(2, 2, 90, 64).pin_memory()
+    body().gather(source, indices, target)
+    torch.cuda.synchronize()
+    assert torch.equal(target, gather_rows(source, indices).cpu())
+
+
+def test_pageable_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="cpu tensor"):
+        body().gather(torch.zeros(1, 1, 4, 8), draw_rows(CUDA, 1, 1, 4, 2), torch.zeros(1, 1, 2, 8, device=CUDA))
+
+
+def test_launches_are_on_the_current_stream() -> None:
+    """The stream sleeps before it fills the inputs; a launch anywhere else would read zeros."""
+    keys, q = normal(CUDA, 1, 4, 5_000, 64), normal(CUDA, 1, 4, 4, 64)
+    expected = reference.attention(q, keys, keys, 0.2)[0]
+    late = torch.zeros_like(keys)
+    stream = torch.cuda.Stream(CUDA)
+    stream.wait_stream(torch.cuda.current_stream(CUDA))
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(keys)
+        got = body().attention(q, late, late, 0.2)[0]
+        scores = body().exact_probabilities(q, late, 0.2)
+        top = body().top_k(scores, 700)
+    stream.synchronize()
+    close(got, expected)
+    assert torch.equal(top, reference.top_k(scores, 700))
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    """While the GPU sleeps the host gets through training, scoring, ranking and attention."""
+    q, keys = normal(CUDA, 1, 8, 4, 128), normal(CUDA, 1, 8, 6_000, 128)
+
+    def step() -> None:
+        codebook, codes = body().train_codebook(keys, 4, 256, 2, 0)
+        top = body().top_k(body().pq_probabilities(q, codebook, codes, 0.1), 500)
+        body().attention(q, keys, keys, 0.1, top)
+
+    step()  # compiles, and allocates
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    step()
+    done = torch.cuda.current_stream(CUDA).query()
+    torch.cuda.synchronize()
+    assert not done
+
+
+def test_threads_launch_side_by_side() -> None:
+    keys = [normal(CUDA, 1, 4, 2_000, 64, seed=i) for i in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        built = list(pool.map(lambda x: body().train_codebook(x, 2, 64, 4, 0), keys))
+    for own, (codebook, codes) in zip(keys, built, strict=True):
+        alone = body().train_codebook(own, 2, 64, 4, 0)
+        assert torch.equal(alone[0], codebook)
+        assert torch.equal(alone[1], codes)
+
+
+@torch.inference_mode()
+def test_a_long_context() -> None:
+    """128K tokens, whose logits and rows exceed what small shapes reach."""
+    q, keys = normal(CUDA, 1, 8, 4, 128, dtype=torch.bfloat16), normal(CUDA, 1, 8, 131_072, 128, dtype=torch.bfloat16)
+    scores = body().exact_probabilities(q, keys, 0.1)
+    close(scores, reference.exact_probabilities(q, keys, 0.1))
+    top = body().top_k(scores, 13_107)
+    assert torch.equal(top, reference.top_k(scores, 13_107))
+    close(body().attention(q, keys, keys, 0.1, top)[0], reference.attention(q, keys, keys, 0.1, top)[0])

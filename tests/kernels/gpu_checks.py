@@ -1,0 +1,260 @@
+"""Comparisons of the Triton body with the reference, for any device: Triton's interpreter on CPU tensors, or a GPU.
+
+``python -m tests.kernels.gpu_checks FILE`` runs them all on the CPU and writes what failed, as JSON. It must be a
+process of its own: Triton reads ``TRITON_INTERPRET`` when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels import reference
+from pqbench.kernels.backend import Kernels, kernels
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+Check = Callable[[torch.device, int], None]
+
+
+def body() -> Kernels:
+    """The body under test."""
+    return kernels(torch.device("cpu"), "gpu")
+
+
+def normal(device: torch.device, *shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def draw_rows(device: torch.device, batch: int, heads: int, total: int, count: int) -> Tensor:
+    """Distinct rows ``[B, H, n]`` in no order."""
+    noise = torch.rand(batch, heads, total, generator=torch.Generator().manual_seed(5))
+    return noise.argsort(-1)[..., :count].to(device)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 2e-4) -> None:
+    """Equal up to a tolerance relative to the largest value, and in shape and type."""
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    scale = float(expected.float().abs().max()) if expected.numel() else 0.0
+    assert bool(got.isfinite().all())
+    if got.dtype != F32:
+        tolerance = max(tolerance, 4 * torch.finfo(got.dtype).eps)
+    torch.testing.assert_close(got.float(), expected.float(), atol=tolerance * max(1.0, scale), rtol=0)
+
+
+def attention(group: int, width: int, dtype: torch.dtype, rows: str, device: torch.device, scale: int) -> None:
+    """Rows all, given, or given and hidden from some query heads; keys and values side by side in storage."""
+    total, count = 150 * scale, 70 * scale
+    q = normal(device, 2, 2, group, width, dtype=dtype)
+    pairs = normal(device, 2, 2, total, 2, width, seed=1, dtype=dtype)
+    keys, values = pairs[:, :, :, 0], pairs[:, :, :, 1]
+    indices = None if rows == "all" else draw_rows(device, 2, 2, total, count)
+    visible = None
+    if rows == "hidden":
+        visible = normal(device, 2, 2, group, count, seed=3) > 0.3
+        visible[:, :, 0, : count - 3], visible[..., -1] = False, True  # whole tiles hidden from one query head
+    got = body().attention(q, keys, values, 0.3, indices, visible, True)
+    expected = reference.attention(q, keys, values, 0.3, indices, visible, True)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        close(mine, theirs)
+    assert body().attention(q, keys, values, 0.3, indices, visible)[2] is None
+
+
+def attention_over_few_rows(device: torch.device, scale: int) -> None:
+    for total in (1, 2, 33, 64):
+        q, keys = normal(device, 1, 3, 1, 16), normal(device, 1, 3, total, 16, seed=1)
+        close(body().attention(q, keys, keys, 0.5)[0], reference.attention(q, keys, keys, 0.5)[0])
+
+
+def dense(dtype: torch.dtype, device: torch.device, scale: int) -> None:
+    q, keys = normal(device, 2, 2, 4, 32, dtype=dtype), normal(device, 2, 2, 90 * scale, 32, seed=1, dtype=dtype)
+    values = normal(device, 2, 2, 90 * scale, 32, seed=2, dtype=dtype)
+    close(body().dense_attention(q, keys, values, 0.2), reference.attention(q, keys, values, 0.2)[0])
+
+
+def exact(group: int, width: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
+    q, keys = normal(device, 2, 2, group, width, dtype=dtype) * 4, normal(device, 2, 2, 200 * scale, width, dtype=dtype)
+    close(body().exact_probabilities(q, keys, 0.3), reference.exact_probabilities(q, keys, 0.3))
+    close(body().exact_probabilities(q, keys[:, :, :1], 0.3), reference.exact_probabilities(q, keys[:, :, :1], 0.3))
+
+
+def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) -> None:
+    """Codes are a view into a growing buffer; logits are so large that exponentials overflow without a maximum."""
+    width = 4 * parts
+    q, codebook = normal(device, 2, 2, group, width), normal(device, 2, 2, parts, clusters, 4, seed=1)
+    drawn = torch.randint(clusters, (2, 2, 300 * scale, parts), generator=torch.Generator().manual_seed(2))
+    codes = GrowingBuffer(drawn.to(device, reference.CODE)).view()
+    for scaling in (0.3, 40.0):
+        got = body().pq_probabilities(q, codebook, codes, scaling)
+        close(got, reference.pq_probabilities(q, codebook, codes, scaling), 1e-3 if scaling > 1 else 2e-4)
+    one = codes[:, :, :1]
+    close(body().pq_probabilities(q, codebook, one, 0.3), reference.pq_probabilities(q, codebook, one, 0.3))
+
+
+def top_k(total: int, device: torch.device, scale: int) -> None:
+    """Ties, zeros of both signs, infinities and NaN; rows of a buffer."""
+    total *= scale
+    scores = (normal(device, 2, 3, total) * 3).round(decimals=1)
+    scores[0, 0, ::7], scores[0, 1, 3], scores[0, 2, 5:9] = float("nan"), float("inf"), float("-inf")
+    scores[1, 0], scores[1, 1, 1::2], scores[1, 1, ::2] = 1.0, 0.0, -0.0
+    scores[1, 2] = normal(device, total, seed=4).exp() * 1e-30
+    buffer = GrowingBuffer(scores)
+    for count in sorted({0, 1, 2, total // 3, total - 1, total, total + 5}):
+        got = body().top_k(buffer.view(), count)
+        assert got.dtype == torch.int64
+        assert torch.equal(got, reference.top_k(scores, count)), count
+    assert torch.equal(body().top_k(scores[0, 0].to(BF16), 3), reference.top_k(scores[0, 0].to(BF16), 3))
+
+
+def encode(parts: int, width: int, clusters: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
+    """The nearest centroid, or one that is as near up to rounding."""
+    keys = normal(device, 2, 2, 90 * scale, parts * width, dtype=dtype)
+    codebook = normal(device, 2, 2, parts, clusters, width, seed=1)
+    got, expected = body().encode(keys, codebook), reference.encode(keys, codebook)
+    assert got.dtype == reference.CODE
+    assert got.shape == expected.shape
+    points = reference.subspaces(keys.float(), parts)  # [P, N, w]
+    distances = torch.cdist(points.double(), codebook.view(-1, clusters, width).double())
+    flat = got.transpose(2, 3).reshape(len(points), -1, 1).long()
+    assert float((distances.gather(2, flat)[..., 0] - distances.min(-1).values).max()) < 1e-3
+    assert float((got != expected).float().mean()) < 1e-3
+
+
+def encode_ties(device: torch.device, scale: int) -> None:
+    """Integers make distances exact: ties go to the lowest index, also across blocks of centroids."""
+    keys = torch.arange(-8.0, 9.0, device=device)[None, None, :, None]
+    codebook = torch.cat([torch.arange(-8.0, 9.0, 2.0)] * 12)[:100].to(device)[None, None, None, :, None]
+    assert torch.equal(body().encode(keys, codebook), reference.encode(keys, codebook))
+    assert body().encode(keys[:, :, :0], codebook).shape == (1, 1, 0, 1)
+
+
+def blobs(device: torch.device, count: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Keys ``[2, 2, N, D]`` around few far points. A third are equal, so that clusters stay empty; all are integers,
+    so that a point has the very same distance to equal centroids, however products are summed."""
+    centres, which = normal(device, 6, width, seed=7) * 20, torch.arange(count, device=device) % 6
+    keys = centres[which] + 2 * normal(device, 2, 2, count, width, seed=8)
+    keys[:, :, : count // 3] = keys[:, :, :1]
+    return keys.round().to(dtype)
+
+
+def error(keys: Tensor, codebook: Tensor, codes: Tensor) -> float:
+    """Mean squared distance of points from their centroids."""
+    points = reference.subspaces(keys.float(), codebook.shape[2])  # [P, N, w]
+    index = codes.transpose(2, 3).reshape(*points.shape[:2], 1).long().expand_as(points)
+    return float((points - codebook.reshape(len(points), -1, points.shape[2]).gather(1, index)).square().mean())
+
+
+def train(parts: int, width: int, sample: int | None, dtype: torch.dtype, device: torch.device, scale: int) -> None:
+    keys = blobs(device, 130 * scale, parts * width, dtype)
+    for iterations in (0, 1, 3, 12):
+        codebook, codes = body().train_codebook(keys, parts, 20, iterations, 3, sample)
+        expected, theirs = reference.train_codebook(keys, parts, 20, iterations, 3, sample)
+        assert codes.is_contiguous()
+        assert torch.equal(codes, body().encode(keys, codebook))
+        if device.type == "cpu" or iterations == 0:
+            close(codebook, expected)
+            assert torch.equal(codes, theirs)
+        else:  # tensor cores round otherwise, and one point that falls to another cluster has consequences
+            assert error(keys, codebook, codes) < 1.02 * error(keys, expected, theirs)
+
+
+def train_again(device: torch.device, scale: int) -> None:
+    """The same bits again: sums are ordered."""
+    keys = normal(device, 1, 2, 200 * scale, 16)
+    first, again = body().train_codebook(keys, 2, 16, 4, 1), body().train_codebook(keys, 2, 16, 4, 1)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+def columns(band: int | None, group: int, width: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
+    """All queries at once, and in blocks that add up."""
+    total = 100 * scale
+    q = normal(device, 1, 2, total, group, width, dtype=dtype).transpose(2, 3)
+    keys = normal(device, 1, 2, total, width, seed=1, dtype=dtype)
+    band = None if band is None else band * scale
+    expected = reference.column_sums(q, keys, 0.4, band)
+    close(body().column_sums(q, keys, 0.4, band), expected)
+    sums, half = torch.zeros_like(expected), 37 * scale
+    sums[:, :, :half] += body().column_sums(q[:, :, :, :half], keys[:, :, :half], 0.4, band)
+    sums += body().column_sums(q[:, :, :, half:], keys, 0.4, band)
+    close(sums, expected)
+
+
+def gather(dtype: torch.dtype, device: torch.device, scale: int) -> None:
+    """Numbers, rows, pairs of rows in one piece, and in pieces."""
+    total, count = 60 * scale, 21 * scale
+    indices = draw_rows(device, 2, 3, total, count)
+    source = (normal(device, 2, 3, total, 2, 24) * 50).to(dtype)
+    for part in (source, source[:, :, :, 1], source[:, :, :, 0, 5], source[..., 3:20], source[..., ::2][:, :, :, 0]):
+        target = part.new_empty(2, 3, count, *part.shape[3:])
+        body().gather(part, indices, target)
+        assert torch.equal(target, gather_rows(part, indices))
+    pairs = source.new_zeros(2, 3, count + 4, 2, 24)
+    body().gather(source[:, :, :, 1], indices, pairs[:, :, 2:-2, 0])  # into part of a buffer
+    assert torch.equal(pairs[:, :, 2:-2, 0], gather_rows(source, indices)[:, :, :, 1])
+    assert int((pairs[:, :, :, 1] != 0).sum() + (pairs[:, :, :2] != 0).sum() + (pairs[:, :, -2:] != 0).sum()) == 0
+
+
+CHECKS: dict[str, Check] = {
+    **{
+        f"attention G={group} D={width} {str(dtype)[6:]} {rows}": partial(attention, group, width, dtype, rows)
+        for group, width, dtype, rows in [
+            (3, 24, F32, "all"), (3, 24, F32, "given"), (3, 24, F32, "hidden"), (1, 64, F16, "given"),
+            (4, 128, BF16, "hidden"), (20, 16, F32, "hidden"), (2, 160, F32, "given"), (8, 256, BF16, "all"),
+        ]
+    },
+    "attention over few rows": attention_over_few_rows,
+    "dense float32": partial(dense, F32),
+    "dense bfloat16": partial(dense, BF16),
+    "exact float32": partial(exact, 3, 24, F32),
+    "exact float16": partial(exact, 1, 64, F16),
+    "exact bfloat16": partial(exact, 8, 128, BF16),
+    "exact wide": partial(exact, 20, 200, F32),
+    "pq m=1 K=5": partial(pq, 1, 5, 1),
+    "pq m=2 K=64": partial(pq, 2, 64, 4),
+    "pq m=4 K=256": partial(pq, 4, 256, 3),
+    "pq m=8 G=17": partial(pq, 8, 5, 17),
+    "top_k short": partial(top_k, 90),
+    "top_k of one": partial(top_k, 9),
+    "top_k long": partial(top_k, 4500),
+    "encode": partial(encode, 2, 12, 40, F32),
+    "encode 256": partial(encode, 1, 40, 256, BF16),
+    "encode wide": partial(encode, 1, 200, 70, F32),
+    "encode ties": encode_ties,
+    "train": partial(train, 2, 12, None, F32),
+    "train sample": partial(train, 1, 20, 60, F32),
+    "train bfloat16": partial(train, 2, 64, None, BF16),
+    "train again": train_again,
+    "columns": partial(columns, None, 2, 24, F32),
+    "columns band": partial(columns, 7, 2, 24, F32),
+    "columns band of one": partial(columns, 1, 1, 128, BF16),
+    "columns wide": partial(columns, 80, 1, 200, F32),
+    **{f"gather {str(dtype)[6:]}": partial(gather, dtype) for dtype in (F32, BF16, torch.uint8, torch.int64)},
+}  # fmt: skip
+
+
+def main(path: Path) -> None:
+    """Run every check, and keep the file up to date in case the process dies."""
+    results: dict[str, str] = {}
+    for name, check in CHECKS.items():
+        try:
+            with torch.inference_mode():
+                check(torch.device("cpu"), 1)
+            results[name] = ""
+        except Exception:  # noqa: BLE001 - reported by the test of that name
+            results[name] = traceback.format_exc()
+        path.write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,174 @@
+"""Every Triton kernel compiles for GPUs of two generations, as it would be launched, and keeps everything in registers.
+
+No GPU is needed: a driver that only names a target takes the place of the real one, the public functions are called,
+and a hook of Triton notes what they would have compiled instead of compiling and launching it. Triton's wheel brings
+the assembler. The assertion's message holds registers and shared memory of every kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one block may use
+HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch would have compiled."""
+
+    fn: Any
+    signature: dict[str, Any]
+    constants: dict[Any, Any]
+    attrs: dict[Any, Any]
+    options: dict[str, int]
+
+    @property
+    def key(self) -> str:
+        """Equal for launches of the same code."""
+        return f"{self.fn} {self.signature} {self.constants} {self.attrs} {self.options}"
+
+
+class Target:
+    """A driver that knows a target and no device."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 80, 32)
+
+    def get_current_device(self) -> int:
+        return -1  # Triton keeps kernels by device: those of a real one stay apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Representative uses: 4 query heads per KV head, head dimension 128, keys and values side by side in storage."""
+    q, rows = random(1, 2, 4, 128, dtype=dtype), random(1, 2, 640, 2, 128, dtype=dtype)
+    keys, values, mha = rows[:, :, :, 0], rows[:, :, :, 1], random(1, 2, 1, 128, dtype=dtype)
+    indices, visible = torch.zeros(1, 2, 96, dtype=torch.int64), torch.ones(1, 2, 4, 96, dtype=torch.bool)
+    prompt, wide = random(1, 2, 4, 64, 128, dtype=dtype), random(1, 2, 640, 256, dtype=dtype)
+
+    def score(m: int, b: int, query: Tensor) -> object:
+        codes = torch.zeros(1, 2, 640, m, dtype=torch.uint8)
+        return body.pq_probabilities(query, random(1, 2, m, 2**b, 128 // m), codes, 0.1)
+
+    return {
+        "attention": lambda: body.attention(q, keys, values, 0.1, indices),
+        "attention, all wanted": lambda: body.attention(q, keys, values, 0.1, indices, visible, True),
+        "attention, all rows": lambda: body.attention(mha, keys, values, 0.1),
+        "attention, D=256": lambda: body.attention(wide[:, :, :8], wide, wide, 0.1),
+        "attention, D=64": lambda: body.attention(q[..., :64], keys[..., :64], values[..., :64], 0.1, indices),
+        "attention, G=32": lambda: body.attention(random(1, 2, 32, 128, dtype=dtype), keys, values, 0.1),
+        "exact_probabilities": lambda: body.exact_probabilities(q, keys, 0.1),
+        "exact_probabilities, D=256": lambda: body.exact_probabilities(wide[:, :, :8], wide, 0.1),
+        "pq_probabilities, m=2": lambda: score(2, 6, q),
+        "pq_probabilities, m=4": lambda: score(4, 8, q),
+        "pq_probabilities, G=1": lambda: score(4, 8, mha),
+        "pq_probabilities, G=32": lambda: score(4, 8, random(1, 2, 32, 128, dtype=dtype)),
+        "train_codebook, m=2": lambda: body.train_codebook(keys, 2, 64, 1, 0),
+        "train_codebook, m=4": lambda: body.train_codebook(keys, 4, 256, 1, 0),
+        "encode, m=1": lambda: body.encode(wide, random(1, 2, 1, 256, 256)),
+        "column_sums": lambda: body.column_sums(prompt, keys, 0.1),
+        "column_sums, band": lambda: body.column_sums(random(1, 2, 8, 32, 256, dtype=dtype), wide, 0.1, 64),
+        "gather": lambda: body.gather(keys, indices, random(1, 2, 96, 128, dtype=dtype)),
+        "gather, both": lambda: body.gather(rows, indices, random(1, 2, 96, 2, 128, dtype=dtype)),
+        "top_k, short": lambda: body.top_k(random(1, 2, 200), 100),
+        "top_k": lambda: body.top_k(random(1, 2, 4000), 100),
+        "top_k, long": lambda: body.top_k(random(1, 2, 20000), 100),
+    }
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Launch]]:
+    """Everything that the calls would compile, by name; the cache is empty and temporary."""
+    from pqbench.kernels import gpu
+
+    noted: dict[str, Launch] = {}
+    with triton.knobs.cache.scope(), triton.knobs.runtime.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        triton.runtime.driver.set_active(Target())
+        try:
+            for dtype in (HALF, torch.float32):
+                for name, call in calls(gpu, dtype).items():
+                    triton.knobs.runtime.jit_cache_hook = Recorder(f"{name}, {str(dtype).split('.')[1]}", noted)
+                    call()
+            triton.knobs.runtime.jit_cache_hook = None
+            yield noted
+        finally:
+            triton.runtime.driver._active = None
+
+
+class Recorder:
+    """Notes launches under a name, each code once; its answer tells Triton not to compile."""
+
+    def __init__(self, name: str, noted: dict[str, Launch]) -> None:
+        self.name, self.noted = name, noted
+
+    def __call__(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:  # noqa: A002 - Triton's name
+        options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        launch = Launch(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0], options)
+        if launch.key not in {other.key for other in self.noted.values()}:
+            self.noted[f"{fn.name.split('.')[-1]} ({self.name}{self._step(launch)})"] = launch
+        return True
+
+    @staticmethod
+    def _step(launch: Launch) -> str:
+        names = launch.fn.arg_names
+        return f", byte {launch.constants[(names.index('step'),)]}" if "step" in names else ""
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    source = triton.compiler.ASTSource(launch.fn, launch.signature, launch.constants, launch.attrs)
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def resources(cubin: bytes, folder: Path) -> SimpleNamespace:
+    """Registers, and bytes of local memory, of a thread: where registers do not suffice, values spill there."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = triton.knobs.nvidia.cuobjdump.path
+    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return SimpleNamespace(registers=found["REG"], local=found["STACK"] + found["LOCAL"])
+
+
+@pytest.mark.parametrize("arch", sorted(SHARED))
+def test_kernels_compile_and_nothing_spills(arch: int, launches: dict[str, Launch], tmp_path: Path) -> None:
+    table, bad = [], []
+    for name, launch in launches.items():
+        kernel = compiled(launch, arch)
+        used = resources(kernel.asm["cubin"], tmp_path)
+        line = f"{name}: {used.registers} registers, {used.local} spilled, {kernel.metadata.shared} shared"
+        table.append(line)
+        if used.local or kernel.metadata.shared > SHARED[arch]:
+            bad.append(line)
+    (tmp_path / "table.txt").write_text("\n".join(table))
+    assert not bad, "\n".join([f"sm_{arch}:", *bad, "", "all:", *table])
+
+
+def test_every_kernel_is_compiled(launches: dict[str, Launch]) -> None:
+    names = set()
+    for path in (Path(__file__).resolve().parents[2] / "pqbench/kernels").glob("gpu*.py"):
+        for part in path.read_text(encoding="utf-8").split("@triton.jit")[1:]:
+            signature = part.partition('"""')[0]
+            names |= set(re.findall(r"\ndef (\w+)\(", signature)) if "-> None:" in signature else set()
+    assert len(names) >= 12
+    assert names == {launch.fn.__name__ for launch in launches.values()}
