@@ -41,6 +41,7 @@ def test_sparse_attention_equals_sdpa(size: tuple[int, int, int, int, int]) -> N
     q = normal(batch, heads, group, 8, seed=seed)
     keys, values = normal(batch, heads, count, 8, seed=seed + 1), normal(batch, heads, count, 8, seed=seed + 2)
     output, lse, weights = reference.attention(q, keys, values, 0.3, need_weights=True)
+    assert weights is not None
     expected = functional.scaled_dot_product_attention(q, keys, values, scale=0.3)
     logits = np.einsum("bhgd,bhsd->bhgs", q.double().numpy(), keys.double().numpy()) * 0.3
     assert torch.allclose(output, expected, atol=1e-5)
@@ -54,6 +55,7 @@ def test_visible_hides_rows_per_query_head() -> None:
     visible = torch.rand(1, 2, 2, 6, generator=torch.Generator().manual_seed(3)) > 0.4
     visible[..., 0] = True
     output, lse, weights = reference.attention(q, keys, values, 0.3, None, visible, True)
+    assert weights is not None
     for h in range(2):
         for g in range(2):
             seen = visible[0, h, g]
@@ -69,6 +71,7 @@ def test_visible_hides_rows_per_query_head() -> None:
 def test_output_has_the_type_of_the_query(dtype: torch.dtype) -> None:
     q, keys = normal(1, 1, 1, 4).to(dtype), normal(1, 1, 3, 4).to(dtype)
     output, lse, weights = reference.attention(q, keys, keys, 0.5, need_weights=True)
+    assert weights is not None
     assert (output.dtype, lse.dtype, weights.dtype) == (dtype, torch.float32, torch.float32)
     assert reference.merge(output, lse, keys[:, :, :1], lse).dtype == dtype
 
