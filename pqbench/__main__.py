@@ -112,7 +112,7 @@ def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurem
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
     files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
     loaded = model_source(plain["model"]).load() if benchmark.needs_model else None
-    job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"])
+    job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
     done = benchmark.measure(job)
     _show(benchmark.table(_records(files)), benchmark.footer(done, plain["results"]), done.failures)
     return done.failures

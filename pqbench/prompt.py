@@ -210,6 +210,7 @@ def _open(
     setting: Setting,
 ) -> Prefilled:  # fmt: skip
     """Everything a prompt needs before its first token."""
+    kernels(model.device, setting.body).use_threads(torch.get_num_threads())
     types = layer_types(model.config.get_text_config())
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     placement = setting.tier.open(model.device, setting.body)

@@ -21,6 +21,7 @@ from pqbench.records import (
     encode,
     parse,
     plain_json,
+    read_lines,
     run_folders,
     unwritable,
     write_atomically,
@@ -52,6 +53,8 @@ def rescore(root: Path) -> Rescored:
     """
     total = Rescored()
     for folder in run_folders(root):
+        if not any("prediction" in record for record in read_lines(folder / "records.jsonl")):
+            continue  # timings have no scores
         try:
             benchmark = stored_benchmark(folder / "config.yaml")
         except PqbenchError as error:

@@ -12,6 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "errors"}
+TIMING = CORE | {
+    "timing", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models", "benchmarks",
+    "environment", "batch", "terminal", "timings",
+}  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
 
@@ -64,30 +68,11 @@ def uses(path: Path, package: str) -> bool:
     ("room", "allowed"),
     [
         ("methods", CORE | {"kernels"}),
-        ("plots", {"records", "tables", "summaries", "terminal", "errors"}),
+        ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors"}),
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
         ("pqbench/benchmarks", {"benchmarks", "errors", "models"}),
-        (
-            "pqbench/timing",
-            CORE
-            | {
-                "timing",
-                "generation",
-                "prompt",
-                "group",
-                "cache",
-                "store",
-                "kernels",
-                "records",
-                "models",
-                "benchmarks",
-                "environment",
-                "batch",
-                "terminal",
-                "timings",
-            },
-        ),
+        ("pqbench/timing", TIMING),
     ],
 )
 def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:

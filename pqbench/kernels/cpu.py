@@ -179,8 +179,8 @@ def encode(keys: Tensor, codebook: Tensor) -> Tensor:
     codes = torch.empty(batch, heads, count, parts, dtype=reference.CODE)
     with _threads_for(batch * heads * (count + 1) * dims * clusters):
         encode_keys(
-            keys.dtype == torch.bfloat16, keys.data_ptr(), *_strides(keys), centroids.data_ptr(), codes.data_ptr(), batch, heads,
-            count, dims, parts, clusters,
+            keys.dtype == torch.bfloat16, keys.data_ptr(), *_strides(keys), centroids.data_ptr(), codes.data_ptr(),
+            batch, heads, count, dims, parts, clusters,
         )  # fmt: skip
     return codes
 
@@ -197,8 +197,8 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     sums = torch.empty(batch, heads, total, dtype=torch.float32)
     with _threads_for(batch * heads * group * count * total * dims):
         sum_columns(
-            keys.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(), *_strides(keys), sums.data_ptr(), batch, heads,
-            group, count, total, dims, total if band is None else band, scaling,
+            keys.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(), *_strides(keys), sums.data_ptr(), batch,
+            heads, group, count, total, dims, total if band is None else band, scaling,
         )  # fmt: skip
     return sums
 

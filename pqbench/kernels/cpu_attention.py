@@ -1,8 +1,8 @@
 """Attention of one query per head over rows at any stride, fused: gather, logits, softmax and weighted sum in one pass.
 
-Tokens are cut into blocks whose size depends on their number alone; any thread computes a block, and blocks are merged in
-order, so results do not depend on the number of threads. Within a block, rows of the next tile are requested from memory
-while this one is computed, because no hardware guesses where selected rows lie.
+Tokens are cut into blocks whose size depends on their number alone; any thread computes a block, and blocks are merged
+in order, so results do not depend on the number of threads. Within a block, rows of the next tile are requested from
+memory while this one is computed, because no hardware guesses where selected rows lie.
 """
 
 from __future__ import annotations

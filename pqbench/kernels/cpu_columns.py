@@ -51,8 +51,8 @@ def _logits(rows: int, dims: int, columns: int, zeros: int, first: int, stop: in
 
 @njit(**INLINE)
 def _softmax(line: int, first: int, stop: int, seen: int, end: int) -> float:
-    """Numbers ``first`` to ``stop`` of a line, multiples of 16, become exponentials; only those from ``seen`` to ``end``
-    count, the others become zero. Returns one over their sum."""
+    """Numbers ``first`` to ``stop`` of a line, multiples of 16, become exponentials; only those from ``seen`` to
+    ``end`` count, the others become zero. Returns one over their sum."""
     for i in range(first, seen):
         write_f32(line + i * 4, np.float32(-np.inf))
     for i in range(end, stop):
@@ -124,8 +124,8 @@ def sum_columns(
     half: bool, q: int, keys: int, key_batch: int, key_head: int, key_row: int, output: int, batch: int, heads: int,
     group: int, count: int, total_keys: int, dims: int, band: int, scaling: float,
 ) -> None:  # fmt: skip
-    """Causal softmax of q ``[B, H, G, n, D]`` float32, the last queries of keys ``[B, H, S, D]`` at byte strides, summed
-    over queries and group: ``[B, H, S]``. A query sees its last ``band`` keys."""
+    """Causal softmax of q ``[B, H, G, n, D]`` float32, the last queries of keys ``[B, H, S, D]`` at byte strides,
+    summed over queries and group: ``[B, H, S]``. A query sees its last ``band`` keys."""
     problems, width = batch * heads, padded(total_keys)
     size = ((count + _CHUNKS - 1) // _CHUNKS + ROWS - 1) // ROWS * ROWS
     columns = np.empty(problems * width * dims, np.float32)

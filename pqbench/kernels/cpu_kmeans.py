@@ -1,7 +1,7 @@
 """Lloyd's algorithm on many small problems: one thread per problem, so that results do not depend on their number.
 
-The nearest centroid maximises x . c - |c|^2 / 2. Points are read where they lie, as slices of strided key rows, in tiles
-that fit the first cache; a tile is assigned and added to the sums of its clusters while it is there.
+The nearest centroid maximises x . c - |c|^2 / 2. Points are read where they lie, as slices of strided key rows, in
+tiles that fit the first cache; a tile is assigned and added to the sums of its clusters while it is there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from numba import njit, prange
 
 from pqbench.kernels.cpu_lanes import copy_bytes, count_from, index_of_largest, splat, where_greater
 from pqbench.kernels.cpu_products import COLUMNS, ROWS, fetch, pack, padded, products
+from pqbench.kernels.cpu_tiles import prefetch_row
 from pqbench.kernels.cpu_vector import (
     BFLOAT16,
     FLOAT32,
@@ -20,8 +21,11 @@ from pqbench.kernels.cpu_vector import (
     OPTIONS,
     add,
     address_of,
+    fma,
     hold,
     larger,
+    multiply,
+    number_bytes,
     read_f32,
     read_f32x8,
     read_i64,
@@ -47,12 +51,14 @@ def _make_table(centroids: int, clusters: int, width: int, table: int) -> None:
     pack(FLOAT32, centroids, width * 4, clusters, width, table)
     columns = padded(clusters)
     biases = table + columns * width * 4
-    for c in range(columns):
-        norm = np.float32(0)
-        for w in range(width):
-            number = read_f32(table + ((c // COLUMNS * width + w) * COLUMNS + c % COLUMNS) * 4)
-            norm += number * number
-        write_f32(biases + c * 4, norm * np.float32(-0.5) if c < clusters else np.float32(-np.inf))
+    for c in range(0, columns, 8):
+        norms = splat(np.float32(0))
+        start = table + (c // COLUMNS * width * COLUMNS + c % COLUMNS) * 4
+        for at in range(start, start + width * COLUMNS * 4, COLUMNS * 4):
+            norms = fma(read_f32x8(at), read_f32x8(at), norms)
+        write_f32x8(biases + c * 4, multiply(norms, splat(np.float32(-0.5))))
+    for c in range(clusters, columns):
+        write_f32(biases + c * 4, np.float32(-np.inf))
 
 
 @njit(**INLINE)
@@ -128,6 +134,8 @@ def _assign(
         size = min(_TILE, count - start)
         fetch(kind, points + start * step, step, size, width, base)
         for i in range(0, size, ROWS):
+            for ahead in range(start + _TILE + i, min(start + _TILE + i + ROWS, count)):
+                prefetch_row(points + ahead * step, width * number_bytes(kind))
             at = codes + (start + i) * code_step
             changed += _nearest(base + i * width * 4, width, table, clusters, at, code_step, min(ROWS, size - i))
         if sums != 0:

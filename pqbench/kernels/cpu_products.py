@@ -36,7 +36,7 @@ def padded(count: int) -> int:
 def fetch(kind: Any, source: int, step: int, count: int, width: int, target: int) -> None:
     """Rows of ``width`` numbers, ``step`` bytes apart, as float32 ``[count, width]`` at ``target``."""
     whole = width // 8 * 8
-    for i in range(count):
+    for _ in range(count):
         for w in range(0, whole, 8):
             write_f32x8(target + w * 4, load_in_order(kind, source + w * number_bytes(kind)))
         for w in range(whole, width):
@@ -48,15 +48,14 @@ def fetch(kind: Any, source: int, step: int, count: int, width: int, target: int
 @njit(**INLINE)
 def pack(kind: Any, source: int, step: int, count: int, width: int, target: int) -> None:
     """Rows ``[count, width]``, ``step`` bytes apart, as columns; missing ones of the last block are zero."""
-    for block in range(padded(count) // COLUMNS):
-        for column in range(COLUMNS):
-            row = block * COLUMNS + column
-            at = target + (block * width * COLUMNS + column) * 4
+    for row in range(padded(count)):
+        at = target + (row // COLUMNS * width * COLUMNS + row % COLUMNS) * 4
+        if row < count:
             for w in range(width):
-                number = np.float32(0)
-                if row < count:
-                    number = read_number(kind, source + row * step + w * number_bytes(kind))
-                write_f32(at + w * COLUMNS * 4, number)
+                write_f32(at + w * COLUMNS * 4, read_number(kind, source + row * step + w * number_bytes(kind)))
+        else:
+            for w in range(width):
+                write_f32(at + w * COLUMNS * 4, np.float32(0))
 
 
 @njit(**INLINE)

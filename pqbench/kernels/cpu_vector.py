@@ -4,8 +4,8 @@ Kernels take memory as integer addresses and byte strides, so that strided views
 compiled version serves every shape. ``kind`` arguments are scalars whose *type* names the storage, :data:`FLOAT32` or
 :data:`BFLOAT16`; code is compiled for each and holds no branch.
 
-A block of 16 numbers is held in two registers. For float32 these are the first and the last eight, for bfloat16 the even
-and the odd ones: widening then costs one operation per register. Sums over all dimensions do not care;
+A block of 16 numbers is held in two registers. For float32 these are the first and the last eight, for bfloat16 the
+even and the odd ones: widening then costs one operation per register. Sums over all dimensions do not care;
 :func:`lane` says where a dimension went.
 """
 

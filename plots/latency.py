@@ -1,0 +1,144 @@
+"""Latency figures: time to first token, to second token and per output token, by context length, a line per method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from plots.style import BASELINE, Look, footer, looks, number, save, style, threads, tokens
+from pqbench.records import plain_name
+
+# Field of a record, title of its panel, factor, unit.
+PANELS = (
+    ("ttft_s", "time to first token", 1.0, "s"),
+    ("tt2t_s", "time to second token", 1.0, "s"),
+    ("tpot_s", "time per output token", 1e3, "ms"),
+)
+RUN = ["model", "link", "device", "dtype", "threads", "kernels"]  # what one figure has in common
+_GAP = 0.058  # between labels, as a share of the panel's height
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in one panel, by context: medians over repeats, with minimum and maximum."""
+
+    label: str
+    method: str
+    contexts: list[int]
+    middle: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """A figure for each model, link and machine among the latency records; empty list without any.
+
+    The newest of a model is ``latency_<model>``; older ones get a number.
+    """
+    good = timed(table)
+    paths: list[Path] = []
+    taken: dict[str, int] = {}
+    chosen = looks(good["method"])
+    for _, run in reversed(list(good.groupby(RUN, sort=False))):
+        name = f"latency_{plain_name(str(run['model'].iloc[0]))}"
+        taken[name] = taken.get(name, 0) + 1
+        with style():
+            paths += save(panels(run, chosen), folder, name if taken[name] == 1 else f"{name}-{taken[name]}")
+    return paths
+
+
+def timed(table: pd.DataFrame) -> pd.DataFrame:
+    """The latency records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
+    good = table[(table["benchmark"] == "latency") & (table["status"] == "ok")]
+    missing = {name: "-" for name in [*RUN, "emulated"] if name not in good}
+    good = good.assign(**missing)
+    return good.assign(**{name: good[name].fillna("-") for name in RUN})
+
+
+def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
+    """The figure of one run: three panels side by side."""
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    for axis, (field, title, factor, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        lines = lines_of(run, field, factor)
+        plot(axis, lines, chosen)
+        axis.set_title(title)
+        axis.set_ylabel(f"{unit} (median, band: min to max)")
+    figure.suptitle(headline(run), fontsize=12)
+    repeats = run.groupby(["method", "context"]).size()
+    count = f"{repeats.min()}" if repeats.min() == repeats.max() else f"{repeats.min()} to {repeats.max()}"
+    first = run.iloc[0]
+    footer(figure, f"n = {count} per point, {number(first['new_tokens'])} tokens generated; {first['device']}, "
+           f"{threads(first['threads'])}, {first['dtype']}, kernels: {first['kernels']}")  # fmt: skip
+    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.95), wspace=0.04)  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def headline(run: pd.DataFrame) -> str:
+    """Model and where KV lies; a link whose time is a model's is called emulated."""
+    link, emulated = str(run["link"].iloc[0]), bool((run["emulated"] == True).any())  # noqa: E712 - a column
+    stamp = "" if link == "-" else f", KV over {'emulated ' if emulated and 'emulated' not in link else ''}{link}"
+    return f"Latency of {run['model'].iloc[0]}{stamp}"
+
+
+def lines_of(run: pd.DataFrame, field: str, factor: float) -> list[Line]:
+    """Lines of one panel, full attention first; a method with several budgets or settings has several."""
+    several = {name for name, part in run.groupby("method") if len(part.groupby(["budget", "key"])) > 1}
+    found = []
+    for (method, budget, key), part in run.groupby(["method", "budget", "key"], sort=False):
+        alike = run[(run["method"] == method) & (run["budget"] == budget)]["key"].nunique() > 1
+        label = method if method not in several else f"{method}, {budget}" + (f" ({str(key)[:4]})" if alike else "")
+        by_context = part.assign(value=part[field].astype(float) * factor).groupby("context")["value"]
+        middle, low, high = by_context.median(), by_context.min(), by_context.max()
+        contexts = [int(context) for context in middle.index]
+        found.append(Line(str(label), str(method), contexts, list(middle), list(low), list(high)))
+    return sorted(found, key=lambda line: line.method != BASELINE)
+
+
+def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
+    """Draw the lines of one panel with their names at the right ends."""
+    for line in lines:
+        look = chosen[line.method]
+        axis.fill_between(line.contexts, line.low, line.high, color=look.colour, alpha=0.15, linewidth=0)
+        axis.plot(line.contexts, line.middle, color=look.colour, marker=look.marker, linestyle=look.dash,
+                  markersize=4.5, linewidth=2.2 if line.method == BASELINE else 1.5, label=line.label)  # fmt: skip
+    contexts = sorted({context for line in lines for context in line.contexts})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts, [tokens(context) for context in contexts])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(contexts[0] / 1.1, contexts[-1] * (1.1 if len(contexts) > 1 else 1.3))
+    axis.set_ylim(0, 1.08 * max(max(line.high) for line in lines))
+    axis.set_xlabel("context length (tokens)")
+    axis.grid(axis="y", color="0.9")
+    _name_ends(axis, lines, chosen)
+
+
+def _name_ends(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
+    """Names beside the last points, pushed apart where they would overlap."""
+    top = axis.get_ylim()[1]
+    ends = sorted(lines, key=lambda line: line.middle[-1])
+    places = apart([line.middle[-1] / top for line in ends], _GAP)
+    for line, place in zip(ends, places, strict=True):
+        axis.annotate(
+            line.label, (line.contexts[-1], line.middle[-1]), xytext=(1.05, place), textcoords="axes fraction",
+            color=chosen[line.method].colour, fontsize=9, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": chosen[line.method].colour, "linewidth": 0.6, "shrinkB": 3,
+                        "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved until neighbours are ``gap`` apart; those pushed together stay round their mean."""
+    blocks: list[tuple[float, int]] = []  # middle and number of heights pushed against each other
+    for height in heights:
+        middle, count = height, 1
+        while blocks and blocks[-1][0] + gap * blocks[-1][1] / 2 > middle - gap * count / 2:
+            other, number = blocks.pop()
+            middle, count = (other * number + middle * count) / (number + count), number + count
+        blocks.append((middle, count))
+    return [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(count)]
