@@ -55,17 +55,19 @@ class OracleState(LayerState):
         self._read = keys.nbytes
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
+        body = self.geometry.kernels
+        if self.method.rule == "kv_head":
+            received = body.exact_probabilities(q, keys, self.geometry.scaling)[..., first:stop]  # [B, H, M]
+            return Selection(split.around(first + body.top_k(received, split.top_k), kv.length))
         logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, S]
         probabilities = logits.softmax(-1)
         middle = probabilities[..., first:stop]
         if self.method.rule == "query_head":
             chosen = _member(reference.top_k(middle, split.top_k), middle)  # [B, H, G, M]
             return _ragged(chosen, split.around, first, kv.length)
-        if self.method.rule == "top_p":
-            outside = probabilities[..., :first].sum(-1) + probabilities[..., stop:].sum(-1)  # [B, H, G]
-            chosen = _smallest_set(middle.mean(2), self.method.top_p - outside.mean(2))  # [B, H, M]
-            return _ragged(chosen[:, :, None].expand_as(middle), split.around, first, kv.length)
-        return Selection(split.around(first + reference.top_k(middle.sum(2), split.top_k), kv.length))
+        outside = probabilities[..., :first].sum(-1) + probabilities[..., stop:].sum(-1)  # [B, H, G]
+        chosen = _smallest_set(middle.mean(2), self.method.top_p - outside.mean(2))  # [B, H, M]
+        return _ragged(chosen[:, :, None].expand_as(middle), split.around, first, kv.length)
 
     @property
     def index_bytes(self) -> int:

@@ -64,12 +64,12 @@ class SparQState(LayerState):
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         logits = self.scores(q)  # [B, H, G, S]
         first, stop = split.middle(kv.length)
-        top = first + reference.top_k(logits.sum(2)[..., first:stop], split.top_k)
+        top = first + self.geometry.kernels.top_k(logits[..., first:stop].sum(2), split.top_k)
         indices = split.around(top, kv.length)
         if not self.method.reallocate or self.value_sum is None:
             return Selection(indices)
         chosen = indices[:, :, None].expand(-1, -1, q.shape[2], -1)
-        share = logits.softmax(-1).gather(3, chosen).sum(-1)  # alpha, [B, H, G]
+        share = (logits.gather(3, chosen).logsumexp(-1) - logits.logsumexp(-1)).exp()  # alpha, [B, H, G]
         mean = (self.value_sum / kv.length)[:, :, None].expand_as(q)
         rest = (1 - share).clamp(min=0)
         return Selection(indices, residual=Residual(mean, rest.log() - share.log(), relative=True))

@@ -1,0 +1,158 @@
+"""Quest: pages ranked by an upper bound on the logits of their keys (arXiv 2406.10774)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection, Split
+
+
+@dataclass(frozen=True)
+class Quest(Method):
+    """Middle tokens form pages; a page is known by the smallest and largest value of its keys in every dimension.
+
+    No key k of a page has q.k above the sum over dimensions of max(q * smallest, q * largest). Pages are read in the
+    order of this bound until the budget is full. The last page may be partial and is brought up to date as tokens leave
+    the window.
+
+    Differs from the paper: one ranking per KV head, by the bounds summed over the query group, so that what is read is
+    the budget (see ``per_query_head``); sinks and window are always attended and lie in no page (``budget.sink=0
+    budget.window=1`` comes closest); the lowest-ranked page taken is cut so that the budget is met to the token; no
+    layer is dense (``dense_layers``).
+
+    Attributes:
+        budget: sinks and window always, top_k tokens of pages.
+        page_size: P, tokens per page (paper: 16). The index is two vectors per page, phi = 2 / P.
+        group: how query heads that share a KV head rank together, ``sum`` or ``max`` of their bounds.
+        per_query_head: each query head takes top_k tokens by its own bound, as in the paper; what a KV head reads is
+            the union, which is counted and exceeds the budget.
+        dense_layers: first full-attention layers that attend to everything, beyond the budget (paper: 2).
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    page_size: int = 16
+    group: str = "sum"
+    per_query_head: bool = False
+    dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1:
+            raise ConfigError(f"quest.page_size is {self.page_size}: a page has at least 1 token")
+        if self.group not in ("sum", "max"):
+            raise ConfigError(f"quest.group is {self.group!r}: use sum or max")
+        if self.dense_layers < 0:
+            raise ConfigError(f"quest.dense_layers is {self.dense_layers}: use 0 for none")
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return LayerState(geometry) if geometry.rank < self.dense_layers else QuestState(self, geometry)
+
+
+def page_extremes(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per dimension of each page of keys ``[B, H, n, D]``: two ``[B, H, pages, D]``."""
+    batch, heads, count, width = keys.shape
+    full = count // size * size
+    pages = keys[:, :, :full].reshape(batch, heads, full // size, size, width)
+    low, high = pages.amin(3), pages.amax(3)
+    if full == count:
+        return low, high
+    rest = keys[:, :, full:]  # the partial page
+    return torch.cat([low, rest.amin(2, keepdim=True)], 2), torch.cat([high, rest.amax(2, keepdim=True)], 2)
+
+
+def upper_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What q.k is at most for the keys of each page: q ``[B, H, G, D]``, extremes ``[B, H, pages, D]``, result
+    ``[B, H, G, pages]`` float32. Positive components of q meet the largest values, negative ones the smallest."""
+    q = q.float()
+    return q.clamp(min=0) @ high.float().transpose(2, 3) + q.clamp(max=0) @ low.float().transpose(2, 3)
+
+
+def fill(scores: Tensor, size: int, middle: int, count: int) -> Tensor:
+    """The first ``count`` of ``middle`` tokens in the order of their pages' scores ``[..., pages]``: ``[..., count]``.
+
+    Best page first, ties to the older page, tokens of a page by age; the last of the pages may be partial.
+    """
+    wanted = -(-count // size) + 1  # one more, should the partial page be among them
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :wanted]
+    tokens = (size * best[..., None] + torch.arange(size, device=best.device)).flatten(-2)
+    beyond = (tokens >= middle).to(torch.int8)  # the partial page's missing tokens go last and are cut
+    return tokens.gather(-1, beyond.argsort(dim=-1, stable=True)[..., :count])
+
+
+class QuestState(LayerState):
+    """Extremes of every page, ``[B, H, pages, D]`` each, of the keys' type, on the device."""
+
+    def __init__(self, method: Quest, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+        self.low: GrowingBuffer | None = None
+        self.high: GrowingBuffer | None = None
+        self.covered = 0  # tokens in pages
+
+    def finish_prefill(self, kv: KV) -> None:
+        first, stop = self._middle(kv)
+        low, high = page_extremes(kv.stored_keys(first, stop), self.method.page_size)
+        self.low, self.high = GrowingBuffer(low.to(kv.device)), GrowingBuffer(high.to(kv.device))
+        self.covered = stop - first
+
+    def append(self, kv: KV) -> None:
+        """Put what has left the window into pages: first into the partial one, then into new ones."""
+        low, high = self._extremes()
+        first, stop = self._middle(kv)
+        if stop - first <= self.covered:
+            return
+        joined = kv.keys(first + self.covered, stop)  # [B, H, n, D]
+        room = -self.covered % self.method.page_size  # in the partial page
+        part, rest = joined[:, :, :room], joined[:, :, room:]
+        if part.shape[2]:
+            lowest, highest = low.view(len(low) - 1), high.view(len(high) - 1)  # [B, H, 1, D]
+            lowest.copy_(torch.minimum(lowest, part.amin(2, keepdim=True)))
+            highest.copy_(torch.maximum(highest, part.amax(2, keepdim=True)))
+        if rest.shape[2]:
+            for buffer, rows in zip((low, high), page_extremes(rest, self.method.page_size), strict=True):
+                buffer.append(rows)
+        self.covered = stop - first
+
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        low, high = self._extremes()
+        method, split = self.method, self.method.budget.resolve(kv.length, self.geometry.prompt)
+        bounds = upper_bounds(q, low.view(), high.view())  # [B, H, G, pages]
+        if not method.per_query_head:
+            bounds = bounds.sum(2, keepdim=True) if method.group == "sum" else bounds.amax(2, keepdim=True)
+        tokens = fill(bounds, method.page_size, self.covered, split.top_k)  # [B, H, G or 1, top_k]
+        if method.per_query_head:
+            return _union(tokens, split, kv.length)
+        return Selection(split.around(split.sink + tokens[:, :, 0], kv.length))
+
+    def _middle(self, kv: KV) -> tuple[int, int]:
+        return self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
+
+    def _extremes(self) -> tuple[GrowingBuffer, GrowingBuffer]:
+        if self.low is None or self.high is None:
+            raise RuntimeError("no pages before finish_prefill()")
+        return self.low, self.high
+
+    @property
+    def index_bytes(self) -> int:
+        return 0 if self.low is None or self.high is None else self.low.bytes + self.high.bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.index_bytes
+
+
+def _union(tokens: Tensor, split: Split, length: int) -> Selection:
+    """A selection from each query head's own middle tokens ``[B, H, G, k]``: their union per KV head, padded to the
+    largest union with rows that no query head sees."""
+    first, stop = split.middle(length)
+    chosen = torch.zeros(*tokens.shape[:3], stop - first, dtype=torch.bool, device=tokens.device)
+    chosen.scatter_(3, tokens, True)  # [B, H, G, middle]
+    union = chosen.any(2)
+    size = int(union.sum(-1).max())
+    top = union.to(torch.int8).topk(size, dim=-1).indices  # members first
+    seen = chosen.gather(3, top[:, :, None].expand(-1, -1, tokens.shape[2], -1))  # [B, H, G, size]
+    return Selection(split.around(first + top, length), functional.pad(seen, (split.sink, split.window), value=True))

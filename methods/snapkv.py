@@ -1,0 +1,107 @@
+"""SnapKV: the last queries of the prompt vote for the tokens that are kept (arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Split
+
+
+@dataclass(frozen=True)
+class SnapKV(Method):
+    """One selection at the end of prefill, per KV head, by the attention of the last ``observation`` prompt queries.
+
+    The vote for a token is its attention probability summed over those queries and the query group; the softmax runs
+    over all keys a query may see, the observed ones included. Votes of the middle tokens are pooled along the sequence,
+    so that neighbours of a heavy token are kept with it, and the highest top_k stay beside sinks and window.
+
+    Differs from the paper: one set per KV head, not per query head of repeated keys; sinks are kept, as for every
+    method here (``budget.sink=0`` for the paper), and votes are pooled over the middle alone, so that a sink's mass
+    does not spill into it; the window kept is the budget's, not the observed one (set ``budget.window`` to
+    ``observation`` for the paper), so that a token may be observed and yet compete, with the votes of the queries that
+    see it; and see ``evict_generated``.
+
+    Attributes:
+        budget: sinks and window always; top_k by votes.
+        observation: w, prompt queries that vote (released LongBench runs: 32).
+        kernel: width of the pooling, odd; 1 for none (released: 5 with avg, LongBench 7 with max).
+        pooling: ``max`` ignores what lies beyond the middle's edges; ``avg`` counts it as zeros, as released.
+        evict_generated: the budget holds in every step: the tokens voted for stay, and of all that came after them the
+            oldest outside the window is dropped. False keeps all generated tokens, as published: the cache then grows
+            by one in every step, beyond the budget.
+    """
+
+    evicts = True
+
+    budget: Budget = field(default_factory=Budget)
+    observation: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+    evict_generated: bool = True
+
+    def __post_init__(self) -> None:
+        if self.observation < 1:
+            raise ConfigError(f"snapkv.observation is {self.observation}: at least 1 query must vote")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigError(f"snapkv.kernel is {self.kernel}: it must be odd, 1 for no pooling")
+        if self.pooling not in ("avg", "max"):
+            raise ConfigError(f"snapkv.pooling is {self.pooling!r}: use avg or max")
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return SnapKVState(self, geometry)
+
+
+def pooled(votes: Tensor, kernel: int, kind: str) -> Tensor:
+    """Average or maximum of ``kernel`` (odd) neighbouring votes ``[B, H, M]``, same length; see :class:`SnapKV`."""
+    if kernel == 1 or votes.shape[-1] == 0:
+        return votes
+    pool = functional.avg_pool1d if kind == "avg" else functional.max_pool1d
+    return pool(votes, kernel, stride=1, padding=kernel // 2)
+
+
+class SnapKVState(LayerState):
+    """During prefill the last queries ``[B, H, G, w, D]``, then their votes ``[B, H, S]``; afterwards one number."""
+
+    def __init__(self, method: SnapKV, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+        self.queries: Tensor | None = None
+        self.votes: Tensor | None = None
+        self.voted = 0  # tokens before this position were sinks or up for the vote
+
+    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        recent = q if self.queries is None else torch.cat([self.queries, q], dim=3)
+        recent = recent[:, :, :, -self.method.observation :]
+        if keys.shape[2] < self.geometry.prompt:
+            self.queries = recent.clone()  # a view would hold the whole block
+        else:
+            self.queries = None
+            self.votes = self.geometry.kernels.column_sums(recent, keys, self.geometry.scaling)
+
+    def finish_prefill(self, kv: KV) -> Tensor:
+        if self.votes is None:
+            raise RuntimeError("finish_prefill() before observe() saw the end of the prompt")
+        split = self._next(kv)
+        first, self.voted = split.middle(kv.length)
+        votes = pooled(self.votes[:, :, first : self.voted], self.method.kernel, self.method.pooling)
+        self.votes = None
+        return split.around(first + self.geometry.kernels.top_k(votes, split.top_k), kv.length)
+
+    def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
+        split = self._next(kv)
+        surplus = kv.length - split.total
+        if surplus <= 0 or not self.method.evict_generated:
+            return None
+        positions = kv.positions
+        order = positions + kv.seen * (positions < self.voted)  # oldest first, what was voted for last
+        kept = (positions < split.sink) | (positions >= kv.seen - split.window)
+        return order.masked_fill(kept, 2 * kv.seen).topk(surplus, dim=-1, largest=False).indices
+
+    def _next(self, kv: KV) -> Split:
+        """What to hold until the next step, whose own token will complete the budget."""
+        split = self.method.budget.resolve(kv.seen + 1, self.geometry.prompt)
+        return Split(split.sink, split.window - 1, split.top_k)
