@@ -39,7 +39,7 @@ class PQCache(Method):
     budget: Budget = field(default_factory=Budget)
     m: int = 4
     b: int = 8
-    iterations: int | None = 10
+    iterations: int | None = 5
     seed: int = 0
     sample: int | None = 128
     codes_on: str = "device"

@@ -12,8 +12,12 @@ from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.oracle import Oracle
 from methods.pqcache import PQCache
+from methods.pyramidkv import PyramidKV
+from methods.quest import Quest
+from methods.snapkv import SnapKV
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
+from methods.tova import TOVA
 from pqbench import decode, generate, prefill
 from pqbench.errors import ConfigError
 from pqbench.method import Budget, Method
@@ -35,6 +39,11 @@ def methods(budget: Budget) -> dict[str, Method]:
         "sparq": SparQ(budget, rank=4),
         "infllm": InfLLM(budget, block_size=8, representatives=2),
         "pqcache": PQCache(budget, m=2, b=4),
+        "snapkv": SnapKV(budget, observation=8, kernel=5),
+        "pyramidkv": PyramidKV(budget, observation=50, kernel=3),  # observes across the blocks of a chunked prefill
+        "quest": Quest(budget, page_size=4),
+        "quest query_head": Quest(budget, page_size=4, per_query_head=True),
+        "tova": TOVA(budget),
     }
 
 

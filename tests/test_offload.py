@@ -31,7 +31,7 @@ def decoded(model: PreTrainedModel, method: PQCache, tier: Tier, seed: int = 3) 
 
 @pytest.mark.parametrize("budget", [GROWING, FIXED])
 def test_every_host_row_is_its_own_token_in_every_layer(llama: PreTrainedModel, budget: Budget) -> None:
-    """The released code stores a new token in place of the evicted one, and one row late in all layers but the first."""
+    """The released code stores a new token in place of the evicted one, and a row late in all layers but the first."""
     kept = decoded(llama, METHOD(budget), DeviceTier())
     moved = decoded(llama, METHOD(budget), HostTier(link="local", margin=4, debug=True))
     assert len(kept.groups()) > 1
@@ -60,7 +60,7 @@ def test_codebooks_come_from_middle_tokens_of_this_prompt_alone(llama: PreTraine
     group = decoded(llama, METHOD(GROWING), tier).groups()[0]
     first, stop = GROWING.resolve(PROMPT, PROMPT).middle(PROMPT)
     keys = group.store.stored_keys(first, stop)
-    codebook, _ = reference.train_codebook(keys, 2, 16, 10, 0, 128 * 16)
+    codebook, _ = reference.train_codebook(keys, 2, 16, 5, 0, 128 * 16)
     torch.testing.assert_close(group.state.codebook, codebook)  # type: ignore[attr-defined]
 
 

@@ -13,8 +13,12 @@ from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.oracle import Oracle
 from methods.pqcache import PQCache
+from methods.pyramidkv import PyramidKV
+from methods.quest import Quest
+from methods.snapkv import SnapKV
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
+from methods.tova import TOVA
 from pqbench.group import Group, Rows
 from pqbench.method import Budget, Method, PaperBudget
 from tests.support import append, case, finish, output_of, rows_of, start, tokens_of
@@ -36,6 +40,13 @@ SELECTING: dict[str, Any] = {
     "infllm": lambda budget: InfLLM(budget, block_size=4, representatives=2),
     "infllm per head": lambda budget: InfLLM(budget, block_size=5, representatives=1, per_head=True),
     "pqcache": lambda budget: PQCache(budget, m=2, b=3),
+    "snapkv": lambda budget: SnapKV(budget, observation=6, kernel=3),
+    "snapkv avg": lambda budget: SnapKV(budget, observation=70, kernel=5, pooling="avg"),
+    "pyramidkv": lambda budget: PyramidKV(budget, observation=6, kernel=3),  # one layer: the budget itself
+    "quest": lambda budget: Quest(budget, page_size=4),
+    "quest max": lambda budget: Quest(budget, page_size=5, group="max"),
+    "tova": TOVA,
+    "tova per head": lambda budget: TOVA(budget, per_head=True),
 }
 STEPS = 30
 
@@ -74,13 +85,14 @@ def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, pro
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 5, 40])
-@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p"])
+@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head"])
 def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
     budget = Budget(sink=4, ratio=1.0)
     if name.startswith("infllm"):
         budget = Budget(sink=0, window=1000, ratio=1.0)  # everything local: the one case in which it is exact
     others: dict[str, Method] = {
-        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 1.0)
+        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 1.0),
+        "quest query_head": Quest(budget, page_size=4, per_query_head=True),
     }  # fmt: skip
     method = others[name] if name in others else SELECTING[name](budget)
     data = case(prompt, 25)
@@ -92,11 +104,12 @@ def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
         finish(state, store, selection, q, data)
 
 
-@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p"])
+@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head"])
 def test_the_harness_computes_what_the_selection_says(name: str) -> None:
     budget = Budget(sink=4, ratio=0.3, minimum=8)
     others: dict[str, Method] = {
-        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 0.8)
+        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 0.8),
+        "quest query_head": Quest(budget, page_size=4, per_query_head=True),
     }  # fmt: skip
     method = others[name] if name in others else SELECTING[name](budget)
     data = case(50, 12)
@@ -124,7 +137,8 @@ def test_meters_follow_the_cost_table(name: str) -> None:
     batch, heads, width, length = 2, 2, 16, 70
     budget = Budget(sink=4, window=6, tokens=22, ratio=None)
     data = case(length - 1, 1, batch=batch, heads=heads, width=width)
-    state, store = start(Full() if name == "full" else SELECTING[name](budget), data)
+    method: Method = Full() if name == "full" else SELECTING[name](budget)
+    state, store = start(method, data)
     q = append(state, store, data, 0)
     state.select(q, store)
     middle = length - 4 - 6
@@ -137,9 +151,16 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "infllm": batch * -(-middle // 4) * heads * width * 4,  # one vector per block and KV head: phi = 1 / P
         "infllm per head": batch * -(-middle // 5) * heads * width * 4,
         "pqcache": batch * middle * heads * 2,  # m one-byte codes per middle key
+        "snapkv": 0,
+        "snapkv avg": 0,
+        "pyramidkv": 0,
+        "quest": 2 * batch * -(-middle // 4) * heads * width * 4,  # two vectors per page and KV head: phi = 2 / P
+        "quest max": 2 * batch * -(-middle // 5) * heads * width * 4,
+        "tova": 0,
+        "tova per head": 0,
     }
     assert state.index_bytes == formulas[name]
-    held = 22 if name in ("h2o", "streaming_llm") else length
+    held = 22 if method.evicts else length
     assert store.device_bytes == 2 * batch * heads * held * width * 4
 
 
