@@ -95,7 +95,7 @@ def test_killed_at_random_moments(forks: ForkServerContext, undisturbed: tuple[R
         if process.exitcode is None:
             process.kill()
             process.join()
-            assert process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:  # else it ended before the signal came
             kills += 1
             with_progress += any(path.stat().st_size for path in results.rglob("records.jsonl"))
             continue
