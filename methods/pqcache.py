@@ -32,6 +32,7 @@ class PQCache(Method):
         iterations: Lloyd iterations; None for as many as a layer's prefill hides (:func:`adaptive_iterations`).
         seed: of the initial centroids, a draw of middle keys shared by all heads.
         sample: keys per centroid that the iterations run on, None for all.
+        tolerance: K-Means stops early once at most this share of the keys changes cluster.
         codes_on: ``device`` keeps codes beside the accelerator; ``host`` brings them over for every step, asked for
             while the layer before computes, as in the paper.
     """
@@ -42,6 +43,7 @@ class PQCache(Method):
     iterations: int | None = 5
     seed: int = 0
     sample: int | None = 128
+    tolerance: float = 0.02
     codes_on: str = "device"
 
     def __post_init__(self) -> None:
@@ -51,18 +53,20 @@ class PQCache(Method):
             raise ConfigError(f"pqcache needs m >= 1 and iterations >= 0, got {self.m} and {self.iterations}")
         if self.sample is not None and self.sample < 1:
             raise ConfigError(f"pqcache.sample is {self.sample}: it must be at least 1 key per centroid, or null")
+        if not 0 <= self.tolerance < 1:
+            raise ConfigError(f"pqcache.tolerance is {self.tolerance}: it is a share of the keys, from 0 to below 1")
         if self.codes_on not in ("device", "host"):
             raise ConfigError(f"pqcache.codes_on is {self.codes_on!r}: use device or host")
 
     @classmethod
     def paper_longbench(cls, ratio: float = 0.1) -> PQCache:
         """The paper's LongBench setting: 12 bits per key and the paper's half/half split."""
-        return cls(PaperBudget(ratio=ratio), m=2, b=6, iterations=None)
+        return cls(PaperBudget(ratio=ratio), m=2, b=6, iterations=None, tolerance=0.0)
 
     @classmethod
     def paper_infinitebench(cls, ratio: float = 0.1) -> PQCache:
         """The paper's InfiniteBench setting: 32 bits per key and the paper's half/half split."""
-        return cls(PaperBudget(ratio=ratio), m=4, b=8, iterations=None)
+        return cls(PaperBudget(ratio=ratio), m=4, b=8, iterations=None, tolerance=0.0)
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
@@ -149,7 +153,9 @@ class PQCacheState(LayerState):
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
         body = kernels(keys.device, self.geometry.body)
-        codebook, codes = body.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample)
+        codebook, codes = body.train_codebook(
+            keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance
+        )
         self.codebook = codebook.to(device)
         self.codes = GrowingBuffer(codes.to(device if method.codes_on == "device" else "cpu"))
 

@@ -35,7 +35,7 @@ def _move(centroids: int, clusters: int, width: int, sums: np.ndarray, sizes: np
 @njit(**OPTIONS)
 def _lloyd(
     kind: Any, points: int, step: int, count: int, width: int, centroids: int, clusters: int, iterations: int,
-    codes: int, code_step: int,
+    codes: int, code_step: int, tolerance: float,
 ) -> None:  # fmt: skip
     """At most ``iterations`` steps from the given centroids, which change in place; codes end as the nearest."""
     table, few = np.empty(table_size(clusters, width), np.float32), np.empty(table_size(clusters, width), np.float32)
@@ -44,7 +44,7 @@ def _lloyd(
     make_table(centroids, clusters, width, address_of(table))
     assign(kind, points, step, count, width, address_of(table), clusters, codes, code_step, best)
     for _ in range(iterations):
-        sum_clusters(kind, points, step, count, width, clusters, codes, code_step, sums, sizes)
+        sum_clusters(kind, points, step, count, width, codes, code_step, sums, sizes)
         moved = _move(centroids, clusters, width, sums, sizes)
         make_table(centroids, clusters, width, address_of(table))
         if len(moved) > clusters // 2:
@@ -57,7 +57,7 @@ def _lloyd(
                 kind, points, step, count, width, address_of(table), clusters, address_of(few), moved, codes,
                 code_step, best,
             )  # fmt: skip
-        if changed == 0:
+        if changed <= np.int64(tolerance * count):
             break
     hold(table)
     hold(few)
@@ -67,7 +67,7 @@ def _lloyd(
 @njit(**OPTIONS)
 def _train(
     kind: Any, points: int, step: int, count: int, width: int, order: int, centroids: int, clusters: int,
-    iterations: int, sample: int, codes: int, code_step: int,
+    iterations: int, sample: int, codes: int, code_step: int, tolerance: float,
 ) -> None:  # fmt: skip
     """K-Means of one problem."""
     sampled = 0 < sample < count
@@ -78,9 +78,11 @@ def _train(
         fetch(kind, points + read_i64(order + i * 8) * step, step, 1, width, base + i * width * 4)
     copy_bytes(centroids, base, clusters * width * 4)
     if sampled:
-        _lloyd(FLOAT32, base, width * 4, drawn, width, centroids, clusters, iterations, address_of(marks), one)
+        _lloyd(
+            FLOAT32, base, width * 4, drawn, width, centroids, clusters, iterations, address_of(marks), one, tolerance
+        )
     rounds = min(iterations, 1) if sampled else iterations
-    _lloyd(kind, points, step, count, width, centroids, clusters, rounds, codes, code_step)
+    _lloyd(kind, points, step, count, width, centroids, clusters, rounds, codes, code_step, tolerance)
     hold(rows)
     hold(marks)
 
@@ -88,7 +90,7 @@ def _train(
 @njit(parallel=True, **OPTIONS)
 def train(
     half: bool, keys: int, key_batch: int, key_head: int, key_row: int, order: int, codebook: int, codes: int,
-    batch: int, heads: int, count: int, dims: int, parts: int, clusters: int, iterations: int, sample: int,
+    batch: int, heads: int, count: int, dims: int, parts: int, clusters: int, iterations: int, sample: int, tolerance: float,
 ) -> None:  # fmt: skip
     """K-Means of every sub-space of keys at byte strides, bfloat16 (``half``) or float32; rows are drawn in ``order``
     int64 ``[S]``.
@@ -102,9 +104,37 @@ def train(
         points = keys + owner // heads * key_batch + owner % heads * key_head + part * width * size
         place, target = codebook + problem * clusters * width * 4, codes + owner * count * parts + part
         if half:
-            _train(BFLOAT16, points, key_row, count, width, order, place, clusters, iterations, sample, target, parts)
+            _train(
+                BFLOAT16,
+                points,
+                key_row,
+                count,
+                width,
+                order,
+                place,
+                clusters,
+                iterations,
+                sample,
+                target,
+                parts,
+                tolerance,
+            )
         else:
-            _train(FLOAT32, points, key_row, count, width, order, place, clusters, iterations, sample, target, parts)
+            _train(
+                FLOAT32,
+                points,
+                key_row,
+                count,
+                width,
+                order,
+                place,
+                clusters,
+                iterations,
+                sample,
+                target,
+                parts,
+                tolerance,
+            )
 
 
 @njit(**OPTIONS)

@@ -133,8 +133,8 @@ def assign(
 
 @njit(**OPTIONS)
 def sum_clusters(
-    kind: Any, points: int, step: int, count: int, width: int, clusters: int, codes: int, code_step: int,
-    sums: np.ndarray, sizes: np.ndarray,
+    kind: Any, points: int, step: int, count: int, width: int, codes: int, code_step: int, sums: np.ndarray,
+    sizes: np.ndarray,
 ) -> None:  # fmt: skip
     """Sums ``[K * width]`` and sizes ``[K]`` of the clusters."""
     tile = np.empty(_TILE * width, np.float32)
