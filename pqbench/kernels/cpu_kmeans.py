@@ -90,7 +90,8 @@ def _train(
 @njit(parallel=True, **OPTIONS)
 def train(
     half: bool, keys: int, key_batch: int, key_head: int, key_row: int, order: int, codebook: int, codes: int,
-    batch: int, heads: int, count: int, dims: int, parts: int, clusters: int, iterations: int, sample: int, tolerance: float,
+    batch: int, heads: int, count: int, dims: int, parts: int, clusters: int, iterations: int, sample: int,
+    tolerance: float,
 ) -> None:  # fmt: skip
     """K-Means of every sub-space of keys at byte strides, bfloat16 (``half``) or float32; rows are drawn in ``order``
     int64 ``[S]``.

@@ -80,7 +80,12 @@ class PQCache(Method):
 
     def attends_all(self, context: int) -> bool:
         first, stop = self.budget.resolve(context, context).middle(context)
-        return stop - first <= 2**self.b
+        return stop - first <= self.clusters
+
+    @property
+    def clusters(self) -> int:
+        """Centroids per sub-space: as many middle tokens need no codebook."""
+        return 2**self.b
 
 
 def adaptive_iterations(idle: float, fit: tuple[float, float], points: int) -> int:
@@ -128,10 +133,10 @@ class PQCacheState(LayerState):
         """Give every middle token a code."""
         first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
         if self.codebook is None or self.codes is None:
-            if stop - first > 2**self.method.b:
-                self._train(kv.stored_keys(first, stop), kv.device)
+            if stop - first > self.method.clusters:
+                self._train(kv, first, stop)
         elif stop - first > len(self.codes):
-            codes = self.geometry.kernels.encode(kv.keys(first + len(self.codes), stop), self.codebook)
+            codes = self._encode(kv, first + len(self.codes), stop)
             self.codes.append(codes.to(self.codes.view().device))
 
     def _codes(self, kv: KV) -> Tensor:
@@ -145,19 +150,30 @@ class PQCacheState(LayerState):
         joined = self.codes.view(arrived.shape[2]).to(arrived.device)  # encoded after the codes were asked for
         return torch.cat([arrived, joined], dim=2)
 
-    def _train(self, keys: Tensor, device: torch.device) -> None:
-        """Cluster the keys ``[B, H, S, D]`` where they lie; raises ConfigError when they are not finite."""
+    def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
+        """Codes ``[B, H, n, m]`` of rows ``start`` to ``stop``."""
+        if self.codebook is None:
+            raise RuntimeError("no codebook before finish_prefill()")
+        return self.geometry.kernels.encode(kv.keys(start, stop), self.codebook)
+
+    def _train(self, kv: KV, start: int, stop: int) -> None:
+        """Make the codebook from rows ``start`` to ``stop``, and their codes."""
+        codebook, codes = self._clustered(kv.stored_keys(start, stop))
+        self.codebook = codebook.to(kv.device)
+        self.codes = GrowingBuffer(codes.to(kv.device if self.method.codes_on == "device" else "cpu"))
+
+    def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Codebook and codes of keys ``[B, H, S, D]``, made where they lie; raises ConfigError when they are not
+        finite."""
         if not bool(keys.isfinite().all()):
             raise ConfigError(f"layer {self.geometry.layer} has keys that are NaN or infinite: try model.dtype=float32")
         method, clusters = self.method, 2**self.method.b
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
         body = kernels(keys.device, self.geometry.body)
-        codebook, codes = body.train_codebook(
+        return body.train_codebook(
             keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance
         )
-        self.codebook = codebook.to(device)
-        self.codes = GrowingBuffer(codes.to(device if method.codes_on == "device" else "cpu"))
 
     def _iterations(self, points: int) -> int:
         calibration = self.geometry.calibration
