@@ -28,7 +28,7 @@ from pqbench.records import (
 
 log = logging.getLogger(__name__)
 
-_TIMING = "_target_: pqbench.timing."
+_UNSCORED = re.compile(r"_target_: pqbench\.(timing|fidelity)\.")
 _TARGET = re.compile(r"pqbench\.benchmarks\.[a-z_0-9]+\.[A-Za-z_0-9]+")
 
 
@@ -53,8 +53,8 @@ def rescore(root: Path) -> Rescored:
     """
     total = Rescored()
     for folder in run_folders(root):
-        if _TIMING in _text(folder / "config.yaml"):
-            continue  # timings have no scores
+        if _UNSCORED.search(_text(folder / "config.yaml")):
+            continue  # timings and fidelity hold figures, not predictions
         try:
             benchmark = stored_benchmark(folder / "config.yaml")
         except PqbenchError as error:

@@ -231,6 +231,12 @@ def _shown(value: Any, factor: float, form: str) -> str:
     return f"{figure:.{3 - sum(figure >= limit for limit in (10, 100))}f}" if form == AUTO else form.format(figure)
 
 
+def _fidelity(records: Sequence[Record]) -> list[Section]:
+    from pqbench.fidelity.table import sections as fidelity_sections  # which is made of what is here
+
+    return fidelity_sections(records)
+
+
 _MAKERS: Mapping[str, Callable[[Sequence[Record]], list[Section]]] = MappingProxyType(
-    {"attention": _attention, "latency": _latency}
+    {"attention": _attention, "latency": _latency, "fidelity": _fidelity}
 )

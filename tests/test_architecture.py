@@ -73,6 +73,7 @@ def uses(path: Path, package: str) -> bool:
         ("pqbench/store", {"store", "kernels"} | CORE),
         ("pqbench/benchmarks", {"benchmarks", "errors", "models"}),
         ("pqbench/timing", TIMING),
+        ("pqbench/fidelity", TIMING | {"fidelity", "attention", "probe", "summaries"}),
     ],
 )
 def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:

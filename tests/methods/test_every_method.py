@@ -15,6 +15,7 @@ from methods.oracle import Oracle
 from methods.pqcache import PQCache, PQCachePlus
 from methods.pyramidkv import PyramidKV
 from methods.quest import Quest
+from methods.random_tokens import RandomTokens
 from methods.snapkv import SnapKV
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
@@ -48,6 +49,7 @@ SELECTING: dict[str, Any] = {
     "pyramidkv": lambda budget: PyramidKV(budget, observation=6, kernel=3),  # one layer: the budget itself
     "quest": lambda budget: Quest(budget, page_size=4),
     "quest max": lambda budget: Quest(budget, page_size=5, group="max"),
+    "random_tokens": RandomTokens,
     "tova": TOVA,
     "tova per head": lambda budget: TOVA(budget, per_head=True),
 }
@@ -166,6 +168,7 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "quest": 2 * batch * -(-middle // 4) * heads * width * 4,  # two vectors per page and KV head: phi = 2 / P
         "quest max": 2 * batch * -(-middle // 5) * heads * width * 4,
         "tova": 0,
+        "random_tokens": 0,
         "tova per head": 0,
     }
     assert state.index_bytes == formulas[name]

@@ -1,0 +1,45 @@
+"""Random tokens: the lower rail that every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pqbench.kernels import reference
+from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
+
+
+@dataclass(frozen=True)
+class RandomTokens(Method):
+    """Sinks, window and middle tokens drawn uniformly without replacement, anew in every step and for every KV head.
+
+    The draw depends on ``seed``, layer and step alone: two runs select the same tokens, as do the sequences of a batch.
+
+    Attributes:
+        budget: sinks and window always; top_k random tokens of the middle.
+        seed: see above.
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return RandomTokensState(self, geometry)
+
+
+class RandomTokensState(LayerState):
+    """Nothing to remember: the number of tokens seen is the step."""
+
+    def __init__(self, method: RandomTokens, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+
+    def select(self, q: torch.Tensor, kv: KV) -> Selection:
+        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
+        first, stop = split.middle(kv.length)
+        seed = (self.method.seed * 4099 + self.geometry.layer) * (1 << 24) + kv.seen  # differs in every layer and step
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        lots = torch.rand(1, q.shape[1], stop - first, generator=generator).to(q.device)  # [1, H, middle]
+        top = first + reference.top_k(lots, split.top_k)
+        return Selection(split.around(top.expand(q.shape[0], -1, -1), kv.length))

@@ -1,0 +1,193 @@
+"""Fidelity figures: output error, and KL to full attention, against the bytes that a step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from plots.latency import apart
+from plots.style import BASELINE, Look, footer, looks, number, save, style, threads, tokens
+from pqbench.records import plain_name
+from pqbench.summaries import LEVEL, resampled
+
+# Field of a record, title of its panel, label of its axis.
+PANELS = (
+    ("output_error", "attention output, clean inputs", "relative error"),
+    ("kl", "next token, method in all layers", "KL(full || method), nats"),
+)
+RUN = ["model", "length", "steps", "texts", "dtype", "device"]  # what one figure has in common
+DECADES = 4.0  # of the vertical axis, at most: budgets at which a method is exact fall below
+_GAP = 0.052  # between labels, as a share of the panel's height
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in one panel, by budget: means over documents with their bootstrap interval.
+
+    Attributes:
+        size: bytes of index and of attended keys and values that one step reads for one KV head.
+        documents: fewest and most documents behind a point.
+    """
+
+    label: str
+    method: str
+    ratios: list[float]
+    size: list[float]
+    middle: list[float]
+    low: list[float]
+    high: list[float]
+    documents: tuple[int, int]
+
+
+def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """A figure for each model and length among the fidelity records; empty list without any.
+
+    The newest is ``fidelity_<model>_<length>``; those of other texts, steps or machines get a number.
+    """
+    good = measured(table)
+    paths: list[Path] = []
+    taken: dict[str, int] = {}
+    chosen = looks(good["method"])
+    for _, run in reversed(list(good.groupby(RUN, sort=False))):
+        if run["ratio"].isna().all():
+            continue  # full attention alone is no curve
+        first = run.iloc[0]
+        name = f"fidelity_{plain_name(str(first['model']))}_{tokens(int(first['length']))}"
+        taken[name] = taken.get(name, 0) + 1
+        with style():
+            paths += save(panels(run, chosen), folder, name if taken[name] == 1 else f"{name}-{taken[name]}")
+    return paths
+
+
+def measured(table: pd.DataFrame) -> pd.DataFrame:
+    """The fidelity records that hold figures; ``texts`` is what their documents were cut from."""
+    good = table[(table["benchmark"] == "fidelity") & (table["status"] == "ok")]
+    if good.empty:
+        return good.assign(**dict.fromkeys([*RUN, "ratio"], "-"))
+    texts = good["document"].astype(str).str.rsplit("-", n=1).str[0]
+    good = good.assign(texts=texts, ratio=pd.to_numeric(good["ratio"], errors="coerce"))
+    return good.assign(**{name: good[name].fillna("-") for name in RUN})
+
+
+def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
+    """The figure of one run: two panels side by side."""
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    counts: set[int] = set()
+    for axis, (field, title, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        lines = lines_of(run, field)
+        counts |= {count for line in lines for count in line.documents}
+        plot(axis, lines, chosen)
+        dense = run[run["method"] == BASELINE]
+        if len(dense):
+            mark_dense(axis, float(dense["bytes_per_head"].astype(float).mean()))
+        axis.set_title(title)
+        axis.set_ylabel(label)
+    first = run.iloc[0]
+    figure.suptitle(f"Fidelity to full attention: {first['model']}, {tokens(int(first['length']))} tokens", fontsize=12)
+    footer(figure, note(run, counts))
+    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.95), wspace=0.05)  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def note(run: pd.DataFrame, counts: set[int]) -> str:
+    """Footer: how many documents of what, budgets, and the machine."""
+    first = run.iloc[0]
+    count = "n = " + (f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}")
+    ratios = ", ".join(f"{100 * ratio:g}" for ratio in sorted(run["ratio"].dropna().unique()))
+    bars = f", bars: {LEVEL} % interval by document" if max(counts) > 1 else ""
+    machine = f"{first['device']}, {threads(first['threads'])}, {first['dtype']}"
+    return (
+        f"{count} documents ({first['texts']}), {number(first['steps'])} teacher-forced steps each{bars}; points: "
+        f"budgets of {ratios} % of the context; {machine}"
+    )
+
+
+def lines_of(run: pd.DataFrame, field: str) -> list[Line]:
+    """Lines of one panel in alphabetical order; a method with several settings has several. None without a budget."""
+    found = []
+    selecting = run[run["ratio"].notna()]
+    for (method, key), part in selecting.groupby(["method", "key"], sort=True):
+        several = selecting[selecting["method"] == method]["key"].nunique() > 1
+        points = []
+        for ratio in sorted(part["ratio"].unique()):
+            rows = part[part["ratio"] == ratio].sort_values("document")
+            values = rows[field].astype(float).dropna().to_numpy()
+            if len(values):
+                points.append((float(ratio), float(rows["bytes_per_head"].astype(float).mean()), *interval(values)))
+        if points:
+            ratios, size, middle, low, high, counts = map(list, zip(*points, strict=True))
+            label = f"{method} ({str(key)[:4]})" if several else str(method)
+            documents = (min(counts), max(counts))
+            found.append(Line(label, str(method), ratios, size, middle, low, high, documents))
+    return found
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float, int]:
+    """Mean over documents, ends of its bootstrap interval, and the number of documents."""
+    draws = resampled("documents", values)  # one seed: methods over the same documents are resampled alike
+    low, high = np.percentile(draws.means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return draws.value, float(low), float(high), draws.n
+
+
+def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
+    """Draw the lines of one panel with their names at the right ends."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for line in lines:
+        look, order = chosen[line.method], np.argsort(line.size)
+        size, middle = np.array(line.size)[order], np.array(line.middle)[order]
+        middle = np.where(middle > 0, middle, np.nan)  # no error has no place on this axis
+        spread = np.clip([middle - np.array(line.low)[order], np.array(line.high)[order] - middle], 0, None)
+        axis.plot(size, middle, color=look.colour, marker=look.marker, linestyle=look.dash, markersize=5, linewidth=1.5,
+                  label=line.label)  # fmt: skip
+        if line.documents[1] > 1:
+            axis.errorbar(size, middle, yerr=spread, fmt="none", ecolor=look.colour, elinewidth=1, capsize=2, alpha=0.6)
+    axis.set_ylim(*limits([value for line in lines for value in line.middle]))
+    axis.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+    axis.xaxis.set_major_formatter(FuncFormatter(_bytes))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("bytes read per step and KV head (index + keys and values attended)")
+    axis.grid(color="0.92")
+    _name_ends(axis, lines, chosen)
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a logarithmic axis over the positive ones of ``values``, at most :data:`DECADES` apart."""
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return 0.1, 1.0
+    top = max(positive)
+    return max(min(positive), top / 10**DECADES) / 1.3, top * 1.3
+
+
+def mark_dense(axis: Axes, size: float) -> None:
+    """Full attention has no error: a line where its bytes are."""
+    axis.axvline(size, color="black", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
+    axis.annotate(BASELINE, (size, 0.02), xycoords=("data", "axes fraction"), xytext=(-4, 0),
+                  textcoords="offset points", ha="right", va="bottom", fontsize=9)  # fmt: skip
+
+
+def _name_ends(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
+    """Names beside the points of the largest budgets, pushed apart where they would overlap."""
+    low, high = np.log(axis.get_ylim())
+    ends = sorted((max(zip(line.size, line.middle, strict=True))[::-1], line.label, line) for line in lines)
+    heights = [min(1.0, max(0.0, float((np.log(max(value, 1e-300)) - low) / (high - low)))) for (value, _), *_ in ends]
+    for ((value, size), label, line), place in zip(ends, apart(heights, _GAP), strict=True):
+        colour = chosen[line.method].colour
+        axis.annotate(
+            label, (size, value), xytext=(1.03, place), textcoords="axes fraction", color=colour, fontsize=9,
+            va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def _bytes(size: float, _: object) -> str:
+    """65536 as 64K."""
+    return f"{size / 1024:g}K" if size < 1 << 20 else f"{size / (1 << 20):g}M"

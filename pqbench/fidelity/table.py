@@ -1,0 +1,155 @@
+"""Records of ``benchmark=fidelity`` to tables. Loads nothing that runs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pqbench.records import Record
+from pqbench.summaries import LEVEL, resampled
+from pqbench.timings import Section, facts, group_records
+
+# Field -> (heading, factor, format, whether the interval is shown).
+Column = tuple[str, str, float, str, bool]
+FIGURES: tuple[Column, ...] = (
+    ("output_error", "output error", 1, "{:.3f}", True),
+    ("kl", "KL nats", 1, "{:.4f}", True),
+    ("top1_agreement", "top-1 %", 100, "{:.1f}", False),
+    ("excess_nll", "NLL - full", 1, "{:+.4f}", True),
+    ("perplexity", "ppl", 1, "{:.2f}", False),
+    ("recall", "recall", 1, "{:.3f}", False),
+    ("mass", "mass", 1, "{:.3f}", False),
+    ("bits_per_key", "bits/key", 1, "{:.1f}", False),
+    ("attended_tokens", "attended", 1, "{:.0f}", False),
+    ("bytes_per_head", "KB/head", 1e-3, "{:.1f}", False),
+)
+AGES = {"prompt": "prompt", "early": "early decoded", "late": "late decoded"}
+THIRDS = ("low", "middle", "high")
+WIDE = ("ppl", "mass")  # what a terminal has no room for
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over ``n`` documents with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: its labels, and the records behind it, one a document."""
+
+    labels: dict[str, str]
+    group: tuple[Any, ...]  # what rows must share to be compared: length and ratio
+    good: Sequence[Record]
+    failed: int
+
+    def mean(self, field: str) -> Mean | None:
+        """Mean of a field over documents; None where no record has it."""
+        ordered = sorted(self.good, key=lambda record: str(record.get("document")))
+        numbers = [value for value in (figure(record, field) for record in ordered) if value is not None]
+        return over_documents(numbers, str(self.group[0])) if numbers else None
+
+
+def over_documents(values: Sequence[float], seed: str) -> Mean:
+    """Mean and bootstrap interval; with the same ``seed``, methods over the same documents are resampled alike."""
+    draws = resampled(seed, np.array(values, dtype=float))
+    low, high = np.percentile(draws.means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return Mean(draws.value, float(low), float(high), draws.n)
+
+
+def figure(record: Record, field: str) -> float | None:
+    """A number of a record, or one that follows from it; ``a.b.c`` looks into nested fields."""
+    if field == "excess_nll":
+        mine, full = figure(record, "nll"), figure(record, "nll_full")
+        return None if mine is None or full is None else mine - full
+    value: Any = record
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def sections(records: Sequence[Record]) -> list[Section]:
+    """Two tables for each model: figures by method and budget, then what they depend on."""
+    found = []
+    for (model,), rows in group_records(records, "model").items():
+        steps = "/".join(sorted({str(row.get("steps")) for row in rows}))
+        title = f"fidelity of {model} to full attention over {steps} teacher-forced steps ({facts(rows)})"
+        lines = lines_of(rows)
+        found.append(_figures(f"{title}: means over documents [95 % interval]", lines))
+        found.append(_parts(f"{title}: recall by token age, output error by entropy of the head", lines))
+    return [section for section in found if section.rows]
+
+
+def lines_of(records: Sequence[Record]) -> list[Line]:
+    """Rows by length and budget, methods in the order in which they first appear, those without a budget first."""
+    names = ["length", "ratio", "method", *_further(records)]
+    lines = []
+    for key, rows in group_records(records, *names).items():
+        good = [row for row in rows if row["status"] == "ok"]
+        named = {name: str(value) for name, value in zip(names, key, strict=True)}
+        named["ratio"] = "all" if key[1] is None else f"{100 * key[1]:g} %"
+        lines.append(Line(named, key[:2], good, len(rows) - len(good)))
+    return sorted(lines, key=lambda line: (line.group[0] or 0, line.group[1] or 0))
+
+
+def _further(records: Sequence[Record]) -> list[str]:
+    """What else tells runs of one method apart."""
+    names = ["length", "ratio", "method"]
+    for name in ("steps", "dtype", "kernels", "key"):
+        by_method = group_records(records, *names)
+        if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
+            names.append(name)
+    return names[3:]
+
+
+def _figures(title: str, lines: Sequence[Line]) -> Section:
+    labels = list(lines[0].labels) if lines else []
+    rows = []
+    for line in lines:
+        count = f"{len(line.good)}" + (f" (+{line.failed} failed)" if line.failed else "")
+        means = [line.mean(field) for field, *_ in FIGURES]
+        cells = [_cell(mean, *column[2:]) for mean, column in zip(means, FIGURES, strict=True)]
+        rows.append([*line.labels.values(), count, cells[0], _times_best(line, lines), *cells[1:]])
+    headings = [*labels, "n", FIGURES[0][1], "x best", *(heading for _, heading, *_ in FIGURES[1:])]
+    return Section(title, headings, rows, len(labels), WIDE)
+
+
+def _times_best(line: Line, lines: Sequence[Line]) -> str:
+    """Output error over the smallest one at the same length and budget; nothing for a method without a budget."""
+    mine = line.mean("output_error")
+    peers = [other.mean("output_error") for other in lines if other.group == line.group]
+    best = min((peer.value for peer in peers if peer is not None), default=0.0)
+    return "-" if mine is None or line.group[1] is None or not best else f"{mine.value / best:.2f}"
+
+
+def _parts(title: str, lines: Sequence[Line]) -> Section:
+    """Recall by age, with the share of such tokens in the exact top-k; output error by third of the heads."""
+    labels = list(lines[0].labels) if lines else []
+    rows = []
+    for line in lines:
+        if line.group[1] is None or not line.good:
+            continue
+        recalls = [_aged(line, age) for age in AGES]
+        errors = [_cell(line.mean(f"entropy.{third}.output_error"), 1, "{:.3f}", False) for third in THIRDS]
+        rows.append([*line.labels.values(), *recalls, *errors])
+    headings = [*labels, *(f"recall {name}" for name in AGES.values()), *(f"error {third} entropy" for third in THIRDS)]
+    return Section(title, headings, rows, len(labels))
+
+
+def _aged(line: Line, age: str) -> str:
+    recall, share = line.mean(f"token_age.{age}.recall"), line.mean(f"token_age.{age}.share")
+    return "-" if recall is None or share is None else f"{recall.value:.3f} ({100 * share.value:.1f} %)"
+
+
+def _cell(mean: Mean | None, factor: float, form: str, interval: bool) -> str:
+    if mean is None:
+        return "-"
+    value, low, high = (form.format(number * factor) for number in (mean.value, mean.low, mean.high))
+    return f"{value} [{low}, {high}]" if interval and mean.n > 1 else value

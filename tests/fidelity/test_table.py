@@ -1,0 +1,89 @@
+"""Tables of fidelity records: means by hand, intervals by document, ratios to the best, failures counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pqbench.fidelity.table import lines_of, sections
+
+ERRORS = {("oracle", 0.1): (0.1, 0.3), ("oracle", 0.2): (0.05, 0.15), ("h2o", 0.1): (0.4, 0.6), ("full", None): (0, 0)}
+
+
+def records(**fields: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "benchmark": "fidelity", "model": "toy", "method": method, "key": f"key-{method}", "status": "ok",
+            "document": f"sotu-{i:03}", "length": 4096, "steps": 64, "ratio": ratio, "dtype": "float32", "threads": 2,
+            "kernels": "cpu", "output_error": error, "kl": error / 10, "top1_agreement": 1 - error, "nll": 3 + error,
+            "nll_full": 3.0, "perplexity": 20.0 + i, "recall": None if ratio is None else 1 - error, "mass": 0.9,
+            "bits_per_key": 16.0, "attended_tokens": 409.6, "bytes_per_head": 123456.0,
+            "token_age": {"prompt": {"recall": 1 - error, "share": 1.0}, "early": {"recall": None, "share": 0.0},
+                          "late": {"recall": None, "share": 0.0}},
+            "entropy": {third: {"output_error": error * (j + 1), "nats": 1.0}
+                        for j, third in enumerate(("low", "middle", "high"))},
+        } | fields
+        for (method, ratio), errors in ERRORS.items()
+        for i, error in enumerate(errors)
+    ]  # fmt: skip
+
+
+def cells(rows: list[dict[str, Any]], table: int = 0) -> dict[tuple[str, str], dict[str, str]]:
+    """Cells by heading, by method and ratio."""
+    section = sections(rows)[table]
+    named = [dict(zip(section.headings, row, strict=True)) for row in section.rows]
+    return {(row["method"], row["ratio"]): row for row in named}
+
+
+def test_means_and_their_units() -> None:
+    found = cells(records())
+    assert list(found) == [("full", "all"), ("oracle", "10 %"), ("h2o", "10 %"), ("oracle", "20 %")]
+    row = found["oracle", "10 %"]
+    assert row["output error"].startswith("0.200 [0.1")
+    assert row["KL nats"].startswith("0.0200 [")
+    assert row["NLL - full"].startswith("+0.2000 [")
+    assert (row["n"], row["top-1 %"], row["recall"], row["mass"], row["bits/key"], row["attended"], row["KB/head"]) == (
+        "2", "80.0", "0.800", "0.900", "16.0", "410", "123.5",
+    )  # fmt: skip
+    assert (found["full", "all"]["recall"], found["full", "all"]["x best"]) == ("-", "-")
+
+
+def test_intervals_are_over_documents() -> None:
+    (line,) = [line for line in lines_of(records()) if line.labels["method"] == "h2o"]
+    mean = line.mean("output_error")
+    assert mean is not None
+    assert (mean.value, mean.low, mean.high, mean.n) == (pytest.approx(0.5), pytest.approx(0.4), pytest.approx(0.6), 2)
+    assert "[" not in cells([row for row in records() if row["document"] == "sotu-000"])["h2o", "10 %"]["output error"]
+
+
+def test_the_best_is_that_of_the_same_length_and_budget() -> None:
+    found = cells(records())
+    assert (found["oracle", "10 %"]["x best"], found["h2o", "10 %"]["x best"]) == ("1.00", "2.50")
+    assert found["oracle", "20 %"]["x best"] == "1.00"
+    longer = cells(records() + records(length=8192, output_error=0.01, method="other"))
+    assert longer["h2o", "10 %"]["x best"] == "2.50"
+
+
+def test_parts_show_ages_and_thirds() -> None:
+    found = cells(records(), 1)
+    assert ("full", "all") not in found
+    row = found["oracle", "10 %"]
+    assert (row["recall prompt"], row["recall early decoded"]) == ("0.800 (100.0 %)", "-")
+    assert [row[f"error {third} entropy"] for third in ("low", "middle", "high")] == ["0.200", "0.400", "0.600"]
+
+
+def test_failures_are_counted_and_runs_told_apart() -> None:
+    rows = records()
+    rows[2] |= {"status": "oom"}
+    assert cells(rows)["oracle", "20 %"]["n"] == "1 (+1 failed)"
+    two = sections(records() + records(key="other"))[0]
+    assert two.headings[:4] == ["length", "ratio", "method", "key"]
+    assert len(two.rows) == 8
+
+
+def test_every_model_has_its_own_tables() -> None:
+    titles = [section.title for section in sections(records() + records(model="big"))]
+    assert [title.split()[2] for title in titles] == ["toy", "toy", "big", "big"]
+    assert "64 teacher-forced steps (float32, 2 threads, kernels cpu)" in titles[0]
+    assert sections([]) == []
