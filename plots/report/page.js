@@ -59,7 +59,7 @@
     for (const panel of document.querySelectorAll("[data-panel]")) panel.hidden = !fits(panel, ["benchmark", "model"]);
     const rows = [...document.querySelectorAll("#runs tbody tr")];
     const shown = rows.filter((row) => !row.hidden).length;
-    find("filter-count").textContent = shown === rows.length ? rows.length + " runs" : shown + " of " + rows.length + " runs";
+    find("filter-count").textContent = shown === rows.length ? rows.length + " rows" : shown + " of " + rows.length + " rows";
     for (const name of names) keep(name, wanted[name]);
     keep("text", text);
   };

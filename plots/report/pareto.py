@@ -13,9 +13,10 @@ from plots.report.leaderboard import COLUMNS, Board, Row
 from plots.style import Look
 
 WIDTH, HEIGHT = 460.0, 290.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 446.0, 14.0, 240.0  # edges of the axes
+LEFT, RIGHT, TOP, BOTTOM = 54.0, 448.0, 14.0, 240.0  # edges of the axes
 COSTS = (("step_bytes", "read per decode step, MB"), ("tpot_s", "time per output token, ms"))
 POINTS = 400  # of one panel
+BARS = 12  # points up to which intervals are drawn
 Box = tuple[float, float, float, float]
 Scale = Callable[[float], float]
 # Where a label may stand, from its point: to the right first, then left, below and above.
@@ -92,12 +93,13 @@ def _panel(board: Board, rows: list[Row], field: str, title: str) -> Panel:
     costs = [(row.figures[field] or 0.0) * factor for row in kept]
     scores = [row.figures[quality] or 0.0 for row in kept]
     spans = [_interval(row, quality, board) for row in kept]
+    bars = len(kept) <= BARS
     x_place, x_ticks, log = _horizontal(costs)
     y_place, y_ticks = _vertical([*scores, *(edge for span in spans for edge in span)])
     points = [
-        Point(x_place(cost), y_place(score), y_place(low), y_place(high), row.names["method"],
-              f"{row.names['method']}, budget {row.names['budget']}: {score:.1f} %, {row.shown(field)} "
-              f"{COLUMNS[field][1]}, n = {row.run.n}")
+        Point(x_place(cost), y_place(score), y_place(low if bars else score), y_place(high if bars else score),
+              row.names["method"], f"{row.names['method']}, budget {row.names['budget']}: {score:.1f} % "
+              f"[{low:.1f}, {high:.1f}], {row.shown(field)} {COLUMNS[field][1]}, n = {row.run.n}")
         for row, cost, score, (low, high) in zip(kept, costs, scores, spans, strict=True)
     ]  # fmt: skip
     links = sorted({row.emulated for row in kept if row.emulated}) if field == "tpot_s" else []
@@ -157,13 +159,14 @@ def _horizontal(costs: Sequence[float]) -> tuple[Scale, list[tuple[float, str]],
 
 def _vertical(scores: Sequence[float]) -> tuple[Scale, list[tuple[float, str]]]:
     low, high = min(scores), max(scores)
-    margin = max(2.0, 0.08 * (high - low))
+    margin = max(5.0, 0.08 * (high - low))
+    top = 100.0 if high <= 100 else high  # nothing above 100 % is worth a tick
     low, high = low - margin, high + margin
 
     def place(value: float) -> float:
         return round(float(BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP)), 1)
 
-    return place, [(place(tick), f"{tick:g}") for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    return place, [(place(tick), f"{tick:g}") for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= top]
 
 
 def _lines(points: Sequence[Point]) -> dict[str, str]:

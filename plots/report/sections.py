@@ -95,13 +95,15 @@ def needle_cells(table: pd.DataFrame) -> pd.DataFrame:
         length=[_number(place.get("length")) for place in places],
         depth=[_number(place.get("depth")) for place in places],
     )
-    return placed.dropna(subset=["score", "length", "depth"])
+    columns = ["model", "method", "budget", "question", "key", "score", "length", "depth"]
+    named = placed[columns].assign(method=placed["method"].map(name))
+    return named.dropna(subset=["score", "length", "depth"])
 
 
 def heatmaps(cells: pd.DataFrame, method: str) -> list[Heatmap]:
     """A heatmap for each model, budget and configuration of a method."""
     found = []
-    for (model, budget, question), part in cells[cells["method"].map(name) == method].groupby(
+    for (model, budget, question), part in cells[cells["method"] == method].groupby(
         ["model", "budget", "question"], sort=False
     ):
         for _, run in part.groupby("key", sort=False):

@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pqbench.terminal import plain
@@ -24,6 +25,11 @@ def inert(text: object) -> str:
 
 def name(text: object) -> str:
     """A name on one line, shortened with an ellipsis."""
+    return _shortened(str(text)[: 4 * NAME])
+
+
+@lru_cache(maxsize=1 << 14)
+def _shortened(text: str) -> str:
     shown = plain(text)
     return shown if len(shown) <= NAME else f"{shown[: NAME - 1]}…"
 
