@@ -171,9 +171,7 @@ class PQCacheState(LayerState):
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
         body = kernels(keys.device, self.geometry.body)
-        return body.train_codebook(
-            keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance
-        )
+        return body.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance)
 
     def _iterations(self, points: int) -> int:
         calibration = self.geometry.calibration

@@ -139,7 +139,12 @@ class PQCachePlusState(PQCacheState):
         if method.tail == "pq":
             sample = None if method.sample is None else method.sample * 2**method.b_v
             self.value_codebook, value_codes = self.geometry.kernels.train_codebook(
-                kv.values(start, stop), method.m_v, 2**method.b_v, self.iterations, method.seed, sample,
+                kv.values(start, stop),
+                method.m_v,
+                2**method.b_v,
+                self.iterations,
+                method.seed,
+                sample,
                 method.tolerance,
             )
             self.codes = GrowingBuffer(torch.cat([codes.view(), value_codes.to(codes.view().device)], dim=3))

@@ -323,8 +323,8 @@ def test_defaults_stay_within_36_bits() -> None:
 
 def test_without_additions_it_is_pqcache() -> None:
     data = case(90, 5)
-    ours = started(plus(codebook="plain", tail="none", iterations=10), data)
-    paper = start(PQCache(BUDGET, m=2, b=3, iterations=10), data)
+    ours = started(plus(codebook="plain", tail="none", iterations=10, tolerance=0.0), data)
+    paper = start(PQCache(BUDGET, m=2, b=3, iterations=10, tolerance=0.0), data)
     for step in range(5):
         assert torch.equal(*(advance(*pair, data, step).indices for pair in (ours, paper)))  # type: ignore[arg-type]
 
