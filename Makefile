@@ -1,4 +1,4 @@
-# make bench METHOD=pqcache | make test | make lint | make figures | make setup | make gpu-check
+# make bench METHOD=pqcache | make test | make lint | make figures | make report | make setup | make gpu-check
 METHOD ?= pqcache
 MODEL ?= smollm2
 BENCHMARK ?=
@@ -11,7 +11,7 @@ comma := ,
 STAMP := .venv/ready
 RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
-.PHONY: setup bench figures tables test lint gpu-check
+.PHONY: setup bench figures report tables test lint gpu-check
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ bench: setup
 
 figures: setup
 	@$(BIN)/python -m plots $(RESULTS)
+
+report: setup
+	@$(BIN)/python -m plots.report $(RESULTS)
 
 tables: setup
 	@$(BIN)/python -m pqbench.tables $(RESULTS)
