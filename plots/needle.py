@@ -29,8 +29,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     taken: set[str] = set()
     runs = list(cells.groupby(["model", "method", "key"], sort=False))
     for (model, method, key), run in reversed(runs):
-        if method == BASELINE and len(runs) > 1:
-            continue
+        if (method == BASELINE and len(runs) > 1) or run["length"].nunique() < 2:
+            continue  # a sweep at one length is no map
         full = cells[
             (cells["model"] == model) & (cells["method"] == BASELINE) & cells["sample_id"].isin(run["sample_id"])
         ]

@@ -207,8 +207,8 @@ def read_all(root: Path) -> list[Record]:
     return records
 
 
-def read_settings(root: Path) -> dict[str, dict[str, Any]]:
-    """The settings behind every run under a results folder, by key: what ``config.yaml`` says, {} where it is unreadable.
+def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings and first environment of every run under a results folder, by key; {} for what cannot be read.
 
     Raises:
         DataError: the folder does not exist.
@@ -219,7 +219,8 @@ def read_settings(root: Path) -> dict[str, dict[str, Any]]:
             settings = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
         except (OSError, yaml.YAMLError):
             settings = None
-        found[folder.name.rpartition("-")[2]] = settings if isinstance(settings, dict) else {}
+        environments = _environments(folder / "environment.json") or [{}]
+        found[folder.name.rpartition("-")[2]] = settings if isinstance(settings, dict) else {}, environments[0]
     return found
 
 

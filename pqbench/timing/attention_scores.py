@@ -1,4 +1,4 @@
-"""``benchmark=attention_scores``: how the exact attention probability is spread over tokens, from largest to smallest."""
+"""``benchmark=attention_scores``: how exact attention spreads over tokens, from the heaviest to the lightest."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class AttentionScores(Measurement):
         at_least("queries", self.queries, 1)
         at_least("seed", self.seed, 0)
         if self.queries >= min(self.contexts):
-            raise ConfigError(f"benchmark.queries is {self.queries}, all of a context of {min(self.contexts)}: lower it")
+            raise ConfigError(
+                f"benchmark.queries is {self.queries}, all of a context of {min(self.contexts)}: lower it"
+            )
 
     @property
     def needs_model(self) -> bool:
