@@ -43,8 +43,8 @@ def panels(run: pd.DataFrame) -> Figure:
     headline(figure, f"Attention probabilities from large to small: {first['model']}, {length} tokens")
     heads = len(first["probabilities"])
     queries = number(first.get("queries", "-"))
-    footer(figure, f"means over the last {queries} queries of a prompt of prose and over query heads; {len(run)} layers "
-           f"x {heads} KV heads; band: 10th to 90th percentile of heads; {machine(run)}")  # fmt: skip
+    footer(figure, f"means over the last {queries} queries of a prompt of prose and query heads; {len(run)} layers "
+           f"x {heads} KV heads; band: 10 to 90 % of heads; {machine(run)}")  # fmt: skip
     return figure
 
 
