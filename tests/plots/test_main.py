@@ -21,9 +21,9 @@ def folder(tmp_path: Path) -> Path:
     """Results with needle records of two lengths under full attention."""
     file = RecordFile.create(tmp_path, "needle", "toy", "full", SETTINGS)
     for length in (1024, 2048):
-        file.append({"benchmark": "needle", "model": "toy", "task": "number", "sample_id": f"{length}", "method": "full",
-                     "key": file.folder.name.rpartition("-")[2], "budget": "all", "question": "dense", "status": "ok",
-                     "score": 50.0, "metadata": {"length": length, "depth": 0}})  # fmt: skip
+        file.append({"benchmark": "needle", "model": "toy", "task": "number", "sample_id": f"{length}",
+                     "method": "full", "key": file.folder.name.rpartition("-")[2], "budget": "all", "question": "dense",
+                     "status": "ok", "score": 50.0, "metadata": {"length": length, "depth": 0}})  # fmt: skip
     return tmp_path
 
 
@@ -35,9 +35,7 @@ def test_every_module_that_draws_is_a_figure() -> None:
     assert {"needle", "latency", "cache", "pareto", "power_law"} <= figures().keys()
 
 
-def test_every_figure_names_the_command_that_makes_its_records(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_figure_names_what_makes_its_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in figures():
         caplog.clear()
         assert main([str(tmp_path), name]) == 1
@@ -63,9 +61,7 @@ def test_an_unknown_figure_is_one_line(folder: Path, caplog: pytest.LogCaptureFi
     assert caplog.messages == [f"there is no figure pie: use some of {', '.join(figures())}"]
 
 
-def test_records_of_mixed_versions_are_drawn_without_the_foreign(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_records_of_another_version_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (path,) = folder.rglob("records.jsonl")
     foreign = json.loads(path.read_text().splitlines()[0]) | {"version": 99, "score": 0, "sample_id": "x"}
     path.write_text(path.read_text() + json.dumps(foreign) + "\nnot json\n")
