@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from plots.data import measured
 from plots.style import BASELINE, Look, footer, looks, name_ends, number, save, style, threads, tokens
 from pqbench.records import plain_name
 
@@ -54,7 +55,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def timed(table: pd.DataFrame) -> pd.DataFrame:
     """The latency records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
-    good = table[(table["benchmark"] == "latency") & (table["status"] == "ok")]
+    good = measured(table, *(field for field, _, _, _ in PANELS), "context", "new_tokens", benchmarks=["latency"])
     missing = {name: "-" for name in [*RUN, "emulated"] if name not in good}
     good = good.assign(**missing)
     return good.assign(**{name: good[name].fillna("-") for name in RUN})

@@ -16,7 +16,7 @@ Settings = dict[str, Any]
 class Results:
     """A results folder in memory: rows and, by key, the settings of their runs."""
 
-    def __init__(self, benchmark: str, **settings: Any) -> None:
+    def __init__(self, benchmark: str, /, **settings: Any) -> None:
         self.benchmark, self.common = benchmark, settings
         self.rows: list[Row] = []
         self.known: dict[str, tuple[Settings, Settings]] = {}

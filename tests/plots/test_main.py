@@ -73,7 +73,7 @@ def test_records_without_settings_or_columns_break_nothing(folder: Path) -> None
     (config,) = folder.rglob("config.yaml")
     config.write_text("- [: not yaml")
     (path,) = folder.rglob("records.jsonl")
-    for benchmark in ("latency", "infinitebench", "attention", "attention_scores"):
+    for benchmark in ("needle", "latency", "infinitebench", "attention", "attention_scores"):
         bare = {"version": 1, "benchmark": benchmark, "sample_id": benchmark, "status": "ok", "method": "x", "key": "k"}
         path.write_text(path.read_text() + json.dumps(bare) + "\n")
     assert main([str(folder)]) == 0
