@@ -37,7 +37,7 @@ def measured(table: pd.DataFrame, *columns: str, benchmarks: Sequence[str] | Non
     for name, default in (("settings", {}), ("machine", "-")):
         if name not in good:
             good[name] = [default] * len(good)
-    return good.dropna(subset=list(columns))
+    return good.dropna(subset=list(columns)).reset_index(drop=True)
 
 
 def setting(settings: Settings, path: str, default: Any = None) -> Any:

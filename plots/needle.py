@@ -48,8 +48,8 @@ def placed(table: pd.DataFrame) -> pd.DataFrame:
     """The needle records that have a score, with their ``length`` and ``depth`` as columns."""
     good = measured(table, "score", benchmarks=["needle"])
     found = good["metadata"] if "metadata" in good else pd.Series(None, good.index, dtype=object)
-    good = good[[isinstance(place, dict) and {"length", "depth"} <= set(place) for place in found]]
-    places = list(found[good.index])
+    known = [isinstance(place, dict) and {"length", "depth"} <= set(place) for place in found]
+    good, places = good[known], list(found[known])
     return good.assign(length=[place["length"] for place in places], depth=[place["depth"] for place in places])
 
 
