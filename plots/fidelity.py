@@ -17,6 +17,7 @@ from plots.style import BASELINE, Look, footer, looks, number, save, style, thre
 from pqbench.records import plain_name
 from pqbench.summaries import LEVEL, resampled
 
+MADE_BY = "python -m pqbench benchmark=fidelity method=[oracle,random_tokens,streaming_llm,pqcache,pqcache_plus]"
 # Field of a record, title of its panel, label of its axis.
 PANELS = (
     ("output_error", "attention output, clean inputs", "relative error"),
