@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from plots.latency import apart
-from plots.style import BASELINE, Look, footer, looks, number, save, style, threads, tokens
+from plots.style import BASELINE, Look, apart, footer, looks, number, save, style, threads, tokens
 from pqbench.records import plain_name
 from pqbench.summaries import LEVEL, resampled
 

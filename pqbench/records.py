@@ -219,8 +219,8 @@ def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
             settings = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
         except (OSError, yaml.YAMLError):
             settings = None
-        environments = _environments(folder / "environment.json") or [{}]
-        found[folder.name.rpartition("-")[2]] = settings if isinstance(settings, dict) else {}, environments[0]
+        first = next(iter(environments(folder / "environment.json")), {})
+        found[folder.name.rpartition("-")[2]] = settings if isinstance(settings, dict) else {}, first
     return found
 
 
