@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from methods.pqcache.cells import (
-    InvertedLists,
-    cell_log_weight,
-    cell_numbers,
-    cell_probabilities,
-    cell_scores,
-    searches_cells,
-    shares,
-)
+from methods.pqcache.cells import InvertedLists, cell_numbers, searches_cells
 from methods.pqcache.codebook import KeyMap, key_map
 from methods.pqcache.method import PQCacheState
 from methods.pqcache.queries import SeenQueries
@@ -94,11 +86,12 @@ class PQCachePlusState(PQCacheState):
 
     def _best_by_cells(self, q: Tensor, lists: InvertedLists, wanted: int) -> tuple[Tensor, Tensor]:
         """The same tokens from inverted lists, and the log-weight ``[B, H, G]`` of the others."""
-        scores = cell_scores(self.map.queries(q), self._ready(self.codebook)) + self.map.constant(q)[..., None]
-        scores = scores * self.geometry.scaling  # [B, H, G, C]
-        take = shares(cell_probabilities(scores, lists.counts), lists.counts, wanted)
         self._taken = wanted
-        return lists.tokens(take), cell_log_weight(scores, lists.counts - take)
+        top, log_weight = self.geometry.kernels.best_of_cells(
+            self.map.queries(q), self._ready(self.codebook), lists.starts, lists.tokens, lists.pending, wanted,
+            self.geometry.scaling,
+        )  # fmt: skip
+        return top, log_weight + self.map.constant(q) * self.geometry.scaling
 
     def _with_sample(self, q: Tensor, kv: KV, first: int, size: int) -> tuple[Tensor, Residual | None]:
         """``size`` middle tokens, a share of them drawn from what the codes did not choose, and what the rest adds."""
@@ -218,7 +211,7 @@ class PQCachePlusState(PQCacheState):
         if self.lists is None:
             return read
         heads = self.geometry.batch * self.geometry.kv_heads
-        return read + self.lists.bounds_bytes + heads * self._taken * 4
+        return read + self.lists.step_bytes + heads * self._taken * 4
 
     @property
     def resident_bytes(self) -> int:
