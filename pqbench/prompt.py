@@ -20,6 +20,7 @@ from pqbench.batch import check_logits, check_prompt, group_rows
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
 from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.backend import kernels
+from pqbench.kernels.threads import stay_alone
 from pqbench.method import Calibration, Geometry, Method
 from pqbench.store.base import Store
 from pqbench.store.tiers import DeviceTier, Placement, Tier
@@ -238,9 +239,14 @@ def _open(
 
 def _workers(model: PreTrainedModel, setting: Setting) -> ThreadPoolExecutor:
     """One background thread. Beside a model on the CPU it computes with one thread of its own, else with all cores."""
-    body = kernels(model.device, setting.body)
-    threads = 1 if model.device.type == "cpu" else os.cpu_count() or 1
-    return ThreadPoolExecutor(1, "index", initializer=body.use_threads, initargs=(threads,))
+    body, beside = kernels(model.device, setting.body), model.device.type == "cpu"
+
+    def begin() -> None:
+        body.use_threads(1 if beside else os.cpu_count() or 1)
+        if beside:
+            stay_alone()
+
+    return ThreadPoolExecutor(1, "index", initializer=begin)
 
 
 def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Group]:

@@ -82,7 +82,7 @@ class RecordFile:
 
         Broken lines and records of another format version are counted and left out.
         """
-        newest, foreign = _newest(read_lines(self.path))
+        newest, foreign = newest_of(read_lines(self.path))
         if foreign:
             log.warning("%s: left out %s", self.path, _other_version(foreign))
         return newest
@@ -142,7 +142,7 @@ class RecordFile:
 
     def _note_environment(self) -> None:
         path, present = self.folder / "environment.json", environment()
-        known = _environments(path)
+        known = environments(path)
         if present in known:
             return
         if known:
@@ -198,7 +198,7 @@ def read_all(root: Path) -> list[Record]:
     records: list[Record] = []
     foreign: list[Any] = []
     for folder in run_folders(root):
-        newest, others = _newest(read_lines(RecordFile(folder).path))
+        newest, others = newest_of(read_lines(RecordFile(folder).path))
         records += newest
         foreign += others
     if foreign:
@@ -262,7 +262,7 @@ def _outcome(record: Record) -> tuple[str, Any]:
     return record["status"], record.get("error")
 
 
-def _newest(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
+def newest_of(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
     """The newest record of every sample, and the versions of those that are of another format."""
     newest: dict[str, Record] = {}
     foreign = []
@@ -282,10 +282,11 @@ def _other_version(found: list[Any]) -> str:
     )
 
 
-def _environments(path: Path) -> list[dict[str, Any]]:
+def environments(path: Path) -> list[dict[str, Any]]:
+    """The environments that an ``environment.json`` lists, oldest first; none when it is absent or damaged."""
     try:
         known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     listed = known if isinstance(known, list) else [known]
     return [one for one in listed if isinstance(one, dict)]

@@ -131,15 +131,20 @@ def _suite(benchmark: str, model: str, table: pd.DataFrame) -> Suite:
 
 def _by_task(good: pd.DataFrame) -> dict[str, np.ndarray]:
     """Scores of every task in the order of sample ids, so that runs over the same samples are resampled alike."""
-    scored = good.assign(score=pd.to_numeric(good["score"], errors="coerce")).dropna(subset="score")
-    ordered = scored.sort_values("sample_id", kind="stable")
-    return {str(task): group["score"].to_numpy(float) for task, group in ordered.groupby("task", sort=False)}
+    found: dict[str, list[float]] = {}
+    numbers = pd.to_numeric(good["score"], errors="coerce").astype(float)
+    rows = zip(good["sample_id"], good["task"], numbers, strict=True)
+    for _, task, score in sorted(rows, key=lambda row: str(row[0])):  # lists, not frames: there are many small groups
+        if score == score:
+            found.setdefault(str(task), []).append(score)
+    return {task: np.array(scores) for task, scores in found.items()}
 
 
 def _further(task: str, good: pd.DataFrame) -> dict[str, Estimate]:
     """Estimates of what a benchmark reports of each sample beside the official score."""
     values: dict[str, list[float]] = {}
-    for scores in good.sort_values("sample_id", kind="stable").get("scores", []):
+    rows = zip(good["sample_id"], good["scores"], strict=True) if "scores" in good else ()
+    for _, scores in sorted(rows, key=lambda row: str(row[0])):
         for name, value in scores.items() if isinstance(scores, dict) else ():
             if name != "score" and isinstance(value, int | float):
                 values.setdefault(plain(name), []).append(float(value))

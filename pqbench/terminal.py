@@ -18,6 +18,8 @@ _LATEX = {
 def plain(text: object) -> str:
     """One line of text without control characters: escape sequences, bidirectional overrides and the like."""
     words = " ".join(str(text).split())
+    if words.isprintable():  # nearly all text, and quick to say
+        return words
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") else c for c in words)
 
 

@@ -86,7 +86,7 @@ class Section:
 
 def is_timing(benchmark: object) -> bool:
     """Whether records of a benchmark hold times alone."""
-    return benchmark in _MAKERS
+    return isinstance(benchmark, str) and benchmark in _MAKERS
 
 
 def sections(records: Sequence[Record]) -> list[Section]:

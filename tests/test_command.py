@@ -78,6 +78,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["method=pqcache", "methods.pqcache.m=0"], ["m >= 1"]),
     (["method=pqcache", "methods.pqcache.b=0"], ["pqcache.b is 0", "1 to 8"]),
     (["method=pqcache", "methods.pqcache.b=9"], ["pqcache.b is 9", "1 to 8"]),
+    (["method=pqcache", "methods.pqcache.tolerance=1"], ["pqcache.tolerance is 1", "below 1"]),
     (["method=pqcache", "methods.pqcache.typo=9"], ["methods.pqcache.typo"]),
     (["benchmark.lengths=[8192]"], ["8192", "the model takes 4096 tokens at most"]),
     (["model.max_length=9999"], ["model.max_length is 9999", "4096"]),
@@ -251,3 +252,10 @@ def test_explain_prefers_our_own_cause() -> None:
     wrapped = RuntimeError("wrapped")
     wrapped.__cause__ = DataError("row 3 is cut")
     assert explain(wrapped) == "row 3 is cut"
+
+
+def test_an_evicting_method_on_the_host_tier_says_what_it_means(command: Command) -> None:
+    outcome = command("method=[h2o,snapkv,pqcache]", "store=host")
+    assert outcome.code == 0
+    assert any("(h2o, snapkv)" in line and "on the device" in line for line in outcome.errors)
+    assert not any("evict" in line for line in command("method=h2o", "store=device").errors)

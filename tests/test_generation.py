@@ -11,7 +11,7 @@ from methods.full import Full
 from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.oracle import Oracle
-from methods.pqcache import PQCache
+from methods.pqcache import PQCache, PQCachePlus
 from methods.pyramidkv import PyramidKV
 from methods.quest import Quest
 from methods.snapkv import SnapKV
@@ -44,6 +44,9 @@ def methods(budget: Budget) -> dict[str, Method]:
         "quest": Quest(budget, page_size=4),
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
         "tova": TOVA(budget),
+        "pqcache_plus": PQCachePlus(budget, b=4, b_v=4),
+        "pqcache_plus mean": PQCachePlus(budget, b=3, tail="mean", search="cells", refresh=4),
+        "pqcache_plus sampled": PQCachePlus(budget, b=4, tail="sampled", codebook="rotated"),
     }
 
 

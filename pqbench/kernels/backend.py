@@ -36,8 +36,9 @@ class Kernels(Protocol):
         """Indices of the largest scores, ascending; ties to the lower index."""
 
     def train_codebook(
-        self, keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+        tolerance: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Product quantiser of keys, and their codes."""
 
     def encode(self, keys: Tensor, codebook: Tensor) -> Tensor:

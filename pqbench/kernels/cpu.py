@@ -147,15 +147,16 @@ def top_k(scores: Tensor, count: int) -> Tensor:
 
 
 def train_codebook(
-    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
-) -> tuple[Tensor, Tensor]:
+    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Product quantiser of keys ``[B, H, S, D]``: codebook float32 ``[B, H, m, K, D/m]``, codes uint8 ``[B, H, S, m]``.
 
     Computes in the calling thread and the threads of its team; other Python threads go on meanwhile.
     """
     batch, heads, count, dims = keys.shape
     if not _fits(keys) or clusters > 256:
-        return reference.train_codebook(keys, parts, clusters, iterations, seed, sample)
+        return reference.train_codebook(keys, parts, clusters, iterations, seed, sample, tolerance)
     if count < clusters:
         raise ValueError(f"{clusters} centroids need as many keys, got {count}")
     order = reference.draw(count, seed)
@@ -165,6 +166,7 @@ def train_codebook(
         train(
             keys.dtype == torch.bfloat16, keys.data_ptr(), *_strides(keys), order.data_ptr(), codebook.data_ptr(),
             codes.data_ptr(), batch, heads, count, dims, parts, clusters, iterations, sample or 0,
+            tolerance,
         )  # fmt: skip
     return codebook, codes
 

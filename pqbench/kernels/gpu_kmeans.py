@@ -1,8 +1,7 @@
 """Triton: K-Means per head and sub-space, with the initial rows, the empty clusters and the results of the reference.
 
-Nothing here waits for the GPU. The reference stops once no point changes cluster; a further iteration would then find
-the same means and the same codes. So every problem is launched to the last iteration here, but one that has settled
-leaves its kernels at once. Sums are ordered, so results do not depend on timing.
+Nothing here waits for the GPU: every problem is launched to the last iteration, but one that has settled leaves its
+kernels at once. Sums are ordered, so results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def assign(
     """Nearest centroid, the lowest index on ties, of a block of one problem's points: codes ``[B*H, N, m]``.
 
     points ``[B, H, N, D]`` hold m problems side by side, centroids are ``[B*H*m, K, D/m]``. A problem whose ``active``
-    ``[B*H*m]`` is 0 keeps its codes; ``moved`` becomes 1 where a code changes. Both may be None.
+    ``[B*H*m]`` is 0 keeps its codes; ``moved`` counts the codes that change. Both may be None.
     """
     problem = tl.program_id(1)
     live = 1
@@ -71,8 +70,8 @@ def assign(
         cell = (pair.to(tl.int64) * count + n) * parts + part
         if moved is not None:
             before = tl.load(codes + cell, mask=n < count, other=0).to(tl.int32)
-            changed = tl.max(tl.where((n < count) & (before != code), 1, 0), 0)
-            tl.store(moved + problem, 1, mask=changed > 0)
+            changed = tl.sum(tl.where((n < count) & (before != code), 1, 0), 0)
+            tl.atomic_add(moved + problem, changed)  # of integers: any order gives the same count
         tl.store(codes + cell, code.to(tl.uint8), mask=n < count)
 
 
@@ -134,8 +133,9 @@ def encode(keys: Tensor, codebook: Tensor) -> Tensor:
 
 
 def train_codebook(
-    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
-) -> tuple[Tensor, Tensor]:
+    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`pqbench.kernels.reference.train_codebook` and the module's docstring."""
     keys = dense_rows(keys)
     batch, heads, count, dimension = keys.shape
@@ -143,12 +143,12 @@ def train_codebook(
     start = keys[:, :, drawn[:clusters]].float().view(batch, heads, clusters, parts, dimension // parts)
     codebook = start.transpose(2, 3).contiguous()  # [B, H, m, K, D/m]
     if sample is not None and sample < count:
-        _lloyd(keys[:, :, drawn], codebook, iterations)
+        _lloyd(keys[:, :, drawn], codebook, iterations, tolerance)
         iterations = min(iterations, 1)
-    return codebook, _lloyd(keys, codebook, iterations)
+    return codebook, _lloyd(keys, codebook, iterations, tolerance)
 
 
-def _lloyd(keys: Tensor, codebook: Tensor, iterations: int) -> Tensor:
+def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) -> Tensor:
     """Improve ``codebook`` in place; returns the codes ``[B, H, N, m]`` of the nearest of its centroids."""
     batch, heads, parts, clusters, width = codebook.shape
     count, problems = keys.shape[2], batch * heads * parts
@@ -160,20 +160,21 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int) -> Tensor:
     pieces, size = split(count, block_n, problems * blocks(clusters, block_k), keys.device)
     sums = codebook.new_empty(problems, pieces, clusters, width)
     sizes = codebook.new_empty(problems, pieces, clusters)
-    moved = torch.zeros(iterations + 1, problems, dtype=torch.int32, device=keys.device)
-    moved[0] = 1
+    moved = torch.zeros(iterations, problems, dtype=torch.int32, device=keys.device)
+    active = torch.ones(problems, dtype=torch.int32, device=keys.device)
     for step in range(iterations):
         with on(keys):
             sum_clusters[(pieces, blocks(clusters, block_k), problems)](
-                keys, codes, moved[step], sums, sizes, keys.stride()[:3], heads, count, size, clusters, parts=parts,
+                keys, codes, active, sums, sizes, keys.stride()[:3], heads, count, size, clusters, parts=parts,
                 width=width, block_n=block_n, block_k=block_k, block_w=block_w, precision=precision_for(keys),
                 **options(warps),
             )  # fmt: skip
             means[(problems, blocks(clusters, block_k))](
-                sums, sizes, moved[step], codebook, pieces, clusters, width=width, block_k=block_k, block_w=block_w,
+                sums, sizes, active, codebook, pieces, clusters, width=width, block_k=block_k, block_w=block_w,
                 **options(),
             )  # fmt: skip
-        _assign(keys, codebook, codes, moved[step], moved[step + 1])
+        _assign(keys, codebook, codes, active, moved[step])
+        active = (moved[step] > int(tolerance * count)).int()
     return codes
 
 

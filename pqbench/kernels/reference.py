@@ -55,13 +55,14 @@ def update(points: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def kmeans(
-    points: Tensor, clusters: int, iterations: int, seed: int, sample: int | None = None
+    points: Tensor, clusters: int, iterations: int, seed: int, sample: int | None = None, tolerance: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm on P independent problems, points ``[P, N, d]`` with N >= K.
 
     Initial centroids are K points drawn without replacement, the same rows for every problem (released PQCache code);
     the draw depends on ``seed`` and N alone. With ``sample`` < N the iterations run on that many rows of the same draw,
-    and one more runs on all points. Stops early once no point changes cluster. An empty cluster keeps its centroid.
+    and one more runs on all points. A problem stops early once at most a share ``tolerance`` of its points changes
+    cluster. An empty cluster keeps its centroid.
 
     Returns:
         centroids ``[P, K, d]`` float32 and codes ``[P, N]`` int64, the nearest of those centroids.
@@ -70,9 +71,9 @@ def kmeans(
     points = points.float()
     centroids = points[:, order[:clusters]].contiguous()
     if sample is not None and sample < points.shape[1]:
-        centroids, _ = lloyd(points[:, order[: max(sample, clusters)]], centroids, iterations)
+        centroids, _ = lloyd(points[:, order[: max(sample, clusters)]], centroids, iterations, tolerance)
         iterations = min(iterations, 1)
-    return lloyd(points, centroids, iterations)
+    return lloyd(points, centroids, iterations, tolerance)
 
 
 def draw(count: int, seed: int) -> Tensor:
@@ -80,29 +81,31 @@ def draw(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def lloyd(points: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def lloyd(points: Tensor, centroids: Tensor, iterations: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
     """At most ``iterations`` steps of Lloyd's algorithm from given centroids; see :func:`kmeans`."""
     codes = assign(points, centroids)
+    going = torch.ones(len(points), 1, dtype=torch.bool, device=points.device)
     for _ in range(iterations):
-        centroids = update(points, codes, centroids)
-        moved = assign(points, centroids)
-        settled = torch.equal(moved, codes)
+        centroids = torch.where(going[:, :, None], update(points, codes, centroids), centroids)
+        moved = torch.where(going, assign(points, centroids), codes)
+        going = (moved != codes).sum(1, keepdim=True) > int(tolerance * points.shape[1])
         codes = moved
-        if settled:
+        if not bool(going.any()):
             break
     return centroids, codes
 
 
 def train_codebook(
-    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None
-) -> tuple[Tensor, Tensor]:
+    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Product quantiser of keys ``[B, H, S, D]``: :func:`kmeans` per sequence, head and sub-space.
 
     Returns:
         codebook float32 ``[B, H, m, K, D/m]`` and codes uint8 ``[B, H, S, m]``.
     """
     batch, heads, count, dimension = keys.shape
-    centroids, codes = kmeans(subspaces(keys, parts), clusters, iterations, seed, sample)
+    centroids, codes = kmeans(subspaces(keys, parts), clusters, iterations, seed, sample, tolerance)
     codebook = centroids.view(batch, heads, parts, clusters, dimension // parts)
     return codebook, codes.view(batch, heads, parts, count).transpose(2, 3).to(CODE).contiguous()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pqbench.kernels.threads import stay_alone
 from pqbench.store.link import Copy, Direction, Link, Meters, Transfer
 
 
@@ -73,6 +74,7 @@ class Lane:
             self._changed.notify_all()
 
     def _work(self) -> None:
+        stay_alone()
         with self._changed:
             while self._queue or self._busy or not self._closed:
                 self._step()

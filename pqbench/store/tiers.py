@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import psutil
 import torch
@@ -50,6 +51,8 @@ class Placement(ABC):
 @dataclass(frozen=True)
 class Tier(ABC):
     """Base of the tiers that conf/store/*.yaml names."""
+
+    offloads: ClassVar[bool] = False  # whether the prompt lies in host memory
 
     @abstractmethod
     def open(self, device: torch.device, body: str = "auto") -> Placement:
@@ -131,6 +134,8 @@ class HostTier(Tier):
         debug: poison buffers while a transfer is under way on them, and check who touches them.
         margin: tokens the device holds beyond the window; half as many are copied to the host at a time.
     """
+
+    offloads: ClassVar[bool] = True
 
     link: str = "auto"
     cache_tokens: int = 0

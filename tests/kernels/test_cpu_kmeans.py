@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -150,6 +151,29 @@ def test_settled_problems_stop_and_others_go_on() -> None:
         assert torch.equal(alone[1], codes[:, head : head + 1])
     again = cpu.train_codebook(keys, 1, 8, 1000, seed=2)
     assert torch.equal(again[0], codebook)  # settled
+
+
+@pytest.mark.parametrize("iterations", [2, 4, 7, 40])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.1])
+def test_few_points_per_centroid_and_an_early_stop_are_the_references(iterations: int, kept: float) -> None:
+    """With few keys per centroid few centroids move after the first steps; the compiled search skips the others."""
+    keys = made(1, 3, 800, 32)
+    codebook, codes = cpu.train_codebook(keys, 2, 200, iterations, 3, tolerance=kept)
+    theirs, their_codes = reference.train_codebook(keys, 2, 200, iterations, 3, tolerance=kept)
+    assert torch.allclose(codebook, theirs, atol=1e-5)
+    assert torch.equal(codes, their_codes)
+    assert torch.equal(codes, cpu.encode(keys, codebook))
+
+
+def test_an_early_stop_is_the_first_step_that_changes_few_codes() -> None:
+    points = made(1, 1, 600, 8)[0]
+    steps = [reference.kmeans(points, 24, n, 0) for n in range(30)]
+    changes = [float((after[1] != before[1]).float().mean()) for before, after in pairwise(steps)]
+    for tolerance in (0.2, 0.05, 0.01, 0.0):
+        wanted = next(n for n, change in enumerate(changes, 1) if change <= tolerance)
+        centroids, codes = reference.kmeans(points, 24, 100, 0, tolerance=tolerance)
+        assert torch.equal(codes, steps[wanted][1])
+        assert torch.equal(centroids, steps[wanted][0])
 
 
 def test_a_sample_reaches_nearly_the_same_error() -> None:

@@ -12,7 +12,7 @@ from methods.full import Full
 from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.oracle import Oracle
-from methods.pqcache import PQCache
+from methods.pqcache import PQCache, PQCachePlus
 from methods.pyramidkv import PyramidKV
 from methods.quest import Quest
 from methods.random_tokens import RandomTokens
@@ -41,6 +41,9 @@ SELECTING: dict[str, Any] = {
     "infllm": lambda budget: InfLLM(budget, block_size=4, representatives=2),
     "infllm per head": lambda budget: InfLLM(budget, block_size=5, representatives=1, per_head=True),
     "pqcache": lambda budget: PQCache(budget, m=2, b=3),
+    "pqcache_plus": lambda budget: PQCachePlus(budget, b=3, b_v=3),
+    "pqcache_plus mean": lambda budget: PQCachePlus(budget, b=2, tail="mean", codebook="centred", search="cells"),
+    "pqcache_plus sampled": lambda budget: PQCachePlus(budget, b=3, tail="sampled", codebook="rotated", refresh=7),
     "snapkv": lambda budget: SnapKV(budget, observation=6, kernel=3),
     "snapkv avg": lambda budget: SnapKV(budget, observation=70, kernel=5, pooling="avg"),
     "pyramidkv": lambda budget: PyramidKV(budget, observation=6, kernel=3),  # one layer: the budget itself
@@ -67,7 +70,9 @@ def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, pro
         context = data.prompt + step + 1
         split = budget.resolve(context, data.prompt)
         rows, tokens = rows_of(selection, store), tokens_of(selection, store)
-        untrained = name == "pqcache" and context - split.sink - split.window <= 8  # by design attended whole
+        untrained = (
+            isinstance(method, PQCache) and context - split.sink - split.window <= method.clusters
+        )  # attends all
         assert tokens.shape == (2, 2, context if untrained else split.total)
         sinks = min(4, context) if name == "streaming_llm" else split.sink
         window = max(1, split.total - sinks) if name == "streaming_llm" else split.window
@@ -153,6 +158,10 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "infllm": batch * -(-middle // 4) * heads * width * 4,  # one vector per block and KV head: phi = 1 / P
         "infllm per head": batch * -(-middle // 5) * heads * width * 4,
         "pqcache": batch * middle * heads * 2,  # m one-byte codes per middle key
+        "pqcache_plus": batch * middle * heads * (2 + 2),  # codes of keys and values
+        # 2**(m b) + 1 list bounds and the tokens taken from the lists, four bytes each
+        "pqcache_plus mean": batch * heads * (16 + 1 + 12) * 4,
+        "pqcache_plus sampled": batch * middle * heads * 2,
         "snapkv": 0,
         "snapkv avg": 0,
         "pyramidkv": 0,

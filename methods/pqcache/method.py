@@ -32,6 +32,7 @@ class PQCache(Method):
         iterations: Lloyd iterations; None for as many as a layer's prefill hides (:func:`adaptive_iterations`).
         seed: of the initial centroids, a draw of middle keys shared by all heads.
         sample: keys per centroid that the iterations run on, None for all.
+        tolerance: K-Means stops early once at most this share of the keys changes cluster.
         codes_on: ``device`` keeps codes beside the accelerator; ``host`` brings them over for every step, asked for
             while the layer before computes, as in the paper.
     """
@@ -42,6 +43,7 @@ class PQCache(Method):
     iterations: int | None = 5
     seed: int = 0
     sample: int | None = 128
+    tolerance: float = 0.02
     codes_on: str = "device"
 
     def __post_init__(self) -> None:
@@ -51,18 +53,20 @@ class PQCache(Method):
             raise ConfigError(f"pqcache needs m >= 1 and iterations >= 0, got {self.m} and {self.iterations}")
         if self.sample is not None and self.sample < 1:
             raise ConfigError(f"pqcache.sample is {self.sample}: it must be at least 1 key per centroid, or null")
+        if not 0 <= self.tolerance < 1:
+            raise ConfigError(f"pqcache.tolerance is {self.tolerance}: it is a share of the keys, from 0 to below 1")
         if self.codes_on not in ("device", "host"):
             raise ConfigError(f"pqcache.codes_on is {self.codes_on!r}: use device or host")
 
     @classmethod
     def paper_longbench(cls, ratio: float = 0.1) -> PQCache:
         """The paper's LongBench setting: 12 bits per key and the paper's half/half split."""
-        return cls(PaperBudget(ratio=ratio), m=2, b=6, iterations=None)
+        return cls(PaperBudget(ratio=ratio), m=2, b=6, iterations=None, tolerance=0.0)
 
     @classmethod
     def paper_infinitebench(cls, ratio: float = 0.1) -> PQCache:
         """The paper's InfiniteBench setting: 32 bits per key and the paper's half/half split."""
-        return cls(PaperBudget(ratio=ratio), m=4, b=8, iterations=None)
+        return cls(PaperBudget(ratio=ratio), m=4, b=8, iterations=None, tolerance=0.0)
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
@@ -76,7 +80,12 @@ class PQCache(Method):
 
     def attends_all(self, context: int) -> bool:
         first, stop = self.budget.resolve(context, context).middle(context)
-        return stop - first <= 2**self.b
+        return stop - first <= self.clusters
+
+    @property
+    def clusters(self) -> int:
+        """Centroids per sub-space: as many middle tokens need no codebook."""
+        return 2**self.b
 
 
 def adaptive_iterations(idle: float, fit: tuple[float, float], points: int) -> int:
@@ -124,10 +133,10 @@ class PQCacheState(LayerState):
         """Give every middle token a code."""
         first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
         if self.codebook is None or self.codes is None:
-            if stop - first > 2**self.method.b:
-                self._train(kv.stored_keys(first, stop), kv.device)
+            if stop - first > self.method.clusters:
+                self._train(kv, first, stop)
         elif stop - first > len(self.codes):
-            codes = self.geometry.kernels.encode(kv.keys(first + len(self.codes), stop), self.codebook)
+            codes = self._encode(kv, first + len(self.codes), stop)
             self.codes.append(codes.to(self.codes.view().device))
 
     def _codes(self, kv: KV) -> Tensor:
@@ -141,17 +150,28 @@ class PQCacheState(LayerState):
         joined = self.codes.view(arrived.shape[2]).to(arrived.device)  # encoded after the codes were asked for
         return torch.cat([arrived, joined], dim=2)
 
-    def _train(self, keys: Tensor, device: torch.device) -> None:
-        """Cluster the keys ``[B, H, S, D]`` where they lie; raises ConfigError when they are not finite."""
+    def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
+        """Codes ``[B, H, n, m]`` of rows ``start`` to ``stop``."""
+        if self.codebook is None:
+            raise RuntimeError("no codebook before finish_prefill()")
+        return self.geometry.kernels.encode(kv.keys(start, stop), self.codebook)
+
+    def _train(self, kv: KV, start: int, stop: int) -> None:
+        """Make the codebook from rows ``start`` to ``stop``, and their codes."""
+        codebook, codes = self._clustered(kv.stored_keys(start, stop))
+        self.codebook = codebook.to(kv.device)
+        self.codes = GrowingBuffer(codes.to(kv.device if self.method.codes_on == "device" else "cpu"))
+
+    def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Codebook and codes of keys ``[B, H, S, D]``, made where they lie; raises ConfigError when they are not
+        finite."""
         if not bool(keys.isfinite().all()):
             raise ConfigError(f"layer {self.geometry.layer} has keys that are NaN or infinite: try model.dtype=float32")
         method, clusters = self.method, 2**self.method.b
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
         body = kernels(keys.device, self.geometry.body)
-        codebook, codes = body.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample)
-        self.codebook = codebook.to(device)
-        self.codes = GrowingBuffer(codes.to(device if method.codes_on == "device" else "cpu"))
+        return body.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance)
 
     def _iterations(self, points: int) -> int:
         calibration = self.geometry.calibration

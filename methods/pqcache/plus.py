@@ -1,0 +1,85 @@
+"""PQCache beyond the paper: codebooks that know the queries, and an estimate of what is not selected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from methods.pqcache import codebook, tail
+from methods.pqcache.cells import MOST_BITS, SEARCHES
+from methods.pqcache.method import PQCache
+from methods.pqcache.plus_state import PQCachePlusState
+from pqbench.method import ConfigError, Geometry, LayerState
+
+
+@dataclass(frozen=True)
+class PQCachePlus(PQCache):
+    """PQCache with four additions, each an option; the defaults take 32 bits per token and head, keys and values
+    together.
+
+    Codebooks: see :func:`methods.pqcache.codebook.key_map`. With ``query_aware`` squared error in K-Means is the
+    expected squared error of q.k over the prompt's own queries of the KV head.
+
+    Tail: the middle tokens that are not selected enter as a residual. ``pq``: their approximate weights and
+    product-quantised values. ``mean``: their approximate mass at the mean value of all middle tokens. ``sampled``: no
+    estimate from codes; a share of top_k goes to a uniform sample of the rest, attended exactly and weighted by what it
+    stands for (vAttention, arXiv 2510.05688, with a sample of fixed size). ``none``: as in the paper.
+
+    Calibration: one factor per KV head corrects the estimated mass (see :func:`methods.pqcache.tail.tail_share`),
+    fitted to the last 64 queries when the codebooks are made, as a rule the last of the prompt.
+
+    Search by cells (:mod:`methods.pqcache.cells`): with few bits, tokens of equal codes are scored once.
+
+    Attributes:
+        codebook: plain, centred, rotated or query_aware.
+        queries: prompt queries that query_aware learns from, counted from the end; None for all.
+        tail: none, mean, pq or sampled.
+        m_v, b_v: sub-spaces and bits of the value codes of the pq tail.
+        calibrated: see above; of effect with the tails mean and pq.
+        sampled_share: share of top_k that the tail ``sampled`` gets.
+        search: scan, cells (m * b at most 16), or auto: cells when there are at least 64 tokens per cell and the tail
+            does not read every code anyway.
+        refresh: make codebooks and codes anew every so many generated tokens, from all middle keys and with the
+            generated queries counted in; None for never.
+    """
+
+    m: int = 2
+    iterations: int | None = 10
+    tolerance: float = 0.0
+    codebook: str = "query_aware"
+    queries: int | None = 1024
+    tail: str = "pq"
+    m_v: int = 2
+    b_v: int = 8
+    calibrated: bool = True
+    sampled_share: float = 0.5
+    search: str = "auto"
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("codebook", codebook.KINDS), ("tail", tail.KINDS), ("search", SEARCHES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"pqcache_plus.{name} is {getattr(self, name)!r}: use one of {', '.join(known)}")
+        if not 1 <= self.b_v <= 8 or self.m_v < 1:
+            raise ConfigError(f"pqcache_plus needs m_v >= 1 and 1 <= b_v <= 8, got {self.m_v} and {self.b_v}")
+        if not 0 <= self.sampled_share <= 1:
+            raise ConfigError(f"pqcache_plus.sampled_share is {self.sampled_share}: it must lie in [0, 1]")
+        if self.search == "cells" and self.m * self.b > MOST_BITS:
+            raise ConfigError(
+                f"pqcache_plus.search=cells needs m * b of at most {MOST_BITS} bits, got {self.m * self.b}"
+            )
+        for name in ("queries", "refresh"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"pqcache_plus.{name} is {value}: it must be at least 1, or null")
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        super().layer(geometry)
+        if self.tail == "pq" and geometry.head_dim % self.m_v:
+            raise ConfigError(f"pqcache_plus.m_v is {self.m_v}: it must divide the head dimension {geometry.head_dim}")
+        return PQCachePlusState(self, geometry)
+
+    @property
+    def clusters(self) -> int:
+        """Middle tokens that need no codebook."""
+        return 2 ** max(self.b, self.b_v if self.tail == "pq" else 0)

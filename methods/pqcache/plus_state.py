@@ -1,0 +1,227 @@
+"""One layer of :class:`methods.pqcache.plus.PQCachePlus` at work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from methods.pqcache.cells import (
+    InvertedLists,
+    cell_log_weight,
+    cell_numbers,
+    cell_probabilities,
+    cell_scores,
+    searches_cells,
+    shares,
+)
+from methods.pqcache.codebook import KeyMap, key_map
+from methods.pqcache.method import PQCacheState
+from methods.pqcache.queries import SeenQueries
+from methods.pqcache.tail import draw_rows, quantised_mean, sampled_residual, tail_share, tail_weights, without
+from pqbench.kernels import reference
+from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.method import KV, Geometry, Residual, Selection
+
+if TYPE_CHECKING:
+    from methods.pqcache.plus import PQCachePlus
+
+T = TypeVar("T")
+_CALIBRATION = 64  # queries
+_TILE = 1 << 24  # elements of the largest temporary of calibration
+
+
+class PQCachePlusState(PQCacheState):
+    """Beside the keys' codebook: value codes (stored behind the key codes of a token), what was learnt from queries,
+    the lists of the cells, and the factor of the tail."""
+
+    method: PQCachePlus
+
+    def __init__(self, method: PQCachePlus, geometry: Geometry) -> None:
+        super().__init__(method, geometry)
+        self.map = KeyMap()
+        self.value_codebook: Tensor | None = None  # [B, H, m_v, 2**b_v, D/m_v]
+        self.value_sum: Tensor | None = None  # [B, H, 1, D] over the middle
+        self.lists: InvertedLists | None = None
+        self.log_factor = torch.zeros(geometry.batch, geometry.kv_heads, device=geometry.device)
+        first = max(0, geometry.prompt - (method.queries or geometry.prompt))
+        self.queries = SeenQueries(geometry, first, _CALIBRATION if self._calibrates else 0)
+        self._trained_at = 0  # length of the context
+        self._taken = 0  # tokens that the last step took from the lists
+
+    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        self.queries.add(q, keys.shape[2] - 1)
+
+    def prefetch(self, kv: KV) -> None:
+        if self._reads_codes:
+            super().prefetch(kv)
+
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        if self.method.refresh is not None:
+            self.queries.add(q[:, :, :, None], kv.length - 1)
+        if self.codebook is None or self.codes is None:
+            return Selection()
+        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
+        if self.method.tail == "sampled":
+            top, residual = self._with_sample(q, kv, split.sink, split.top_k)
+        else:
+            top, residual = self._best(q, kv, split.top_k)
+        return Selection(split.around(split.sink + top, kv.length), residual=residual)
+
+    def _best(self, q: Tensor, kv: KV, wanted: int) -> tuple[Tensor, Residual | None]:
+        """The best middle tokens ``[B, H, k]`` for q ``[B, H, G, D]`` and, where the tail is made from codes, what the
+        others add."""
+        body, method = self.geometry.kernels, self.method
+        codes = self._codes(kv) if self._reads_codes else None
+        logits = self._logits(q, codes) if codes is not None and method.tail in ("mean", "pq") else None
+        log_weight: Tensor | None = None
+        if self.lists is not None:
+            top, log_weight = self._best_by_cells(q, self.lists, wanted)
+        elif logits is not None:
+            top = body.top_k(reference.group_probabilities(logits), wanted)
+        else:
+            mapped, scaling = self.map.queries(q), self.geometry.scaling
+            scores = body.pq_probabilities(mapped, self._ready(self.codebook), self._key_codes(codes), scaling)
+            top = body.top_k(scores, wanted)
+        if method.tail not in ("mean", "pq"):
+            return top, None
+        weights: Tensor | None = None
+        if logits is not None:
+            weights, log_weight = tail_weights(without(logits, top))
+        value = self._tail_value(q, weights, codes)
+        return top, Residual(value, self._ready(log_weight) + self.log_factor[:, :, None])
+
+    def _best_by_cells(self, q: Tensor, lists: InvertedLists, wanted: int) -> tuple[Tensor, Tensor]:
+        """The same tokens from inverted lists, and the log-weight ``[B, H, G]`` of the others."""
+        scores = cell_scores(self.map.queries(q), self._ready(self.codebook)) + self.map.constant(q)[..., None]
+        scores = scores * self.geometry.scaling  # [B, H, G, C]
+        take = shares(cell_probabilities(scores, lists.counts), lists.counts, wanted)
+        self._taken = wanted
+        return lists.tokens(take), cell_log_weight(scores, lists.counts - take)
+
+    def _with_sample(self, q: Tensor, kv: KV, first: int, size: int) -> tuple[Tensor, Residual | None]:
+        """``size`` middle tokens, a share of them drawn from what the codes did not choose, and what the rest adds."""
+        drawn = int(size * self.method.sampled_share)
+        top, _ = self._best(q, kv, size - drawn)
+        tokens, length = len(self._ready(self.codes)), kv.length
+        seed = ((self.method.seed * 1_000_003 + self.geometry.layer) * 1_000_003 + length) % 2**63
+        sample = draw_rows(top, tokens, drawn, seed)
+        if sample.shape[2] == 0:
+            return top, None
+        # The harness reads these rows once more as part of the selection: a residual has to bring its own value.
+        rest = tokens - top.shape[2]
+        residual = sampled_residual(q, kv.keys(), kv.values(), first + sample, rest, self.geometry.scaling)
+        return torch.cat([top, sample], dim=2), residual
+
+    def _logits(self, q: Tensor, codes: Tensor) -> Tensor:
+        """Approximate logits ``[B, H, n, M]`` of queries ``[B, H, n, D]``, on the scale of the exact ones."""
+        scores = reference.pq_scores(self.map.queries(q), self._ready(self.codebook), self._key_codes(codes))
+        return (scores + self.map.constant(q)[..., None]) * self.geometry.scaling
+
+    def _tail_value(self, q: Tensor, weights: Tensor | None, codes: Tensor | None) -> Tensor:
+        """Mean value ``[B, H, G, D]`` of the tail, by weights ``[B, H, G, M]`` and value codes where they are kept."""
+        if self.method.tail == "pq":
+            value_codes = self._ready(codes)[..., self.method.m :]
+            return quantised_mean(self._ready(weights), value_codes, self._ready(self.value_codebook))
+        return (self._ready(self.value_sum) / len(self._ready(self.codes))).expand(q.shape)
+
+    def _cover(self, kv: KV) -> None:
+        every = self.method.refresh
+        if every is not None and self.codes is not None and kv.length - self._trained_at >= every:
+            self._train(kv, *self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length))
+        else:
+            super()._cover(kv)
+
+    def _train(self, kv: KV, start: int, stop: int) -> None:
+        super()._train(kv, start, stop)
+        method, codes = self.method, self._ready(self.codes)
+        if method.tail == "pq":
+            sample = None if method.sample is None else method.sample * 2**method.b_v
+            self.value_codebook, value_codes = self.geometry.kernels.train_codebook(
+                kv.values(start, stop),
+                method.m_v,
+                2**method.b_v,
+                self.iterations,
+                method.seed,
+                sample,
+                method.tolerance,
+            )
+            self.codes = GrowingBuffer(torch.cat([codes.view(), value_codes.to(codes.view().device)], dim=3))
+        if method.tail == "mean":
+            self.value_sum = kv.values(start, stop).float().sum(2, keepdim=True)
+        if searches_cells(method.search, method.m * method.b, stop - start, method.tail == "pq"):
+            self.lists = InvertedLists(cell_numbers(codes.view().to(kv.device), method.b), method.m * method.b)
+        self._trained_at = kv.length
+        if self._calibrates and self.queries.recent is not None:
+            self.log_factor = self._fitted(kv, start, self.queries.recent)
+
+    def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        method = self.method
+        moment = self.queries.moment.mean()
+        self.map = key_map(method.codebook, keys, moment, method.m, method.seed, self.geometry.device)
+        return super()._clustered(self.map.keys(keys))
+
+    def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
+        body = self.geometry.kernels
+        codes = body.encode(self.map.keys(kv.keys(start, stop)), self._ready(self.codebook))
+        if self.lists is not None:
+            self.lists.append(cell_numbers(codes, self.method.b))
+        if self.value_sum is not None:
+            self.value_sum = self.value_sum + kv.values(start, stop).float().sum(2, keepdim=True)
+        if self.value_codebook is None:
+            return codes
+        return torch.cat([codes, body.encode(kv.values(start, stop), self.value_codebook)], dim=3)
+
+    def _fitted(self, kv: KV, first: int, recent: Tensor) -> Tensor:
+        """Log of true over estimated tail mass ``[B, H]`` of the queries ``[B, H, G, n, D]`` seen last."""
+        batch, heads, group, count, _ = recent.shape
+        last, top_k = self.queries.last, self.method.budget.resolve(kv.length, self.geometry.prompt).top_k
+        # Where a prompt was too short for codebooks, some middle tokens are younger than the queries; these are masked.
+        keys, codes = (
+            kv.keys(0, max(last + 1, first + len(self._ready(self.codes)))),
+            self._ready(self.codes).view().to(kv.device),
+        )
+        true = guessed = torch.zeros(batch, heads, device=kv.device)
+        rows = max(1, _TILE // (batch * heads * group * (last + 1)))
+        for start in range(0, count, rows):
+            q = recent[:, :, :, start : start + rows]
+            estimated = self._logits(q.flatten(2, 3), codes).view(*q.shape[:4], -1)
+            position = last - count + start + q.shape[3]  # of the block's last query
+            part = tail_share(q, keys, estimated, first, position, top_k, self.geometry.scaling)
+            true, guessed = true + part[0], guessed + part[1]
+        return torch.where((true > 0) & (guessed > 0), true.log() - guessed.log(), torch.zeros_like(true))
+
+    def _key_codes(self, codes: Tensor | None) -> Tensor:
+        return self._ready(codes)[..., : self.method.m]
+
+    def _ready(self, part: T | None) -> T:
+        if part is None:
+            raise RuntimeError("no index before finish_prefill()")
+        return part
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.method.calibrated and self.method.tail in ("mean", "pq")
+
+    @property
+    def _reads_codes(self) -> bool:
+        return self.lists is None or self.method.tail == "pq"
+
+    @property
+    def facts(self) -> dict[str, float]:
+        return super().facts | {"tail_log_factor": float(self.log_factor.mean())}
+
+    @property
+    def index_bytes(self) -> int:
+        read = super().index_bytes if self._reads_codes else 0
+        if self.lists is None:
+            return read
+        heads = self.geometry.batch * self.geometry.kv_heads
+        return read + self.lists.bounds_bytes + heads * self._taken * 4
+
+    @property
+    def resident_bytes(self) -> int:
+        parts = (self.codebook, self.value_codebook, self.value_sum, self.lists, self.map)
+        held = 0 if self.codes is None else self.codes.bytes
+        return held + self.queries.nbytes + sum(part.nbytes for part in parts if part is not None)

@@ -1,0 +1,101 @@
+"""What unselected tokens would have added, estimated from codes or a sample: the mathematics of the residuals.
+
+Shapes: B sequences, H KV heads, G query heads per KV head, M middle tokens (those between sinks and window, which are
+never in the tail), k selected ones, D head dimension; logits are scaled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels import reference
+from pqbench.method import Residual
+
+KINDS = ("none", "mean", "pq", "sampled")
+
+
+def without(logits: Tensor, selected: Tensor) -> Tensor:
+    """Logits ``[B, H, G, M]`` with -inf where ``selected`` ``[B, H, k]``: no token counts twice."""
+    chosen = selected[:, :, None].expand(*logits.shape[:3], -1)
+    return logits.scatter(3, chosen, float("-inf"))
+
+
+def tail_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of :func:`without` logits ``[B, H, G, M]`` and their log-sum-exp ``[B, H, G]``. An empty tail has weights
+    0 and -inf."""
+    log_weight = logits.logsumexp(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], float("-inf"))
+    finite = log_weight.masked_fill(log_weight == float("-inf"), 0.0)
+    return (logits - finite[..., None]).exp(), log_weight
+
+
+def quantised_mean(weights: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
+    """Weighted sum of quantised values ``[B, H, G, D]``.
+
+    Weights ``[B, H, G, M]`` are first added up per value code, then multiply the codebook ``[B, H, m, K, D/m]`` once:
+    K * D multiplications per query head instead of M * D. Codes are ``[B, H, M, m]``.
+    """
+    batch, heads, group, _ = weights.shape
+    _, _, parts, clusters, _ = codebook.shape
+    sums = weights.new_zeros(batch, heads, parts, group, clusters)
+    index = codes.permute(0, 1, 3, 2).long()[:, :, :, None, :]  # [B, H, m, 1, M]
+    shape = (-1, -1, parts, group, -1)
+    sums.scatter_add_(4, index.expand(shape), weights[:, :, None].expand(shape))
+    return torch.einsum("bhmgk,bhmkw->bhgmw", sums, codebook).flatten(3)
+
+
+def draw_rows(selected: Tensor, tokens: int, count: int, seed: int) -> Tensor:
+    """A uniform sample without replacement ``[B, H, n]`` of the ``tokens`` middle tokens that are not ``selected``
+    ``[B, H, k]``; ``count`` of them, or all there are. The draw depends on ``seed`` and the head, not on the batch."""
+    heads = selected.shape[1]
+    noise = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(seed)).to(selected.device)
+    noise = noise.expand(len(selected), -1, -1).scatter(2, selected, -1.0)
+    return reference.top_k(noise, max(0, min(count, tokens - selected.shape[2])))
+
+
+def sampled_residual(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, rest: int, scaling: float) -> Residual:
+    """What the tail holds beyond a uniform sample of it that is attended exactly (vAttention, arXiv 2510.05688).
+
+    Each of the n sampled tokens stands for rest / n tokens. The exact part counts it once, so the residual is the
+    sample itself, rest / n - 1 times: numerator and denominator of attention are then unbiased.
+
+    Args:
+        q: ``[B, H, G, D]``.
+        keys, values: ``[B, H, S, D]``.
+        rows: ``[B, H, n]`` of the sample, n >= 1.
+        rest: tokens that are not selected, the sample included.
+    """
+    output, log_weight, _ = reference.attention(q.float(), keys, values, scaling, rows)
+    excess = torch.tensor(rest / rows.shape[2] - 1.0, device=q.device)
+    return Residual(output, log_weight + excess.log())
+
+
+def tail_share(
+    q: Tensor, keys: Tensor, estimated: Tensor, first: int, last: int, top_k: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """True and estimated tail mass of queries ``[B, H, G, n, D]`` at positions up to and including ``last``: each
+    ``[B, H]``, shares of a query's whole attention, added up over queries and group.
+
+    Quantisation averages keys, and the exponential of an average is less than the average exponential (Jensen): an
+    estimate from codes is too small. The ratio of the two sums corrects it.
+
+    Every query selects among the middle tokens that it may see by its own estimates, as a decode step would; its tail
+    is what it leaves.
+
+    Args:
+        keys: ``[B, H, S, D]``, the whole context; a query sees those up to its own position.
+        estimated: approximate logits of the middle tokens ``first`` to ``first + M``, ``[B, H, G, n, M]``.
+        top_k: tokens that a step selects.
+    """
+    batch, heads, group, count, middle = estimated.shape
+    exact = (q.float().flatten(2, 3) @ keys.float().transpose(2, 3) * scaling).view(batch, heads, group, count, -1)
+    position = torch.arange(last - count + 1, last + 1, device=q.device)[:, None]
+    exact = exact.masked_fill(torch.arange(keys.shape[2], device=q.device) > position, float("-inf"))
+    future = first + torch.arange(middle, device=q.device) > position  # [n, M]
+    estimated = estimated.masked_fill(future, float("-inf"))
+    probabilities = estimated.softmax(-1).nan_to_num(0.0).sum(2)  # [B, H, n, M]; a query that sees no middle token: 0
+    chosen = reference.top_k(probabilities, top_k)[:, :, None].expand(-1, -1, group, -1, -1)
+    tail = exact[..., first : first + middle].scatter(4, chosen, float("-inf"))
+    normaliser = exact.logsumexp(-1, keepdim=True)
+    true, guessed = ((x - normaliser).exp().sum((2, 3, 4)) for x in (tail, estimated.scatter(4, chosen, float("-inf"))))
+    return true, guessed

@@ -1,0 +1,115 @@
+"""Runs as rows: quality, fidelity, time and bytes of every method, model, benchmark and budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from plots.report.load import Loaded
+from plots.report.text import name
+from plots.style import BASELINE
+from pqbench.summaries import COSTS, KEYS, Run, Suite, suites
+
+# Field of a row -> (heading, unit, factor, format, what it is).
+Column = tuple[str, str, float, str, str]
+COLUMNS: dict[str, Column] = {
+    "score": ("score", "%", 1, "{:.1f}", "mean over samples"),
+    "average": ("average", "%", 1, "{:.1f}",
+                "over tasks, where no task is missing; for LongBench the official mean of its groups"),
+    "mass": ("mass", "", 1, "{:.3f}", "share of the attention probability that fell on attended tokens"),
+    "recall": ("recall", "", 1, "{:.3f}", "share of the exact top-k that was attended"),
+    "output_error": ("output error", "", 1, "{:.3f}", "relative error of the attention output"),
+    "ttft_s": ("TTFT", "s", 1, "{:.2f}", "time to first token, median; methods that ran together share a prefill"),
+    "tt2t_s": ("TT2T", "s", 1, "{:.2f}", "time to second token, median; it includes what a method adds to prefill"),
+    "tpot_s": ("TPOT", "ms", 1e3, "{:.1f}", "time per output token, median"),
+    "step_bytes": ("read", "MB/step", 1e-6, "{:.2f}",
+                   "index bytes and attended keys and values of a decode step, over all layers; counted"),
+    "link_bytes": ("link", "MB/step", 1e-6, "{:.2f}", "bytes over the link between host and device"),
+    "kv_bytes": ("KV", "MB", 1e-6, "{:.1f}", "keys and values kept, on device and host"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: its names for people, its figures in the units of the records, and how it is told from others."""
+
+    names: dict[str, str]  # benchmark, model, method, budget, question, key
+    run: Run
+    figures: dict[str, float | None]
+    folder: int
+    emulated: str | None  # the link whose time is a model's
+
+    def shown(self, column: str) -> str:
+        """A figure in its unit; a dash where there is none."""
+        _, _, factor, form, _ = COLUMNS[column]
+        value = self.figures.get(column)
+        return "–" if value is None else form.format(value * factor)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Rows of one benchmark on one model."""
+
+    suite: Suite
+    rows: list[Row]
+
+
+def boards(loaded: Loaded) -> list[Board]:
+    """All scored runs, by benchmark and model."""
+    table = loaded.table.assign(step_bytes=step_bytes(loaded.table), link_bytes=_numbers(loaded.table, "link_bytes"))
+    good = table[table["status"] == "ok"]
+    further = good.groupby(KEYS, sort=False)[["step_bytes", "link_bytes"]].mean()
+    folders = table.groupby(KEYS, sort=False)["folder"].last()
+    found = []
+    needed = [*KEYS, "task", "sample_id", "status", "score", "scores", *COSTS]
+    # Long texts left behind and strings as plain objects: cutting the table into runs and tasks takes half the time.
+    for suite in suites(loaded.table.reindex(columns=needed).astype(dict.fromkeys([*KEYS, "task"], object))):
+        rows = []
+        for run in suite.runs:
+            place = tuple(run.names[key] for key in KEYS)
+            folder = int(folders[place])
+            bytes_read = dict(further.loc[place]) if place in further.index else {}
+            rows.append(_row(loaded, suite, run, bytes_read, folder))
+        found.append(Board(suite, sorted(rows, key=_order)))
+    return found
+
+
+def columns(found: list[Board]) -> list[str]:
+    """The columns of :data:`COLUMNS` that some row fills."""
+    rows = [row for board in found for row in board.rows]
+    return [column for column in COLUMNS if any(row.figures.get(column) is not None for row in rows)]
+
+
+def step_bytes(table: pd.DataFrame) -> pd.Series:
+    """Bytes a decode step reads: those of the index, and the rows attended. A row is as large as the rows kept are on
+    average: on the host, where a host tier keeps all, else on the device."""
+    kept = _numbers(table, "host_bytes").where(lambda size: size > 0, _numbers(table, "device_bytes"))
+    row = kept / _numbers(table, "kv_tokens").where(lambda count: count > 0)
+    return _numbers(table, "index_bytes") + _numbers(table, "attended_tokens") * row
+
+
+def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
+    values = table[column] if column in table else pd.Series(None, index=table.index, dtype=object)
+    return pd.to_numeric(values, errors="coerce").astype(float)
+
+
+def _order(row: Row) -> tuple[bool, str, float]:
+    """Full attention first, then by method and the number in the budget."""
+    number = re.search(r"\d+(\.\d+)?", row.names["budget"])
+    return row.names["method"] != BASELINE, row.names["method"], float(number[0]) if number else 0.0
+
+
+def _row(loaded: Loaded, suite: Suite, run: Run, bytes_read: Mapping[str, float], folder: int) -> Row:
+    names = {key: name(value) for key, value in run.names.items()} | {"benchmark": name(suite.benchmark)}
+    average = run.scores.get(suite.benchmark) or run.scores.get("mean")
+    figures = run.costs | bytes_read | {"score": run.score, "average": average.value if average else None}
+    plain = {column: _number(figures.get(column)) for column in COLUMNS}
+    link = loaded.folders[folder].link
+    return Row(names, run, plain, folder, name(link) if link else None)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or pd.isna(value) else float(value)

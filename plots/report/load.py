@@ -1,0 +1,118 @@
+"""Everything a results folder holds: records, configurations, environments, and a count of what was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from pqbench.records import VERSION, Record, environments, newest_of, read_lines, run_folders
+from pqbench.summaries import frame
+from pqbench.timings import is_timing
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast
+REAL_LINKS = ("auto", "local", "cuda")  # every other setting of a link is a model of one
+CONFIG_LIMIT = 1 << 20  # bytes; ours have about two thousand
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What lies beside the records of one run."""
+
+    config: dict[str, Any]
+    environments: list[dict[str, Any]]
+
+    @property
+    def link(self) -> str | None:
+        """The emulated link of the run's store, None when its transfers were real or there were none."""
+        store = self.config.get("store")
+        link = store.get("link") if isinstance(store, dict) else None
+        return None if link is None or link in REAL_LINKS else str(link)
+
+
+@dataclass
+class Loaded:
+    """A results folder in memory. ``table`` holds the scored records (column ``folder`` indexes ``folders``), ``timed``
+    those of timing benchmarks that say what they timed."""
+
+    root: Path
+    records: list[Record] = field(default_factory=list)
+    folders: list[Folder] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)  # folder of each record
+    foreign: Counter[str] = field(default_factory=Counter)  # records of another format, by version
+    broken: int = 0  # lines that are no record
+    older: int = 0  # records that a newer one of the same sample replaces
+    unplaced: int = 0  # timing records without method or context
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+    timed: list[Record] = field(default_factory=list)
+
+    @property
+    def failed(self) -> int:
+        """Records that are no measurement: errors and out of memory."""
+        return sum(record["status"] != "ok" for record in self.records)
+
+    def left_out(self) -> list[str]:
+        """What is not in the report, in words, empty when nothing was left out."""
+        parts = [
+            f"{count} of format version {version} (this pqbench reads version {VERSION})"
+            for version, count in sorted(self.foreign.items())
+        ]
+        for count, what in (
+            (self.broken, "broken lines"),
+            (self.older, "replaced by a newer record of the same sample"),
+            (self.unplaced, "timing records without method or context"),
+        ):
+            if count:
+                parts.append(f"{count} {what}")
+        return parts
+
+
+def load(root: Path) -> Loaded:
+    """Read a results folder.
+
+    Raises:
+        DataError: the folder does not exist, or records in it cannot be read.
+    """
+    loaded = Loaded(root)
+    for path in run_folders(root):
+        lines = list(read_lines(path / "records.jsonl"))
+        kept, versions = newest_of(lines)
+        loaded.foreign.update(str(version)[:20] for version in versions)
+        loaded.older += len(lines) - len(kept) - len(versions)
+        loaded.broken += _written(path / "records.jsonl") - len(lines)
+        loaded.owner += [len(loaded.folders)] * len(kept)
+        loaded.records += kept
+        loaded.folders.append(Folder(_config(path / "config.yaml"), environments(path / "environment.json")))
+    timing = [is_timing(record.get("benchmark")) for record in loaded.records]
+    scored = [record for record, timed in zip(loaded.records, timing, strict=True) if not timed]
+    loaded.table = frame(scored)
+    loaded.table["folder"] = [owner for owner, timed in zip(loaded.owner, timing, strict=True) if not timed]
+    every = [record for record, timed in zip(loaded.records, timing, strict=True) if timed]
+    loaded.timed = [record for record in every if _placed(record)]
+    loaded.unplaced = len(every) - len(loaded.timed)
+    return loaded
+
+
+def _placed(record: Record) -> bool:
+    context = record.get("context")
+    return isinstance(record.get("method"), str) and isinstance(context, int) and not isinstance(context, bool)
+
+
+def _written(path: Path) -> int:
+    """Lines of a file that are not empty."""
+    return sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The settings of a run; empty when the file is absent, damaged or no configuration."""
+    try:
+        if path.stat().st_size > CONFIG_LIMIT:
+            return {}
+        found = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506 - a safe loader
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

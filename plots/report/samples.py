@@ -1,0 +1,118 @@
+"""Predictions for the sample browser: as many as a page can carry, some of every task."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from plots.report.load import Loaded
+from plots.report.text import clip, facts, name
+from pqbench.records import Record
+from pqbench.timings import is_timing
+
+BYTES = 6_000_000  # of the embedded text
+PREDICTION, REFERENCE, REFERENCES = 1200, 300, 5  # characters, characters, how many
+
+
+@dataclass
+class Sample:
+    """One prompt and what the runs said to it."""
+
+    place: tuple[str, str, str]  # benchmark, model, task
+    sample: str
+    references: list[Any]
+    metadata: Any
+    answers: list[tuple[int, Record]] = field(default_factory=list)  # run, record
+
+
+@dataclass(frozen=True)
+class Browser:
+    """What the page embeds: JSON that is safe inside a script element, and how much of everything it is."""
+
+    data: Markup
+    samples: int
+    of_samples: int
+    answers: int
+    of_answers: int
+
+
+def browser(loaded: Loaded, limit: int = BYTES) -> Browser:
+    """Samples that have a prediction or an error, in turn one of every benchmark, model and task, until ``limit``."""
+    runs, samples = _collect(loaded)
+    whole = sum(len(sample.answers) for sample in samples)
+    labels = htmlsafe_json_dumps([_run(names) for names in runs], ensure_ascii=False)
+    size, parts, answers = len(labels.encode()), [], 0
+    for sample in _turns(samples):
+        part = htmlsafe_json_dumps(_entry(sample), ensure_ascii=False, separators=(",", ":"))
+        size += len(part.encode()) + 1
+        if size > limit:
+            break
+        parts.append(part)
+        answers += len(sample.answers)
+    data = Markup('{"runs":%s,"samples":[%s]}') % (labels, Markup(",").join(parts))
+    return Browser(data, len(parts), len(samples), answers, whole)
+
+
+def _collect(loaded: Loaded) -> tuple[list[tuple[str, ...]], list[Sample]]:
+    runs: dict[tuple[str, ...], int] = {}
+    samples: dict[tuple[str, ...], Sample] = {}
+    for record in loaded.records:
+        said = isinstance(record.get("prediction"), str) or record["status"] != "ok"
+        if is_timing(record.get("benchmark")) or not said:
+            continue
+        benchmark, model, task = (name(record.get(key, "-")) for key in ("benchmark", "model", "task"))
+        names = (benchmark, model, *(name(record.get(key, "-")) for key in ("method", "budget", "question", "key")))
+        references = record.get("references")
+        listed = references if isinstance(references, list) else [] if references is None else [references]
+        # Prompts of other settings may share an id; what they ask for tells them apart.
+        identity = (benchmark, model, task, record["sample_id"], repr(listed))
+        sample = samples.setdefault(identity, Sample((benchmark, model, task), record["sample_id"], listed, {}))
+        sample.metadata = sample.metadata or record.get("metadata")
+        sample.answers.append((runs.setdefault(names, len(runs)), record))
+    return list(runs), list(samples.values())
+
+
+def _turns(samples: list[Sample]) -> Iterator[Sample]:
+    groups: dict[tuple[str, str, str], deque[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.place, deque()).append(sample)
+    waiting = deque(groups.values())
+    while waiting:
+        group = waiting.popleft()
+        yield group.popleft()
+        if group:
+            waiting.append(group)
+
+
+def _run(names: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(("benchmark", "model", "method", "budget", "question", "key"), names, strict=True))
+
+
+def _entry(sample: Sample) -> dict[str, Any]:
+    benchmark, model, task = sample.place
+    references = [_cut(reference, REFERENCE) for reference in sample.references[:REFERENCES]]
+    known = facts(sample.metadata) if isinstance(sample.metadata, dict) else {}
+    return {
+        "benchmark": benchmark, "model": model, "task": task, "id": name(sample.sample), "references": references,
+        "more": max(0, len(sample.references) - REFERENCES), "facts": dict(list(known.items())[:12]),
+        "answers": [{"run": run} | _answer(record) for run, record in sample.answers],
+    }  # fmt: skip
+
+
+def _answer(record: Record) -> dict[str, Any]:
+    """Short names: an answer is stored for every record."""
+    text = record.get("prediction") if record["status"] == "ok" else record.get("error")
+    known = {key: record.get(key) for key in ("score", "prompt_tokens", "new_tokens")}
+    figures = {key: value for key, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {"status": name(record["status"])} | figures | _cut(text if text is not None else "", PREDICTION)
+
+
+def _cut(text: object, limit: int) -> dict[str, Any]:
+    clipped = clip(text, limit)
+    return {"text": clipped.text} | ({"cut": clipped.cut} if clipped.cut else {})

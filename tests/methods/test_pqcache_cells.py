@@ -1,0 +1,151 @@
+"""Search by cells against a scan over all tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from methods.pqcache import PQCachePlus, PQCachePlusState
+from methods.pqcache.cells import (
+    InvertedLists,
+    cell_log_weight,
+    cell_numbers,
+    cell_probabilities,
+    cell_scores,
+    searches_cells,
+    shares,
+)
+from pqbench.method import Budget, Residual
+from tests.support import advance, case, output_of, start, tokens_of
+
+searches = st.tuples(
+    st.integers(1, 3),  # m
+    st.integers(1, 3),  # b
+    st.integers(1, 80),  # tokens listed at once
+    st.integers(0, 40),  # tokens appended, one by one
+    st.integers(0, 120),  # tokens wanted
+    st.integers(0, 10_000),  # seed
+    st.booleans(),  # codes drawn from few values: many tokens per cell
+)
+
+
+def drawn(m: int, b: int, tokens: int, seed: int, few: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Query ``[2, 2, 3, 4m]``, codebook and codes of ``tokens``."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, 2, 3, 4 * m, generator=generator)
+    codebook = torch.randn(2, 2, m, 2**b, 4, generator=generator)
+    if few:
+        codebook[:, :, :, 1:] = codebook[:, :, :, :1]  # all cells tie
+    codes = torch.randint(2 ** (1 if few else b), (2, 2, tokens, m), generator=generator).to(torch.uint8)
+    return q, codebook, codes
+
+
+def scanned(q: Tensor, codebook: Tensor, codes: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """By numpy, token by token: logits ``[B, H, G, S]`` and their softmax summed over the group."""
+    book, number = codebook.double().numpy(), codes.long().numpy()
+    batch, heads, count, m = number.shape
+    keys = np.zeros((batch, heads, count, m * book.shape[-1]))
+    for b, h, s in np.ndindex(batch, heads, count):
+        keys[b, h, s] = np.concatenate([book[b, h, j, number[b, h, s, j]] for j in range(m)])
+    logits = np.einsum("bhgd,bhsd->bhgs", q.double().numpy(), keys)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return logits, (weights / weights.sum(-1, keepdims=True)).sum(2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(searches)
+def test_cells_select_what_a_scan_selects(search: tuple[int, int, int, int, int, int, bool]) -> None:
+    m, b, listed, appended, wanted, seed, few = search
+    q, codebook, codes = drawn(m, b, listed + appended, seed, few)
+    lists = InvertedLists(cell_numbers(codes[:, :, :listed], b), m * b)
+    for token in range(listed, listed + appended):
+        lists.append(cell_numbers(codes[:, :, token : token + 1], b))
+    assert len(lists) == listed + appended
+    scores = cell_scores(q, codebook)
+    take = shares(cell_probabilities(scores, lists.counts), lists.counts, wanted)
+    found = lists.tokens(take).numpy()
+    logits, exact = scanned(q, codebook, codes)
+    count = min(wanted, listed + appended)
+    assert found.shape == (2, 2, count)
+    assert (np.diff(found, axis=2) > 0).all()
+    rest = np.log(np.exp(logits).sum(-1))
+    assert np.allclose(cell_log_weight(scores, lists.counts).numpy(), rest, atol=1e-4)
+    for i, h in np.ndindex(2, 2):
+        chosen = set(found[i, h].tolist())
+        others = [s for s in range(listed + appended) if s not in chosen]
+        if chosen and others:
+            assert exact[i, h, list(chosen)].min() >= exact[i, h, others].max() * (1 - 1e-5)
+        for s in others:  # within a cell the older token goes first
+            same = (codes[i, h] == codes[i, h, s]).all(-1).nonzero()[:, 0].tolist()
+            assert not any(t in chosen for t in same if t > s)
+
+
+def test_lists_made_anew_select_the_same() -> None:
+    """Beyond 256 appended tokens."""
+    q, codebook, codes = drawn(2, 3, 700, 5, False)
+    grown = InvertedLists(cell_numbers(codes[:, :, :50], 3), 6)
+    for first in range(50, 700, 13):
+        grown.append(cell_numbers(codes[:, :, first : first + 13], 3))
+    assert len(grown) == 700
+    _, exact = scanned(q, codebook, codes)
+    found = grown.tokens(shares(cell_probabilities(cell_scores(q, codebook), grown.counts), grown.counts, 200)).numpy()
+    for i, h in np.ndindex(2, 2):
+        assert np.isclose(exact[i, h, found[i, h]].sum(), np.sort(exact[i, h])[-200:].sum(), rtol=1e-5)
+
+
+def test_cells_count_in_digits() -> None:
+    codes = torch.tensor([[[[1, 2], [3, 0], [0, 3]]]], dtype=torch.uint8)
+    assert cell_numbers(codes, 2).tolist() == [[[6, 12, 3]]]
+    q, codebook, _ = drawn(3, 2, 1, 0, False)
+    tables = np.einsum("bhgmw,bhmkw->bhgmk", q.view(2, 2, 3, 3, 4).double().numpy(), codebook.double().numpy())
+    scores = cell_scores(q, codebook).numpy()
+    assert scores.shape == (2, 2, 3, 64)
+    for i, j, k in np.ndindex(4, 4, 4):
+        expected = tables[..., 0, i] + tables[..., 1, j] + tables[..., 2, k]
+        assert np.allclose(scores[..., 16 * i + 4 * j + k], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["none", "mean", "pq", "sampled"])
+@pytest.mark.parametrize("kind", ["centred", "query_aware"])
+def test_methods_answer_the_same_by_cells_and_by_scan(tail: str, kind: str) -> None:
+    budget = Budget(sink=3, window=6, tokens=30, ratio=None)
+    data = case(120, 40)
+    data.keys[:, :, 40:60] = data.keys[:, :, 20:40]  # ties
+    states = {}
+    for search in ("scan", "cells"):
+        states[search] = start(PQCachePlus(budget, b=3, b_v=3, codebook=kind, tail=tail, search=search), data)
+    for step in range(40):
+        outputs, tokens = [], []
+        for state, store in states.values():
+            assert isinstance(state, PQCachePlusState)
+            assert (state.lists is not None) == (state.method.search == "cells")
+            selection = advance(state, store, data, step)
+            assert selection.residual is None if tail == "none" else isinstance(selection.residual, Residual)
+            outputs.append(output_of(selection, store, data.q[:, :, :, 120 + step], data))
+            tokens.append(tokens_of(selection, store).sort(-1).values)
+        assert torch.equal(*tokens)
+        assert np.allclose(outputs[0], outputs[1], atol=1e-5)
+
+
+def test_when_cells_are_searched() -> None:
+    assert not searches_cells("auto", 12, 64 * 4096 - 1, False)
+    assert searches_cells("auto", 12, 64 * 4096, False)
+    assert not searches_cells("auto", 12, 1 << 20, True)  # the pq tail reads every token's codes
+    assert not searches_cells("auto", 24, 1 << 30, False)
+    assert searches_cells("cells", 16, 1, True)
+    assert not searches_cells("scan", 2, 1 << 20, False)
+
+
+def test_what_cells_read_and_hold() -> None:
+    budget = Budget(sink=3, window=6, tokens=30, ratio=None)
+    for tail, read in (("none", 0), ("mean", 0), ("pq", 2 + 2)):
+        data = case(100, 1)
+        state, store = start(PQCachePlus(budget, b=3, b_v=3, tail=tail, search="cells"), data)
+        advance(state, store, data, 0)
+        middle, bounds = 101 - 9, 2 * 2 * (64 + 1) * 4
+        assert state.index_bytes == 4 * middle * read + bounds + 2 * 2 * 21 * 4
+        assert state.resident_bytes > state.index_bytes
