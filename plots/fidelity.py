@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from plots.latency import apart
-from plots.style import BASELINE, Look, footer, looks, number, save, style, threads, tokens
+from plots.style import BASELINE, Look, apart, footer, looks, number, save, style, threads, tokens
 from pqbench.records import plain_name
 from pqbench.summaries import LEVEL, resampled
 
+MADE_BY = "python -m pqbench benchmark=fidelity method=[oracle,random_tokens,streaming_llm,pqcache,pqcache_plus]"
 # Field of a record, title of its panel, label of its axis.
 PANELS = (
     ("output_error", "attention output, clean inputs", "relative error"),

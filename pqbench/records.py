@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of the record format; part of every key, so that formats never mix in one file
 Record = dict[str, Any]
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
@@ -204,6 +205,23 @@ def read_all(root: Path) -> list[Record]:
     if foreign:
         log.warning("%s: left out %s", root, _other_version(foreign))
     return records
+
+
+def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings and first environment of every run under a results folder, by key; {} for what cannot be read.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    found = {}
+    for folder in run_folders(root):
+        try:
+            settings = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
+        except (OSError, yaml.YAMLError):
+            settings = None
+        first = next(iter(environments(folder / "environment.json")), {})
+        found[folder.name.rpartition("-")[2]] = settings if isinstance(settings, dict) else {}, first
+    return found
 
 
 def run_folders(root: Path) -> list[Path]:

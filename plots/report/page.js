@@ -67,7 +67,7 @@
     const field = find("filter-" + name);
     field.value = state.get(name) || "";
     if (field.value !== (state.get(name) || "")) field.value = "";
-    field.addEventListener("input", filter);
+    field.addEventListener(name === "text" ? "input" : "change", filter);
   }
   find("filter-clear").addEventListener("click", () => {
     for (const name of [...names, "text"]) find("filter-" + name).value = "";
@@ -167,7 +167,7 @@
     show();
     remember();
   };
-  const changed = (field, action) => field.addEventListener("input", () => { action(); remember(); });
+  const changed = (field, action) => field.addEventListener("change", () => { action(); remember(); });
   changed(where, () => { for (const name of ["left", "right", "task", "sample"]) state.delete(name); sample.replaceChildren(); pickPlace(); });
   changed(task, pickTask);
   changed(left, pickTask);

@@ -53,14 +53,16 @@ class Section:
     left_out: list[str]
 
 
-def method_sections(loaded: Loaded) -> list[Section]:
-    """A section for each method among the records, full attention first, then in alphabetical order."""
+def method_sections(loaded: Loaded, limit: int) -> tuple[list[Section], list[str]]:
+    """A section for each method among the records, full attention first, then in alphabetical order, and at most
+    ``limit`` of them; and the names of all."""
     configs: dict[str, list[dict[str, Any]]] = {}
     for owner, record in zip(loaded.owner, loaded.records, strict=True):
         configs.setdefault(name(record.get("method", "-")), []).append(loaded.folders[owner].config)
     cells = needle_cells(loaded.table)
     found = []
-    for method in sorted(configs, key=lambda method: (method != BASELINE, method)):
+    ordered = sorted(configs, key=lambda method: (method != BASELINE, method))
+    for method in ordered[:limit]:
         nodes = [config["method"] for config in _distinct(configs[method]) if isinstance(config.get("method"), dict)]
         target = str(next((node["_target_"] for node in nodes if "_target_" in node), ""))
         maps, timed = heatmaps(cells, method), latency(loaded.timed, method)
@@ -75,7 +77,7 @@ def method_sections(loaded: Loaded) -> list[Section]:
             if whole > shown
         ]
         found.append(Section(method, name(target), describe(target), known, maps[:HEATMAPS], timed[:LATENCIES], left_out))
-    return found
+    return found, ordered
 
 
 def settings(nodes: Sequence[dict[str, Any]]) -> Settings:

@@ -25,7 +25,7 @@ def inert(text: object) -> str:
 
 def name(text: object) -> str:
     """A name on one line, shortened with an ellipsis."""
-    return _shortened(str(text)[: 4 * NAME])
+    return _shortened(str(text))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from plots import latency
-from plots.style import looks
+from plots.style import apart, looks
 
 SECONDS = {("full", 1024): (0.1, 0.2, 0.3), ("full", 4096): (0.4, 0.5, 0.9), ("pqcache", 1024): (0.2, 0.2, 0.2),
            ("pqcache", 4096): (0.3, 0.1, 0.2)}  # fmt: skip
@@ -79,11 +79,11 @@ def test_several_budgets_of_a_method_are_several_lines(run: pd.DataFrame) -> Non
 
 
 def test_names_at_line_ends_do_not_overlap() -> None:
-    places = latency.apart([0.1, 0.11, 0.12, 0.5, 0.9], 0.06)
+    places = apart([0.1, 0.11, 0.12, 0.5, 0.9], 0.06)
     assert all(round(b - a, 6) >= 0.06 for a, b in pairwise(places))
     assert places[:3] == pytest.approx([0.05, 0.11, 0.17])
     assert places[3:] == [0.5, 0.9]
-    assert latency.apart([], 0.1) == []
+    assert apart([], 0.1) == []
 
 
 def test_looks_are_stable_and_distinct() -> None:
