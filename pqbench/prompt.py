@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from pqbench.attention import attached, rotary_frequencies
 from pqbench.batch import check_logits, check_prompt, group_rows
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
-from pqbench.group import Group, Observer, Rows
+from pqbench.group import Clock, Group, Observer, Rows
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.threads import stay_alone
 from pqbench.method import Calibration, Geometry, Method
@@ -136,7 +136,7 @@ class Prefilled:
         if built.keep is not None:
             store = store.keep(built.keep)
         state = observer.state if spend else copy.deepcopy(observer.state)
-        return Group(observer.rows, store, state, partial(now, self.model))
+        return Group(observer.rows, store, state, clock(self.model))
 
     def store(self, layer: int, group: int, method: int | None = None) -> Store:
         """A store over the prompt of one group in one layer, laid out for a method's sinks and window."""
@@ -225,7 +225,7 @@ def _open(
     for i in full:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
         layer.observers = [
-            Observer(rows, method.layer(geometry(model, i, rows, columns, rotary, setting)), partial(now, model))
+            Observer(rows, method.layer(geometry(model, i, rows, columns, rotary, setting)), clock(model))
             for method in methods
             for rows in groups
         ]
@@ -255,8 +255,16 @@ def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Gr
 
 def now(model: PreTrainedModel) -> float:
     """Wall clock after everything queued on the model's device is done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    return clock(model)()
+
+
+def clock(model: PreTrainedModel) -> Clock:
+    """What :func:`now` reads. Looks the device up once: transformers walks through all modules for it."""
+    return partial(_synchronised, model.device) if model.device.type == "cuda" else time.perf_counter
+
+
+def _synchronised(device: torch.device) -> float:
+    torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

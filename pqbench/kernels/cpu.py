@@ -258,8 +258,11 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
 
 
 def use_threads(count: int) -> None:
-    """Threads of this body in the calling thread."""
+    """Threads of this body in the calling thread. Torch keeps its number: numba sets it to that of all cores when it
+    starts its threads, since both count OpenMP's."""
+    before = torch.get_num_threads()
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+    torch.set_num_threads(before)
 
 
 def warm_up(dtype: torch.dtype, dims: int = 64) -> float:
