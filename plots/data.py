@@ -62,11 +62,10 @@ def without(settings: Settings, *paths: str) -> str:
 
 
 def alike(table: pd.DataFrame, *paths: str) -> Iterator[pd.DataFrame]:
-    """Rows of one benchmark and model whose settings differ at ``paths`` alone; the newest runs first."""
+    """Rows of one benchmark and model whose settings differ at ``paths`` alone; the largest group first."""
     rest = [without(settings, *paths) for settings in table["settings"]]
-    yield from reversed(
-        [part for _, part in table.assign(rest=rest).groupby(["benchmark", "model", "rest"], sort=False)]
-    )
+    groups = table.assign(rest=rest).groupby(["benchmark", "model", "rest"], sort=False)
+    yield from sorted((part for _, part in groups), key=len, reverse=True)
 
 
 def family(settings: Settings, method: str) -> str:
@@ -89,7 +88,7 @@ def emulated(run: pd.DataFrame) -> bool:
 def link(run: pd.DataFrame) -> str:
     """``, KV over PCIe`` for runs of a host tier, nothing for others."""
     name = run["link"].iloc[0] if "link" in run else None
-    return f", KV over {name}" if isinstance(name, str) and name != "-" else ""
+    return f", KV over {name.removeprefix('emulated ')}" if isinstance(name, str) and name != "-" else ""
 
 
 def samples(counts: pd.Series) -> str:

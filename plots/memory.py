@@ -83,11 +83,20 @@ def modelled(axis: Axes, cache: Cache, paper: pd.DataFrame) -> None:
     for name, room in ROOMS:
         axis.axhline(room / 1e9, color="0.4", linewidth=0.9)
         axis.annotate(
-            name, (LENGTHS[0], room / 1e9), xytext=(0, 2), textcoords="offset points", fontsize=8, color="0.3"
+            name,
+            (LENGTHS[0], room / 1e9),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.3",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+            zorder=3,
         )
     for _, row in paper.iterrows():
         axis.plot([131072], [float(row["value"]) / 1e9], "o", markerfacecolor="none", markeredgecolor="black",
                   markersize=9, linestyle="none", label="published")  # fmt: skip
+        axis.annotate("published", (131072, float(row["value"]) / 1e9), xytext=(7, 5), textcoords="offset points",
+                      fontsize=8)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(LENGTHS, [f"{length >> 20}M" if length >= 1 << 20 else tokens(length) for length in LENGTHS])

@@ -115,14 +115,22 @@ def tokens(count: int) -> str:
 
 
 def footer(figure: Figure, text: str) -> None:
-    """Where the numbers come from, small, below the figure."""
+    """Where the numbers come from, small, below the figure; below a :func:`headline` it makes room for its lines."""
     figure.text(0.01, 0.01, text, fontsize=7, color="0.35", ha="left", va="bottom", parse_math=False)
+    engine = figure.get_layout_engine()
+    rect = engine.get()["rect"] if engine is not None else (0, 0, 1, 1)
+    _leave_room(figure, (0.1 + 0.125 * len(text.splitlines())) / figure.get_figheight(), rect[1] + rect[3])
 
 
 def headline(figure: Figure, text: str, stamp: str = "") -> None:
     """The title, and ``emulated`` or ``modelled`` where that is what the numbers are."""
     figure.suptitle(text + (f" [{stamp}]" if stamp else ""), fontsize=12, x=0.01, ha="left", parse_math=False)
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.94))  # type: ignore[union-attr, call-arg]
+    _leave_room(figure, 0.0, 1 - 0.29 / figure.get_figheight())
+
+
+def _leave_room(figure: Figure, bottom: float, top: float) -> None:
+    """Keep the panels between these heights, 0 to 1."""
+    figure.get_layout_engine().set(rect=(0, bottom, 1, top - bottom))  # type: ignore[union-attr, call-arg]
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

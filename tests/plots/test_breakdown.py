@@ -49,3 +49,4 @@ def test_bars_are_the_phases_in_ms(results: Results, tmp_path: Path) -> None:
 def test_nothing_without_phases(results: Results, tmp_path: Path) -> None:
     assert breakdown.draw(results.table.drop(columns="fetch_step_s"), tmp_path) == []
     assert breakdown.draw(results.table.assign(status="oom"), tmp_path) == []
+    assert breakdown.draw(results.table[:4], tmp_path) == []  # of one method
