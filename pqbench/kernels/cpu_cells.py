@@ -123,9 +123,9 @@ def _mark(
                 marks[token >> 5] |= np.int32(1) << (token & np.int32(31))
             take[c] -= count
     for i in range(waiting):
-        c, token = np.int64(read_i32(pending + i * 4)), np.int32(built + i)
-        if take[c] > 0:
-            take[c] -= 1
+        cell, token = read_i32(pending + i * 4), np.int32(built + i)
+        if take[cell] > 0:
+            take[cell] -= 1
             marks[token >> 5] |= np.int32(1) << (token & np.int32(31))
 
 
