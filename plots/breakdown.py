@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from plots.attention import PHASES as STEP
 from plots.data import alike, emulated, families, link, machine, measured, samples, setting, unique
+from plots.latency import FEW
 from plots.style import BASELINE, footer, headline, number, save, style, tokens
 from pqbench.records import plain_name
 
@@ -22,10 +23,12 @@ PHASES = (
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """A figure for every model and setting with two methods among the latency records, a panel per context."""
-    good = measured(table, *(field for field, _, _ in PHASES), "tpot_s", "context", benchmarks=["latency"])
+    good = measured(
+        table, *(field for field, _, _ in PHASES), "tpot_s", "context", "new_tokens", benchmarks=["latency"]
+    )
     paths: list[Path] = []
     taken: dict[str, int] = {}
-    for run in alike(families(good), "method"):
+    for run in alike(families(good[good["new_tokens"] > FEW]), "method"):
         if run["family"].nunique() < 2:
             continue  # a sweep of one method's settings
         with style():

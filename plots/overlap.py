@@ -85,4 +85,4 @@ def bars(axis: Axes, run: pd.DataFrame) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_xlim(0, 1.12 * max(row["prefill"] + row["wait"] + row["step"] for _, row in medians.iterrows()))
     axis.set_xlabel("seconds from the prompt to the second token (TT2T)")
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=4)
+    axis.legend(frameon=False, fontsize=8, loc="upper right")

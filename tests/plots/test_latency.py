@@ -85,6 +85,7 @@ def test_names_at_line_ends_do_not_overlap() -> None:
     assert places[:3] == pytest.approx([0.05, 0.11, 0.17])
     assert places[3:] == [0.5, 0.9]
     assert apart([], 0.1) == []
+    assert apart([0.0, 0.0, 0.5], 0.1, lowest=0.0) == pytest.approx([0, 0.1, 0.5])
 
 
 def test_looks_are_stable_and_distinct() -> None:
