@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plots import attention, fidelity, latency, needle
+from plots import attention, costs, fidelity, latency, needle
 from pqbench.errors import PqbenchError
 from pqbench.records import read_all
 from pqbench.summaries import frame
@@ -17,7 +17,7 @@ from pqbench.terminal import log_to_terminal
 log = logging.getLogger("plots")
 
 # One module per figure; each draws what it can from the records and returns the files it wrote.
-FIGURES = (needle, latency, attention, fidelity)
+FIGURES = (needle, latency, attention, fidelity, costs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
