@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from plots.data import machine, measured, published, unique
+from plots.data import machine, measured, numbers, published, unique
 from plots.style import BASELINE, footer, headline, name_ends, save, style, tokens
 from pqbench.records import plain_name
 
@@ -115,7 +115,7 @@ def bars(axis: Axes, rows: pd.DataFrame) -> None:
              "index_resident_bytes": ("0.5", "index")}  # fmt: skip
     places, left = range(len(rows)), pd.Series(0.0, index=rows.index)
     for field, (colour, name) in sizes.items():
-        width = pd.to_numeric(rows[field], errors="coerce").fillna(0) / 1e6 if field in rows else 0 * left
+        width = numbers(rows, field).fillna(0) / 1e6
         axis.barh(places, width, left=left, color=colour, label=name)
         left = left + width
     axis.set_yticks(places, rows["method"])

@@ -108,7 +108,9 @@ def test_sweeps_and_short_runs_are_not_latency_figures(tmp_path: Path) -> None:
     table = pd.DataFrame(rows())
     alone = table[table["method"] == "pqcache"]
     other = alone.assign(method="pqcache_30", key="other")
-    known = {key: ({"method": {"_target_": "methods.pqcache.PQCache"}}, {}) for key in ("key-pqcache", "other")}
+    known: dict[str, Any] = {
+        key: ({"method": {"_target_": "methods.pqcache.PQCache"}}, {}) for key in ("key-pqcache", "other")
+    }
     assert latency.draw(with_settings(pd.concat([alone, other]), known), tmp_path) == []
     assert latency.draw(alone[alone["context"] == 1024], tmp_path) == []
     assert latency.draw(table.assign(new_tokens=4), tmp_path) == []
