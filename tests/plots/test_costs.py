@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,8 +17,10 @@ from pqbench.cost_fit import Fit, fit_machine
 from pqbench.costs import HARDWARE, MODELS, MethodProfile, fits, tpot
 from tests.test_costs import EXACT, made_by
 
-COMMON = {"benchmark": "latency", "model": "smollm2", "status": "ok", "threads": 2, "kernels": "cpu", "link": "local",
-          "emulated": False, "budget": "25 %", "key": "k"}  # fmt: skip
+COMMON: dict[str, Any] = {
+    "benchmark": "latency", "model": "smollm2", "status": "ok", "threads": 2, "kernels": "cpu", "link": "local",
+    "emulated": False, "budget": "25 %", "key": "k",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_only_runs_the_model_can_read_are_drawn(tmp_path: Path, caplog: pytest.L
 def test_several_budgets_are_several_methods(tmp_path: Path) -> None:
     table = made_by(EXACT, (1024, 2048, 4096))
     other = table[table["method"] == "pq"].assign(**COMMON | {"budget": "50 %", "key": "other"})
-    two = pd.concat([table.assign(**COMMON), other], ignore_index=True)
+    two: pd.DataFrame = pd.concat([table.assign(**COMMON), other], ignore_index=True)
     labelled, chosen = costs._labelled(timed(two), looks(two["method"]))
     assert set(labelled["method"]) == {"full", "pq, 25 % (k)", "pq, 50 % (othe)"}
     assert chosen["pq, 50 % (othe)"] == looks(two["method"])["pq"]
