@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -146,7 +147,8 @@ class Prefilled:
         return self.layers[layer].prompt(rows).store(split)
 
     def close(self) -> None:
-        """End what runs in the background; stores over this prompt are of no use afterwards.
+        """End what runs in the background and free the memory of what was decoded; stores over this prompt are of no use
+        afterwards.
 
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.
@@ -154,6 +156,7 @@ class Prefilled:
         if self.workers is not None:
             self.workers.shutdown()
         self.placement.close()
+        gc.collect()  # layers point at each other in rings, and tensors count nothing towards the collector's thresholds
 
     def _pairs(self) -> list[tuple[int, int]]:
         return [(m, g) for m in range(len(self.methods)) for g in range(len(self.groups))]
