@@ -68,8 +68,7 @@ def bars(axis: Axes, run: pd.DataFrame) -> None:
     """The bars, a pair for each context."""
     medians = run.groupby(["context", "overlaps"])[["prefill", "wait", "step", "build"]].median()
     labels = []
-    rows = medians.sort_index(ascending=[True, True]).reset_index().to_dict("records")
-    for place, row in enumerate(rows):
+    for place, (_, row) in enumerate(medians.sort_index(ascending=[True, True]).reset_index().iterrows()):
         context, overlaps = row["context"], row["overlaps"]
         labels.append(f"{tokens(int(context))}, {'overlap' if overlaps else 'one after the other'}")
         left = 0.0
