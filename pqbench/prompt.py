@@ -156,7 +156,7 @@ class Prefilled:
         if self.workers is not None:
             self.workers.shutdown()
         self.placement.close()
-        gc.collect()  # layers point at each other in rings, and tensors count nothing towards the collector's thresholds
+        gc.collect()  # layers point at each other in rings; tensors count nothing towards the thresholds
 
     def _pairs(self) -> list[tuple[int, int]]:
         return [(m, g) for m in range(len(self.methods)) for g in range(len(self.groups))]
