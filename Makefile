@@ -13,7 +13,7 @@ comma := ,
 STAMP := .venv/ready
 RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
-.PHONY: setup bench paper figures report tables test lint gpu-check
+.PHONY: setup setup-sweep bench paper figures report tables test lint gpu-check
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ $(STAMP): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+# The joblib and Ray launchers (Ray alone is 240 MB).
+setup-sweep: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-sweep.txt
 
 # Full attention beside METHOD over one shared prefill: the quick suite, or BENCHMARK alone when it is set.
 bench: setup

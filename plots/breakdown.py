@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots.attention import PHASES as STEP
-from plots.data import alike, emulated, link, machine, measured, samples, setting, unique
+from plots.data import alike, emulated, families, link, machine, measured, samples, setting, unique
+from plots.latency import FEW
 from plots.style import BASELINE, footer, headline, number, save, style, tokens
 from pqbench.records import plain_name
 
@@ -21,11 +22,15 @@ PHASES = (
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every model, link and machine among the latency records with phases, a panel per context."""
-    good = measured(table, *(field for field, _, _ in PHASES), "tpot_s", "context", benchmarks=["latency"])
+    """A figure for every model and setting with two methods among the latency records, a panel per context."""
+    good = measured(
+        table, *(field for field, _, _ in PHASES), "tpot_s", "context", "new_tokens", benchmarks=["latency"]
+    )
     paths: list[Path] = []
     taken: dict[str, int] = {}
-    for run in alike(good, "method"):
+    for run in alike(families(good[good["new_tokens"] > FEW]), "method"):
+        if run["family"].nunique() < 2:
+            continue  # a sweep of one method's settings
         with style():
             paths += save(panels(run), folder, unique(f"breakdown_{plain_name(run['model'].iloc[0])}", taken))
     return paths
@@ -35,13 +40,13 @@ def panels(run: pd.DataFrame) -> Figure:
     """The figure of one run: at most the three longest contexts."""
     contexts = sorted(run["context"].unique())[-3:]
     tall = run["method"].nunique()
-    figure = Figure(figsize=(1.2 + 4.6 * len(contexts), 1.7 + 0.42 * tall), layout="constrained")
+    figure = Figure(figsize=(2.0 + 4.6 * len(contexts), 1.7 + 0.42 * tall), layout="constrained")
     axes = figure.subplots(1, len(contexts), squeeze=False)[0]
     for axis, context in zip(axes, contexts, strict=True):
         stack(axis, means(run[run["context"] == context]))
         axis.set_title(f"{tokens(int(context))} tokens")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(PHASES), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     first = run.iloc[0]
     headline(figure, f"A decode step of {first['model']}{link(run)}", "emulated" if emulated(run) else "")
     cache = setting(first["settings"], "store.cache_tokens", 0)

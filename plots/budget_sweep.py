@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from plots.curves import Curve, baseline, curves, draw_curves, name_curves
-from plots.data import alike, families, machine, measured, samples, unique, without
+from plots.data import alike, families, machine, measured, numbers, samples, unique, without
 from plots.style import BASELINE, Look, footer, headline, looks, save, style
 from pqbench.records import plain_name
 
@@ -54,9 +54,7 @@ def swept(run: pd.DataFrame) -> pd.DataFrame:
 
 def panels(rows: pd.DataFrame, full: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
     """The figure of one benchmark; a panel without numbers is left out."""
-    shown = [
-        panel for panel in PANELS if panel[0] in rows and pd.to_numeric(rows[panel[0]], errors="coerce").notna().any()
-    ]
+    shown = [panel for panel in PANELS if numbers(rows, panel[0]).notna().any()]
     figure = Figure(figsize=(1.0 + 4.3 * len(shown), 4.4), layout="constrained")
     for axis, (field, title, unit, factor, exact) in zip(
         figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from plots.data import alike, emulated, link, machine, measured, published, samples, setting, unique
+from plots.data import alike, emulated, link, machine, measured, numbers, published, samples, setting, unique
 from plots.style import footer, headline, number, save, style, tokens
 from pqbench.records import plain_name
 
@@ -49,9 +49,7 @@ def panels(run: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     hits, times = figure.subplots(1, 2)
     none = run[run["size"] == 0]["tpot_s"].median()
     rows = run[run["size"] > 0]
-    rows = rows.assign(
-        hits=100 * pd.to_numeric(rows.get("cache_hit_rate"), errors="coerce"), change=100 * (rows["tpot_s"] / none - 1)
-    )
+    rows = rows.assign(hits=100 * numbers(rows, "cache_hit_rate"), change=100 * (rows["tpot_s"] / none - 1))
     lines(hits, rows, "hits", paper[paper["metric"] == "hit rate"])
     hits.set_ylim(0, 100)
     hits.set_title("hit rate")

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plots.data import alike, families, machine, measured, samples, setting, unique
+from plots.data import alike, families, machine, measured, numbers, samples, setting, unique
 from plots.style import HEAT, footer, headline, save, style
 from pqbench.records import plain_name
 
@@ -43,17 +43,13 @@ def sized(table: pd.DataFrame) -> pd.DataFrame:
 
 def grid(run: pd.DataFrame, field: str) -> pd.DataFrame:
     """Means with m as rows and b as columns."""
-    values = run.assign(
-        value=pd.to_numeric(run[field], errors="coerce"), m=run["m"].astype(int), b=run["b"].astype(int)
-    )
+    values = run.assign(value=numbers(run, field), m=run["m"].astype(int), b=run["b"].astype(int))
     return values.pivot_table(index="m", columns="b", values="value", aggfunc="mean").sort_index()
 
 
 def panels(run: pd.DataFrame) -> Figure:
     """The figure of one benchmark."""
-    shown = [
-        panel for panel in PANELS if panel[0] in run and pd.to_numeric(run[panel[0]], errors="coerce").notna().any()
-    ]
+    shown = [panel for panel in PANELS if numbers(run, panel[0]).notna().any()]
     figure = Figure(figsize=(1.2 + 3.8 * len(shown), 3.9), layout="constrained")
     for axis, (field, title, factor, colours) in zip(
         figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True

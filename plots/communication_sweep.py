@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from plots.curves import baseline, curves, draw_curves, name_curves
-from plots.data import alike, families, machine, measured, samples, setting, unique
+from plots.data import alike, families, machine, measured, numbers, samples, setting, unique
 from plots.style import BASELINE, Look, footer, headline, looks, save, style
 from pqbench.records import plain_name
 
@@ -48,8 +48,11 @@ def swept(run: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
     keys = full.drop_duplicates("sample_id").set_index("sample_id")["kv_bytes"] / 2
     run = run.assign(phi=run["index_bytes"] / run["sample_id"].map(keys)).dropna(subset="phi")
     run = run[(run["phi"] > 0) & (run["family"] != ORACLE)]
-    error = pd.to_numeric(run["output_error"], errors="coerce") if "output_error" in run else float("nan")
-    runs = run.assign(error=error).groupby(["family", "key"]).agg({"phi": "mean", "error": "mean", "score": "mean"})
+    runs = (
+        run.assign(error=numbers(run, "output_error"))
+        .groupby(["family", "key"])
+        .agg({"phi": "mean", "error": "mean", "score": "mean"})
+    )
     runs = runs.assign(size=runs["phi"].map("{:.3g}".format), loss=-runs["score"]).sort_values(["error", "loss"])
     best = runs.reset_index().drop_duplicates(["family", "size"])
     best = best[best.groupby("family")["size"].transform("size") > 1]
@@ -58,9 +61,12 @@ def swept(run: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
 
 def panels(rows: pd.DataFrame, levels: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
     """The figure of one benchmark and budget."""
-    figure = Figure(figsize=(10.6, 4.4), layout="constrained")
-    for axis, (field, title, unit, factor) in zip(figure.subplots(1, 2), PANELS, strict=True):
-        lines = curves(rows.assign(value=factor * pd.to_numeric(rows.get(field), errors="coerce")), "phi", "value")
+    filled = [panel for panel in PANELS if numbers(rows, panel[0]).notna().any()]
+    figure = Figure(figsize=(1.0 + 4.8 * len(filled), 4.4), layout="constrained")
+    for axis, (field, title, unit, factor) in zip(
+        figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True
+    ):
+        lines = curves(rows.assign(value=factor * numbers(rows, field)), "phi", "value")
         draw_curves(axis, lines, chosen)
         axis.set_xscale("log", base=2)
         low, high = min(min(line.x) for line in lines), max(max(line.x) for line in lines)
@@ -69,14 +75,10 @@ def panels(rows: pd.DataFrame, levels: pd.DataFrame, chosen: Mapping[str, Look])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_minor_formatter(NullFormatter())
         shown = levels[(levels["method"] == BASELINE) | (field != "score")]
-        marks = (
-            factor * pd.to_numeric(shown[field], errors="coerce").groupby(shown["method"]).mean()
-            if field in shown
-            else []
-        )
+        marks = factor * numbers(shown, field).groupby(shown["method"]).mean()
         top = max([max(line.y) for line in lines])
         axis.set_ylim(0, 105 if field == "score" else 1.15 * top)
-        for name, value in dict(marks).items():
+        for name, value in marks.items():
             if name != BASELINE or field == "score":
                 baseline(axis, float(value), str(name))
         axis.set_title(title)

@@ -18,7 +18,8 @@ Settings = Mapping[str, Any]
 
 def with_settings(table: pd.DataFrame, known: Mapping[str, tuple[Settings, Settings]]) -> pd.DataFrame:
     """The table with columns ``settings`` (config.yaml of the run) and ``machine`` (a few words), by key."""
-    found = [known.get(key, ({}, {})) for key in table["key"]]
+    nothing: tuple[Settings, Settings] = ({}, {})
+    found: list[Any] = [known.get(key, nothing) for key in table["key"]]
     machines = [str(environment.get("accelerator") or environment.get("processor") or "-") for _, environment in found]
     return table.assign(settings=[settings for settings, _ in found], machine=machines)
 
@@ -34,10 +35,16 @@ def measured(table: pd.DataFrame, *columns: str, benchmarks: Sequence[str] | Non
     if not set(columns) <= set(good.columns):
         return good.iloc[:0].assign(**{name: None for name in (*columns, "settings", "machine") if name not in good})
     good = good.assign(**{name: pd.to_numeric(good[name], errors="coerce") for name in columns})
-    for name, default in (("settings", {}), ("machine", "-")):
-        if name not in good:
-            good[name] = [default] * len(good)
+    empty: list[Any] = [{}] * len(good)
+    good = good if "settings" in good else good.assign(settings=empty)
+    good = good if "machine" in good else good.assign(machine="-")
     return good.dropna(subset=list(columns)).reset_index(drop=True)
+
+
+def numbers(table: pd.DataFrame, column: str) -> pd.Series:
+    """A column as numbers, NaN for what is none and where there is no such column."""
+    values = table[column] if column in table else pd.Series(float("nan"), table.index)
+    return pd.to_numeric(values, errors="coerce").astype(float)
 
 
 def setting(settings: Settings, path: str, default: Any = None) -> Any:
@@ -62,11 +69,10 @@ def without(settings: Settings, *paths: str) -> str:
 
 
 def alike(table: pd.DataFrame, *paths: str) -> Iterator[pd.DataFrame]:
-    """Rows of one benchmark and model whose settings differ at ``paths`` alone; the newest runs first."""
+    """Rows of one benchmark and model whose settings differ at ``paths`` alone; the largest group first."""
     rest = [without(settings, *paths) for settings in table["settings"]]
-    yield from reversed(
-        [part for _, part in table.assign(rest=rest).groupby(["benchmark", "model", "rest"], sort=False)]
-    )
+    groups = table.assign(rest=rest).groupby(["benchmark", "model", "rest"], sort=False)
+    yield from sorted((part for _, part in groups), key=len, reverse=True)
 
 
 def family(settings: Settings, method: str) -> str:
@@ -89,7 +95,7 @@ def emulated(run: pd.DataFrame) -> bool:
 def link(run: pd.DataFrame) -> str:
     """``, KV over PCIe`` for runs of a host tier, nothing for others."""
     name = run["link"].iloc[0] if "link" in run else None
-    return f", KV over {name}" if isinstance(name, str) and name != "-" else ""
+    return f", KV over {name.removeprefix('emulated ')}" if isinstance(name, str) and name != "-" else ""
 
 
 def samples(counts: pd.Series) -> str:

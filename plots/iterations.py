@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plots.data import alike, emulated, families, link, machine, measured, samples, setting, unique
+from plots.data import alike, emulated, families, link, machine, measured, numbers, samples, setting, unique
 from plots.style import footer, headline, looks, save, style
 from pqbench.records import plain_name
 
@@ -27,11 +27,11 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for run in alike(counted(table), "method.iterations"):
-        for context, part in [(None, run)] if run["context"].isna().all() else list(run.groupby("context")):
+        for context, part in run.groupby(run["context"].fillna(0).astype(int)):  # 0: samples of a suite
             if part["asked"].nunique() < 2:
                 continue
             name = f"iterations_{plain_name(run['benchmark'].iloc[0])}_{plain_name(run['model'].iloc[0])}"
-            name += "" if context is None else f"_{context:.0f}"
+            name += f"_{context}" if context else ""
             with style():
                 paths += save(panels(part), folder, unique(name, taken))
     return paths
@@ -48,7 +48,7 @@ def counted(table: pd.DataFrame) -> pd.DataFrame:
         asked=[-1 if value is None else value for value in named],
         done=pd.to_numeric(pd.Series(done, good.index, dtype=object)),
     )
-    good = good.assign(context=pd.to_numeric(good["context"]) if "context" in good else float("nan"))
+    good = good.assign(context=numbers(good, "context"))
     return good[(good["family"] == "pqcache") & (good["asked"] != "-") & good["done"].notna()]
 
 
@@ -58,7 +58,7 @@ def panels(run: pd.DataFrame) -> Figure:
     shown = [panel for panel in (TIMES if timed else QUALITY) if panel[0] in run]
     figure = Figure(figsize=(0.6 + 3.8 * len(shown), 3.9), layout="constrained")
     for axis, (field, title, unit, factor) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        values = run.assign(value=factor * pd.to_numeric(run[field], errors="coerce"))
+        values = run.assign(value=factor * numbers(run, field))
         fixed, adaptive = (values[values["asked"].ge(0) == wanted] for wanted in (True, False))
         line(axis, fixed, adaptive)
         axis.set_ylim(0, 105 if field == "score" else 1.12 * max(values["value"].max(), 1e-9))

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from plots.data import measured
+from plots.data import families, measured, without
 from plots.style import BASELINE, Look, footer, looks, name_ends, number, save, style, threads, tokens
 from pqbench.records import plain_name
 
@@ -21,6 +21,7 @@ PANELS = (
     ("tt2t_s", "time to second token", 1.0, "s"),
     ("tpot_s", "time per output token", 1e3, "ms"),
 )
+FEW = 4  # tokens
 RUN = ["model", "link", "device", "dtype", "threads", "kernels"]  # what one figure has in common
 
 
@@ -37,15 +38,20 @@ class Line:
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for each model, link and machine among the latency records; empty list without any.
+    """A figure for each model, link, machine and setting among the latency records; empty list without any.
 
-    The newest of a model is ``latency_<model>``; older ones get a number.
+    The one with the most records of a model is ``latency_<model>``; others get a number. Sweeps of one method's
+    settings have figures of their own, and runs of a few tokens say nothing about the time per token.
     """
-    good = timed(table)
+    good = families(timed(table))
+    good = good[pd.to_numeric(good["new_tokens"]) > FEW]
     paths: list[Path] = []
     taken: dict[str, int] = {}
     chosen = looks(good["method"])
-    for _, run in reversed(list(good.groupby(RUN, sort=False))):
+    alone = good["settings"].map(lambda settings: without(settings, "method"))
+    for run in sorted((run for _, run in good.groupby([*RUN, alone], sort=False)), key=len, reverse=True):
+        if run["family"].nunique() < 2 and (run["key"].nunique() > 1 or run["context"].nunique() < 2):
+            continue
         name = f"latency_{plain_name(str(run['model'].iloc[0]))}"
         taken[name] = taken.get(name, 0) + 1
         with style():

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from plots.data import machine, measured, published, unique
+from plots.data import machine, measured, numbers, published, unique
 from plots.style import BASELINE, footer, headline, name_ends, save, style, tokens
 from pqbench.records import plain_name
 
@@ -83,11 +83,20 @@ def modelled(axis: Axes, cache: Cache, paper: pd.DataFrame) -> None:
     for name, room in ROOMS:
         axis.axhline(room / 1e9, color="0.4", linewidth=0.9)
         axis.annotate(
-            name, (LENGTHS[0], room / 1e9), xytext=(0, 2), textcoords="offset points", fontsize=8, color="0.3"
+            name,
+            (LENGTHS[0], room / 1e9),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.3",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+            zorder=3,
         )
     for _, row in paper.iterrows():
         axis.plot([131072], [float(row["value"]) / 1e9], "o", markerfacecolor="none", markeredgecolor="black",
                   markersize=9, linestyle="none", label="published")  # fmt: skip
+        axis.annotate("published", (131072, float(row["value"]) / 1e9), xytext=(7, 5), textcoords="offset points",
+                      fontsize=8)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(LENGTHS, [f"{length >> 20}M" if length >= 1 << 20 else tokens(length) for length in LENGTHS])
@@ -106,7 +115,7 @@ def bars(axis: Axes, rows: pd.DataFrame) -> None:
              "index_resident_bytes": ("0.5", "index")}  # fmt: skip
     places, left = range(len(rows)), pd.Series(0.0, index=rows.index)
     for field, (colour, name) in sizes.items():
-        width = pd.to_numeric(rows[field], errors="coerce").fillna(0) / 1e6 if field in rows else 0 * left
+        width = numbers(rows, field).fillna(0) / 1e6
         axis.barh(places, width, left=left, color=colour, label=name)
         left = left + width
     axis.set_yticks(places, rows["method"])

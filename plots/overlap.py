@@ -68,7 +68,8 @@ def bars(axis: Axes, run: pd.DataFrame) -> None:
     """The bars, a pair for each context."""
     medians = run.groupby(["context", "overlaps"])[["prefill", "wait", "step", "build"]].median()
     labels = []
-    for place, ((context, overlaps), row) in enumerate(medians.sort_index(ascending=[True, True]).iterrows()):
+    for place, (_, row) in enumerate(medians.sort_index(ascending=[True, True]).reset_index().iterrows()):
+        context, overlaps = row["context"], row["overlaps"]
         labels.append(f"{tokens(int(context))}, {'overlap' if overlaps else 'one after the other'}")
         left = 0.0
         for name, title, colour in PARTS:
@@ -85,4 +86,4 @@ def bars(axis: Axes, run: pd.DataFrame) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_xlim(0, 1.12 * max(row["prefill"] + row["wait"] + row["step"] for _, row in medians.iterrows()))
     axis.set_xlabel("seconds from the prompt to the second token (TT2T)")
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=4)
+    axis.legend(frameon=False, fontsize=8, loc="upper right")

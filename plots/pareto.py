@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from plots.data import alike, families, machine, measured, samples, unique
+from plots.data import alike, families, machine, measured, numbers, samples, unique
 from plots.style import Look, footer, headline, looks, name_ends, save, style
 from pqbench.records import plain_name
 
@@ -39,9 +39,12 @@ def costs(run: pd.DataFrame) -> pd.DataFrame:
     wanted = run.groupby("sample_id")["key"].nunique()
     common = run[run["sample_id"].isin(wanted[wanted == run["key"].nunique()].index)]
     run = run if common.empty else common
-    error = pd.to_numeric(run["output_error"], errors="coerce") if "output_error" in run else float("nan")
     row = run["kv_bytes"] / run["kv_tokens"]  # bytes of one token, all layers
-    rows = run.assign(mb=(run["index_bytes"] + run["attended_tokens"] * row) / 1e6, error=error, ms=1e3 * run["tpot_s"])
+    rows = run.assign(
+        mb=(run["index_bytes"] + run["attended_tokens"] * row) / 1e6,
+        error=numbers(run, "output_error"),
+        ms=1e3 * run["tpot_s"],
+    )
     points = rows.groupby(["family", "method", "budget", "key"], sort=False).agg(
         score=("score", "mean"), error=("error", "mean"), mb=("mb", "mean"), ms=("ms", "median"), n=("score", "size")
     )

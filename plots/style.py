@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def name_ends(axis: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
     inside = axis.transAxes.inverted()
     heights = [float(inside.transform(axis.transData.transform((x, y)))[1]) for _, x, y, _ in ends]
     order = sorted(range(len(ends)), key=heights.__getitem__)
-    for i, place in zip(order, apart([heights[i] for i in order], _GAP), strict=True):
+    for i, place in zip(order, apart([heights[i] for i in order], _GAP, lowest=0.0), strict=True):
         name, x, y, colour = ends[i]
         axis.annotate(
             name, (x, y), xytext=(1.05, place), textcoords="axes fraction", color=colour, fontsize=9, va="center",
@@ -80,14 +81,16 @@ def name_ends(axis: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
         )  # fmt: skip
 
 
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved until neighbours are ``gap`` apart; those pushed together stay round their mean."""
+def apart(heights: Sequence[float], gap: float, lowest: float = -math.inf) -> list[float]:
+    """Ascending heights moved until neighbours are ``gap`` apart and none is below ``lowest``; those pushed together
+    stay round their mean where there is room."""
     blocks: list[tuple[float, int]] = []  # middle and number of heights pushed against each other
     for height in heights:
-        middle, count = height, 1
+        middle, count = max(height, lowest), 1
         while blocks and blocks[-1][0] + gap * blocks[-1][1] / 2 > middle - gap * count / 2:
             other, number = blocks.pop()
             middle, count = (other * number + middle * count) / (number + count), number + count
+            middle = max(middle, lowest + gap * (count - 1) / 2)
         blocks.append((middle, count))
     return [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(count)]
 
@@ -115,14 +118,15 @@ def tokens(count: int) -> str:
 
 
 def footer(figure: Figure, text: str) -> None:
-    """Where the numbers come from, small, below the figure."""
+    """Where the numbers come from, small, below the panels, which make room for it."""
     figure.text(0.01, 0.01, text, fontsize=7, color="0.35", ha="left", va="bottom", parse_math=False)
+    bottom = (0.1 + 0.125 * len(text.splitlines())) / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))  # type: ignore[union-attr, call-arg]
 
 
 def headline(figure: Figure, text: str, stamp: str = "") -> None:
     """The title, and ``emulated`` or ``modelled`` where that is what the numbers are."""
     figure.suptitle(text + (f" [{stamp}]" if stamp else ""), fontsize=12, x=0.01, ha="left", parse_math=False)
-    figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.94))  # type: ignore[union-attr, call-arg]
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 import torch
 import transformers
-from hydra.utils import instantiate
+from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -20,14 +20,16 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
-from pqbench.config import EXPLAINED, conf_folder, explain, model_source
+from pqbench.config import conf_folder, explain, model_source
 from pqbench.errors import ConfigError
+from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.method import Method, compensated
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
 from pqbench.run import Job, Summary, run
+from pqbench.sweep import Failures
 from pqbench.tables import bench_table
 from pqbench.terminal import log_to_terminal
 from pqbench.timing.base import Measurement, TimingJob
@@ -50,24 +52,24 @@ KEYED = (
 def main() -> None:
     """Entry point of ``python -m pqbench`` and of the console script. Exits 0, 1 on any failure, 130 on Ctrl-C."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through; they are put into one line here
-    log_to_terminal()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    failures: list[list[str]] = []  # of each run
+    prepare()
+    failures = Failures()
 
     def task(config: DictConfig) -> None:
+        prepare()  # launchers run this in processes of their own
         try:
-            failures.append(run_config(config))
+            lines = run_config(config)
         except Exception as error:  # a sweep goes on past any failing cell
             if config.debug:
                 raise
             log.error(explain(error))
-            failures.append([explain(error)])
+            lines = [explain(error)]
+        failures.add(lines)
 
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
         entry()
-    except EXPLAINED as error:
+    except Exception as error:  # ours, Hydra's, or a launcher's
         if "debug=true" in sys.argv:
             raise
         log.error(explain(error))
@@ -75,12 +77,19 @@ def main() -> None:
     except KeyboardInterrupt:
         log.error("interrupted: finished samples are kept, the same command goes on from there")
         sys.exit(130)
-    failed = [line for lines in failures for line in lines]
-    if failed and len(failures) > 1:
-        log.error("%d failures in %d runs:", len(failed), len(failures))
+    failed = [line for lines in failures.runs for line in lines]
+    if failed and len(failures.runs) > 1:
+        log.error("%d failures in %d runs:", len(failed), len(failures.runs))
         for line in failed:
             log.error(line)
     sys.exit(1 if failed else 0)
+
+
+def prepare() -> None:
+    """Make a process say what this command says, and nothing else."""
+    log_to_terminal()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def run_config(config: DictConfig) -> list[str]:
@@ -98,11 +107,12 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
     """Score methods on a benchmark. Returns the failures."""
     model = plain["model"]["name"]
     files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
-    loaded = model_source(plain["model"]).load()
-    prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
-    job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
-              plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
-    summary = run(job)
+    with heartbeat(list(files.values())):
+        loaded = model_source(plain["model"]).load()
+        prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
+        job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
+                  plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
+        summary = run(job)
     _show(bench_table(_records(files)), footer(summary, plain["results"]), summary.failures)
     return summary.failures
 
@@ -111,9 +121,10 @@ def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurem
     """Time methods. Returns the failures."""
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
     files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
-    loaded = model_source(plain["model"]).load() if benchmark.needs_model else None
-    job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
-    done = benchmark.measure(job)
+    with heartbeat(list(files.values())):
+        loaded = model_source(plain["model"]).load() if benchmark.needs_model else None
+        job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
+        done = benchmark.measure(job)
     _show(benchmark.table(_records(files)), benchmark.footer(done, plain["results"]), done.failures)
     return done.failures
 
@@ -159,7 +170,8 @@ def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str)
     """Where a method's records go; the key covers all that can change a figure."""
     settings = {part: plain[part] for part in KEYED}
     settings["method"] = plain["methods"].get(name)
-    return RecordFile.create(Path(plain["results"]), benchmark, subject, name, settings)
+    results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
+    return RecordFile.create(results, benchmark, subject, name, settings)
 
 
 def footer(summary: Summary, results: str) -> str:

@@ -55,6 +55,8 @@ def explain(error: BaseException) -> str:
     """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher":
+            return f"there is no launcher {name!r} here: `make setup-sweep` installs those of docs/sweeps.md"
         known = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         return f"there is no {group or 'config'} {name!r}: use one of {', '.join(known)}"
     cause: BaseException | None = error

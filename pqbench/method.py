@@ -210,7 +210,7 @@ class Geometry:
             them with ``Method.needs_positions``.
         layers: number of full-attention layers of the model, of which this is the ``rank``-th, counted from 0.
         body: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
-        device: where the model runs.
+        device: where this layer runs.
         calibration: times of this hardware, None where nobody measured them.
     """
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,15 @@ class ModelSource(ABC):
     Attributes:
         name: how results call the model.
         dtype: float32, bfloat16 or float16.
-        device: where the model runs, e.g. cpu, cuda, cuda:1.
-        device_map: placement over several devices as transformers understands it (``auto``); replaces ``device``.
+        device: where the model runs: cpu, cuda, cuda:1, or auto, which spreads its layers over all GPUs.
+        device_map: device by module name, as transformers understands it, for another spread; replaces ``device``.
         max_length: longest context to use; None takes the model's own limit.
     """
 
     name: str
     dtype: str = "float32"
     device: str = "cpu"
-    device_map: str | None = None
+    device_map: Mapping[str, Any] | None = None
     max_length: int | None = None
 
     def load(self) -> LoadedModel:
@@ -64,14 +65,24 @@ class ModelSource(ABC):
         Raises:
             ModelError: with one line that says what is missing and what to do.
         """
-        check_device(self.device)
+        placement = self.placement
+        if placement is None:
+            check_device(self.device)
         model, tokenizer = self._load(torch_dtype(self.dtype))
-        if self.device_map is None:
+        if placement is None:
             model = model.to(self.device)
+        check_placement(model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         if self.max_length is not None and self.max_length > limit:
             raise ModelError(f"model.max_length is {self.max_length}, above the model's own limit of {limit}")
         return LoadedModel(self.name, model.eval(), tokenizer, self.max_length or limit)
+
+    @property
+    def placement(self) -> str | dict[str, Any] | None:
+        """What transformers takes as ``device_map``; None for a model on one device."""
+        if self.device_map is not None:
+            return dict(self.device_map)
+        return "auto" if self.device == "auto" else None
 
     @abstractmethod
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -92,7 +103,7 @@ class Pretrained(ModelSource):
         local = Path(self.path).expanduser()
         if local.is_dir() and not (local / "config.json").exists():
             raise ModelError(f"{local} holds no config.json: point model.path at a folder written by save_pretrained()")
-        return load_folder(str(local) if local.is_dir() else self.path, dtype, self.device_map)
+        return load_folder(str(local) if local.is_dir() else self.path, dtype, self.placement)
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class PackagedGGUF(ModelSource):
         with FileLock(f"{folder}.lock"):
             if not (folder / "complete").exists():
                 self._convert(folder)
-        return load_folder(str(folder), dtype, self.device_map)
+        return load_folder(str(folder), dtype, self.placement)
 
     def _convert(self, folder: Path) -> None:
         spec = importlib.util.find_spec(self.package)
@@ -144,6 +155,8 @@ class Random(ModelSource):
     seed: int = 0
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.placement is not None:
+            raise ModelError("random weights are made for one device: set model.device=cpu or cuda")
         tokenizer = byte_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=2 * self.hidden,
@@ -159,7 +172,7 @@ class Random(ModelSource):
 
 
 def load_folder(
-    path: str, dtype: torch.dtype, device_map: str | None
+    path: str, dtype: torch.dtype, device_map: str | dict[str, Any] | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer by folder or hub name. Raises ModelError in one line."""
     local = Path(path).is_dir() or not hub_reachable()
@@ -216,9 +229,17 @@ def check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ModelError(f"model.device is {device!r}: use cpu, cuda or cuda:N") from error
+        raise ModelError(f"model.device is {device!r}: use cpu, cuda, cuda:N or auto") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ModelError("model.device=cuda, but no CUDA device is available here: set model.device=cpu")
+
+
+def check_placement(model: PreTrainedModel) -> None:
+    """Raises ModelError when some layers wait in host memory or on disk for their turn on a GPU."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ModelError("the model does not fit the GPUs here, some layers would lie on "
+                         f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: use more GPUs or a smaller model")  # fmt: skip
 
 
 def cache_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from pqbench.attention import attached, rotary_frequencies
 from pqbench.batch import check_logits, check_prompt, group_rows
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
+from pqbench.errors import ConfigError
 from pqbench.group import Clock, Group, Observer, Rows
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.threads import stay_alone
@@ -146,7 +148,7 @@ class Prefilled:
         return self.layers[layer].prompt(rows).store(split)
 
     def close(self) -> None:
-        """End what runs in the background; stores over this prompt are of no use afterwards.
+        """End what runs in the background and free what was decoded; stores over this prompt are of no use afterwards.
 
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.
@@ -154,6 +156,7 @@ class Prefilled:
         if self.workers is not None:
             self.workers.shutdown()
         self.placement.close()
+        gc.collect()  # layers point at each other in rings; tensors count nothing towards the thresholds
 
     def _pairs(self) -> list[tuple[int, int]]:
         return [(m, g) for m in range(len(self.methods)) for g in range(len(self.groups))]
@@ -214,6 +217,8 @@ def _open(
     kernels(model.device, setting.body).use_threads(torch.get_num_threads())
     types = layer_types(model.config.get_text_config())
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    if setting.tier.offloads and len(devices(model)) > 1:
+        raise ConfigError("store=host serves models on one device: use store=device, or a model that fits one GPU")
     placement = setting.tier.open(model.device, setting.body)
     rotary = frequencies(model, methods, full[0]) if full else None
     background = setting.overlap and len(methods) == 1
@@ -254,18 +259,26 @@ def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Gr
 
 
 def now(model: PreTrainedModel) -> float:
-    """Wall clock after everything queued on the model's device is done."""
+    """Wall clock after everything queued on the model's devices is done."""
     return clock(model)()
 
 
 def clock(model: PreTrainedModel) -> Clock:
-    """What :func:`now` reads. Looks the device up once: transformers walks through all modules for it."""
-    return partial(_synchronised, model.device) if model.device.type == "cuda" else time.perf_counter
+    """What :func:`now` reads. Looks the devices up once: transformers walks through all modules for them."""
+    used = [device for device in devices(model) if device.type == "cuda"]
+    return partial(_synchronised, used) if used else time.perf_counter
 
 
-def _synchronised(device: torch.device) -> float:
-    torch.cuda.synchronize(device)
+def _synchronised(used: Sequence[torch.device]) -> float:
+    for device in used:
+        torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def devices(model: PreTrainedModel) -> set[torch.device]:
+    """Where the model's layers are: several devices when it was loaded with ``device=auto``."""
+    placed = getattr(model, "hf_device_map", None) or {"": model.device}
+    return {torch.device(device) for device in placed.values()}
 
 
 def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
@@ -292,11 +305,12 @@ def geometry(
     attention = model.get_decoder().layers[layer].self_attn
     heads = config.num_attention_heads
     full = [i for i, kind in enumerate(layer_types(config)) if kind == "full_attention"]
+    device = next(attention.parameters()).device
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Geometry(
         layer=layer, batch=rows.count, kv_heads=kv_heads, group=heads // kv_heads, head_dim=width,
         scaling=float(attention.scaling), prompt=columns - rows.padding,
-        inverse_frequencies=rotary, layers=len(full), rank=full.index(layer), body=setting.body, device=model.device,
-        calibration=setting.calibration,
+        inverse_frequencies=None if rotary is None else rotary.to(device), layers=len(full), rank=full.index(layer),
+        body=setting.body, device=device, calibration=setting.calibration,
     )  # fmt: skip

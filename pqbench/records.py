@@ -41,9 +41,11 @@ class RecordFile:
 
     Beside ``records.jsonl`` lie ``config.yaml``, the settings behind the key, written once; and ``environment.json``, a
     list: the environment of the first run, then an entry for each later run whose environment was another.
+    ``planned`` is how many samples the job at work wants here, None until it knows.
     """
 
     folder: Path
+    planned: int | None = field(default=None, init=False, compare=False)
     _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _offset: int = field(default=0, init=False, repr=False)
     _inode: int = field(default=-1, init=False, repr=False)

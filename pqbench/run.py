@@ -77,6 +77,8 @@ def run(job: Job) -> Summary:
     samples = list(job.benchmark.samples(job.prompter))
     check_budgets(job.methods, samples)
     check_methods(job.methods, job.loaded.model, job.setting)
+    for file in job.files.values():
+        file.planned = len({sample.id for sample in samples})
     errors = {name: file.outcomes() for name, file in job.files.items()}  # None: has a prediction
     done = {
         name: {i for i, error in known.items() if not (error and job.retry_failed)} for name, known in errors.items()

@@ -50,13 +50,14 @@ def test_an_experiment_composes_and_names_what_exists(name: str, scale: str) -> 
     instantiate(config.store)
 
 
+@pytest.mark.parametrize("scale", ["small", "paper"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_swept_setting_exists_and_takes_every_value(name: str) -> None:
-    swept = composed(f"experiment={name}", hydra=True).hydra.sweeper.params
-    assert bool(swept) == (composed(f"experiment={name}", hydra=True).hydra.mode is not None)
-    for path, values in (swept or {}).items():
+def test_a_swept_setting_exists_and_takes_every_value(name: str, scale: str) -> None:
+    hydra = composed(f"experiment={name}", f"scale={scale}", hydra=True).hydra
+    assert bool(hydra.sweeper.params) == (hydra.mode is not None)
+    for path, values in (hydra.sweeper.params or {}).items():
         for value in str(values).split(","):
-            config = composed(f"experiment={name}", f"{path}={value}")
+            config = composed(f"experiment={name}", f"scale={scale}", f"{path}={value}")
             assert str(OmegaConf.select(config, path)).lower() == value
             instantiate(config.store)
 

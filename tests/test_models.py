@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import time
 from pathlib import Path
@@ -16,7 +17,18 @@ from transformers import PreTrainedModel
 from methods.full import Full
 from pqbench import generate, load_model
 from pqbench.errors import ConfigError, ModelError
-from pqbench.models import LoadedModel, ModelSource, PackagedGGUF, Pretrained, Random, byte_tokenizer, cache_folder
+from pqbench.models import (
+    LoadedModel,
+    ModelSource,
+    PackagedGGUF,
+    Pretrained,
+    Random,
+    byte_tokenizer,
+    cache_folder,
+    check_placement,
+)
+from pqbench.prompt import Setting, devices, prefill
+from pqbench.store.tiers import HostTier
 from tests.support import prompt_of
 
 
@@ -101,6 +113,37 @@ def test_unknown_dtype_and_device_are_named(options: dict[str, Any], words: list
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_missing_accelerator_is_named(device: str) -> None:
     assert "model.device=cpu" in message(Random("tiny", device=device))
+
+
+@pytest.mark.parametrize("options", [{"device_map": {"": "cpu"}}, {"device": "auto"}])
+def test_a_model_placed_by_transformers_generates_the_same(
+    llama: PreTrainedModel, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    if torch.cuda.is_available() and "device" in options:
+        pytest.skip("auto puts it on the GPU here")
+    llama.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    placed = Pretrained("mine", path=str(tmp_path), **options).load().model
+    ids = prompt_of(40)
+    assert devices(placed) == {torch.device("cpu")}
+    expected = llama.generate(ids, do_sample=False, max_new_tokens=8)[:, 40:]
+    assert torch.equal(generate(placed, ids, Full(), max_new_tokens=8), expected)
+
+
+def test_what_a_model_on_several_devices_cannot_have(llama: PreTrainedModel) -> None:
+    spread = copy.copy(llama)
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    assert devices(spread) == {torch.device("cuda:0"), torch.device("cuda:1")}
+    setting = Setting(HostTier())
+    with pytest.raises(ConfigError, match="store=host serves models on one device"):
+        prefill(spread, prompt_of(40), [Full()], setting=setting)
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    with pytest.raises(ModelError, match="does not fit the GPUs"):
+        check_placement(spread)
+
+
+def test_random_weights_are_not_spread() -> None:
+    assert "model.device=cpu" in message(Random("tiny", device="auto"))
 
 
 def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

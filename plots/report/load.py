@@ -102,7 +102,9 @@ def _placed(record: Record) -> bool:
     context = record.get("context")
     named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "key", "keys", "kernel")
     plain = not any(isinstance(record.get(field), list | dict) for field in named)
-    return plain and isinstance(record.get("method"), str) and isinstance(context, int) and not isinstance(context, bool)
+    return (
+        plain and isinstance(record.get("method"), str) and isinstance(context, int) and not isinstance(context, bool)
+    )
 
 
 def _written(path: Path) -> int:
@@ -115,7 +117,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > CONFIG_LIMIT:
             return {}
-        found = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506 - a safe loader
+        found = yaml.load(path.read_bytes(), Loader=_Loader)  # a safe loader
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -139,7 +139,7 @@
     if (found.prompt_tokens !== undefined) counts.push(found.prompt_tokens + " prompt tokens");
     if (found.new_tokens !== undefined) counts.push(found.new_tokens + " generated");
     head.append(make("span", counts.join(", ")));
-    head.append(make("strong", found.status !== "ok" ? found.status : found.score === undefined ? "–" : found.score.toFixed(1)));
+    head.append(make("strong", found.status !== "ok" ? found.status : found.score === undefined ? "-" : found.score.toFixed(1)));
     element.append(make("pre", found.text));
     if (found.cut) element.append(make("p", "… " + found.cut + " more characters were cut off", "note limit"));
   };

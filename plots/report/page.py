@@ -1,4 +1,4 @@
-"""The page: rows and drawings put into the template. Style, script and data are part of it, and nothing else may run."""
+"""The page: rows and drawings put into the template. Style, script and data are in it, and nothing else may run."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def render(loaded: Loaded) -> str:
     script = _source(environment, "page.js")
     data = browser(loaded)
     return environment.get_template("page.html").render(
-        style=Markup(_source(environment, "page.css")),  # noqa: S704 - our own file
-        script=Markup(script),  # noqa: S704 - our own file
+        style=Markup(_source(environment, "page.css")),
+        script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         loaded=loaded,
         rows=rows[:ROWS],

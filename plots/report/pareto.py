@@ -1,4 +1,4 @@
-"""Quality against cost as small drawings: geometry only, the template turns it into SVG that follows the page's colours."""
+"""Quality against cost as small drawings: geometry only; the template turns it into SVG in the page's colours."""
 
 from __future__ import annotations
 

@@ -104,13 +104,18 @@ class Ledger:
         self.done = Measured()
         self._began = time.perf_counter()
         self._known = {name: file.outcomes() for name, file in job.files.items()}
+        self._asked: dict[str, set[str]] = {name: set() for name in job.files}
         self._resumed: set[tuple[str, str]] = set()
 
     def missing(self, name: str, sample_id: str) -> bool:
         """Whether a sample is still to be measured under a name that has a file; those on record count as resumed."""
-        known = self._known.get(name, {})
+        if name not in self.job.files:
+            return False
+        known, asked = self._known[name], self._asked[name]
+        asked.add(sample_id)
+        self.job.files[name].planned = len(asked)
         if sample_id not in known:
-            return name in self.job.files
+            return True
         error = known[sample_id]
         if error and self.job.retry_failed:
             return True

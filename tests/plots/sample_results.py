@@ -9,7 +9,11 @@ from pqbench.records import Record, RecordFile
 
 EVIL = "<script>document.title='owned'</script>\x1b[31mred\x1b[0m\u202egnp\x00 ../../etc \ud800 | `x` & \"'</script>"
 SCORES = {"full": (100.0, 100.0, 50.0, 100.0), "pqcache": (100.0, 0.0, 50.0, 90.0), "h2o": (0.0, 25.0, 0.0, 10.0)}
-BYTES_READ = {"full": 1000 * 8.0, "pqcache": 500 + 100 * 8.0, "h2o": 0 + 100 * 8.0}  # index + attended * bytes per token
+BYTES_READ = {
+    "full": 1000 * 8.0,
+    "pqcache": 500 + 100 * 8.0,
+    "h2o": 0 + 100 * 8.0,
+}  # index + attended * bytes per token
 TARGETS = {"full": "methods.full.Full", "pqcache": "methods.pqcache.PQCache", "h2o": "elsewhere.absent.H2O"}
 
 
@@ -23,7 +27,8 @@ def record(method: str, benchmark: str, task: str, sample: str, score: float, **
     """One scored record."""
     kept = 100 if method == "h2o" else 1000
     made = {
-        "benchmark": benchmark, "model": "tiny", "task": task, "sample_id": sample, "method": method, "key": "k" + method,
+        "benchmark": benchmark, "model": "tiny", "task": task, "sample_id": sample, "method": method,
+        "key": "k" + method,
         "budget": "all" if method == "full" else "10 %", "question": "dense", "status": "ok", "prompt_tokens": 1000,
         "new_tokens": 7, "prediction": f"{method} says {score}", "references": ["42"], "score": score,
         "scores": {"score": score}, "metadata": {"length": 1024, "depth": 50 * (len(sample) % 3)}, "ttft_s": 1.0,

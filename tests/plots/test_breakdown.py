@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,9 @@ def results() -> Results:
     found = Results("latency")
     for method, seconds in (("pqcache", (0.05, 0.004, 0.003, 0.002, 0.001)), ("full", (0.05, 0, 0, 0.02, 0))):
         for context in (1024, 2048):
+            phases: dict[str, Any] = dict(zip(FIELDS, seconds, strict=True))
             rows = [
-                dict(zip(FIELDS, seconds, strict=True)) | {"tpot_s": sum(seconds), "context": context, "new_tokens": 24,
+                phases | {"tpot_s": sum(seconds), "context": context, "new_tokens": 24,
                 "device": "Test CPU", "link": "local", "sample_id": f"{context}-{repeat}"} for repeat in range(2)
             ]  # fmt: skip
             found.run(method, method, rows)
@@ -49,3 +51,4 @@ def test_bars_are_the_phases_in_ms(results: Results, tmp_path: Path) -> None:
 def test_nothing_without_phases(results: Results, tmp_path: Path) -> None:
     assert breakdown.draw(results.table.drop(columns="fetch_step_s"), tmp_path) == []
     assert breakdown.draw(results.table.assign(status="oom"), tmp_path) == []
+    assert breakdown.draw(results.table[:4], tmp_path) == []  # of one method

@@ -38,7 +38,7 @@ def test_lines_by_policy_and_published_points(results: Results, tmp_path: Path) 
     assert [label.get_text() for label in hits.get_xticklabels()] == ["256", "1K", "4K"]
     written = texts(figure)
     assert "[emulated]" in written
-    assert "emulated 4 GB/s" in written
+    assert "KV over 4 GB/s" in written
     assert "third-party note, unverified" in written
     assert "n = 1 per point, 32 tokens generated; Test CPU, 2 threads" in written
     assert [path.name for path in cache.draw(results.table, tmp_path)] == [

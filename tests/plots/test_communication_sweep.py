@@ -58,3 +58,4 @@ def test_nothing_without_full_attention_or_bytes(results: Results, tmp_path: Pat
     table = results.table
     assert communication_sweep.draw(table[table["method"] != "full"], tmp_path) == []
     assert communication_sweep.draw(table.drop(columns="kv_bytes"), tmp_path) == []
+    assert len(communication_sweep.draw(table.drop(columns="output_error"), tmp_path)) == 2  # the scores alone

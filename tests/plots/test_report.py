@@ -1,4 +1,4 @@
-"""The report's numbers against pandas, its limits, and hostile or damaged records. Read back with lxml, a real parser."""
+"""The report's numbers against pandas, its limits, hostile and damaged records; read back with lxml, a real parser."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_leaderboard_holds_the_means_of_the_records(page: html.HtmlElement) 
         assert row["n"] == "4"
         assert row["score"] == f"{scores.mean():.1f}"
         tasks = scores.groupby([0, 0, 1, 1]).mean() if benchmark == "ruler" else pd.Series(dtype=float)
-        assert row["average"] == (f"{tasks.mean():.1f}" if benchmark == "ruler" else "–")
+        assert row["average"] == (f"{tasks.mean():.1f}" if benchmark == "ruler" else "-")
         assert row["mass"] == "0.500"
         assert row["read"] == f"{BYTES_READ[name] / 1e6:.2f}"
         assert row["TPOT"] == {"full": "100.0", "pqcache": "20.0", "h2o": "30.0"}[name]
@@ -87,16 +87,18 @@ def test_cells_carry_exact_values_to_sort_by(page: html.HtmlElement) -> None:
 
 def test_scores_by_task(page: html.HtmlElement) -> None:
     (table,) = page.xpath("//section[@id='tasks']/div[@data-benchmark='ruler']//table")
-    shown = grid(table).set_index("method")
+    shown = grid(table).set_index("method").to_dict("index")
     for method, scores in SCORES.items():
-        assert shown.loc[method, "vt"].startswith(f"{(scores[0] + scores[1]) / 2:.1f}")
-        assert shown.loc[method, "cwe"].startswith(f"{(scores[2] + scores[3]) / 2:.1f}")
-        assert shown.loc[method, "vt"].endswith("n 2")
+        assert shown[method]["vt"].startswith(f"{(scores[0] + scores[1]) / 2:.1f}")
+        assert shown[method]["cwe"].startswith(f"{(scores[2] + scores[3]) / 2:.1f}")
+        assert shown[method]["vt"].endswith("n 2")
 
 
 def test_emulated_links_say_so_wherever_time_is_shown(page: html.HtmlElement) -> None:
     stamped = page.xpath("//table[@id='runs']//tr[.//small[@class='stamp']]")
-    assert [(row.get("data-benchmark"), row.xpath("string(th/text())").strip()) for row in stamped] == [("ruler", "pqcache")]
+    assert [(row.get("data-benchmark"), row.xpath("string(th/text())").strip()) for row in stamped] == [
+        ("ruler", "pqcache")
+    ]
     notes = {
         (figure.get("data-benchmark"), figure.xpath("string(.//*[@class='title'])")): figure.xpath("string(p)")
         for figure in page.xpath("//figure[@data-panel]")
@@ -138,7 +140,8 @@ def test_methods_are_described_from_their_source_without_running_it(page: html.H
     assert "https://arxiv.org/abs/2407.12820" in described.xpath(".//a/@href")
     assert "Differs from the paper" in described.text_content()
     assert "sub-spaces; must divide the head dimension" in described.text_content()
-    settings = {row.xpath("string(th)"): row.xpath("string(td)") for row in described.xpath(".//table[contains(@class,'settings')]//tr")}  # fmt: skip
+    rows = described.xpath(".//table[contains(@class,'settings')]//tr")
+    settings = {row.xpath("string(th)"): row.xpath("string(td)") for row in rows}
     assert settings == {"budget.ratio": "0.1"}
     assert "elsewhere.absent.H2O was not found" in sections["h2o"].text_content()
 
@@ -246,7 +249,9 @@ def test_no_records_is_one_line_that_names_the_command(tmp_path: Path, caplog: p
     assert not (tmp_path / "report").exists()
 
 
-def test_a_report_that_cannot_be_written_is_one_line(results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_report_that_cannot_be_written_is_one_line(
+    results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(results / "needle", copied / "needle")
     (copied / "report").write_text("a file where the folder belongs")
@@ -300,7 +305,8 @@ def test_fifty_thousand_records_make_a_page_of_less_than_ten_megabytes(tmp_path:
     page = html.fromstring(source.encode())
     data = embedded(page)
     shown = len(data["samples"])
-    assert f"First {shown} of 1000 samples embedded ({50 * shown} of 50000 predictions)" in page.xpath("string(//*[@id='sample-limit'])")  # fmt: skip
+    note = f"First {shown} of 1000 samples embedded ({50 * shown} of 50000 predictions)"
+    assert note in page.xpath("string(//*[@id='sample-limit'])")
     assert 0 < shown < 1000
     answer = data["samples"][0]["answers"][0]
     assert (answer["text"], answer["cut"]) == (text[: samples.PREDICTION], len(text) - samples.PREDICTION)

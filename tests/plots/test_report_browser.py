@@ -1,4 +1,4 @@
-"""The report in headless Chromium, clicked for real: it sorts, filters, compares samples, and runs nothing it was fed."""
+"""The report in headless Chromium, clicked for real: it sorts, filters, compares samples, and runs nothing hostile."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from plots.report.__main__ import main
 from plots.report.text import inert
 from tests.plots.sample_results import BYTES_READ, EVIL, SCORES, write
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+pytest.importorskip("selenium", reason="selenium is not installed")
 
-from selenium.webdriver.common.by import By  # noqa: E402 - only where selenium is
-from selenium.webdriver.support.ui import Select  # noqa: E402
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -33,51 +34,51 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    options = ChromeOptions()
     options.binary_location = BROWSER or ""
     profile: Path = tmp_path_factory.mktemp("profile")
     for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1300,900",
                      f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else [])):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver = Chrome(options=options, service=ChromeService(executable_path=DRIVER))
     yield driver
     driver.quit()
 
 
 @pytest.fixture
-def page(browser: webdriver.Chrome, address: str) -> webdriver.Chrome:
+def page(browser: Chrome, address: str) -> Chrome:
     browser.get("about:blank")  # another hash alone would not load the page again
     browser.get(address)
     return browser
 
 
-def rows(page: webdriver.Chrome) -> list[list[str]]:
+def rows(page: Chrome) -> list[list[str]]:
     """Visible cells of the leaderboard."""
     found = page.find_elements(By.CSS_SELECTOR, "#runs tbody tr")
     return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th,td")] for row in found if row.is_displayed()]
 
 
-def column(page: webdriver.Chrome, heading: str) -> int:
+def column(page: Chrome, heading: str) -> int:
     heads = page.find_elements(By.CSS_SELECTOR, "#runs thead th")
     return next(i for i, head in enumerate(heads) if head.text.split(" ")[0] == heading)
 
 
-def sort(page: webdriver.Chrome, heading: str) -> None:
+def sort(page: Chrome, heading: str) -> None:
     page.find_elements(By.CSS_SELECTOR, "#runs thead th button")[column(page, heading)].click()
 
 
-def choose(page: webdriver.Chrome, field: str, text: str) -> None:
+def choose(page: Chrome, field: str, text: str) -> None:
     Select(page.find_element(By.ID, field)).select_by_visible_text(text)
 
 
-def ours(page: webdriver.Chrome) -> list[str]:
+def ours(page: Chrome) -> list[str]:
     """Methods of the visible rows in their order, without the hostile one."""
     return [name for row in rows(page) if (name := row[0].split(" ")[0]) in SCORES]
 
 
-def test_clicking_a_heading_sorts_by_its_numbers_both_ways(page: webdriver.Chrome) -> None:
+def test_clicking_a_heading_sorts_by_its_numbers_both_ways(page: Chrome) -> None:
     choose(page, "filter-benchmark", "needle")
     by_bytes = sorted(BYTES_READ, key=lambda method: -BYTES_READ[method])
     sort(page, "read")
@@ -88,7 +89,7 @@ def test_clicking_a_heading_sorts_by_its_numbers_both_ways(page: webdriver.Chrom
     assert ours(page) == sorted(SCORES)
 
 
-def test_cells_show_the_means_of_the_records(page: webdriver.Chrome) -> None:
+def test_cells_show_the_means_of_the_records(page: Chrome) -> None:
     choose(page, "filter-benchmark", "needle")
     place = column(page, "score")
     shown = {row[0].split(" ")[0]: row[place] for row in rows(page)}
@@ -96,7 +97,7 @@ def test_cells_show_the_means_of_the_records(page: webdriver.Chrome) -> None:
         assert shown[method] == f"{sum(scores) / len(scores):.1f}"
 
 
-def test_filters_hide_rows_and_panels_and_can_be_cleared(page: webdriver.Chrome) -> None:
+def test_filters_hide_rows_and_panels_and_can_be_cleared(page: Chrome) -> None:
     assert len(rows(page)) == 7
     choose(page, "filter-benchmark", "ruler")
     assert len(rows(page)) == 3
@@ -111,7 +112,7 @@ def test_filters_hide_rows_and_panels_and_can_be_cleared(page: webdriver.Chrome)
     assert len(rows(page)) == 7
 
 
-def test_an_address_keeps_the_view(page: webdriver.Chrome) -> None:
+def test_an_address_keeps_the_view(page: Chrome) -> None:
     choose(page, "filter-benchmark", "ruler")
     sort(page, "TPOT")
     before, address = rows(page), page.current_url
@@ -121,7 +122,7 @@ def test_an_address_keeps_the_view(page: webdriver.Chrome) -> None:
     assert ours(page) == ["full", "h2o", "pqcache"]
 
 
-def test_two_methods_stand_side_by_side_on_one_sample(page: webdriver.Chrome) -> None:
+def test_two_methods_stand_side_by_side_on_one_sample(page: Chrome) -> None:
     choose(page, "sample-place", "ruler on tiny")
     choose(page, "sample-task", "vt")
     choose(page, "sample-left", "full")
@@ -139,7 +140,7 @@ def test_two_methods_stand_side_by_side_on_one_sample(page: webdriver.Chrome) ->
     assert page.find_element(By.ID, "sample-count").text == "1 of 1"  # of both samples of vt, scores differ in one
 
 
-def test_text_of_models_is_shown_and_never_run(page: webdriver.Chrome) -> None:
+def test_text_of_models_is_shown_and_never_run(page: Chrome) -> None:
     places = Select(page.find_element(By.ID, "sample-place"))
     places.select_by_visible_text("needle on tiny")
     tasks = Select(page.find_element(By.ID, "sample-task"))
@@ -151,12 +152,13 @@ def test_text_of_models_is_shown_and_never_run(page: webdriver.Chrome) -> None:
     assert page.find_element(By.CSS_SELECTOR, "#answer-left pre").text == inert(EVIL) + "\nsecond line"
     assert page.title == "pqbench report"
     page.execute_script(
-        "const s = document.createElement('script'); s.textContent = \"document.title = 'owned'\"; document.body.append(s);"
+        "const s = document.createElement('script');"
+        "s.textContent = \"document.title = 'owned'\"; document.body.append(s);"
     )
     assert page.title == "pqbench report"  # even a script that got in would not run
 
 
-def test_a_phone_scrolls_tables_and_not_the_page(page: webdriver.Chrome) -> None:
+def test_a_phone_scrolls_tables_and_not_the_page(page: Chrome) -> None:
     page.set_window_size(390, 844)
     try:
         width, visible = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
@@ -169,7 +171,7 @@ def test_a_phone_scrolls_tables_and_not_the_page(page: webdriver.Chrome) -> None
     assert table > frame
 
 
-def test_the_page_loads_without_complaint(page: webdriver.Chrome) -> None:
-    page.get_log("browser")  # type: ignore[attr-defined] # what earlier tests left
+def test_the_page_loads_without_complaint(page: Chrome) -> None:
+    page.get_log("browser")  # what earlier tests left
     page.refresh()
-    assert page.get_log("browser") == []  # type: ignore[attr-defined]
+    assert page.get_log("browser") == []

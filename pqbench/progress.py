@@ -1,0 +1,196 @@
+"""``python -m pqbench.progress results/``: what of a sweep is done, running, failed or stalled, and how long it takes.
+
+It reads the records and the signs of life beside them, so it works while runs go on and on any machine that sees the
+folder. Runs that have not started are unknown to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pqbench.errors import PqbenchError
+from pqbench.heartbeat import SILENCE_S, Beat, read_beat
+from pqbench.records import RecordFile, newest_of, read_lines, run_folders
+from pqbench.terminal import log_to_terminal, plain
+
+log = logging.getLogger("pqbench.progress")
+
+STATES = ("running", "stalled", "stopped", "done", "unknown")
+BELOW = (
+    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command goes on "
+    "from there. unknown: nothing says how many samples there are. Runs that have not started are not listed."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder of records: samples with a prediction, failed samples, and the last sign of life."""
+
+    benchmark: str
+    model: str
+    method: str
+    ok: int
+    failed: int
+    beat: Beat | None
+
+    @property
+    def planned(self) -> int | None:
+        """Samples there are to do."""
+        return None if self.beat is None else self.beat.planned
+
+    @property
+    def left(self) -> int | None:
+        """Samples without any record."""
+        return None if self.planned is None else max(0, self.planned - self.ok - self.failed)
+
+    @property
+    def state(self) -> str:
+        """One of STATES."""
+        if self.beat is not None and self.beat.alive:
+            return "running"
+        if self.left == 0:
+            return "done"
+        if self.beat is not None and not self.beat.ended:
+            return "stalled"
+        return "unknown" if self.left is None else "stopped"
+
+    @property
+    def rate(self) -> float:
+        """Samples per second of the process at work, 0 when there is none or it has finished none."""
+        if self.beat is None or self.state != "running":
+            return 0.0
+        seconds = self.beat.beat - self.beat.started
+        return max(0, self.ok + self.failed - self.beat.before) / seconds if seconds > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the process at work is through; None when nothing tells."""
+        return None if self.left is None or not self.rate else self.left / self.rate
+
+
+def read_runs(root: Path) -> list[Run]:
+    """Every run under a results folder.
+
+    Raises:
+        DataError: there is no such folder, or a file in it cannot be read.
+    """
+    runs = []
+    for folder in run_folders(root):
+        newest, _ = newest_of(read_lines(RecordFile(folder).path))
+        ok = sum(record["status"] == "ok" for record in newest)
+        names = (folder.parent.parent.name, folder.parent.name, folder.name.rpartition("-")[0] or folder.name)
+        runs.append(Run(*names, ok, len(newest) - ok, read_beat(folder)))
+    return runs
+
+
+def progress_table(runs: Sequence[Run], styled: bool) -> Table:
+    """One row per benchmark, model and method, over all their settings, and one for everything."""
+    table = Table(box=box.SIMPLE if styled else None, show_edge=False, pad_edge=False)
+    for heading in ("benchmark", "model", "method", "runs"):
+        table.add_column(heading, no_wrap=not styled)
+    for heading in ("done", "planned", "failed", "per minute", "ETA"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        rows.setdefault((run.benchmark, run.model, run.method), []).append(run)
+    for names, members in sorted(rows.items()):
+        table.add_row(*(Text(plain(name)) for name in names), *_cells(members))
+    if len(rows) > 1:
+        table.add_section()
+        table.add_row(Text("all", style="bold" if styled else ""), "", "", *_cells(runs))
+    return table
+
+
+def _cells(runs: Sequence[Run]) -> list[str]:
+    states = Counter(run.state for run in runs)
+    known, unknown = sum(run.planned or 0 for run in runs), any(run.planned is None for run in runs)
+    rate, etas = sum(run.rate for run in runs), [run.eta_s for run in runs if run.state == "running"]
+    waits = [eta for eta in etas if eta is not None]
+    return [
+        ", ".join(f"{states[state]} {state}" for state in STATES if states[state]),
+        str(sum(run.ok for run in runs)),
+        f"{known}+?" if unknown and known else "?" if unknown else str(known),
+        str(sum(run.failed for run in runs)),
+        f"{60 * rate:.1f}" if rate else "-",
+        duration(max(waits)) if waits and len(waits) == len(etas) else "?" if etas else "-",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``45 s``, ``12 min`` or ``3 h 05 min``, rounded up."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m pqbench.progress``. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="pqbench.progress", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="folder of records")
+    parser.add_argument("--watch", type=_seconds, metavar="SECONDS", help="show it again so often, while runs go on")
+    options = parser.parse_args(arguments)
+    log_to_terminal()
+    try:
+        _show(options.results, options.watch)
+    except PqbenchError as error:
+        log.error(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _show(results: Path, watch: float | None) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a table cut to a narrow pipe is unreadable
+        while _put(console, read_runs(results)) and watch:
+            time.sleep(watch)
+        return
+    if not watch:
+        _put(console, read_runs(results))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            runs = read_runs(results)
+            live.update(progress_table(runs, True), refresh=True)
+            if not any(run.state == "running" for run in runs):
+                return
+            time.sleep(watch)
+
+
+def _put(console: Console, runs: Sequence[Run]) -> bool:
+    """Write the table once. Returns whether a run goes on."""
+    parts: list[RenderableType] = [progress_table(runs, console.is_terminal), Text(BELOW)]
+    for part in parts if runs else [Text("no run has started here")]:
+        console.print(part)
+    return any(run.state == "running" for run in runs)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 up")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

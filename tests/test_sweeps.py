@@ -1,0 +1,93 @@
+"""Sweeps through launchers, in processes of their own, leave the records of the same sweep run one after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pqbench.progress import read_runs
+from pqbench.records import parse
+
+# Four runs. Both budgets of a benchmark share the folder of ``full``, whose figures no budget changes: a race.
+SWEEP = ("-m", "model=tiny", "threads=1", "method=[full,h2o]", "benchmark=needle,ruler_quick",
+         "benchmark.lengths=[2048]", "benchmark.per_cell=1", "budget.ratio=0.2,0.5")  # fmt: skip
+LAUNCHERS = {
+    "joblib": ("joblib", ["hydra.launcher.n_jobs=2"]),
+    "submitit_local": ("submitit", ["hydra.sweeper.max_batch_size=2"]),
+    "ray": ("ray", ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]),
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The sweep as users start it."""
+    line = [sys.executable, "-m", "pqbench", *SWEEP, f"results={results}", *overrides]
+    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def launched(name: str) -> list[str]:
+    """Overrides that choose a launcher; skips the test where it is not installed."""
+    package, overrides = LAUNCHERS[name]
+    for module in (package, "hydra_plugins"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"the {name} launcher is not installed: make setup-sweep")
+    if importlib.util.find_spec(f"hydra_plugins.hydra_{package}_launcher") is None:
+        pytest.skip(f"the {name} launcher is not installed: make setup-sweep")
+    return [f"hydra/launcher={name}", *overrides]
+
+
+def untimed(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """Records by folder, without times and in the order of samples."""
+    found = {}
+    for path in sorted(results.rglob("records.jsonl")):
+        rows = [parse(line) for line in path.read_bytes().splitlines()]
+        assert all(rows)
+        kept = [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows if row]
+        found[str(path.parent.relative_to(results))] = sorted(kept, key=lambda row: row["sample_id"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Records of the sweep run by Hydra's own launcher, one run after the other."""
+    results = tmp_path_factory.mktemp("sequential")
+    done = sweep(results)
+    assert done.returncode == 0, done.stderr
+    records = untimed(results)
+    assert {folder.rsplit("-", 1)[0]: len(rows) for folder, rows in records.items()} == {
+        "needle/tiny/full": 5, "needle/tiny/h2o": 5, "ruler/tiny/full": 3, "ruler/tiny/h2o": 3,
+    }  # fmt: skip
+    assert len(records) == 6  # h2o twice, once for each budget
+    return records
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_leaves_the_records_of_the_sequential_run_and_resumes(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    overrides = launched(name)
+    expected = request.getfixturevalue("sequential")
+    first = sweep(tmp_path, *overrides)
+    assert first.returncode == 0, first.stderr
+    assert untimed(tmp_path) == expected
+    assert [run.state for run in read_runs(tmp_path)] == ["done"] * 6
+    before = {path: path.read_bytes() for path in tmp_path.rglob("records.jsonl")}
+    second = sweep(tmp_path, *overrides, "benchmark=needle")  # half of it is enough here
+    assert second.returncode == 0, second.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("records.jsonl")} == before
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_failing_run_in_another_process_fails_the_command_and_no_other_run(name: str, tmp_path: Path) -> None:
+    done = sweep(tmp_path, *launched(name), "benchmark=needle", "benchmark.lengths=[256]", "benchmark.depths=[50]",
+                 "benchmark.max_new_tokens=2", "budget.ratio=2,0.5")  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: budget.ratio is 2")
+    assert "Traceback" not in done.stderr
+    assert {run.state for run in read_runs(tmp_path)} == {"done"}
