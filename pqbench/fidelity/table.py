@@ -121,7 +121,8 @@ def _pivots(title: str, lines: Sequence[Line]) -> list[Section]:
         by_method: dict[tuple[str, ...], dict[str, Line]] = {}
         for line in chosen:
             by_method.setdefault(tuple(line.labels[name] for name in names), {})[line.labels["ratio"]] = line
-        count = "/".join(sorted({str(len(line.good)) for line in chosen}))
+        counts = {len(line.good) for line in chosen}
+        count = " to ".join(str(number) for number in sorted({min(counts, default=0), max(counts, default=0)}))
         for field, heading, factor, form, _ in (column for column in FIGURES if column[0] in PIVOTS):
             rows = [
                 [
