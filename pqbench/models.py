@@ -239,7 +239,7 @@ def check_placement(model: PreTrainedModel) -> None:
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ModelError("the model does not fit the GPUs here, some layers would lie on "
-                         f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: use more GPUs or a smaller model")  # fmt: skip
+                         f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: more GPUs or a smaller model")  # fmt: skip
 
 
 def cache_folder() -> Path:
