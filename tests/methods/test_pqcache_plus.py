@@ -375,7 +375,7 @@ def test_top_p_of_everything_is_the_fixed_budget() -> None:
             output_of(s, p[1], data.q[:, :, :, 90 + step], data)
             for s, p in zip(selections, (fixed, adaptive), strict=True)
         ]
-        assert np.allclose(*outputs, atol=1e-5)
+        assert np.allclose(outputs[0], outputs[1], atol=1e-5)
         assert selections[1].visible is not None
         assert bool(selections[1].visible.all())
 
