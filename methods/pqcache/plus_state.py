@@ -119,7 +119,8 @@ class PQCachePlusState(PQCacheState):
         held = (q.float() @ outside.transpose(2, 3) * self.geometry.scaling).logsumexp(-1)  # [B, H, G]
         whole = torch.logaddexp(held, log_mass(logits))
         shares = (logits - whole[..., None]).exp().mean(2)
-        return smallest_set(shares, share - (held - whole).exp().mean(2), split.top_k)
+        top = self.geometry.kernels.top_k(shares, split.top_k)
+        return smallest_set(shares, top, share - (held - whole).exp().mean(2))
 
     def _with_sample(self, q: Tensor, kv: KV, split: Split) -> tuple[Tensor, Residual | None]:
         """top_k middle tokens, a share of them drawn from what the codes did not choose, and what the rest adds."""

@@ -23,16 +23,16 @@ def without(logits: Tensor, selected: Tensor, seen: Tensor | None = None) -> Ten
     return logits.scatter(3, chosen, logits.gather(3, chosen).masked_fill(seen[:, :, None], float("-inf")))
 
 
-def smallest_set(shares: Tensor, wanted: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The fewest tokens whose ``shares`` ``[B, H, M]`` add up to ``wanted`` ``[B, H]``, at most ``most`` per head.
+def smallest_set(shares: Tensor, top: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The fewest of the tokens ``top`` ``[B, H, k]`` whose ``shares`` ``[B, H, M]`` add up to ``wanted`` ``[B, H]``.
 
     Returns:
-        tokens ``[B, H, k]``, largest share first, k that of the head that needs most, and which of them a head needs.
+        tokens ``[B, H, n]``, largest share first, n that of the head that needs most, and which of them a head needs.
     """
-    ranked, order = shares.topk(min(most, shares.shape[2]), dim=-1)
+    ranked, order = shares.gather(-1, top).sort(dim=-1, descending=True, stable=True)
     needed = ranked.cumsum(-1) - ranked < wanted[..., None]
     size = int(needed.sum(-1).max())
-    return order[..., :size], needed[..., :size]
+    return top.gather(-1, order[..., :size]), needed[..., :size]
 
 
 def log_mass(logits: Tensor) -> Tensor:
