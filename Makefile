@@ -37,7 +37,7 @@ bench: setup
 # Every table and figure of the paper that needs no data from elsewhere; see docs/paper.md. The same command resumes. An
 # experiment that fails does not stop the others; the exit code tells.
 EXPERIMENTS ?= power_law memory latency breakdown overlap cache iterations_latency needle infinitebench_1_5 \
-	infinitebench_1_10 question_first token_budget communication_budget codebooks iterations
+	infinitebench_1_10 question_first token_budget communication_budget codebooks iterations ablation
 paper: setup
 	@failed=; for name in $(EXPERIMENTS); do \
 		echo "experiment $$name"; \
