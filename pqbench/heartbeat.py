@@ -63,7 +63,7 @@ def read_beat(folder: Path) -> Beat | None:
 @contextmanager
 def heartbeat(files: Sequence[RecordFile], interval: float = INTERVAL_S) -> Iterator[None]:
     """Beat for these runs until the block ends, whichever way; ``RecordFile.planned`` may become known meanwhile."""
-    before = [len(file.outcomes()) for file in files]
+    before = [file.count() for file in files]
     started, stop = time.time(), threading.Event()
 
     def beat(ended: bool = False) -> None:

@@ -90,6 +90,11 @@ class RecordFile:
             log.warning("%s: left out %s", self.path, _other_version(foreign))
         return newest
 
+    def count(self) -> int:
+        """Samples that have a record. Says nothing of broken lines: :meth:`read` does."""
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
+
     def outcomes(self) -> dict[str, str | None]:
         """What went wrong with each sample that has a record; None when it has a prediction."""
         return {r["sample_id"]: None if r["status"] == "ok" else str(r.get("error")) for r in self.read()}
