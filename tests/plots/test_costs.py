@@ -19,7 +19,7 @@ from tests.test_costs import EXACT, made_by
 
 COMMON: dict[str, Any] = {
     "benchmark": "latency", "model": "smollm2", "status": "ok", "threads": 2, "kernels": "cpu", "link": "local",
-    "emulated": False, "budget": "25 %", "key": "k",
+    "emulated": False, "budget": "25 %", "key": "k", "tt2t_s": 1.0,
 }  # fmt: skip
 
 
