@@ -278,7 +278,7 @@ def _synchronised(used: Sequence[torch.device]) -> float:
 def devices(model: PreTrainedModel) -> set[torch.device]:
     """Where the model's layers are: several devices when it was loaded with ``device=auto``."""
     placed = getattr(model, "hf_device_map", None) or {"": model.device}
-    return {torch.device(device) for device in placed.values()}
+    return {torch.device(f"cuda:{place}" if str(place).isdigit() else place) for place in placed.values()}
 
 
 def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
