@@ -267,7 +267,7 @@ def now(model: PreTrainedModel) -> float:
 def devices(model: PreTrainedModel) -> set[torch.device]:
     """Where the model's layers are: several devices when it was loaded with ``device=auto``."""
     placed = getattr(model, "hf_device_map", None) or {"": model.device}
-    return {torch.device(device) for device in placed.values()}
+    return {torch.device("cuda", place) if type(place) is int else torch.device(place) for place in placed.values()}
 
 
 def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
