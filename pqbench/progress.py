@@ -30,8 +30,10 @@ from pqbench.terminal import log_to_terminal, plain
 log = logging.getLogger("pqbench.progress")
 
 STATES = ("running", "stalled", "stopped", "done", "unknown")
-BELOW = (f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command goes on "
-         "from there. unknown: nothing says how many samples there are. Runs that have not started are not listed.")  # fmt: skip
+BELOW = (
+    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command goes on from "
+    "there. unknown: nothing says how many samples there are. Runs that have not started are not listed."
+)
 
 
 @dataclass(frozen=True)
