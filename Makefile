@@ -1,9 +1,11 @@
-# make bench METHOD=pqcache | make test | make lint | make figures | make setup | make gpu-check
+# make bench METHOD=pqcache | make test | make lint | make paper SCALE=small | make figures | make report | make setup |
+# make gpu-check
 METHOD ?= pqcache
 MODEL ?= smollm2
 BENCHMARK ?=
 ARGS ?=
 RESULTS ?= results
+SCALE ?= small
 PYTHON ?= python3.11
 
 BIN := .venv/bin
@@ -11,7 +13,7 @@ comma := ,
 STAMP := .venv/ready
 RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
-.PHONY: setup setup-sweep bench figures tables test lint gpu-check
+.PHONY: setup setup-sweep bench paper figures report tables test lint gpu-check
 
 setup: $(STAMP)
 
@@ -32,8 +34,23 @@ bench: setup
 	@$(RUN) $(if $(BENCHMARK),benchmark=$(BENCHMARK),benchmark=needle$(comma)infinitebench_quick$(comma)ruler_quick) $(ARGS)
 	@$(BIN)/python -m plots $(RESULTS)
 
+# Every table and figure of the paper that needs no data from elsewhere; see docs/paper.md. The same command resumes. An
+# experiment that fails does not stop the others; the exit code tells.
+EXPERIMENTS ?= power_law memory latency breakdown overlap cache iterations_latency needle infinitebench_1_5 \
+	infinitebench_1_10 question_first token_budget communication_budget codebooks iterations ablation
+paper: setup
+	@failed=; for name in $(EXPERIMENTS); do \
+		echo "experiment $$name"; \
+		$(BIN)/python -m pqbench experiment=$$name scale=$(SCALE) results=$(RESULTS) $(ARGS) || failed="$$failed $$name"; \
+	done; \
+	$(BIN)/python -m plots $(RESULTS); \
+	test -z "$$failed" || { echo "failed:$$failed (retry_failed=true in ARGS runs failed samples again)"; exit 1; }
+
 figures: setup
 	@$(BIN)/python -m plots $(RESULTS)
+
+report: setup
+	@$(BIN)/python -m plots.report $(RESULTS)
 
 tables: setup
 	@$(BIN)/python -m pqbench.tables $(RESULTS)

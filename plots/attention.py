@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from plots.data import measured
 from plots.style import BASELINE, footer, number, save, style, threads, tokens
 from pqbench.records import plain_name
 
@@ -41,7 +42,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def timed(table: pd.DataFrame) -> pd.DataFrame:
     """The attention records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
-    good = table[(table["benchmark"] == "attention") & (table["status"] == "ok")]
+    good = measured(table, *(field for field, _, _ in PHASES), "total_s", "context", benchmarks=["attention"])
+    good = good if {"dtype", "kernel"} <= set(good) else good.iloc[:0].assign(dtype=None, kernel=None)
     good = good.assign(**{name: "-" for name in [*RUN, "emulated"] if name not in good})
     return good.assign(**{name: good[name].fillna("-") for name in RUN})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from plots.latency import apart
-from plots.style import BASELINE, Look, footer, looks, number, save, style, threads, tokens
+from plots.style import BASELINE, Look, footer, headline, looks, name_ends, number, save, style, threads, tokens
 from pqbench.records import plain_name
 from pqbench.summaries import LEVEL, resampled
 
+MADE_BY = "python -m pqbench benchmark=fidelity method=[oracle,random_tokens,streaming_llm,pqcache,pqcache_plus]"
 # Field of a record, title of its panel, label of its axis.
 PANELS = (
     ("output_error", "attention output, clean inputs", "relative error"),
@@ -24,7 +24,9 @@ PANELS = (
 )
 RUN = ["model", "length", "steps", "texts", "dtype", "device"]  # what one figure has in common
 DECADES = 4.0  # of the vertical axis, at most: budgets at which a method is exact fall below
-_GAP = 0.052  # between labels, as a share of the panel's height
+# What a method lies between, and what it is.
+RAILS = {"oracle": "(exact scores)", "random_tokens": "(no scores)", "streaming_llm": "(sinks and window only)"}
+RAIL = "0.45"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     good = measured(table)
     paths: list[Path] = []
     taken: dict[str, int] = {}
-    chosen = looks(good["method"])
+    chosen = rails(looks(good["method"]))
     for _, run in reversed(list(good.groupby(RUN, sort=False))):
         if run["ratio"].isna().all():
             continue  # full attention alone is no curve
@@ -78,7 +80,7 @@ def measured(table: pd.DataFrame) -> pd.DataFrame:
 
 def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
     """The figure of one run: two panels side by side."""
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     counts: set[int] = set()
     for axis, (field, title, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         lines = lines_of(run, field)
@@ -90,9 +92,8 @@ def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
         axis.set_title(title)
         axis.set_ylabel(label)
     first = run.iloc[0]
-    figure.suptitle(f"Fidelity to full attention: {first['model']}, {tokens(int(first['length']))} tokens", fontsize=12)
+    headline(figure, f"Fidelity to full attention: {first['model']}, {tokens(int(first['length']))} tokens")
     footer(figure, note(run, counts))
-    figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.95), wspace=0.05)  # type: ignore[union-attr, call-arg]
     return figure
 
 
@@ -105,8 +106,14 @@ def note(run: pd.DataFrame, counts: set[int]) -> str:
     machine = f"{first['device']}, {threads(first['threads'])}, {first['dtype']}"
     return (
         f"{count} documents ({first['texts']}), {number(first['steps'])} teacher-forced steps each{bars}; points: "
-        f"budgets of {ratios} % of the context; {machine}"
+        f"budgets of {ratios} % of the context;\n{_meaning(run)}pale: no other point beats these in both; {machine}"
     )
+
+
+def _meaning(run: pd.DataFrame) -> str:
+    """What the grey lines are, if there are any."""
+    found = [f"{name} {words}" for name, words in RAILS.items() if name in set(run["method"])]
+    return f"grey: {', '.join(found)}; " if found else ""
 
 
 def lines_of(run: pd.DataFrame, field: str) -> list[Line]:
@@ -140,6 +147,7 @@ def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
     """Draw the lines of one panel with their names at the right ends."""
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.plot(*frontier(lines), color="0.88", linewidth=9, zorder=0.5, solid_capstyle="round", label="frontier")
     for line in lines:
         look, order = chosen[line.method], np.argsort(line.size)
         size, middle = np.array(line.size)[order], np.array(line.middle)[order]
@@ -153,9 +161,29 @@ def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
     axis.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axis.xaxis.set_major_formatter(FuncFormatter(_bytes))
     axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("bytes read per step and KV head (index + keys and values attended)")
     axis.grid(color="0.92")
-    _name_ends(axis, lines, chosen)
+    best = [max(zip(line.size, line.middle, strict=True)) for line in lines]  # at the largest budget
+    floor = axis.get_ylim()[0]
+    name_ends(axis, [(line.label, size, max(value, floor), chosen[line.method].colour)
+                     for line, (size, value) in zip(lines, best, strict=True)])  # fmt: skip
+
+
+def frontier(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
+    """Bytes and errors of the points that no other point of any method beats in both, cheapest first."""
+    kept: list[tuple[float, float]] = []
+    for size, value in sorted(point for line in lines for point in zip(line.size, line.middle, strict=True)):
+        if value > 0 and (not kept or value < kept[-1][1]):
+            kept.append((size, value))
+    return [size for size, _ in kept], [value for _, value in kept]
+
+
+def rails(chosen: Mapping[str, Look]) -> dict[str, Look]:
+    """The looks with :data:`RAILS` in grey."""
+    return {name: replace(look, colour=RAIL) if name in RAILS else look for name, look in chosen.items()}
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
@@ -170,22 +198,8 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 def mark_dense(axis: Axes, size: float) -> None:
     """Full attention has no error: a line where its bytes are."""
     axis.axvline(size, color="black", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
-    axis.annotate(BASELINE, (size, 0.02), xycoords=("data", "axes fraction"), xytext=(-4, 0),
-                  textcoords="offset points", ha="right", va="bottom", fontsize=9)  # fmt: skip
-
-
-def _name_ends(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
-    """Names beside the points of the largest budgets, pushed apart where they would overlap."""
-    low, high = np.log(axis.get_ylim())
-    ends = sorted((max(zip(line.size, line.middle, strict=True))[::-1], line.label, line) for line in lines)
-    heights = [min(1.0, max(0.0, float((np.log(max(value, 1e-300)) - low) / (high - low)))) for (value, _), *_ in ends]
-    for ((value, size), label, line), place in zip(ends, apart(heights, _GAP), strict=True):
-        colour = chosen[line.method].colour
-        axis.annotate(
-            label, (size, value), xytext=(1.03, place), textcoords="axes fraction", color=colour, fontsize=9,
-            va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
-        )  # fmt: skip
+    axis.annotate(BASELINE, (size, 1), xycoords=("data", "axes fraction"), xytext=(-4, 0),
+                  textcoords="offset points", ha="right", va="top", fontsize=9)  # fmt: skip
 
 
 def _bytes(size: float, _: object) -> str:

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from plots.style import BASELINE, Look, footer, looks, number, save, style, threads, tokens
+from plots.data import families, measured, without
+from plots.style import BASELINE, Look, footer, looks, name_ends, number, save, style, threads, tokens
 from pqbench.records import plain_name
 
 # Field of a record, title of its panel, factor, unit.
@@ -20,8 +21,8 @@ PANELS = (
     ("tt2t_s", "time to second token", 1.0, "s"),
     ("tpot_s", "time per output token", 1e3, "ms"),
 )
+FEW = 4  # tokens
 RUN = ["model", "link", "device", "dtype", "threads", "kernels"]  # what one figure has in common
-_GAP = 0.058  # between labels, as a share of the panel's height
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,20 @@ class Line:
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for each model, link and machine among the latency records; empty list without any.
+    """A figure for each model, link, machine and setting among the latency records; empty list without any.
 
-    The newest of a model is ``latency_<model>``; older ones get a number.
+    The one with the most records of a model is ``latency_<model>``; others get a number. Sweeps of one method's
+    settings have figures of their own, and runs of a few tokens say nothing about the time per token.
     """
-    good = timed(table)
+    good = families(timed(table))
+    good = good[pd.to_numeric(good["new_tokens"]) > FEW]
     paths: list[Path] = []
     taken: dict[str, int] = {}
     chosen = looks(good["method"])
-    for _, run in reversed(list(good.groupby(RUN, sort=False))):
+    alone = good["settings"].map(lambda settings: without(settings, "method"))
+    for run in sorted((run for _, run in good.groupby([*RUN, alone], sort=False)), key=len, reverse=True):
+        if run["family"].nunique() < 2 and (run["key"].nunique() > 1 or run["context"].nunique() < 2):
+            continue
         name = f"latency_{plain_name(str(run['model'].iloc[0]))}"
         taken[name] = taken.get(name, 0) + 1
         with style():
@@ -55,7 +61,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def timed(table: pd.DataFrame) -> pd.DataFrame:
     """The latency records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
-    good = table[(table["benchmark"] == "latency") & (table["status"] == "ok")]
+    good = measured(table, *(field for field, _, _, _ in PANELS), "context", "new_tokens", benchmarks=["latency"])
     missing = {name: "-" for name in [*RUN, "emulated"] if name not in good}
     good = good.assign(**missing)
     return good.assign(**{name: good[name].fillna("-") for name in RUN})
@@ -115,30 +121,4 @@ def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
     axis.set_ylim(0, 1.08 * max(max(line.high) for line in lines))
     axis.set_xlabel("context length (tokens)")
     axis.grid(axis="y", color="0.9")
-    _name_ends(axis, lines, chosen)
-
-
-def _name_ends(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
-    """Names beside the last points, pushed apart where they would overlap."""
-    top = axis.get_ylim()[1]
-    ends = sorted(lines, key=lambda line: line.middle[-1])
-    places = apart([line.middle[-1] / top for line in ends], _GAP)
-    for line, place in zip(ends, places, strict=True):
-        axis.annotate(
-            line.label, (line.contexts[-1], line.middle[-1]), xytext=(1.05, place), textcoords="axes fraction",
-            color=chosen[line.method].colour, fontsize=9, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": chosen[line.method].colour, "linewidth": 0.6, "shrinkB": 3,
-                        "relpos": (0, 0.5)},
-        )  # fmt: skip
-
-
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved until neighbours are ``gap`` apart; those pushed together stay round their mean."""
-    blocks: list[tuple[float, int]] = []  # middle and number of heights pushed against each other
-    for height in heights:
-        middle, count = height, 1
-        while blocks and blocks[-1][0] + gap * blocks[-1][1] / 2 > middle - gap * count / 2:
-            other, number = blocks.pop()
-            middle, count = (other * number + middle * count) / (number + count), number + count
-        blocks.append((middle, count))
-    return [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(count)]
+    name_ends(axis, [(line.label, line.contexts[-1], line.middle[-1], chosen[line.method].colour) for line in lines])

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from plots.data import measured
 from plots.style import HEAT, footer, save, style
 from pqbench.records import plain_name
 
@@ -29,8 +30,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     taken: set[str] = set()
     runs = list(cells.groupby(["model", "method", "key"], sort=False))
     for (model, method, key), run in reversed(runs):
-        if method == BASELINE and len(runs) > 1:
-            continue
+        if (method == BASELINE and len(runs) > 1) or run["length"].nunique() < 2:
+            continue  # a sweep at one length is no map
         full = cells[
             (cells["model"] == model) & (cells["method"] == BASELINE) & cells["sample_id"].isin(run["sample_id"])
         ]
@@ -45,8 +46,10 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def placed(table: pd.DataFrame) -> pd.DataFrame:
     """The needle records that have a score, with their ``length`` and ``depth`` as columns."""
-    good = table[(table["benchmark"] == "needle") & (table["status"] == "ok")]
-    places = [] if good.empty else list(good["metadata"])  # a table without records has no such column
+    good = measured(table, "score", benchmarks=["needle"])
+    found = good["metadata"] if "metadata" in good else pd.Series(None, good.index, dtype=object)
+    known = [isinstance(place, dict) and {"length", "depth"} <= set(place) for place in found]
+    good, places = good[known], list(found[known])
     return good.assign(length=[place["length"] for place in places], depth=[place["depth"] for place in places])
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 HEAT = "cividis"  # readable in grey and by colour-blind eyes
 BASELINE = "full"
 # Okabe and Ito's colours, which colour-blind eyes tell apart, without the yellow that is too pale for a line.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*", "p")
+_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9")
+_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h", "*", "p", "d")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
+# Each has the look of its place here in every figure; other methods get what is left.
+_KNOWN = ("pqcache", "oracle", "sparq", "infllm", "h2o", "snapkv", "pqcache_plus", "quest", "tova", "streaming_llm",
+          "pyramidkv")  # fmt: skip
+_GAP = 0.062  # between labels at line ends, as a share of the panel's height
 
 _RC = {
     "figure.dpi": 150,
@@ -39,16 +46,53 @@ class Look:
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """A look for each method: by its place among ``names`` in alphabetical order, so give all methods of the records.
-    Full attention is black."""
-    found = {BASELINE: Look("black", "o", "-")}
-    for i, name in enumerate(sorted(set(names) - {BASELINE})):
-        found[name] = Look(
-            _COLOURS[i % len(_COLOURS)],
-            _MARKERS[(i + 1) % len(_MARKERS)],
-            _DASHES[i // len(_COLOURS) % len(_DASHES)],
-        )
-    return found
+    """A look for each method, full attention's (black) always among them. Methods of this project have the same look
+    whatever the others are; further ones get one by their place in alphabetical order."""
+    names = set(names) - {BASELINE}
+    found = {name: _look(place) for place, name in enumerate(_KNOWN) if name in names}
+    taken = set(found.values())
+    free = [_look(place) for place in [*range(len(_KNOWN), len(_COLOURS) * len(_DASHES)), *range(len(_KNOWN))]]
+    others = sorted(names - found.keys())
+    for name, look in zip(others, cycle([look for look in free if look not in taken] or free)):
+        found[name] = look
+    return {BASELINE: Look("black", "o", "-")} | {name: found[name] for name in sorted(names)}
+
+
+def _look(place: int) -> Look:
+    return Look(
+        _COLOURS[place % len(_COLOURS)],
+        _MARKERS[place % len(_MARKERS)],
+        _DASHES[place // len(_COLOURS) % len(_DASHES)],
+    )
+
+
+def name_ends(axis: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write (name, x, y of the line's last point, colour) right of the panel, pushed apart where names would overlap.
+    Scales and limits of the axis must be final."""
+    inside = axis.transAxes.inverted()
+    heights = [float(inside.transform(axis.transData.transform((x, y)))[1]) for _, x, y, _ in ends]
+    order = sorted(range(len(ends)), key=heights.__getitem__)
+    for i, place in zip(order, apart([heights[i] for i in order], _GAP, lowest=0.0), strict=True):
+        name, x, y, colour = ends[i]
+        axis.annotate(
+            name, (x, y), xytext=(1.05, place), textcoords="axes fraction", color=colour, fontsize=9, va="center",
+            annotation_clip=False, parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def apart(heights: Sequence[float], gap: float, lowest: float = -math.inf) -> list[float]:
+    """Ascending heights moved until neighbours are ``gap`` apart and none is below ``lowest``; those pushed together
+    stay round their mean where there is room."""
+    blocks: list[tuple[float, int]] = []  # middle and number of heights pushed against each other
+    for height in heights:
+        middle, count = max(height, lowest), 1
+        while blocks and blocks[-1][0] + gap * blocks[-1][1] / 2 > middle - gap * count / 2:
+            other, number = blocks.pop()
+            middle, count = (other * number + middle * count) / (number + count), number + count
+            middle = max(middle, lowest + gap * (count - 1) / 2)
+        blocks.append((middle, count))
+    return [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(count)]
 
 
 @contextmanager
@@ -74,8 +118,15 @@ def tokens(count: int) -> str:
 
 
 def footer(figure: Figure, text: str) -> None:
-    """Where the numbers come from, small, below the figure."""
-    figure.text(0.01, 0.01, text, fontsize=7, color="0.35", ha="left", va="bottom")
+    """Where the numbers come from, small, below the panels, which make room for it."""
+    figure.text(0.01, 0.01, text, fontsize=7, color="0.35", ha="left", va="bottom", parse_math=False)
+    bottom = (0.1 + 0.125 * len(text.splitlines())) / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))  # type: ignore[union-attr, call-arg]
+
+
+def headline(figure: Figure, text: str, stamp: str = "") -> None:
+    """The title, and ``emulated`` or ``modelled`` where that is what the numbers are."""
+    figure.suptitle(text + (f" [{stamp}]" if stamp else ""), fontsize=12, x=0.01, ha="left", parse_math=False)
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

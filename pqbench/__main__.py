@@ -24,7 +24,7 @@ from pqbench.config import conf_folder, explain, model_source
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
-from pqbench.method import Method
+from pqbench.method import Method, compensated
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
@@ -98,7 +98,7 @@ def run_config(config: DictConfig) -> list[str]:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if config.threads:
         torch.set_num_threads(config.threads)
-    methods = {name: instantiate(node) for name, node in config.methods.items()}
+    methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
     benchmark = instantiate(config.benchmark)
     return (_time if isinstance(benchmark, Measurement) else _evaluate)(plain, methods, benchmark)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pqbench.records import RecordFile, newest_of, parse, write_atomically
+from pqbench.records import RecordFile, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def read_beat(folder: Path) -> Beat | None:
 @contextmanager
 def heartbeat(files: Sequence[RecordFile], interval: float = INTERVAL_S) -> Iterator[None]:
     """Beat for these runs until the block ends, whichever way; ``RecordFile.planned`` may become known meanwhile."""
-    before = [_recorded(file.path) for file in files]
+    before = [file.count() for file in files]
     started, stop = time.time(), threading.Event()
 
     def beat(ended: bool = False) -> None:
@@ -87,12 +87,3 @@ def heartbeat(files: Sequence[RecordFile], interval: float = INTERVAL_S) -> Iter
         stop.set()
         thread.join()
         beat(ended=True)
-
-
-def _recorded(path: Path) -> int:
-    """Samples on record. Says nothing of broken lines: whoever reads the records for their content does."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return 0
-    return len(newest_of(filter(None, map(parse, lines)))[0])

@@ -32,6 +32,7 @@ from pqbench.custom_generate import stopping
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.generation import decode
 from pqbench.lm_eval_plugin import register
+from pqbench.method import compensated
 from pqbench.prompt import Prefilled, forward, prefill
 from pqbench.terminal import log_to_terminal
 
@@ -78,7 +79,7 @@ class PqbenchLM(HFLM):
         config = composed(model or ("hf" if "pretrained" in settings else "smollm2"), method, settings)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.method = instantiate(config.methods[method])
+        self.method = compensated(instantiate(config.methods[method]))
         loaded = model_source(config.model).load()
         self.chunk: int | None = config.chunk
         super().__init__(

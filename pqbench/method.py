@@ -8,7 +8,7 @@ Shapes: B sequences, H KV heads, G query heads per KV head, S tokens, D head dim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "KV",
     "Budget",
     "BudgetError",
+    "CompensatedBudget",
     "ConfigError",
     "Geometry",
     "LayerState",
@@ -29,6 +30,7 @@ __all__ = [
     "Residual",
     "Selection",
     "Split",
+    "compensated",
 ]  # fmt: skip
 
 
@@ -146,6 +148,43 @@ class PaperBudget(Budget):
         super().__post_init__()
         if self.ratio is None:
             raise BudgetError("the paper's budget is a ratio: set budget.ratio, not budget.tokens")
+
+
+@dataclass(frozen=True)
+class CompensatedBudget(PaperBudget):
+    """The paper's budget with compensation: methods that evict read no index, so the paper's "(C)" baselines keep more
+    tokens instead. It does not define how many; both readings are here (:func:`compensated` applies them).
+
+    Attributes:
+        communication: phi, index bytes that the other methods read per step and byte of keys (paper: 1/128, 1/64).
+        reading: ``kv``, tokens whose keys and values are as many bytes, phi / 2 of the context; ``keys``, tokens whose
+            keys are, phi of the context.
+
+    Raises:
+        BudgetError: phi outside [0, 1], or no such reading.
+    """
+
+    communication: float = 1 / 128
+    reading: str = "kv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.communication <= 1:
+            raise BudgetError(f"budget.communication is {self.communication}: it must lie in [0, 1]")
+        if self.reading not in ("kv", "keys"):
+            raise BudgetError(f"budget.reading is {self.reading!r}: use kv or keys")
+
+    @property
+    def for_evicting(self) -> Budget:
+        """The budget of a method that evicts, labelled (C)."""
+        extra = self.communication / 2 if self.reading == "kv" else self.communication
+        return _Enlarged(self.sink, ratio=min(1.0, (self.ratio or 0) + extra), grow=self.grow)
+
+
+class _Enlarged(PaperBudget):
+    @property
+    def label(self) -> str:
+        return f"{100 * (self.ratio or 0):.3g} % (C)"
 
 
 class Calibration(Protocol):
@@ -342,3 +381,12 @@ class Method(ABC):
         """The budget at this length, None when the method has none (full attention)."""
         budget: Any = getattr(self, "budget", None)
         return None if budget is None else budget.resolve(context, prompt)
+
+
+def compensated(method: Method) -> Method:
+    """The method with more tokens when it evicts and its budget is a :class:`CompensatedBudget`; else as it is."""
+    budget: Any = getattr(method, "budget", None)
+    if not (method.evicts and isinstance(budget, CompensatedBudget)):
+        return method
+    larger: Any = method  # of some subclass that has a budget
+    return replace(larger, budget=budget.for_evicting)

@@ -238,10 +238,8 @@ def check_placement(model: PreTrainedModel) -> None:
     """Raises ModelError when some layers wait in host memory or on disk for their turn on a GPU."""
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in places or ("cpu" in places and len(places) > 1):
-        elsewhere = " and ".join(sorted(places & {"cpu", "disk"}))
-        raise ModelError(
-            f"the model does not fit the GPUs here, some layers would lie on {elsewhere}: use more or a smaller model"
-        )
+        raise ModelError("the model does not fit the GPUs here, some layers would lie on "
+                         f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: more GPUs or a smaller model")  # fmt: skip
 
 
 def cache_folder() -> Path:

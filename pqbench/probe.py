@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,60 @@ from pqbench.kernels import reference
 from pqbench.method import Selection, Split
 from pqbench.prompt import Prefilled, forward
 from pqbench.store.base import Store
+
+
+class Exact:
+    """Full attention of one step in one layer: what every method's answer to the same query is compared with.
+
+    Attributes:
+        weights: probabilities ``[B, H, G, S]``.
+        output: ``[B, H, G, D]`` float32.
+    """
+
+    def __init__(self, weights: Tensor, output: Tensor) -> None:
+        self.weights, self.output = weights, output.float()
+        self._best: dict[tuple[int, int, int], Tensor] = {}
+
+    @cached_property
+    def received(self) -> Tensor:
+        """Probabilities summed over the query group, ``[B, H, S]``."""
+        return self.weights.sum(2)
+
+    def best(self, split: Split) -> Tensor:
+        """Positions ``[B, H, k]`` of the exact top-k among the middle tokens, computed once for each split."""
+        first, stop = split.middle(self.weights.shape[3])
+        key = first, stop, max(0, min(split.top_k, stop - first))
+        if key not in self._best:
+            self._best[key] = first + reference.top_k(self.received[..., first:stop], key[2])
+        return self._best[key]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The tokens that a method attends to in one step.
+
+    Attributes:
+        positions: ``[B, H, n]``, no token twice.
+        visible: which of them a query head sees, ``[B, H, G, n]`` bool; None for all.
+    """
+
+    positions: Tensor
+    visible: Tensor | None
+
+    def mass(self, exact: Exact) -> Tensor:
+        """Share of the exact probability that they hold, ``[B, H]``: mean over the query group."""
+        if self.visible is None:
+            return exact.received.gather(2, self.positions).sum(-1) / exact.weights.shape[2]
+        at = self.positions[:, :, None].expand(self.visible.shape)
+        return (exact.weights.gather(3, at) * self.visible).sum(-1).mean(2)
+
+    def hits(self, wanted: Tensor, length: int) -> Tensor:
+        """Which of the positions ``wanted`` ``[B, H, k]`` some query head attends to, bool."""
+        any_head = (
+            self.visible.any(2) if self.visible is not None else torch.ones_like(self.positions, dtype=torch.bool)
+        )
+        member = torch.zeros(*wanted.shape[:2], length, dtype=torch.bool, device=wanted.device)
+        return member.scatter_(2, self.positions, any_head).gather(2, wanted)
 
 
 @dataclass
@@ -42,20 +96,14 @@ class Fidelity:
         figures = {"mass": self.mass, "recall": self.recall, "output_error": self.output_error}
         return {name: sum(values) / len(values) if values else None for name, values in figures.items()}
 
-    def add(self, exact: Tensor, output: Tensor, full: Tensor, seen: Tensor, split: Split | None) -> None:
-        """Count one step of one layer: exact probabilities ``[B, H, G, S]``, outputs ``[B, H, G, D]``, and which query
-        head saw which token, ``[B, H, G, S]`` bool."""
-        self.mass.append(float((exact * seen).sum(-1).mean()))
-        difference = (output.float() - full.float()).flatten(1).norm(dim=1) / full.float().flatten(1).norm(dim=1)
+    def add(self, exact: Exact, output: Tensor, seen: Seen, split: Split | None) -> None:
+        """Count one step of one layer, in which the method answered ``output`` ``[B, H, G, D]``."""
+        self.mass.append(float(seen.mass(exact).mean()))
+        difference = (output.float() - exact.output).flatten(1).norm(dim=1) / exact.output.flatten(1).norm(dim=1)
         self.output_error.append(float(difference.mean()))
-        if split is None:
-            return
-        first, stop = split.middle(exact.shape[3])
-        wanted = min(split.top_k, stop - first)
-        if wanted > 0:
-            best = reference.top_k(exact[..., first:stop].sum(2), wanted)  # [B, H, k]
-            found = seen.any(2)[..., first:stop].gather(2, best)
-            self.recall.append(float(found.float().mean()))
+        best = None if split is None else exact.best(split)
+        if best is not None and best.shape[2]:
+            self.recall.append(float(seen.hits(best, exact.weights.shape[3]).float().mean()))
 
 
 class ProbeLayer(OurLayer):
@@ -86,13 +134,13 @@ class ProbeLayer(OurLayer):
         full, _, weights = reference.attention(
             grouped, self.dense.keys(), self.dense.values(), scaling, need_weights=True
         )
-        exact = cast(Tensor, weights)
+        exact = Exact(cast(Tensor, weights), full)
         for group, fidelity, split in zip(self.groups, self.fidelities, self.splits, strict=True):
             selection = group.state.select(grouped, group.store)
             check_selection(selection, group.store.length)
-            seen = _seen(selection, group.store, exact)
+            seen = _seen(selection, group.store)
             output = group.answer(grouped, selection)
-            fidelity.add(exact, output, full, seen, split(self.dense.length))
+            fidelity.add(exact, output, seen, split(self.dense.length))
         return full.reshape(batch, 1, heads, width)
 
 
@@ -142,13 +190,8 @@ def check_selection(selection: Selection, length: int) -> None:
         raise AssertionError("a selection names a row twice")
 
 
-def _seen(selection: Selection, store: Store, exact: Tensor) -> Tensor:
-    """Which query head attends to which token, bool ``[B, H, G, S]``."""
+def _seen(selection: Selection, store: Store) -> Seen:
+    """The tokens that a selection of a store's rows attends to. Positions are copied: answering may drop rows."""
     positions = store.positions
-    if selection.indices is not None:
-        positions = positions.gather(2, selection.indices)
-    visible = (
-        torch.ones_like(positions, dtype=torch.bool)[:, :, None] if selection.visible is None else selection.visible
-    )
-    target = positions[:, :, None].expand(*exact.shape[:3], -1)
-    return torch.zeros_like(exact, dtype=torch.bool).scatter_(3, target, visible.expand(target.shape))
+    positions = positions.clone() if selection.indices is None else positions.gather(2, selection.indices)
+    return Seen(positions, selection.visible)

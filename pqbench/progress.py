@@ -31,8 +31,8 @@ log = logging.getLogger("pqbench.progress")
 
 STATES = ("running", "stalled", "stopped", "done", "unknown")
 BELOW = (
-    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command goes on from "
-    "there. unknown: nothing says how many samples there are. Runs that have not started are not listed."
+    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command goes on "
+    "from there. unknown: nothing says how many samples there are. Runs that have not started are not listed."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from pqbench.attention import attached, rotary_frequencies
 from pqbench.batch import check_logits, check_prompt, group_rows
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
 from pqbench.errors import ConfigError
-from pqbench.group import Group, Observer, Rows
+from pqbench.group import Clock, Group, Observer, Rows
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.threads import stay_alone
 from pqbench.method import Calibration, Geometry, Method
@@ -137,7 +138,7 @@ class Prefilled:
         if built.keep is not None:
             store = store.keep(built.keep)
         state = observer.state if spend else copy.deepcopy(observer.state)
-        return Group(observer.rows, store, state, partial(now, self.model))
+        return Group(observer.rows, store, state, clock(self.model))
 
     def store(self, layer: int, group: int, method: int | None = None) -> Store:
         """A store over the prompt of one group in one layer, laid out for a method's sinks and window."""
@@ -147,7 +148,7 @@ class Prefilled:
         return self.layers[layer].prompt(rows).store(split)
 
     def close(self) -> None:
-        """End what runs in the background; stores over this prompt are of no use afterwards.
+        """End what runs in the background and free what was decoded; stores over this prompt are of no use afterwards.
 
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.
@@ -155,6 +156,7 @@ class Prefilled:
         if self.workers is not None:
             self.workers.shutdown()
         self.placement.close()
+        gc.collect()  # layers point at each other in rings; tensors count nothing towards the thresholds
 
     def _pairs(self) -> list[tuple[int, int]]:
         return [(m, g) for m in range(len(self.methods)) for g in range(len(self.groups))]
@@ -228,7 +230,7 @@ def _open(
     for i in full:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
         layer.observers = [
-            Observer(rows, method.layer(geometry(model, i, rows, columns, rotary, setting)), partial(now, model))
+            Observer(rows, method.layer(geometry(model, i, rows, columns, rotary, setting)), clock(model))
             for method in methods
             for rows in groups
         ]
@@ -258,16 +260,25 @@ def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Gr
 
 def now(model: PreTrainedModel) -> float:
     """Wall clock after everything queued on the model's devices is done."""
-    for device in devices(model):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    return clock(model)()
+
+
+def clock(model: PreTrainedModel) -> Clock:
+    """What :func:`now` reads. Looks the devices up once: transformers walks through all modules for them."""
+    used = [device for device in devices(model) if device.type == "cuda"]
+    return partial(_synchronised, used) if used else time.perf_counter
+
+
+def _synchronised(used: Sequence[torch.device]) -> float:
+    for device in used:
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def devices(model: PreTrainedModel) -> set[torch.device]:
     """Where the model's layers are: several devices when it was loaded with ``device=auto``."""
     placed = getattr(model, "hf_device_map", None) or {"": model.device}
-    return {torch.device("cuda", place) if type(place) is int else torch.device(place) for place in placed.values()}
+    return {torch.device(f"cuda:{place}" if str(place).isdigit() else place) for place in placed.values()}
 
 
 def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of the record format; part of every key, so that formats never mix in one file
 Record = dict[str, Any]
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
@@ -88,6 +89,11 @@ class RecordFile:
         if foreign:
             log.warning("%s: left out %s", self.path, _other_version(foreign))
         return newest
+
+    def count(self) -> int:
+        """Samples that have a record. Says nothing of broken lines: :meth:`read` does."""
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
 
     def outcomes(self) -> dict[str, str | None]:
         """What went wrong with each sample that has a record; None when it has a prediction."""
@@ -206,6 +212,23 @@ def read_all(root: Path) -> list[Record]:
     if foreign:
         log.warning("%s: left out %s", root, _other_version(foreign))
     return records
+
+
+def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings and first environment of every run under a results folder, by key; {} for what cannot be read.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    found = {}
+    for folder in run_folders(root):
+        try:
+            settings = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
+        except (OSError, yaml.YAMLError):
+            settings = None
+        first = next(iter(environments(folder / "environment.json")), {})
+        found[folder.name.rpartition("-")[2]] = settings if isinstance(settings, dict) else {}, first
+    return found
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,10 @@ class Suite:
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """Records as a table, one row each; columns that a record lacks are empty. Names are plain text."""
-    table = pd.DataFrame(list(records))
+    try:
+        table = pd.DataFrame(list(records))
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and pandas cannot
+        table = pd.DataFrame([{_whole(name): _whole(value) for name, value in record.items()} for record in records])
     for column in (*KEYS, "status", "task", "sample_id", "score", *COSTS):
         if column not in table:
             table[column] = None
@@ -199,6 +203,13 @@ def _count(average: str, draws: Mapping[str, Draws]) -> int:
     """Samples behind an average."""
     members = PQCACHE_TABLE2 if average == "pqcache_table2" else GROUPS.get(average.removesuffix("_e"), tuple(draws))
     return sum(draw.n for task, draw in draws.items() if task.removesuffix("_e") in members or task in members)
+
+
+def _whole(value: object) -> Any:
+    """Text with U+FFFD for each half of a surrogate pair; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _missing(value: object) -> bool:

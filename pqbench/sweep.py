@@ -7,7 +7,7 @@ from typing import Any
 from pqbench.errors import PqbenchError
 
 
-class RunError(PqbenchError):
+class RunFailedError(PqbenchError):
     """A run of a sweep failed in another process, which has logged all of its failures."""
 
 
@@ -26,8 +26,10 @@ class Failures:
         return {"runs": [], "_copied": True}
 
     def add(self, lines: list[str]) -> None:
-        """Note a run's failures. Raises RunError in another process when there are any."""
+        """Note a run's failures. Raises RunFailedError in another process when there are any."""
         self.runs.append(lines)
         if self._copied and lines:
             more = f" (and {len(lines) - 1} more in this run)" if len(lines) > 1 else ""
-            raise RunError(f"{lines[0]}{more}; other runs went on: `python -m pqbench.progress` counts what failed")
+            raise RunFailedError(
+                f"{lines[0]}{more}; other runs went on: `python -m pqbench.progress` counts what failed"
+            )

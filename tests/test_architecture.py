@@ -68,7 +68,7 @@ def uses(path: Path, package: str) -> bool:
     ("room", "allowed"),
     [
         ("methods", CORE | {"kernels"}),
-        ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors"}),
+        ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors", "costs", "cost_fit"}),
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
         ("pqbench/benchmarks", {"benchmarks", "errors", "models"}),

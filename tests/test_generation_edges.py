@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -247,3 +249,25 @@ def test_keys_that_are_not_finite_are_refused_for_every_method(ending: PreTraine
     for method in (Full(), H2O(WHOLE), StreamingLLM(WHOLE), PQCache(WHOLE, b=8)):
         with pytest.raises(ConfigError, match="NaN"):
             generate(ending, prompt_of(20), method, max_new_tokens=3)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only an explicit call collects: what a long run may rely on, for tensors do not make the collector run."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_closing_a_prompt_frees_what_was_decoded_and_the_prompts_before_it() -> None:
+    model, ids = tiny_model("llama"), prompt_of(40)
+    freed = []
+    for _ in range(2):
+        prefilled = prefill(model, ids, [Full(), PQCache(Budget(sink=3, window=6, tokens=20, ratio=None), b=2)])
+        for method in range(2):
+            freed.append(weakref.ref(decode(prefilled, method, NEW).cache))
+        prefilled.close()
+        assert all(cache() is None for cache in freed[-2:])
+        freed.append(weakref.ref(prefilled))
+    assert freed[2]() is None

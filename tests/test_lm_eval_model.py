@@ -190,7 +190,7 @@ def test_simple_evaluate_runs_both_kinds_of_task(folder: Path, tasks: Path, hf: 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": "nope"}, "there is no method 'nope': use one of full"),
     ({"model": "nope"}, "there is no model 'nope': use one of hf"),
-    ({"budget": "nope"}, "there is no budget 'nope': use one of default, paper"),
+    ({"budget": "nope"}, "there is no budget 'nope': use one of compensated, default, paper"),
     ({"question": "select"}, "there is no 'question': use one of model, method"),
     ({"budget.typo": 1}, "typo"),
     ({"methods.pqcache.typo": 1}, "typo"),

@@ -60,7 +60,7 @@ def test_codebooks_come_from_middle_tokens_of_this_prompt_alone(llama: PreTraine
     group = decoded(llama, METHOD(GROWING), tier).groups()[0]
     first, stop = GROWING.resolve(PROMPT, PROMPT).middle(PROMPT)
     keys = group.store.stored_keys(first, stop)
-    codebook, _ = reference.train_codebook(keys, 2, 16, 5, 0, 128 * 16)
+    codebook, _ = reference.train_codebook(keys, 2, 16, 5, 0, 128 * 16, 0.02)
     torch.testing.assert_close(group.state.codebook, codebook)  # type: ignore[attr-defined]
 
 

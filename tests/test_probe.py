@@ -19,7 +19,7 @@ from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection, Split
-from pqbench.probe import Fidelity, check_selection, probe
+from pqbench.probe import Exact, Fidelity, Seen, check_selection, probe
 from tests.support import prompt_of, tiny_model
 
 BUDGET = Budget(sink=3, window=5, tokens=20, ratio=None)
@@ -138,13 +138,14 @@ def test_padding_changes_nothing(model: PreTrainedModel) -> None:
     assert other.means() == pytest.approx(plain.means(), abs=1e-5)
 
 
-def test_figures_by_hand() -> None:
+@pytest.mark.parametrize("visible", [None, torch.ones(1, 1, 2, 2, dtype=torch.bool)])
+def test_figures_by_hand(visible: torch.Tensor | None) -> None:
     """One head, two query heads, four tokens; the method attends to tokens 1 and 3; sink 0, window 1, k 2."""
     fidelity = Fidelity()
     probabilities = torch.tensor([[[[0.5, 0.1, 0.2, 0.2], [0.3, 0.4, 0.1, 0.2]]]])
-    seen = torch.tensor([False, True, False, True]).expand(1, 1, 2, 4)
+    seen = Seen(torch.tensor([[[3, 1]]]), visible)
     full, output = torch.tensor([[[[3.0, 0.0], [0.0, 4.0]]]]), torch.tensor([[[[3.0, 0.0], [0.0, 3.0]]]])
-    fidelity.add(probabilities, output, full, seen, Split(0, 1, 2))
+    fidelity.add(Exact(probabilities, full), output, seen, Split(0, 1, 2))
     assert fidelity.mass == [pytest.approx((0.3 + 0.6) / 2)]
     assert fidelity.recall == [0.5]  # sums 0.8, 0.5, 0.3: the best two are tokens 0 and 1, of which 1 is attended
     assert fidelity.output_error == [pytest.approx(1 / 5)]

@@ -74,11 +74,10 @@ def test_watching_ends_with_the_last_run(tmp_path: Path, capsys: pytest.CaptureF
     assert time.perf_counter() - began < 50
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "7", '{"host": 1}', '{"host":"x","pid":"1","started":0,"beat":0,"before":0}', "[" * 100000],
-    ids=["empty", "list", "number", "fields missing", "text for a number", "deep"],
-)
+WRONG_PID = '{"host":"x","pid":"1","started":0,"beat":0,"before":0}'
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", '{"host": 1}', WRONG_PID, "[" * 100000])
 def test_a_damaged_sign_counts_as_none(tmp_path: Path, text: str) -> None:
     folder = run_folder(tmp_path, "h2o", 4)
     (folder / NAME).write_text(text)
@@ -106,7 +105,7 @@ def test_no_folder_and_no_number_are_one_line(
 def test_a_heart_beats_until_the_run_ends(tmp_path: Path) -> None:
     file = RecordFile.create(tmp_path, "needle", "tiny", "h2o", {})
     file.append({"sample_id": "s0", "status": "ok"})
-    with heartbeat([file], interval=0.01):
+    with pytest.raises(ZeroDivisionError), heartbeat([file], interval=0.01):  # noqa: PT012 - what happens inside counts
         first = read_beat(file.folder)
         assert first is not None
         assert (first.before, first.planned, first.ended) == (1, None, False)
@@ -119,21 +118,8 @@ def test_a_heart_beats_until_the_run_ends(tmp_path: Path) -> None:
         assert later is not None
         assert later.beat > first.beat
         assert read_runs(tmp_path)[0].state == "running"
-    assert read_runs(tmp_path)[0].state == "stopped"
-
-
-def failing(file: RecordFile) -> None:
-    with heartbeat([file]):
         raise ZeroDivisionError
-
-
-def test_an_error_ends_the_beat_too(tmp_path: Path) -> None:
-    file = RecordFile.create(tmp_path, "needle", "tiny", "h2o", {})
-    with pytest.raises(ZeroDivisionError):
-        failing(file)
-    beat = read_beat(file.folder)
-    assert beat is not None
-    assert beat.ended
+    assert read_runs(tmp_path)[0].state == "stopped"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (91, "2 min"), (5340, "89 min"),

@@ -13,7 +13,7 @@ from pqbench.method import ConfigError, Geometry, LayerState
 
 @dataclass(frozen=True)
 class PQCachePlus(PQCache):
-    """PQCache with four additions, each an option; the defaults take 32 bits per token and head, keys and values
+    """PQCache with additions, each an option; the defaults take 32 bits per token and head, keys and values
     together.
 
     Codebooks: see :func:`methods.pqcache.codebook.key_map`. With ``query_aware`` squared error in K-Means is the
@@ -36,8 +36,11 @@ class PQCachePlus(PQCache):
         m_v, b_v: sub-spaces and bits of the value codes of the pq tail.
         calibrated: see above; of effect with the tails mean and pq.
         sampled_share: share of top_k that the tail ``sampled`` gets.
-        search: scan, cells (m * b at most 16), or auto: cells when there are at least 64 tokens per cell and the tail
+        search: scan, cells (m * b at most 16), or auto: cells when there are at least 4 tokens per cell and the tail
             does not read every code anyway.
+        top_p: attend, of the top_k, only to as many as hold this share of the estimated attention with sinks and window
+            (at their exact scores): budgets then differ by head and step, and top_k caps them. None for all of top_k;
+            not with the tail ``sampled`` or search by cells.
         refresh: make codebooks and codes anew every so many generated tokens, from all middle keys and with the
             generated queries counted in; None for never.
     """
@@ -53,6 +56,7 @@ class PQCachePlus(PQCache):
     calibrated: bool = True
     sampled_share: float = 0.5
     search: str = "auto"
+    top_p: float | None = None
     refresh: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +72,11 @@ class PQCachePlus(PQCache):
             raise ConfigError(
                 f"pqcache_plus.search=cells needs m * b of at most {MOST_BITS} bits, got {self.m * self.b}"
             )
+        if self.top_p is not None:
+            if not 0 < self.top_p <= 1:
+                raise ConfigError(f"pqcache_plus.top_p is {self.top_p}: it must lie in (0, 1], or be null")
+            if self.tail == "sampled" or self.search == "cells":
+                raise ConfigError("pqcache_plus.top_p needs another tail than sampled, and search scan or auto")
         for name in ("queries", "refresh"):
             value = getattr(self, name)
             if value is not None and value < 1:

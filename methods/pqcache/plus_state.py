@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from methods.pqcache.cells import (
-    InvertedLists,
-    cell_log_weight,
-    cell_numbers,
-    cell_probabilities,
-    cell_scores,
-    searches_cells,
-    shares,
-)
+from methods.pqcache.cells import InvertedLists, cell_numbers, searches_cells
 from methods.pqcache.codebook import KeyMap, key_map
 from methods.pqcache.method import PQCacheState
 from methods.pqcache.queries import SeenQueries
-from methods.pqcache.tail import draw_rows, quantised_mean, sampled_residual, tail_share, tail_weights, without
+from methods.pqcache.tail import (
+    draw_rows,
+    log_mass,
+    quantised_mean,
+    sampled_residual,
+    smallest_set,
+    tail_share,
+    tail_weights,
+    without,
+)
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer
-from pqbench.method import KV, Geometry, Residual, Selection
+from pqbench.method import KV, Geometry, Residual, Selection, Split
 
 if TYPE_CHECKING:
     from methods.pqcache.plus import PQCachePlus
@@ -63,21 +65,29 @@ class PQCachePlusState(PQCacheState):
         if self.codebook is None or self.codes is None:
             return Selection()
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
+        seen: Tensor | None = None
         if self.method.tail == "sampled":
-            top, residual = self._with_sample(q, kv, split.sink, split.top_k)
+            top, residual = self._with_sample(q, kv, split)
         else:
-            top, residual = self._best(q, kv, split.top_k)
-        return Selection(split.around(split.sink + top, kv.length), residual=residual)
+            top, seen, residual = self._best(q, kv, split)
+        indices = split.around(split.sink + top, kv.length)
+        if seen is None:
+            return Selection(indices, residual=residual)
+        visible = torch.nn.functional.pad(seen, (split.sink, split.window), value=True)
+        return Selection(indices, visible[:, :, None].expand(-1, -1, q.shape[2], -1), residual=residual)
 
-    def _best(self, q: Tensor, kv: KV, wanted: int) -> tuple[Tensor, Residual | None]:
-        """The best middle tokens ``[B, H, k]`` for q ``[B, H, G, D]`` and, where the tail is made from codes, what the
-        others add."""
-        body, method = self.geometry.kernels, self.method
+    def _best(self, q: Tensor, kv: KV, split: Split) -> tuple[Tensor, Tensor | None, Residual | None]:
+        """The best middle tokens ``[B, H, k]`` for q ``[B, H, G, D]``, which of them a head attends to if not to all
+        and, where the tail is made from codes, what the others add."""
+        body, method, wanted = self.geometry.kernels, self.method, split.top_k
         codes = self._codes(kv) if self._reads_codes else None
-        logits = self._logits(q, codes) if codes is not None and method.tail in ("mean", "pq") else None
-        log_weight: Tensor | None = None
+        wants_logits = method.tail in ("mean", "pq") or method.top_p is not None
+        logits = self._logits(q, codes) if codes is not None and wants_logits else None
+        seen = log_weight = None
         if self.lists is not None:
             top, log_weight = self._best_by_cells(q, self.lists, wanted)
+        elif logits is not None and method.top_p is not None:
+            top, seen = self._enough(q, kv, logits, split, method.top_p)
         elif logits is not None:
             top = body.top_k(reference.group_probabilities(logits), wanted)
         else:
@@ -85,25 +95,37 @@ class PQCachePlusState(PQCacheState):
             scores = body.pq_probabilities(mapped, self._ready(self.codebook), self._key_codes(codes), scaling)
             top = body.top_k(scores, wanted)
         if method.tail not in ("mean", "pq"):
-            return top, None
+            return top, seen, None
         weights: Tensor | None = None
         if logits is not None:
-            weights, log_weight = tail_weights(without(logits, top))
+            weights, log_weight = tail_weights(without(logits, top, seen))
         value = self._tail_value(q, weights, codes)
-        return top, Residual(value, self._ready(log_weight) + self.log_factor[:, :, None])
+        return top, seen, Residual(value, self._ready(log_weight) + self.log_factor[:, :, None])
 
     def _best_by_cells(self, q: Tensor, lists: InvertedLists, wanted: int) -> tuple[Tensor, Tensor]:
         """The same tokens from inverted lists, and the log-weight ``[B, H, G]`` of the others."""
-        scores = cell_scores(self.map.queries(q), self._ready(self.codebook)) + self.map.constant(q)[..., None]
-        scores = scores * self.geometry.scaling  # [B, H, G, C]
-        take = shares(cell_probabilities(scores, lists.counts), lists.counts, wanted)
         self._taken = wanted
-        return lists.tokens(take), cell_log_weight(scores, lists.counts - take)
+        mapped, scaling = self.map.queries(q), self.geometry.scaling
+        top, rest = self.geometry.kernels.best_of_cells(
+            mapped, self._ready(self.codebook), lists.starts, lists.tokens, lists.pending, wanted, scaling
+        )
+        return top, rest + self.map.constant(q) * scaling
 
-    def _with_sample(self, q: Tensor, kv: KV, first: int, size: int) -> tuple[Tensor, Residual | None]:
-        """``size`` middle tokens, a share of them drawn from what the codes did not choose, and what the rest adds."""
-        drawn = int(size * self.method.sampled_share)
-        top, _ = self._best(q, kv, size - drawn)
+    def _enough(self, q: Tensor, kv: KV, logits: Tensor, split: Split, share: float) -> tuple[Tensor, Tensor]:
+        """The fewest middle tokens that, with sinks and window, hold ``share`` of the group's mean attention, estimated
+        by ``logits`` ``[B, H, G, M]``; at most top_k of them. See :func:`methods.pqcache.tail.smallest_set`."""
+        first, stop = split.middle(kv.length)
+        outside = torch.cat([kv.keys(0, first), kv.keys(stop)], dim=2).float()
+        held = (q.float() @ outside.transpose(2, 3) * self.geometry.scaling).logsumexp(-1)  # [B, H, G]
+        whole = torch.logaddexp(held, log_mass(logits))
+        shares = (logits - whole[..., None]).exp().mean(2)
+        top = self.geometry.kernels.top_k(shares, split.top_k)
+        return smallest_set(shares, top, share - (held - whole).exp().mean(2))
+
+    def _with_sample(self, q: Tensor, kv: KV, split: Split) -> tuple[Tensor, Residual | None]:
+        """top_k middle tokens, a share of them drawn from what the codes did not choose, and what the rest adds."""
+        drawn = int(split.top_k * self.method.sampled_share)
+        top, _, _ = self._best(q, kv, replace(split, top_k=split.top_k - drawn))
         tokens, length = len(self._ready(self.codes)), kv.length
         seed = ((self.method.seed * 1_000_003 + self.geometry.layer) * 1_000_003 + length) % 2**63
         sample = draw_rows(top, tokens, drawn, seed)
@@ -111,7 +133,7 @@ class PQCachePlusState(PQCacheState):
             return top, None
         # The harness reads these rows once more as part of the selection: a residual has to bring its own value.
         rest = tokens - top.shape[2]
-        residual = sampled_residual(q, kv.keys(), kv.values(), first + sample, rest, self.geometry.scaling)
+        residual = sampled_residual(q, kv.keys(), kv.values(), split.sink + sample, rest, self.geometry.scaling)
         return torch.cat([top, sample], dim=2), residual
 
     def _logits(self, q: Tensor, codes: Tensor) -> Tensor:
@@ -150,8 +172,9 @@ class PQCachePlusState(PQCacheState):
             self.codes = GrowingBuffer(torch.cat([codes.view(), value_codes.to(codes.view().device)], dim=3))
         if method.tail == "mean":
             self.value_sum = kv.values(start, stop).float().sum(2, keepdim=True)
-        if searches_cells(method.search, method.m * method.b, stop - start, method.tail == "pq"):
-            self.lists = InvertedLists(cell_numbers(codes.view().to(kv.device), method.b), method.m * method.b)
+        if searches_cells(method.search, method.m * method.b, stop - start, self._scores_all):
+            cells = cell_numbers(codes.view().to(kv.device), method.b)
+            self.lists = InvertedLists(cells, method.m * method.b)
         self._trained_at = kv.length
         if self._calibrates and self.queries.recent is not None:
             self.log_factor = self._fitted(kv, start, self.queries.recent)
@@ -205,12 +228,20 @@ class PQCachePlusState(PQCacheState):
         return self.method.calibrated and self.method.tail in ("mean", "pq")
 
     @property
+    def _scores_all(self) -> bool:
+        """Whether a step scores every token whatever the search."""
+        return self.method.tail == "pq" or self.method.top_p is not None
+
+    @property
     def _reads_codes(self) -> bool:
         return self.lists is None or self.method.tail == "pq"
 
     @property
     def facts(self) -> dict[str, float]:
-        return super().facts | {"tail_log_factor": float(self.log_factor.mean())}
+        return super().facts | {
+            "tail_log_factor": float(self.log_factor.mean()),
+            "by_cells": float(self.lists is not None),
+        }
 
     @property
     def index_bytes(self) -> int:
@@ -218,7 +249,7 @@ class PQCachePlusState(PQCacheState):
         if self.lists is None:
             return read
         heads = self.geometry.batch * self.geometry.kv_heads
-        return read + self.lists.bounds_bytes + heads * self._taken * 4
+        return read + self.lists.step_bytes + heads * self._taken * 4
 
     @property
     def resident_bytes(self) -> int:

@@ -15,16 +15,35 @@ from pqbench.method import Residual
 KINDS = ("none", "mean", "pq", "sampled")
 
 
-def without(logits: Tensor, selected: Tensor) -> Tensor:
-    """Logits ``[B, H, G, M]`` with -inf where ``selected`` ``[B, H, k]``: no token counts twice."""
+def without(logits: Tensor, selected: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Logits ``[B, H, G, M]`` with -inf where ``selected`` ``[B, H, k]``, and there ``seen``: no token counts twice."""
     chosen = selected[:, :, None].expand(*logits.shape[:3], -1)
-    return logits.scatter(3, chosen, float("-inf"))
+    if seen is None:
+        return logits.scatter(3, chosen, float("-inf"))
+    return logits.scatter(3, chosen, logits.gather(3, chosen).masked_fill(seen[:, :, None], float("-inf")))
+
+
+def smallest_set(shares: Tensor, top: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The fewest of the tokens ``top`` ``[B, H, k]`` whose ``shares`` ``[B, H, M]`` add up to ``wanted`` ``[B, H]``.
+
+    Returns:
+        tokens ``[B, H, n]``, largest share first, n that of the head that needs most, and which of them a head needs.
+    """
+    ranked, order = shares.gather(-1, top).sort(dim=-1, descending=True, stable=True)
+    needed = ranked.cumsum(-1) - ranked < wanted[..., None]
+    size = int(needed.sum(-1).max())
+    return top.gather(-1, order[..., :size]), needed[..., :size]
+
+
+def log_mass(logits: Tensor) -> Tensor:
+    """Log-sum-exp of logits ``[..., M]``, also of none at all."""
+    return logits.logsumexp(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], float("-inf"))
 
 
 def tail_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax of :func:`without` logits ``[B, H, G, M]`` and their log-sum-exp ``[B, H, G]``. An empty tail has weights
     0 and -inf."""
-    log_weight = logits.logsumexp(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], float("-inf"))
+    log_weight = log_mass(logits)
     finite = log_weight.masked_fill(log_weight == float("-inf"), 0.0)
     return (logits - finite[..., None]).exp(), log_weight
 

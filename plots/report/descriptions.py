@@ -1,5 +1,5 @@
-"""What a method is, from its own docstrings: read from the source with ``ast``, for a file of results may name any class
-and must not make anything run."""
+"""What a method is, from its own docstrings: read from the source with ``ast``, for a file of results may name any
+class and must not make anything run."""
 
 from __future__ import annotations
 

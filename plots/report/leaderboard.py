@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -46,7 +47,7 @@ class Row:
         """A figure in its unit; a dash where there is none."""
         _, _, factor, form, _ = COLUMNS[column]
         value = self.figures.get(column)
-        return "–" if value is None else form.format(value * factor)
+        return "-" if value is None else form.format(value * factor)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def boards(loaded: Loaded) -> list[Board]:
     """All scored runs, by benchmark and model."""
     table = loaded.table.assign(step_bytes=step_bytes(loaded.table), link_bytes=_numbers(loaded.table, "link_bytes"))
     good = table[table["status"] == "ok"]
-    further = good.groupby(KEYS, sort=False)[["step_bytes", "link_bytes"]].mean()
+    read = good.groupby(KEYS, sort=False)[["step_bytes", "link_bytes"]].mean().to_dict("index")
     folders = table.groupby(KEYS, sort=False)["folder"].last()
     found = []
     needed = [*KEYS, "task", "sample_id", "status", "score", "scores", *COSTS]
@@ -71,8 +72,7 @@ def boards(loaded: Loaded) -> list[Board]:
         for run in suite.runs:
             place = tuple(run.names[key] for key in KEYS)
             folder = int(folders[place])
-            bytes_read = dict(further.loc[place]) if place in further.index else {}
-            rows.append(_row(loaded, suite, run, bytes_read, folder))
+            rows.append(_row(loaded, suite, run, read.get(place, {}), folder))
         found.append(Board(suite, sorted(rows, key=_order)))
     return found
 
@@ -102,10 +102,10 @@ def _order(row: Row) -> tuple[bool, str, float]:
     return row.names["method"] != BASELINE, row.names["method"], float(number[0]) if number else 0.0
 
 
-def _row(loaded: Loaded, suite: Suite, run: Run, bytes_read: Mapping[str, float], folder: int) -> Row:
+def _row(loaded: Loaded, suite: Suite, run: Run, bytes_read: Mapping[Any, Any], folder: int) -> Row:
     names = {key: name(value) for key, value in run.names.items()} | {"benchmark": name(suite.benchmark)}
     average = run.scores.get(suite.benchmark) or run.scores.get("mean")
-    figures = run.costs | bytes_read | {"score": run.score, "average": average.value if average else None}
+    figures = run.costs | dict(bytes_read) | {"score": run.score, "average": average.value if average else None}
     plain = {column: _number(figures.get(column)) for column in COLUMNS}
     link = loaded.folders[folder].link
     return Row(names, run, plain, folder, name(link) if link else None)

@@ -46,7 +46,7 @@ class Loaded:
     foreign: Counter[str] = field(default_factory=Counter)  # records of another format, by version
     broken: int = 0  # lines that are no record
     older: int = 0  # records that a newer one of the same sample replaces
-    unplaced: int = 0  # timing records without method or context
+    unplaced: int = 0  # timing records that do not say what they timed
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     timed: list[Record] = field(default_factory=list)
 
@@ -64,7 +64,7 @@ class Loaded:
         for count, what in (
             (self.broken, "broken lines"),
             (self.older, "replaced by a newer record of the same sample"),
-            (self.unplaced, "timing records without method or context"),
+            (self.unplaced, "timing records that do not say what they timed"),
         ):
             if count:
                 parts.append(f"{count} {what}")
@@ -98,8 +98,13 @@ def load(root: Path) -> Loaded:
 
 
 def _placed(record: Record) -> bool:
+    """Whether a timing record says what it timed, in fields that can be compared."""
     context = record.get("context")
-    return isinstance(record.get("method"), str) and isinstance(context, int) and not isinstance(context, bool)
+    named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "key", "keys", "kernel")
+    plain = not any(isinstance(record.get(field), list | dict) for field in named)
+    return (
+        plain and isinstance(record.get("method"), str) and isinstance(context, int) and not isinstance(context, bool)
+    )
 
 
 def _written(path: Path) -> int:
@@ -112,7 +117,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > CONFIG_LIMIT:
             return {}
-        found = yaml.load(path.read_bytes(), Loader=_Loader)  # noqa: S506 - a safe loader
+        found = yaml.load(path.read_bytes(), Loader=_Loader)  # a safe loader
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

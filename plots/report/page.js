@@ -67,7 +67,7 @@
     const field = find("filter-" + name);
     field.value = state.get(name) || "";
     if (field.value !== (state.get(name) || "")) field.value = "";
-    field.addEventListener("input", filter);
+    field.addEventListener(name === "text" ? "input" : "change", filter);
   }
   find("filter-clear").addEventListener("click", () => {
     for (const name of [...names, "text"]) find("filter-" + name).value = "";
@@ -139,7 +139,7 @@
     if (found.prompt_tokens !== undefined) counts.push(found.prompt_tokens + " prompt tokens");
     if (found.new_tokens !== undefined) counts.push(found.new_tokens + " generated");
     head.append(make("span", counts.join(", ")));
-    head.append(make("strong", found.status !== "ok" ? found.status : found.score === undefined ? "–" : found.score.toFixed(1)));
+    head.append(make("strong", found.status !== "ok" ? found.status : found.score === undefined ? "-" : found.score.toFixed(1)));
     element.append(make("pre", found.text));
     if (found.cut) element.append(make("p", "… " + found.cut + " more characters were cut off", "note limit"));
   };
@@ -167,7 +167,7 @@
     show();
     remember();
   };
-  const changed = (field, action) => field.addEventListener("input", () => { action(); remember(); });
+  const changed = (field, action) => field.addEventListener("change", () => { action(); remember(); });
   changed(where, () => { for (const name of ["left", "right", "task", "sample"]) state.delete(name); sample.replaceChildren(); pickPlace(); });
   changed(task, pickTask);
   changed(left, pickTask);

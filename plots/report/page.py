@@ -1,4 +1,4 @@
-"""The page: rows and drawings put into the template. Style, script and data are part of it, and nothing else may run."""
+"""The page: rows and drawings put into the template. Style, script and data are in it, and nothing else may run."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def render(loaded: Loaded) -> str:
     environment.globals["name"] = name
     boards = leaderboard.boards(loaded)
     rows = [row for board in boards for row in board.rows]
-    methods = method_sections(loaded)
+    methods, names = method_sections(loaded, METHODS)
     panels = pareto.panels(boards)
     environments, distinct = provenance(loaded)
     script = _source(environment, "page.js")
     data = browser(loaded)
     return environment.get_template("page.html").render(
-        style=Markup(_source(environment, "page.css")),  # noqa: S704 - our own file
-        script=Markup(script),  # noqa: S704 - our own file
+        style=Markup(_source(environment, "page.css")),
+        script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         loaded=loaded,
         rows=rows[:ROWS],
@@ -74,10 +74,10 @@ def render(loaded: Loaded) -> str:
         panels=panels[:PANELS],
         all_panels=len(panels),
         drawn=pareto,
-        marks=pareto.markers(looks(section.method for section in methods)),
+        marks=pareto.markers(looks(names)),
         plotted=list(dict.fromkeys(point.method for panel in panels[:PANELS] for point in panel.points))[:METHODS],
-        methods=methods[:METHODS],
-        all_methods=len(methods),
+        methods=methods,
+        all_methods=len(names),
         browser=data,
         environments=environments,
         distinct=distinct,
@@ -87,8 +87,11 @@ def render(loaded: Loaded) -> str:
 
 
 def _labels(rows: list[leaderboard.Row]) -> list[str]:
-    """The names a leaderboard row needs; question and key only where rows would look alike without them."""
-    shown = ["method", "budget", "benchmark", "model"]
+    """The names a leaderboard row needs: benchmark and model unless all have the same, question and key only where rows
+    would look alike without them."""
+    shown = ["method", "budget"]
+    if len({(row.names["benchmark"], row.names["model"]) for row in rows}) > 1:
+        shown += ["benchmark", "model"]
     for further in ("question", "key"):
         alike = {tuple(row.names[label] for label in shown) for row in rows}
         if len(alike) < len(rows) and len({row.names[further] for row in rows}) > 1:

@@ -1,4 +1,4 @@
-"""Quality against cost as small drawings: geometry only, the template turns it into SVG that follows the page's colours."""
+"""Quality against cost as small drawings: geometry only; the template turns it into SVG in the page's colours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 460.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 448.0, 14.0, 240.0  # edges of the axes
 COSTS = (("step_bytes", "read per decode step, MB"), ("tpot_s", "time per output token, ms"))
 POINTS = 400  # of one panel
-BARS = 12  # points up to which intervals are drawn
+BARS, NAMED = 12, 30  # points up to which intervals are drawn, and methods up to which they are named
 Box = tuple[float, float, float, float]
 Scale = Callable[[float], float]
 # Where a label may stand, from its point: to the right first, then left, below and above.
@@ -161,7 +161,7 @@ def _vertical(scores: Sequence[float]) -> tuple[Scale, list[tuple[float, str]]]:
     low, high = min(scores), max(scores)
     margin = max(5.0, 0.08 * (high - low))
     top = 100.0 if high <= 100 else high  # nothing above 100 % is worth a tick
-    low, high = low - margin, high + margin
+    low, high = low - margin, high + (margin if high > 100 else 0.4 * margin)
 
     def place(value: float) -> float:
         return round(float(BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP)), 1)
@@ -191,6 +191,8 @@ def _labelled(points: list[Point]) -> list[Point]:
     last = {point.method: i for i, point in sorted(enumerate(points), key=lambda item: item[1].x)}
     taken = [(point.x - 5, point.y - 5, point.x + 5, point.y + 5) for point in points]
     found = list(points)
+    if len(last) > NAMED:
+        return found
     for method, i in sorted(last.items(), key=lambda item: points[item[1]].y):
         text = method if len(method) <= 18 else f"{method[:17]}…"
         spot = _spot(points[i], text, taken)

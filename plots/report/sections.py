@@ -1,8 +1,9 @@
-"""What the page says of each method (description, settings, needle heatmaps, latency) and of where the numbers are from."""
+"""What the page says of each method (description, settings, heatmaps, latency) and of where the numbers are from."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -53,14 +54,16 @@ class Section:
     left_out: list[str]
 
 
-def method_sections(loaded: Loaded) -> list[Section]:
-    """A section for each method among the records, full attention first, then in alphabetical order."""
+def method_sections(loaded: Loaded, limit: int) -> tuple[list[Section], list[str]]:
+    """A section for each method among the records, full attention first, then in alphabetical order, and at most
+    ``limit`` of them; and the names of all."""
     configs: dict[str, list[dict[str, Any]]] = {}
     for owner, record in zip(loaded.owner, loaded.records, strict=True):
         configs.setdefault(name(record.get("method", "-")), []).append(loaded.folders[owner].config)
     cells = needle_cells(loaded.table)
     found = []
-    for method in sorted(configs, key=lambda method: (method != BASELINE, method)):
+    ordered = sorted(configs, key=lambda method: (method != BASELINE, method))
+    for method in ordered[:limit]:
         nodes = [config["method"] for config in _distinct(configs[method]) if isinstance(config.get("method"), dict)]
         target = str(next((node["_target_"] for node in nodes if "_target_" in node), ""))
         maps, timed = heatmaps(cells, method), latency(loaded.timed, method)
@@ -74,15 +77,17 @@ def method_sections(loaded: Loaded) -> list[Section]:
             )
             if whole > shown
         ]
-        found.append(Section(method, name(target), describe(target), known, maps[:HEATMAPS], timed[:LATENCIES], left_out))
-    return found
+        found.append(
+            Section(method, name(target), describe(target), known, maps[:HEATMAPS], timed[:LATENCIES], left_out)
+        )
+    return found, ordered
 
 
 def settings(nodes: Sequence[dict[str, Any]]) -> Settings:
     """The settings of a method over its distinct configurations."""
     variants = list({json.dumps(known): known for known in map(facts, nodes)}.values())
     names = dict.fromkeys(key for known in variants for key in known if not key.endswith("_target_"))
-    rows = [(key, [known.get(key, "–") for known in variants[:SETTINGS]]) for key in names]
+    rows = [(key, [known.get(key, "-") for known in variants[:SETTINGS]]) for key in names]
     return Settings(rows, len(variants))
 
 
@@ -110,7 +115,10 @@ def heatmaps(cells: pd.DataFrame, method: str) -> list[Heatmap]:
             means = grid(run)
             if means.size > CELLS:
                 continue
-            rows = [(f"{depth:g}", [_cell(value) for value in row]) for depth, row in zip(means.index, means.to_numpy(), strict=True)]
+            rows = [
+                (f"{depth:g}", [_cell(value) for value in row])
+                for depth, row in zip(means.index, means.to_numpy(), strict=True)
+            ]
             extra = "" if question in ("dense", "-") else f", question {name(question)}"
             title = f"{name(model)}, budget {name(budget)}{extra}: mean {run['score'].mean():.1f} %, n = {len(run)}"
             found.append(Heatmap(title, [tokens(int(length)) for length in means.columns], rows))
@@ -126,8 +134,10 @@ def latency(records: Sequence[Record], method: str) -> list[list[str]]:
     rows = []
     for (model, link, context, budget), part in group_records(own, "model", "link", "context", "budget").items():
         times = [(middle(part, key), factor) for key, factor in (("ttft_s", 1), ("tt2t_s", 1), ("tpot_s", 1e3))]
-        figures = ["–" if value is None else f"{value * factor:.2f}" for value, factor in times]
-        rows.append([name(model), name(link_of(part) or link or "–"), str(context), name(budget), str(len(part)), *figures])
+        figures = ["-" if value is None else f"{value * factor:.2f}" for value, factor in times]
+        rows.append(
+            [name(model), name(link_of(part) or link or "-"), str(context), name(budget), str(len(part)), *figures]
+        )
     return rows
 
 
@@ -167,5 +177,5 @@ def _cell(value: float) -> tuple[str, str, str]:
     return f"{value:.0f}", to_hex((red, green, blue)), "#fff" if dark else "#111"
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

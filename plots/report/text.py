@@ -15,17 +15,19 @@ NAME = 80  # characters of a name that are shown
 
 # Controls but tab and newline, bidirectional and other invisible controls, lone surrogates. The joiners U+200C and
 # U+200D stay: scripts and emoji need them, and they do nothing else.
-_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+_ACTIVE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
 
 
 def inert(text: object) -> str:
-    """Text in which control characters are written out: the escape character as ``\\x1b``, an override as ``\\u202e``."""
+    """Text with its control characters written out: the escape character as ``\\x1b``, an override as ``\\u202e``."""
     return _ACTIVE.sub(_escaped, str(text).replace("\r\n", "\n"))
 
 
 def name(text: object) -> str:
     """A name on one line, shortened with an ellipsis."""
-    return _shortened(str(text)[: 4 * NAME])
+    return _shortened(str(text))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -63,7 +65,15 @@ def _collect(node: Any, prefix: str, depth: int, found: dict[str, str]) -> None:
             _collect(value, f"{prefix}.{name(key)}" if prefix else name(key), depth - 1, found)
     else:
         plain_lists = isinstance(node, list) and all(isinstance(member, str | int | float) for member in node)
-        shown = ", ".join(map(str, node[:20])) if plain_lists else "null" if node is None else node if isinstance(node, str) else reprlib.repr(node)
+        shown = (
+            ", ".join(map(str, node[:20]))
+            if plain_lists
+            else "null"
+            if node is None
+            else node
+            if isinstance(node, str)
+            else reprlib.repr(node)
+        )
         found[prefix or "value"] = name(shown)
 
 

@@ -43,6 +43,8 @@ class FidelityBenchmark(Measurement):
         steps: tokens read after the prompt.
         ratios: budgets as shares of the context, in place of the methods' own. Methods without a budget run once.
         together: variants that share a prefill, at most; None: all. Their states are in memory together.
+        abreast: variants that decode in one batch, at most: a step reads the model's weights once for all of them, and
+            each has keys and values of its own in memory.
         seed: draws the speeches.
 
     Raises:
@@ -57,12 +59,13 @@ class FidelityBenchmark(Measurement):
     steps: int = 64
     ratios: Sequence[float] = (0.05, 0.1, 0.2)
     together: int | None = None
+    abreast: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         self.lengths = whole("lengths", self.lengths)
         self.ratios = ratios_of(self.ratios)
-        for field, least in (("documents", 1), ("steps", 1), ("seed", 0)):
+        for field, least in (("documents", 1), ("steps", 1), ("abreast", 1), ("seed", 0)):
             at_least(field, getattr(self, field), least)
         if self.together is not None:
             at_least("together", self.together, 1)
@@ -90,7 +93,9 @@ class FidelityBenchmark(Measurement):
         cells = list(self._cells(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
         with tracked(self.name, sum(len(cell.variants) for cell in cells)) as follow:
             for cell in cells:
-                for variant in CellRun(cell, job, loaded.model, ledger, self.steps, self.together).measure():
+                for variant in CellRun(
+                    cell, job, loaded.model, ledger, self.steps, self.together, self.abreast
+                ).measure():
                     follow(f"{cell.document.name}, {cell.prompt} tokens, {variant.label}")
         return ledger.close()
 

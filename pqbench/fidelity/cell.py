@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pqbench.fidelity.clean import CleanFigures, each_alone
 from pqbench.fidelity.documents import Document
-from pqbench.fidelity.forced import Dense, Drift, dense_logits, read
+from pqbench.fidelity.forced import Dense, Drift, dense_logits, read_abreast
 from pqbench.fidelity.record import clean_facts, cost_facts, drift_facts
 from pqbench.method import Method
 from pqbench.prompt import Prefilled, prefill
@@ -19,6 +20,8 @@ from pqbench.records import Record
 from pqbench.run import check_alive
 from pqbench.timing.base import Ledger, TimingJob
 from pqbench.timing.machine import device_name
+
+_Outcome = TypeVar("_Outcome")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Cell:
 
 @dataclass
 class CellRun:
-    """A cell being measured. ``together`` variants at most share a prefill, all of them where it is None."""
+    """A cell being measured. ``together`` variants at most share a prefill, all of them where it is None; ``abreast``
+    of those at most decode in one batch."""
 
     cell: Cell
     job: TimingJob
@@ -60,6 +64,7 @@ class CellRun:
     ledger: Ledger
     steps: int
     together: int | None
+    abreast: int
 
     def measure(self) -> Iterator[Variant]:
         """Measure and record every variant. Each is announced before its work begins, the first before the prefill."""
@@ -72,7 +77,7 @@ class CellRun:
         """Variants that share a prefill."""
         yield variants[0]
         prompt, ids = self.cell.prompt, self.cell.document.ids
-        tokens, targets = ids[prompt : prompt + self.steps], ids[prompt + 1 : prompt + self.steps + 1]
+        tokens = ids[prompt : prompt + self.steps]
         methods = [Dense(), *(variant.method for variant in variants)]
         context = torch.tensor([ids[:prompt]], device=self.model.device)
         try:
@@ -83,27 +88,31 @@ class CellRun:
             for variant in variants:
                 self._failed(variant, error)
             return
-        for i, (variant, figures) in enumerate(zip(variants, clean, strict=True)):
-            if i:
-                yield variant
-            self._record(prefilled, i + 1, variant, figures, Drift(full, targets), tokens)
+        for start in range(0, len(variants), self.abreast):
+            places = range(len(variants))[start : start + self.abreast]
+            yield from (variants[i] for i in places if i)
+            self._read(prefilled, places, [variants[i] for i in places], [clean[i] for i in places], full)
         prefilled.close()
 
-    def _record(
-        self, prefilled: Prefilled, index: int, variant: Variant, figures: CleanFigures | Exception, drift: Drift,
-        tokens: Sequence[int],
+    def _read(
+        self, prefilled: Prefilled, places: Sequence[int], variants: Sequence[Variant],
+        clean: Sequence[CleanFigures | Exception], full: Tensor,
     ) -> None:  # fmt: skip
-        """Decode with method ``index`` of the prompt; record that with its clean figures, or what went wrong."""
-        try:
-            if isinstance(figures, Exception):
-                raise figures
-            generation = read(prefilled, index, tokens, drift.add)
-            check_alive(variant.method, generation, self.cell.prompt)
-            facts = clean_facts(figures) | drift_facts(drift) | cost_facts(generation, self.cell.prompt)
-        except Exception as error:  # noqa: BLE001 - the other variants of this prefill still count
-            self._failed(variant, error)
-        else:
-            self.ledger.ok(variant.name, self.cell.sample_id(variant), self._facts(variant) | facts)
+        """Decode with several methods of the prompt, and record that with their clean figures, or what went wrong."""
+        prompt, ids = self.cell.prompt, self.cell.document.ids
+        tokens, targets = ids[prompt : prompt + self.steps], ids[prompt + 1 : prompt + self.steps + 1]
+        drifts = [Drift(full, targets) for _ in variants]
+        # Method 0 of the prompt is full attention.
+        outcomes = read_abreast(prefilled, [i + 1 for i in places], tokens, [drift.add for drift in drifts])
+        for variant, figures, drift, generation in zip(variants, clean, drifts, outcomes, strict=True):
+            try:
+                facts = clean_facts(_sound(figures))
+                check_alive(variant.method, _sound(generation), prompt)
+                facts |= drift_facts(drift) | cost_facts(_sound(generation), prompt)
+            except Exception as error:  # noqa: BLE001 - the other variants of this prefill still count
+                self._failed(variant, error)
+            else:
+                self.ledger.ok(variant.name, self.cell.sample_id(variant), self._facts(variant) | facts)
 
     def _failed(self, variant: Variant, error: Exception) -> None:
         self.ledger.failed(variant.name, self.cell.sample_id(variant), error, self._facts(variant))
@@ -116,3 +125,10 @@ class CellRun:
             "steps": self.steps, "ratio": variant.ratio, "budget": "all" if budget is None else budget.label,
             "dtype": str(self.model.dtype).removeprefix("torch."), "device": device_name(self.model.device),
         }  # fmt: skip
+
+
+def _sound(outcome: _Outcome | Exception) -> _Outcome:
+    """What was measured; raises what went wrong instead."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome

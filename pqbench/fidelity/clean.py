@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from pqbench.attention import attached
-from pqbench.kernels import reference
 from pqbench.method import Split
-from pqbench.probe import Fidelity, ProbeLayer
+from pqbench.probe import Exact, Fidelity, ProbeLayer, Seen
 from pqbench.prompt import Prefilled, forward
 
 AGES = ("prompt", "early", "late")
@@ -44,23 +42,20 @@ class HeadFidelity(Fidelity):
         self.found: list[Tensor] = []
         self.wanted: list[Tensor] = []
 
-    def add(self, exact: Tensor, output: Tensor, full: Tensor, seen: Tensor, split: Split | None) -> None:
-        """Count one step: exact probabilities ``[1, H, G, S]``, outputs ``[1, H, G, D]``, and which query head saw
-        which token, ``[1, H, G, S]`` bool."""
-        self.held.append((exact * seen).sum(-1).mean(2)[0])
-        off, size = (output.float() - full.float())[0].flatten(1), full.float()[0].flatten(1)  # [H, G * D]
+    def add(self, exact: Exact, output: Tensor, seen: Seen, split: Split | None) -> None:
+        """Count one step, see :meth:`pqbench.probe.Fidelity.add`."""
+        self.held.append(seen.mass(exact)[0])
+        off, size = (output.float() - exact.output)[0].flatten(1), exact.output[0].flatten(1)  # [H, G * D]
         self.errors.append(off.norm(dim=1) / size.norm(dim=1))
         self.layer_errors.append(off.norm() / size.norm())
-        if split is None:
+        best = None if split is None else exact.best(split)[0]  # [H, k]
+        if best is None or not best.shape[1]:
             return
-        first, stop = split.middle(exact.shape[3])
-        count = min(split.top_k, stop - first)
-        if count > 0:
-            best = first + reference.top_k(exact[0, ..., first:stop].sum(1), count)  # [H, k] positions
-            hit = seen[0].any(1).gather(1, best)
-            ages = [(best >= begin) & (best < end) for begin, end in pairwise(self.edges)]
-            self.found.append(torch.stack([(hit & age).sum(1) for age in ages], 1))
-            self.wanted.append(torch.stack([age.sum(1) for age in ages], 1))
+        hit = seen.hits(best[None], exact.weights.shape[3])[0]
+        ages = torch.bucketize(best, best.new_tensor(self.edges[1:-1]), right=True)  # [H, k], 0 .. len(AGES) - 1
+        none = ages.new_zeros(len(best), len(AGES))
+        self.found.append(none.scatter_add(1, ages, hit.long()))
+        self.wanted.append(none.scatter_add(1, ages, torch.ones_like(ages)))
 
 
 class Entropy(Fidelity):
@@ -70,9 +65,9 @@ class Entropy(Fidelity):
         super().__init__()
         self.nats: list[Tensor] = []
 
-    def add(self, exact: Tensor, output: Tensor, full: Tensor, seen: Tensor, split: Split | None) -> None:
+    def add(self, exact: Exact, output: Tensor, seen: Seen, split: Split | None) -> None:
         """Count one step, see :meth:`HeadFidelity.add`."""
-        self.nats.append(torch.special.entr(exact).sum(-1).mean(2)[0])
+        self.nats.append(torch.special.entr(exact.weights).sum(-1).mean(2)[0])
 
 
 @dataclass(frozen=True)

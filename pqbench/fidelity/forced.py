@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pqbench.attention import attached
 from pqbench.batch import check_logits
+from pqbench.cache import DecodeLayer, LayeredCache, OurLayer
 from pqbench.generation import Generation
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.prompt import Prefilled, forward, now
@@ -60,29 +63,108 @@ def dense_logits(prefilled: Prefilled, tokens: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.inference_mode()
 def read(
     prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callable[[Tensor], None]
 ) -> Generation:  # fmt: skip
-    """Let a method read ``tokens`` after the prompt one by one; ``visit`` gets the logits ``[V]`` after each.
+    """One method alone, see :func:`read_abreast`. Raises what the method's own code raises, and ConfigError where the
+    model computes NaN."""
+    (outcome,) = read_abreast(prefilled, [method], tokens, [visit])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
-    Returns what it cost, as if the tokens had been generated. One sequence at a time.
 
-    Raises:
-        ConfigError: the model computes NaN.
+class AbreastLayer(OurLayer):
+    """Sequences of one prompt, each with a method of its own: sequence i is answered by the i-th of ``layers``.
+
+    A method that fails is named in ``failed``, is asked no more and answers zeros; the others go on.
     """
-    prefilled.build(method)
-    cache, position, steps = prefilled.fork(method), prefilled.lengths[:, None], []
-    logits = prefilled.logits
-    with attached(prefilled.model):
+
+    def __init__(self, layers: Sequence[DecodeLayer], failed: dict[int, Exception]) -> None:
+        super().__init__()
+        self.layers, self.failed, self.seen = layers, failed, layers[0].seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        for i, layer in enumerate(self.layers):
+            with blamed(self.failed, i):
+                layer.update(key_states[i : i + 1], value_states[i : i + 1])
+        self.seen += 1
+        return key_states, value_states
+
+    def attention(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Attention of one query per sequence, ``[B, 1, Hq, D]``."""
+        output = torch.zeros_like(q.transpose(1, 2))
+        for i, layer in enumerate(self.layers):
+            with blamed(self.failed, i):
+                output[i : i + 1] = layer.attention(module, q[i : i + 1], k[i : i + 1], v[i : i + 1], None, scaling)
+        return output
+
+
+@contextmanager
+def blamed(failed: dict[int, Exception], i: int) -> Iterator[None]:
+    """Run the block for method ``i``; its first failure goes into ``failed``, later ones follow from that."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - becomes the row of the method at fault
+        failed.setdefault(i, error)
+
+
+@torch.inference_mode()
+def read_abreast(
+    prefilled: Prefilled, methods: Sequence[int], tokens: Sequence[int], visits: Sequence[Callable[[Tensor], None]]
+) -> list[Generation | Exception]:
+    """Let methods read ``tokens`` after the prompt one by one, all in one batch: its weights are read once a step.
+
+    Each of ``visits`` gets its method's logits ``[V]`` after each token. One prompt of one sequence. Returns for each
+    method what it cost, as if the tokens had been generated (seconds are those of all together), or what went wrong.
+    """
+    failed: dict[int, Exception] = {}
+    caches = {i: cache for i, method in enumerate(methods) if (cache := _forked(prefilled, method, i, failed))}
+    if len(caches) > 1:
+        for group in (g for cache in caches.values() for layer in cache.selective.values() for g in layer.groups):
+            group.store.separate()
+    generations: dict[int, Generation] = {}
+    if caches:
+        rows, lost = list(caches), dict[int, Exception]()
+        seconds = _steps(prefilled, list(caches.values()), tokens, [visits[i] for i in rows], lost)
+        failed |= {rows[at]: error for at, error in lost.items()}
+        ids = torch.tensor([list(tokens)], device=prefilled.model.device)
+        for i in rows:
+            observe, build = prefilled.observe_seconds[methods[i]], prefilled.build(methods[i])
+            generations[i] = Generation(ids, prefilled.seconds + observe, seconds, observe, build, 0.0, caches[i])
+            generations[i].settle()
+    return [failed[i] if i in failed else generations[i] for i in range(len(methods))]
+
+
+def _forked(prefilled: Prefilled, method: int, i: int, failed: dict[int, Exception]) -> LayeredCache | None:
+    """The cache with which one method goes on from the prompt."""
+    with blamed(failed, i):
+        prefilled.build(method)
+        return prefilled.fork(method)
+    return None
+
+
+def _steps(
+    prefilled: Prefilled, caches: Sequence[LayeredCache], tokens: Sequence[int],
+    visits: Sequence[Callable[[Tensor], None]], failed: dict[int, Exception],
+) -> list[float]:  # fmt: skip
+    """Read the tokens; seconds of every step. ``failed`` takes failures by place in ``caches``."""
+    count, model, seconds = len(caches), prefilled.model, list[float]()
+    ours = {n: AbreastLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
+    together, position = prefilled.cache(ours), prefilled.lengths[:, None].expand(count, 1)
+    for n in prefilled.sliding:
+        together.layers[n].batch_repeat_interleave(count)
+    with attached(model):
         for step, token in enumerate(tokens):
-            began = now(prefilled.model)
-            logits = forward(prefilled.model, torch.full_like(position, token), cache, None, position + step)
-            steps.append(now(prefilled.model) - began)
-            visit(logits[0])
-    check_logits(logits)  # once: NaN in a token's keys stays, since the window holds it
-    read_ids = torch.tensor([list(tokens)], device=logits.device)
-    observe, build = prefilled.observe_seconds[method], prefilled.build(method)
-    generation = Generation(read_ids, prefilled.seconds + observe, steps, observe, build, 0.0, cache)
-    generation.settle()
-    return generation
+            began = now(model)
+            logits = forward(model, torch.full_like(position, token), together, None, position + step)
+            seconds.append(now(model) - began)
+            for i, visit in enumerate(visits):
+                if i not in failed:
+                    visit(logits[i])
+    for i in range(count):
+        with blamed(failed, i):
+            check_logits(logits[i : i + 1])  # once: NaN in a token's keys stays, since the window holds it
+    return seconds

@@ -19,8 +19,9 @@ bytes_per_head     both together, for one KV head of one layer
 
 Nested:
 
-``layers``     ``{layer: [L], recall, mass, output_error: [L]}``, one value a layer (heads together); ``layer`` are the
-               indices of the full-attention layers in the model.
+``layer``      ``[L]``, indices of the full-attention layers in the model, and
+``kv_head``    ``[H]``, of the KV heads. The next two are ordered by them.
+``layers``     ``{recall, mass, output_error: [L]}``, one value a layer (heads together).
 ``heads``      ``{recall, mass, output_error, entropy: [L][H]}``, one value a KV head; entropy is the exact attention's,
                in nats.
 ``token_age``  ``{prompt, early, late: {recall, share}}``: recall among the tokens of the exact top-k that are of the
@@ -59,7 +60,9 @@ def clean_facts(figures: CleanFigures) -> Record:
         "recall": float(figures.age_found.sum()) / wanted if wanted else None,
         "mass": float(figures.mass.mean()),
         "output_error": float(figures.layer_error.mean()),
-        "layers": {"layer": figures.layers, **{name: short(values) for name, values in layers.items()}},
+        "layer": figures.layers,
+        "kv_head": list(range(figures.output_error.shape[1])),
+        "layers": {name: short(values) for name, values in layers.items()},
         "heads": {name: short(values) for name, values in (by_head | {"entropy": figures.entropy}).items()},
         "token_age": {
             age: {"recall": found / count if count else None, "share": count / wanted if wanted else None}

@@ -26,6 +26,7 @@ FIGURES: tuple[Column, ...] = (
     ("attended_tokens", "attended", 1, "{:.0f}", False),
     ("bytes_per_head", "KB/head", 1e-3, "{:.1f}", False),
 )
+PIVOTS = ("output_error", "kl", "top1_agreement", "recall")  # figures that have a table of method by budget
 AGES = {"prompt": "prompt", "early": "early decoded", "late": "late decoded"}
 THIRDS = ("low", "middle", "high")
 WIDE = ("ppl", "mass")  # what a terminal has no room for
@@ -76,12 +77,13 @@ def figure(record: Record, field: str) -> float | None:
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
-    """Two tables for each model: figures by method and budget, then what they depend on."""
+    """Tables for each model: method by budget for the main figures of each length, all figures, what they depend on."""
     found = []
     for (model,), rows in group_records(records, "model").items():
         steps = "/".join(sorted({str(row.get("steps")) for row in rows}))
         title = f"fidelity of {model} to full attention over {steps} teacher-forced steps ({facts(rows)})"
         lines = lines_of(rows)
+        found += _pivots(title, lines)
         found.append(_figures(f"{title}: means over documents [95 % interval]", lines))
         found.append(_parts(f"{title}: recall by token age, output error by entropy of the head", lines))
     return [section for section in found if section.rows]
@@ -107,6 +109,31 @@ def _further(records: Sequence[Record]) -> list[str]:
         if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
             names.append(name)
     return names[3:]
+
+
+def _pivots(title: str, lines: Sequence[Line]) -> list[Section]:
+    """Methods against budgets, for each length and each of :data:`PIVOTS`; methods without a budget have no row."""
+    found = []
+    for length in dict.fromkeys(line.labels["length"] for line in lines):
+        chosen = [line for line in lines if line.labels["length"] == length and line.group[1] is not None]
+        ratios = list(dict.fromkeys(line.labels["ratio"] for line in chosen))
+        names = [name for name in (chosen[0].labels if chosen else ()) if name not in ("length", "ratio")]
+        by_method: dict[tuple[str, ...], dict[str, Line]] = {}
+        for line in chosen:
+            by_method.setdefault(tuple(line.labels[name] for name in names), {})[line.labels["ratio"]] = line
+        counts = {len(line.good) for line in chosen}
+        count = " to ".join(str(number) for number in sorted({min(counts, default=0), max(counts, default=0)}))
+        for field, heading, factor, form, _ in (column for column in FIGURES if column[0] in PIVOTS):
+            rows = [
+                [
+                    *method,
+                    *(_cell(at[ratio].mean(field) if ratio in at else None, factor, form, True) for ratio in ratios),
+                ]
+                for method, at in by_method.items()
+            ]
+            about = f"{title}: {heading} at {length} tokens by budget, {count} documents [95 % interval]"
+            found.append(Section(about, [*names, *ratios], rows, len(names)))
+    return found
 
 
 def _figures(title: str, lines: Sequence[Line]) -> Section:

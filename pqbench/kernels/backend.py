@@ -29,6 +29,12 @@ class Kernels(Protocol):
     def pq_probabilities(self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
         """Approximate attention each token would receive."""
 
+    def best_of_cells(
+        self, q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens of largest approximate attention from lists by cell, and what the others weigh; see
+        :mod:`pqbench.kernels.reference_cells`."""
+
     def exact_probabilities(self, q: Tensor, keys: Tensor, scaling: float) -> Tensor:
         """Exact attention each token would receive."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pqbench.kernels import reference
 from pqbench.kernels.cpu_attention import attend
+from pqbench.kernels.cpu_cells import search
 from pqbench.kernels.cpu_columns import sum_columns
 from pqbench.kernels.cpu_kmeans import encode_keys, train
 from pqbench.kernels.cpu_rows import copy_rows
@@ -134,6 +135,30 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
     return output
 
 
+def best_of_cells(
+    q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The best tokens int64 ``[B, H, wanted]`` from lists by cell, and the weight of the others ``[B, H, G]``; see
+    :func:`pqbench.kernels.reference_cells.best_of_cells`."""
+    batch, heads, group, _ = q.shape
+    _, _, parts, clusters, width = codebook.shape
+    lists = [part.contiguous() for part in (starts, tokens, pending)]
+    wanted = min(wanted, tokens.shape[2] + pending.shape[2])
+    if q.device.type != "cpu" or any(part.dtype != torch.int32 for part in lists) or wanted == 0:
+        return reference.best_of_cells(q, codebook, starts, tokens, pending, wanted, scaling)
+    queries = (q.float() * (scaling * _LOG2_E)).contiguous()
+    centroids = codebook.float().contiguous()
+    found = torch.empty(batch, heads, wanted, dtype=torch.int64)
+    log_weight = torch.empty(batch, heads, group, dtype=torch.float32)
+    with _threads_for(batch * heads * group * clusters**parts * 64):
+        search(
+            queries.data_ptr(), centroids.data_ptr(), *(part.data_ptr() for part in lists), found.data_ptr(),
+            log_weight.data_ptr(), batch * heads, group, parts, clusters, width, tokens.shape[2], pending.shape[2],
+            wanted,
+        )  # fmt: skip
+    return found, log_weight
+
+
 def top_k(scores: Tensor, count: int) -> Tensor:
     """Indices ``[..., k]`` of the largest of ``[..., S]``, ascending; ties to the lower index, NaN largest."""
     total = scores.shape[-1]
@@ -233,8 +258,11 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
 
 
 def use_threads(count: int) -> None:
-    """Threads of this body in the calling thread."""
+    """Threads of this body in the calling thread. Torch keeps its number: numba sets it to that of all cores when it
+    starts its threads, since both count OpenMP's."""
+    before = torch.get_num_threads()
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+    torch.set_num_threads(before)
 
 
 def warm_up(dtype: torch.dtype, dims: int = 64) -> float:
@@ -244,6 +272,8 @@ def warm_up(dtype: torch.dtype, dims: int = 64) -> float:
     codebook, codes = train_codebook(keys, 2, 16, 1, 0)
     encode(keys, codebook)
     top = top_k(pq_probabilities(q, codebook, codes, 1.0), 16)
+    lists = torch.zeros(1, 1, 257, dtype=torch.int32)
+    best_of_cells(q, codebook, lists, lists[:, :, :0], lists[:, :, :1], 1, 1.0)
     attention(q, keys, keys, 1.0, top)
     gather(keys, top, torch.empty_like(keys[:, :, :16]))
     column_sums(q[:, :, :, None], keys, 1.0)

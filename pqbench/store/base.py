@@ -90,6 +90,9 @@ class Store(ABC):
     def keep(self, indices: Tensor) -> Store:
         """A store of rows ``[B, H, n]`` alone, in that order, on the device: all that an evicting method holds."""
 
+    def separate(self) -> None:  # noqa: B027 - where only the prompt is shared and nobody writes there
+        """Stop sharing memory that another store of the same prompt may write to, so that both go on side by side."""
+
     def settle(self) -> None:  # noqa: B027 - a store without transfers has nothing to wait for
         """Wait for every transfer under way."""
 

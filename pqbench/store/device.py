@@ -61,6 +61,10 @@ class DeviceStore(Store):
     def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.keys(), self.values(), indices
 
+    def separate(self) -> None:
+        if self._positions is None:  # rows that were kept have own memory
+            self._keys, self._values, self._lease = GrowingBuffer(self.keys()), GrowingBuffer(self.values()), [self]
+
     def keep(self, indices: Tensor) -> DeviceStore:
         self._positions = GrowingBuffer(self.positions.gather(2, indices))
         self._keys = GrowingBuffer(gather_rows(self.keys(), indices))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from pqbench.fidelity import cell
 from pqbench.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget
 from pqbench.models import LoadedModel
-from pqbench.records import Record
+from pqbench.records import Record, read_all
 from tests.fidelity.conftest import Run
 
 SMALL: dict[str, Any] = {"lengths": [200, 320], "documents": 2, "steps": 6, "ratios": [0.3, 0.5]}
@@ -30,7 +32,8 @@ METHODS: dict[str, Method] = {"full": Full(), "oracle": Oracle(OWN), "h2o": H2O(
 FIELDS = (
     "document", "length", "prompt_tokens", "steps", "budget", "dtype", "device", "threads", "kernels", "mass",
     "output_error", "kl", "top1_agreement", "nll", "nll_full", "perplexity", "bits_per_key", "attended_tokens",
-    "index_bytes", "attended_bytes", "bytes_per_head", "layers", "heads", "token_age", "entropy", "steps_kl",
+    "index_bytes", "attended_bytes", "bytes_per_head", "layer", "kv_head", "layers", "heads", "token_age", "entropy",
+    "steps_kl",
 )  # fmt: skip
 
 
@@ -91,8 +94,8 @@ def test_methods_and_budgets_are_told_apart(measure: Run, small: FidelityBenchma
             assert record["attended_tokens"] == pytest.approx(ratio * 323.5, abs=1)
             assert record["bits_per_key"] == pytest.approx(16 * 32)  # it reads every key
     for record in rows(records, "full"):
-        assert (record["kl"], record["top1_agreement"], record["recall"]) == (0, 1, None)
-        assert record["nll"] == record["nll_full"]
+        assert (record["kl"], record["top1_agreement"], record["recall"]) == (pytest.approx(0, abs=1e-9), 1, None)
+        assert record["nll"] == pytest.approx(record["nll_full"], abs=1e-5)
         assert record["output_error"] == pytest.approx(0, abs=1e-5)
     for name in ("oracle", "h2o"):
         few, many = (rows(records, name, ratio=r, length=320) for r in (0.3, 0.5))
@@ -139,6 +142,29 @@ def test_what_is_on_record_is_not_measured_again(
     assert (done.measured, done.resumed) == (4, 12)
 
 
+def test_killed_and_started_again_nothing_is_measured_twice(tmp_path: Path, book: Path) -> None:
+    words = ["benchmark=fidelity", "model=tiny", "method=[full,h2o,oracle]", "benchmark.lengths=[300]", "threads=1",
+             "benchmark.documents=6", "benchmark.steps=4", f"benchmark.text={book}", "benchmark.ratios=[0.3,0.5]",
+             "kernels=reference", f"results={tmp_path}"]  # fmt: skip
+    line = [sys.executable, "-m", "pqbench", *words]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not sum(count_lines(tmp_path)):
+            time.sleep(0.005)
+        process.kill()
+    before = sum(count_lines(tmp_path))
+    assert 0 < before < 30
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    assert f"{30 - before} measured, {before} already there, 0 failed" in done.stdout
+    assert count_lines(tmp_path) == [6, 12, 12]
+    ids = [(r["method"], r["sample_id"]) for r in read_all(tmp_path)]
+    assert len(set(ids)) == len(ids) == 30
+
+
+def count_lines(results: Path) -> list[int]:
+    """Complete records of every method."""
+    return sorted(path.read_bytes().count(b"\n") for path in results.rglob("records.jsonl"))
+
+
 def test_failures_are_rows_of_the_method_at_fault(measure: Run, small: FidelityBenchmark) -> None:
     methods = {"h2o": H2O(OWN), "hungry": Hungry(), "idle": Idle()}
     done, records = measure(replace(small, lengths=[320], documents=1), methods)
@@ -182,8 +208,9 @@ def test_a_length_that_fills_the_model_leaves_room_for_the_steps(
 
 def test_the_table_names_every_method_and_budget(measure: Run, small: FidelityBenchmark) -> None:
     _, records = measure(small, METHODS)
-    figures, parts = small.table(records).columns[0].cells
+    *pivots, figures, parts = small.table(records).columns[0].cells
     assert (figures.row_count, parts.row_count) == (14, 12)  # type: ignore[union-attr]
+    assert [pivot.row_count for pivot in pivots] == [3] * 8  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +227,7 @@ def test_the_table_names_every_method_and_budget(measure: Run, small: FidelityBe
         ({"ratios": [0.1, 0.1]}, ["benchmark.ratios", "once"]),
         ({"ratios": [True]}, ["benchmark.ratios"]),
         ({"together": 0}, ["benchmark.together is 0"]),
+        ({"abreast": 0}, ["benchmark.abreast is 0"]),
         ({"text": 7}, ["benchmark.text is 7"]),
         ({"seed": -1}, ["benchmark.seed is -1"]),
     ],

@@ -121,7 +121,7 @@ def test_a_record_holds_them(llama: PreTrainedModel) -> None:
         assert np.allclose(facts["heads"][name], wanted[name], atol=1e-4), name
     assert np.allclose(facts["layers"]["output_error"], wanted["layer_error"], atol=1e-4)
     assert np.allclose(facts["layers"]["recall"], wanted["recall"].mean(1), atol=1e-4)
-    assert facts["layers"]["layer"] == [0, 1]
+    assert (facts["layer"], facts["kv_head"]) == ([0, 1], [0, 1])
     assert (wanted["age_wanted"] > 0).all()  # every age is among the exact top-k
     assert facts["output_error"] == pytest.approx(wanted["layer_error"].mean(), abs=1e-4)
     assert facts["recall"] == pytest.approx(wanted["recall"].mean(), abs=1e-4)

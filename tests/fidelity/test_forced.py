@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -15,13 +17,29 @@ from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
 from pqbench.errors import ConfigError
-from pqbench.fidelity.forced import Dense, Drift, dense_logits, read
+from pqbench.fidelity.forced import Dense, Drift, dense_logits, read, read_abreast
 from pqbench.fidelity.record import cost_facts, drift_facts
-from pqbench.method import Budget, Method
+from pqbench.generation import Generation
+from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from tests.fidelity.test_clean import BUDGET, PROMPT, STEPS, Odd, answer, chosen_tokens
 from tests.support import prompt_of, softmax, tiny_model
 
 TARGETS = [*answer()[1:], 17]
+
+
+class LateState(LayerState):
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        if kv.length > PROMPT + STEPS // 2:
+            raise MemoryError("no room")
+        return Selection()
+
+
+@dataclass(frozen=True)
+class Late(Method):
+    """Full attention until it fails, half way through the answer."""
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return LateState(geometry)
 
 
 def drift_of(model: PreTrainedModel, method: Method) -> Drift:
@@ -88,6 +106,23 @@ def test_reading_a_method_s_own_tokens_repeats_its_decoding(llama: PreTrainedMod
     seen: list[int] = []
     read(prefilled, 0, tokens[:-1], lambda logits: seen.append(int(logits.argmax())))
     assert seen == tokens[1:]
+
+
+def test_methods_abreast_equal_each_alone(model: PreTrainedModel) -> None:
+    """Evicting and selecting ones, twice the same one, and one that fails on the way."""
+    methods: list[Method] = [Dense(), H2O(BUDGET), Odd(), Late(), StreamingLLM(BUDGET), Oracle(BUDGET), Odd()]
+    prefilled = prefill(model, prompt_of(PROMPT), methods)
+    seen: list[list[Tensor]] = [[] for _ in methods]
+    outcomes = read_abreast(prefilled, range(len(methods)), answer(), [rows.append for rows in seen])
+    assert [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Exception)] == [3]
+    assert isinstance(outcomes[3], MemoryError)
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, Generation):
+            rows: list[Tensor] = []
+            alone = cost_facts(read(prefilled, i, answer(), rows.append), PROMPT)
+            assert torch.allclose(torch.stack(seen[i]), torch.stack(rows), atol=1e-4)
+            assert cost_facts(outcome, PROMPT) == alone
+    assert not torch.allclose(torch.stack(seen[1]), torch.stack(seen[0]), atol=1e-2)
 
 
 def test_a_token_that_cannot_follow_is_no_trouble() -> None:

@@ -11,6 +11,9 @@ from pqbench.fidelity.table import lines_of, sections
 ERRORS = {("oracle", 0.1): (0.1, 0.3), ("oracle", 0.2): (0.05, 0.15), ("h2o", 0.1): (0.4, 0.6), ("full", None): (0, 0)}
 
 
+PIVOTS = 4  # tables of method by budget, which come first
+
+
 def records(**fields: Any) -> list[dict[str, Any]]:
     return [
         {
@@ -29,7 +32,7 @@ def records(**fields: Any) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def cells(rows: list[dict[str, Any]], table: int = 0) -> dict[tuple[str, str], dict[str, str]]:
+def cells(rows: list[dict[str, Any]], table: int = -2) -> dict[tuple[str, str], dict[str, str]]:
     """Cells by heading, by method and ratio."""
     section = sections(rows)[table]
     named = [dict(zip(section.headings, row, strict=True)) for row in section.rows]
@@ -66,24 +69,39 @@ def test_the_best_is_that_of_the_same_length_and_budget() -> None:
 
 
 def test_parts_show_ages_and_thirds() -> None:
-    found = cells(records(), 1)
+    found = cells(records(), -1)
     assert ("full", "all") not in found
     row = found["oracle", "10 %"]
     assert (row["recall prompt"], row["recall early decoded"]) == ("0.800 (100.0 %)", "-")
     assert [row[f"error {third} entropy"] for third in ("low", "middle", "high")] == ["0.200", "0.400", "0.600"]
 
 
+def test_main_figures_have_tables_of_method_by_budget() -> None:
+    error, kl, agreement, recall, *_ = sections(records() + records(length=8192, output_error=0.5))
+    assert error.headings == ["method", "10 %", "20 %"]
+    assert "output error at 4096 tokens by budget, 2 documents" in error.title
+    assert error.rows == [
+        ["oracle", "0.200 [0.100, 0.300]", "0.100 [0.050, 0.150]"],
+        ["h2o", "0.500 [0.400, 0.600]", "-"],
+    ]
+    assert kl.rows[0][1].startswith("0.0200 [")
+    assert agreement.rows[1][1].startswith("50.0 [")
+    assert recall.rows[1][1].startswith("0.500 [")
+    titles = [section.title for section in sections(records() + records(length=8192))]
+    assert sum("at 8192 tokens" in title for title in titles) == PIVOTS
+
+
 def test_failures_are_counted_and_runs_told_apart() -> None:
     rows = records()
     rows[2] |= {"status": "oom"}
     assert cells(rows)["oracle", "20 %"]["n"] == "1 (+1 failed)"
-    two = sections(records() + records(key="other"))[0]
+    two = sections(records() + records(key="other"))[-2]
     assert two.headings[:4] == ["length", "ratio", "method", "key"]
     assert len(two.rows) == 8
 
 
 def test_every_model_has_its_own_tables() -> None:
     titles = [section.title for section in sections(records() + records(model="big"))]
-    assert [title.split()[2] for title in titles] == ["toy", "toy", "big", "big"]
+    assert [title.split()[2] for title in titles] == ["toy"] * (PIVOTS + 2) + ["big"] * (PIVOTS + 2)
     assert "64 teacher-forced steps (float32, 2 threads, kernels cpu)" in titles[0]
     assert sections([]) == []

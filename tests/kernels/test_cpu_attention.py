@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -202,6 +205,16 @@ def test_two_python_threads_at_once() -> None:
         for _ in range(20):
             together = list(pool.map(output, cases))
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_starting_numba_s_threads_leaves_torch_s_number_alone() -> None:
+    """In a process of its own: they start once."""
+    code = (
+        "import torch; from pqbench.kernels import cpu; torch.set_num_threads(1); cpu.use_threads(1); "
+        "raise SystemExit(torch.get_num_threads())"
+    )
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=False).returncode == 1
 
 
 def test_use_threads_stays_within_what_there_is(threads: object) -> None:

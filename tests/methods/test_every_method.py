@@ -70,9 +70,8 @@ def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, pro
         context = data.prompt + step + 1
         split = budget.resolve(context, data.prompt)
         rows, tokens = rows_of(selection, store), tokens_of(selection, store)
-        untrained = (
-            isinstance(method, PQCache) and context - split.sink - split.window <= method.clusters
-        )  # attends all
+        middle = context - split.sink - split.window
+        untrained = isinstance(method, PQCache) and middle <= method.clusters  # by design attended whole
         assert tokens.shape == (2, 2, context if untrained else split.total)
         sinks = min(4, context) if name == "streaming_llm" else split.sink
         window = max(1, split.total - sinks) if name == "streaming_llm" else split.window
@@ -92,7 +91,9 @@ def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, pro
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 5, 40])
-@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head"])
+@pytest.mark.parametrize(
+    "name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head", "pqcache_plus top_p"]
+)
 def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
     budget = Budget(sink=4, ratio=1.0)
     if name.startswith("infllm"):
@@ -100,6 +101,7 @@ def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
     others: dict[str, Method] = {
         "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 1.0),
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
+        "pqcache_plus top_p": PQCachePlus(budget, b=3, b_v=3, top_p=1.0),
     }  # fmt: skip
     method = others[name] if name in others else SELECTING[name](budget)
     data = case(prompt, 25)
@@ -111,12 +113,15 @@ def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
         finish(state, store, selection, q, data)
 
 
-@pytest.mark.parametrize("name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head"])
+@pytest.mark.parametrize(
+    "name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head", "pqcache_plus top_p"]
+)
 def test_the_harness_computes_what_the_selection_says(name: str) -> None:
     budget = Budget(sink=4, ratio=0.3, minimum=8)
     others: dict[str, Method] = {
         "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 0.8),
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
+        "pqcache_plus top_p": PQCachePlus(budget, b=3, b_v=3, top_p=0.6),
     }  # fmt: skip
     method = others[name] if name in others else SELECTING[name](budget)
     data = case(50, 12)
@@ -159,8 +164,8 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "infllm per head": batch * -(-middle // 5) * heads * width * 4,
         "pqcache": batch * middle * heads * 2,  # m one-byte codes per middle key
         "pqcache_plus": batch * middle * heads * (2 + 2),  # codes of keys and values
-        # 2**(m b) + 1 list bounds and the tokens taken from the lists, four bytes each
-        "pqcache_plus mean": batch * heads * (16 + 1 + 12) * 4,
+        # 2**(m b) + 1 list bounds, the token that waits to join and those taken from the lists, four bytes each
+        "pqcache_plus mean": batch * heads * (16 + 1 + 1 + 12) * 4,
         "pqcache_plus sampled": batch * middle * heads * 2,
         "snapkv": 0,
         "snapkv avg": 0,

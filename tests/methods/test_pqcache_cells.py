@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methods.pqcache import PQCachePlus, PQCachePlusState
-from methods.pqcache.cells import (
-    InvertedLists,
-    cell_log_weight,
-    cell_numbers,
-    cell_probabilities,
-    cell_scores,
-    searches_cells,
-    shares,
-)
+from methods.pqcache.cells import InvertedLists, cell_numbers, searches_cells
+from pqbench.kernels import cpu, reference
+from pqbench.kernels.backend import Kernels
+from pqbench.kernels.reference_cells import cell_scores
 from pqbench.method import Budget, Residual
 from tests.support import advance, case, output_of, start, tokens_of
 
@@ -56,24 +51,32 @@ def scanned(q: Tensor, codebook: Tensor, codes: Tensor) -> tuple[np.ndarray, np.
     return logits, (weights / weights.sum(-1, keepdims=True)).sum(2)
 
 
+BODIES = [pytest.param(body, id=body.__name__.rpartition(".")[2]) for body in (reference, cpu)]
+
+
+@pytest.mark.parametrize("body", BODIES)
 @settings(max_examples=150, deadline=None)
-@given(searches)
-def test_cells_select_what_a_scan_selects(search: tuple[int, int, int, int, int, int, bool]) -> None:
+@given(search=searches)
+def test_cells_select_what_a_scan_selects(body: Kernels, search: tuple[int, int, int, int, int, int, bool]) -> None:
     m, b, listed, appended, wanted, seed, few = search
     q, codebook, codes = drawn(m, b, listed + appended, seed, few)
     lists = InvertedLists(cell_numbers(codes[:, :, :listed], b), m * b)
     for token in range(listed, listed + appended):
         lists.append(cell_numbers(codes[:, :, token : token + 1], b))
     assert len(lists) == listed + appended
-    scores = cell_scores(q, codebook)
-    take = shares(cell_probabilities(scores, lists.counts), lists.counts, wanted)
-    found = lists.tokens(take).numpy()
+    found_tokens, others_weigh = body.best_of_cells(
+        q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.7
+    )  # fmt: skip
+    found = found_tokens.numpy()
+    q = q * 0.7
     logits, exact = scanned(q, codebook, codes)
     count = min(wanted, listed + appended)
     assert found.shape == (2, 2, count)
     assert (np.diff(found, axis=2) > 0).all()
-    rest = np.log(np.exp(logits).sum(-1))
-    assert np.allclose(cell_log_weight(scores, lists.counts).numpy(), rest, atol=1e-4)
+    left = np.ones(logits.shape[:2] + logits.shape[3:])
+    np.put_along_axis(left, found, 0.0, 2)
+    with np.errstate(divide="ignore"):
+        assert np.allclose(others_weigh.numpy(), np.log((np.exp(logits) * left[:, :, None]).sum(-1)), atol=1e-4)
     for i, h in np.ndindex(2, 2):
         chosen = set(found[i, h].tolist())
         others = [s for s in range(listed + appended) if s not in chosen]
@@ -84,7 +87,8 @@ def test_cells_select_what_a_scan_selects(search: tuple[int, int, int, int, int,
             assert not any(t in chosen for t in same if t > s)
 
 
-def test_lists_made_anew_select_the_same() -> None:
+@pytest.mark.parametrize("body", BODIES)
+def test_lists_made_anew_select_the_same(body: Kernels) -> None:
     """Beyond 256 appended tokens."""
     q, codebook, codes = drawn(2, 3, 700, 5, False)
     grown = InvertedLists(cell_numbers(codes[:, :, :50], 3), 6)
@@ -92,7 +96,7 @@ def test_lists_made_anew_select_the_same() -> None:
         grown.append(cell_numbers(codes[:, :, first : first + 13], 3))
     assert len(grown) == 700
     _, exact = scanned(q, codebook, codes)
-    found = grown.tokens(shares(cell_probabilities(cell_scores(q, codebook), grown.counts), grown.counts, 200)).numpy()
+    found = body.best_of_cells(q, codebook, grown.starts, grown.tokens, grown.pending, 200, 1.0)[0].numpy()
     for i, h in np.ndindex(2, 2):
         assert np.isclose(exact[i, h, found[i, h]].sum(), np.sort(exact[i, h])[-200:].sum(), rtol=1e-5)
 
@@ -131,9 +135,26 @@ def test_methods_answer_the_same_by_cells_and_by_scan(tail: str, kind: str) -> N
         assert np.allclose(outputs[0], outputs[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1000, 70_000])
+@pytest.mark.parametrize(("parts", "bits"), [(2, 6), (1, 8), (2, 8), (4, 4)])
+def test_compiled_cells_equal_the_reference(tokens: int, parts: int, bits: int) -> None:
+    generator = torch.Generator().manual_seed(tokens + bits)
+    q, codebook = torch.randn(1, 3, 4, 64, generator=generator), torch.randn(1, 3, parts, 2**bits, 64 // parts)
+    codes = (torch.randn(1, 3, tokens, parts, generator=generator).abs() * 2**bits / 3).clamp(max=2**bits - 1).byte()
+    lists = InvertedLists(cell_numbers(codes[:, :, :-100], bits), parts * bits)
+    lists.append(cell_numbers(codes[:, :, -100:], bits))
+    for wanted in (1, 300, tokens - 1, tokens, tokens + 5):
+        arguments = (q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.3)
+        found, weight = cpu.best_of_cells(*arguments)
+        theirs, their_weight = reference.best_of_cells(*arguments)
+        agreement = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found[0], theirs[0], strict=True)]
+        assert min(agreement) >= theirs.shape[2] - 1  # sums that differ in their last bit may change places
+        assert torch.allclose(weight, their_weight, atol=1e-4) or wanted >= tokens - 1
+
+
 def test_when_cells_are_searched() -> None:
-    assert not searches_cells("auto", 12, 64 * 4096 - 1, False)
-    assert searches_cells("auto", 12, 64 * 4096, False)
+    assert not searches_cells("auto", 12, 4 * 4096 - 1, False)
+    assert searches_cells("auto", 12, 4 * 4096, False)
     assert not searches_cells("auto", 12, 1 << 20, True)  # the pq tail reads every token's codes
     assert not searches_cells("auto", 24, 1 << 30, False)
     assert searches_cells("cells", 16, 1, True)
@@ -146,6 +167,6 @@ def test_what_cells_read_and_hold() -> None:
         data = case(100, 1)
         state, store = start(PQCachePlus(budget, b=3, b_v=3, tail=tail, search="cells"), data)
         advance(state, store, data, 0)
-        middle, bounds = 101 - 9, 2 * 2 * (64 + 1) * 4
+        middle, bounds = 101 - 9, 2 * 2 * (64 + 1 + 1) * 4  # one token waits
         assert state.index_bytes == 4 * middle * read + bounds + 2 * 2 * 21 * 4
         assert state.resident_bytes > state.index_bytes

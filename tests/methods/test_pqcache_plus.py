@@ -341,6 +341,9 @@ def test_without_additions_it_is_pqcache() -> None:
         ({"search": "cells", "m": 4, "b": 8}, "at most 16 bits, got 32"),
         ({"queries": 0}, "queries is 0"),
         ({"refresh": 0}, "refresh is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 0.9, "tail": "sampled"}, "another tail"),
+        ({"top_p": 0.9, "search": "cells"}, "scan or auto"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], word: str) -> None:

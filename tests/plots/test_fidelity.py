@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,26 @@ def test_two_panels_show_the_values(run: pd.DataFrame) -> None:
 def test_the_footer_says_where_the_numbers_come_from(run: pd.DataFrame) -> None:
     texts = " ".join(text.get_text() for text in fidelity.panels(run, looks(run["method"])).texts)
     assert "n = 2 documents (sotu), 64 teacher-forced steps each, bars: 95 % interval by document" in texts
-    assert "budgets of 5, 10 % of the context; AMD EPYC, 2 threads, float32" in texts
+    assert "budgets of 5, 10 % of the context;\ngrey: oracle (exact scores); " in texts
+    assert "AMD EPYC, 2 threads, float32" in texts
     one = run[run["document"] == "sotu-000"]
     figure = fidelity.panels(one, looks(one["method"]))
     assert "bars" not in " ".join(text.get_text() for text in figure.texts)
     assert len(figure.axes[0].containers) == 0
+
+
+def test_the_frontier_is_what_no_point_beats_in_both(run: pd.DataFrame) -> None:
+    lines = fidelity.lines_of(run, "output_error")
+    assert fidelity.frontier(lines) == ([5e4, 1e5, 4e5, 6e5], pytest.approx([0.8, 0.6, 0.4, 0.2]))
+    dearer = replace(lines[1], size=[7e5, 8e5])  # beaten by the oracle's own points at 400K and 600K
+    assert fidelity.frontier([*lines, dearer])[0] == [5e4, 1e5, 4e5, 6e5]
+
+
+def test_rails_are_grey_and_explained(run: pd.DataFrame) -> None:
+    chosen = fidelity.rails(looks(run["method"]))
+    assert chosen["oracle"].colour == fidelity.RAIL
+    assert chosen["h2o"] == looks(run["method"])["h2o"]
+    assert "grey: oracle (exact scores); " in " ".join(t.get_text() for t in fidelity.panels(run, chosen).texts)
 
 
 def test_exact_budgets_do_not_stretch_the_axis() -> None:

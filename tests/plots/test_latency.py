@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from plots import latency
-from plots.style import looks
+from plots.data import with_settings
+from plots.style import apart, looks
 
 SECONDS = {("full", 1024): (0.1, 0.2, 0.3), ("full", 4096): (0.4, 0.5, 0.9), ("pqcache", 1024): (0.2, 0.2, 0.2),
            ("pqcache", 4096): (0.3, 0.1, 0.2)}  # fmt: skip
@@ -79,11 +80,12 @@ def test_several_budgets_of_a_method_are_several_lines(run: pd.DataFrame) -> Non
 
 
 def test_names_at_line_ends_do_not_overlap() -> None:
-    places = latency.apart([0.1, 0.11, 0.12, 0.5, 0.9], 0.06)
+    places = apart([0.1, 0.11, 0.12, 0.5, 0.9], 0.06)
     assert all(round(b - a, 6) >= 0.06 for a, b in pairwise(places))
     assert places[:3] == pytest.approx([0.05, 0.11, 0.17])
     assert places[3:] == [0.5, 0.9]
-    assert latency.apart([], 0.1) == []
+    assert apart([], 0.1) == []
+    assert apart([0.0, 0.0, 0.5], 0.1, lowest=0.0) == pytest.approx([0, 0.1, 0.5])
 
 
 def test_looks_are_stable_and_distinct() -> None:
@@ -100,3 +102,16 @@ def test_a_figure_for_each_link_and_none_without_times(tmp_path: Path) -> None:
     assert {path.name for path in paths} == {f"latency_toy{end}" for end in (".png", ".pdf", "-2.png", "-2.pdf")}
     assert latency.draw(table.assign(status="error"), tmp_path) == []
     assert latency.draw(table.assign(benchmark="needle"), tmp_path) == []
+
+
+def test_sweeps_and_short_runs_are_not_latency_figures(tmp_path: Path) -> None:
+    table = pd.DataFrame(rows())
+    alone = table[table["method"] == "pqcache"]
+    other = alone.assign(method="pqcache_30", key="other")
+    known: dict[str, Any] = {
+        key: ({"method": {"_target_": "methods.pqcache.PQCache"}}, {}) for key in ("key-pqcache", "other")
+    }
+    assert latency.draw(with_settings(pd.concat([alone, other]), known), tmp_path) == []
+    assert latency.draw(alone[alone["context"] == 1024], tmp_path) == []
+    assert latency.draw(table.assign(new_tokens=4), tmp_path) == []
+    assert len(latency.draw(alone, tmp_path)) == 2  # one method by context

@@ -75,6 +75,18 @@ def test_an_older_store_of_the_same_prompt_cannot_write() -> None:
     assert torch.equal(younger.keys()[:, :, :3], rows(0, 3))
 
 
+def test_separated_stores_of_a_prompt_write_side_by_side() -> None:
+    keys, values, lease = GrowingBuffer(rows(0, 3)), GrowingBuffer(rows(0, 3)), []  # type: ignore[var-annotated]
+    stores = [DeviceStore(keys.fork(), values.fork(), lease) for _ in range(3)]
+    for store in stores[:2]:
+        store.separate()
+    for i, store in enumerate(stores):
+        store.append(rows(10 * i, 1), -rows(10 * i, 1))
+    for i, store in enumerate(stores):
+        assert torch.equal(store.keys(), torch.cat([rows(0, 3), rows(10 * i, 1)], 2))
+        assert torch.equal(store.values()[:, :, 3:], -rows(10 * i, 1))
+
+
 def test_an_evicting_store_owns_its_memory() -> None:
     keys, values, lease = GrowingBuffer(rows(0, 4)), GrowingBuffer(rows(0, 4)), []  # type: ignore[var-annotated]
     evicting = DeviceStore(keys.fork(), values.fork(), lease)

@@ -1,0 +1,216 @@
+"""Modelled latency: what the latency model predicts to a million tokens and 64 sequences, beside measured times."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from plots.latency import RUN, headline, timed
+from plots.style import BASELINE, Look, footer, looks, save, style, threads, tokens
+from pqbench.cost_fit import Fit, fit_machine
+from pqbench.costs import HARDWARE, MethodProfile, ModelShape, fits, model_shape, tpot, ttft
+from pqbench.errors import PqbenchError
+from pqbench.records import plain_name
+
+log = logging.getLogger("plots")
+
+MADE_BY = "python -m pqbench benchmark=latency store=host method=[full,pqcache]"
+
+CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
+BATCHES = tuple(2**i for i in range(7))
+TARGET, DTYPE = "llama31_8b", "bfloat16"  # what the data sheets' panels assume
+BATCH_CONTEXT = 32768
+_COLUMNS = 7  # of the legend
+ON_HOST = "full, KV on host"
+PANELS: tuple[tuple[str, str, float, str, Callable[..., float]], ...] = (
+    ("ttft_s", "time to first token", 1.0, "s", ttft),
+    ("tpot_s", "time per output token", 1e3, "ms", tpot),
+)
+
+
+def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """Two figures, by context and by batch, for the newest latency run of each model whose shape is known.
+
+    A run of a single context, or of records too old for the fit, is left out with a line that says why.
+    """
+    good = timed(table)
+    paths: list[Path] = []
+    done: set[str] = set()
+    chosen = looks(good["method"])
+    for _, run in reversed(list(good.groupby(RUN, sort=False))):
+        name = str(run["model"].iloc[0])
+        if name in done:
+            continue
+        try:
+            labelled, colours = _labelled(run, chosen)
+            shape = model_shape(name)
+            fit = fit_machine(labelled, shape)
+        except PqbenchError as error:
+            log.info("no modelled latency of %s: %s", name, error)
+            continue
+        done.add(name)
+        with style():
+            paths += save(by_context(labelled, fit, shape, colours), folder, f"costs_{plain_name(name)}")
+            paths += save(by_batch(labelled, fit, colours), folder, f"costs_batch_{plain_name(name)}")
+    return paths
+
+
+def by_context(run: pd.DataFrame, fit: Fit, shape: ModelShape, chosen: Mapping[str, Look]) -> Figure:
+    """Rows TTFT and TPOT; columns this machine, with the measured points, and the data sheets' accelerators."""
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    axes = figure.subplots(2, 1 + len(HARDWARE), sharex=True)
+    for row in axes:
+        for axis in row[2:]:
+            axis.sharey(row[1])
+    dtype, target = str(run["dtype"].iloc[0]), model_shape(TARGET)
+    for row, (field, title, factor, unit, predict) in zip(axes, PANELS, strict=True):
+        for method, profile in fit.profiles.items():
+            times = [factor * predict(fit.hardware, shape, profile, context, 1, dtype) for context in CONTEXTS]
+            _line(row[0], CONTEXTS, times, chosen[method], method)
+            points = run[run["method"] == method].groupby("prompt_tokens")[field].median() * factor
+            row[0].plot(points.index, points, color=chosen[method].colour, marker=chosen[method].marker,
+                        linestyle="none", markersize=5, label=f"{method}, measured")  # fmt: skip
+        for axis, hardware in zip(row[1:], HARDWARE.values(), strict=True):
+            for method, profile in profiles_on(fit).items():
+                values = [
+                    (factor * predict(hardware, target, profile, context, 1, DTYPE),
+                     fits(hardware, target, profile, context, 1, DTYPE))
+                    for context in CONTEXTS
+                ]  # fmt: skip
+                _until_full(axis, CONTEXTS, values, chosen[method], method)
+        row[0].set_ylabel(f"{title} ({unit})")
+    for axis, name in zip(axes[0], [f"{shape.name} on {fit.hardware.name}", *_titles()], strict=True):
+        axis.set_title(name)
+    for axis in axes.flat:
+        _scales(axis, CONTEXTS)
+    for axis in axes[1]:
+        axis.set_xticks(CONTEXTS[::2], [tokens(context) if context < 2**20 else "1M" for context in CONTEXTS[::2]])
+        axis.set_xlabel("context length (tokens)")
+    _finish(figure, run, fit, chosen, "Modelled latency by context, one sequence")
+    return figure
+
+
+def by_batch(run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Look]) -> Figure:
+    """TPOT of the whole batch on each accelerator, by the number of sequences."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    target = model_shape(TARGET)
+    axes = figure.subplots(1, len(HARDWARE), sharey=True)
+    for axis, hardware, title in zip(axes, HARDWARE.values(), _titles(), strict=True):
+        for method, profile in profiles_on(fit).items():
+            values = [
+                (1e3 * tpot(hardware, target, profile, BATCH_CONTEXT, batch, DTYPE),
+                 fits(hardware, target, profile, BATCH_CONTEXT, batch, DTYPE))
+                for batch in BATCHES
+            ]  # fmt: skip
+            _until_full(axis, BATCHES, values, chosen[method], method)
+        axis.set_title(title)
+        _scales(axis, BATCHES)
+        axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+        axis.set_xlabel("sequences in the batch")
+    axes[0].set_ylabel("time per output token (ms, whole batch)")
+    _finish(figure, run, fit, chosen, f"Modelled latency by batch, {tokens(BATCH_CONTEXT)} tokens each")
+    return figure
+
+
+def profiles_on(fit: Fit) -> dict[str, MethodProfile]:
+    """What the accelerators' panels show: full attention with KV on the device, and, where it was measured with KV on
+    the host, that besides; other methods as they were measured."""
+    found: dict[str, MethodProfile] = {}
+    for method, profile in fit.profiles.items():
+        if method == BASELINE:
+            found[BASELINE] = MethodProfile()
+            if profile.on_host:
+                found[ON_HOST] = profile
+        else:
+            found[method] = profile
+    return found
+
+
+def _labelled(run: pd.DataFrame, chosen: Mapping[str, Look]) -> tuple[pd.DataFrame, dict[str, Look]]:
+    """Methods renamed where one has several settings, and the look of each name."""
+    names, colours = pd.Series(run["method"].astype(str), index=run.index), {}
+    for method, part in run.groupby("method", sort=False):
+        settings = part.groupby(["budget", "key"], sort=False)
+        for (budget, key), rows in settings:
+            label = str(method) if len(settings) == 1 else f"{method}, {budget} ({str(key)[:4]})"
+            names.loc[rows.index] = label
+            colours[label] = chosen[str(method)]
+    colours[ON_HOST] = Look("0.55", "o", "-")
+    return run.assign(method=names), colours
+
+
+def _titles() -> list[str]:
+    return [f"{TARGET} on {hardware.name}" for hardware in HARDWARE.values()]
+
+
+def _line(axis: Axes, xs: Sequence[int], ys: Sequence[float], look: Look, label: str) -> None:
+    """Dashed; full attention wide, so that it shows below lines that coincide with it."""
+    dash = (0, (4, 1.5)) if look.dash == "-" else look.dash
+    axis.plot(xs, ys, color=look.colour, linestyle=dash, linewidth=2.8 if label == BASELINE else 1.5, label=label)
+
+
+def _until_full(
+    axis: Axes, xs: Sequence[int], values: Sequence[tuple[float, bool]], look: Look, label: str
+) -> None:  # fmt: skip
+    """A prediction as far as the memory goes, with a cross where it ends; nothing where nothing fits."""
+    inside = [value for value, fit in values if fit]
+    _line(axis, xs[: len(inside)], inside, look, label)
+    if 0 < len(inside) < len(values):
+        end = len(inside) - 1
+        axis.plot([xs[end]], [inside[end]], color=look.colour, marker="x", markersize=7, markeredgewidth=1.8,
+                  label=f"{label}, memory ends")  # fmt: skip
+
+
+def _scales(axis: Axes, xs: Sequence[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlim(xs[0] / 1.2, xs[-1] * 1.2)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(axis="y", color="0.9")
+
+
+def _finish(figure: Figure, run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Look], title: str) -> None:
+    """Title, one legend for all panels, and where the numbers come from."""
+    shown = [name for name in chosen if name in {*fit.profiles, *profiles_on(fit)}]
+    handles = [Line2D([], [], color=chosen[name].colour, linestyle=(0, (4, 1.5)), label=name) for name in shown]
+    handles.append(Line2D([], [], color="0.3", marker="x", linestyle="none", label="device memory ends here"))
+    if any(axis.lines and any("measured" in str(line.get_label()) for line in axis.lines) for axis in figure.axes):
+        handles.append(Line2D([], [], color="0.3", marker="o", linestyle="none", label="measured"))
+    rows = -(-len(handles) // _COLUMNS)
+    below = 0.3 * (1 + rows) / figure.get_figheight()  # title and legend, in shares of the figure
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1 - 0.25 / figure.get_figheight()),
+                  ncols=min(_COLUMNS, len(handles)), frameon=False, fontsize=9)  # fmt: skip
+    figure.suptitle(f"{title}: dashed lines are modelled, not measured", fontsize=12, y=0.99)
+    figure.get_layout_engine().set(rect=(0, 0.07, 1, 0.93 - below))  # type: ignore[union-attr, call-arg]
+    footer(figure, note(run, fit))
+
+
+def note(run: pd.DataFrame, fit: Fit) -> str:
+    """The fit, its error on contexts it did not see, and what the accelerators' panels rest on."""
+    seen = " and ".join(tokens(context) for context in fit.fitted)
+    errors = [f"{title} {100 * error:.1f} %" for field, title, *_ in PANELS
+              if (error := fit.median_error(field)) is not None]  # fmt: skip
+    unseen = " and ".join(tokens(context) for context in sorted({check.context for check in fit.checks}))
+    checked = (
+        f"median error at {unseen}, which it did not see: {', '.join(errors)}"
+        if errors
+        else "nothing left to check it on"
+    )
+    first = run.iloc[0]
+    repeats = int(np.median(run.groupby(["method", "context"]).size()))
+    return (
+        f"{headline(run)}: {first['device']}, {threads(first['threads'])}, {first['dtype']}, n = {repeats} per point; "
+        f"constants fitted at {seen}; {checked}.\n"
+        f"Accelerators: peaks of the data sheets, {TARGET} in {DTYPE}, methods' bytes per token as measured here; "
+        "index building hidden beside the prefill; nobody measured these: floors."
+    )

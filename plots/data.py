@@ -1,0 +1,129 @@
+"""Records as figures need them: good rows with their numbers, runs alike but for one setting, published numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from plots.style import number, threads
+
+PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"  # csv files of published numbers
+PUBLISHED = ["benchmark", "model", "method", "budget", "setting", "metric", "value", "unit", "certainty", "source"]
+Settings = Mapping[str, Any]
+
+
+def with_settings(table: pd.DataFrame, known: Mapping[str, tuple[Settings, Settings]]) -> pd.DataFrame:
+    """The table with columns ``settings`` (config.yaml of the run) and ``machine`` (a few words), by key."""
+    nothing: tuple[Settings, Settings] = ({}, {})
+    found: list[Any] = [known.get(key, nothing) for key in table["key"]]
+    machines = [str(environment.get("accelerator") or environment.get("processor") or "-") for _, environment in found]
+    return table.assign(settings=[settings for settings, _ in found], machine=machines)
+
+
+def measured(table: pd.DataFrame, *columns: str, benchmarks: Sequence[str] | None = None) -> pd.DataFrame:
+    """Good rows (of these benchmarks) that hold a number in every one of ``columns``, as numbers.
+
+    Empty where a column is missing. ``settings`` and ``machine`` are added where the table lacks them.
+    """
+    good = table[table["status"] == "ok"]
+    if benchmarks is not None:
+        good = good[good["benchmark"].isin(benchmarks)]
+    if not set(columns) <= set(good.columns):
+        return good.iloc[:0].assign(**{name: None for name in (*columns, "settings", "machine") if name not in good})
+    good = good.assign(**{name: pd.to_numeric(good[name], errors="coerce") for name in columns})
+    empty: list[Any] = [{}] * len(good)
+    good = good if "settings" in good else good.assign(settings=empty)
+    good = good if "machine" in good else good.assign(machine="-")
+    return good.dropna(subset=list(columns)).reset_index(drop=True)
+
+
+def numbers(table: pd.DataFrame, column: str) -> pd.Series:
+    """A column as numbers, NaN for what is none and where there is no such column."""
+    values = table[column] if column in table else pd.Series(float("nan"), table.index)
+    return pd.to_numeric(values, errors="coerce").astype(float)
+
+
+def setting(settings: Settings, path: str, default: Any = None) -> Any:
+    """The value at ``method.budget.ratio`` of a run's settings."""
+    value: Any = settings
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return default
+        value = value[name]
+    return value
+
+
+def without(settings: Settings, *paths: str) -> str:
+    """The settings as text, less what lies at ``paths``: equal for runs that differ in nothing else."""
+    copy: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    for path in paths:
+        *parents, last = path.split(".")
+        holder = setting(copy, ".".join(parents)) if parents else copy
+        if isinstance(holder, dict):
+            holder.pop(last, None)
+    return json.dumps(copy, sort_keys=True)
+
+
+def alike(table: pd.DataFrame, *paths: str) -> Iterator[pd.DataFrame]:
+    """Rows of one benchmark and model whose settings differ at ``paths`` alone; the largest group first."""
+    rest = [without(settings, *paths) for settings in table["settings"]]
+    groups = table.assign(rest=rest).groupby(["benchmark", "model", "rest"], sort=False)
+    yield from sorted((part for _, part in groups), key=len, reverse=True)
+
+
+def family(settings: Settings, method: str) -> str:
+    """The method behind a run whatever the run is called: ``pqcache`` for every run of methods.pqcache.PQCache."""
+    parts = str(setting(settings, "method._target_", "")).split(".")
+    return parts[1] if len(parts) > 2 else method
+
+
+def families(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a column ``family``."""
+    pairs = zip(table["settings"], table["method"], strict=True)
+    return table.assign(family=[family(settings, str(method)) for settings, method in pairs])
+
+
+def emulated(run: pd.DataFrame) -> bool:
+    """Whether a link's time is a model's in any of these rows."""
+    return "emulated" in run and bool((run["emulated"] == True).any())  # noqa: E712 - a column of mixed values
+
+
+def link(run: pd.DataFrame) -> str:
+    """``, KV over PCIe`` for runs of a host tier, nothing for others."""
+    name = run["link"].iloc[0] if "link" in run else None
+    return f", KV over {name.removeprefix('emulated ')}" if isinstance(name, str) and name != "-" else ""
+
+
+def samples(counts: pd.Series) -> str:
+    """``n = 3``, ``n = 2 to 3``: of what a group's points are made."""
+    low, high = int(counts.min()), int(counts.max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def machine(table: pd.DataFrame) -> str:
+    """Where it ran, for the footer; timing records know threads as well."""
+    names = table["device"].fillna(table["machine"]) if "device" in table else table["machine"]
+    words = [", ".join(dict.fromkeys(names.dropna().astype(str)))]
+    if "threads" in table:
+        words += [threads(value) for value in dict.fromkeys(map(number, table["threads"].dropna()))]
+    if "dtype" in table:
+        words += dict.fromkeys(table["dtype"].dropna().astype(str))
+    return ", ".join(word for word in words if word and word != "-")
+
+
+def published(name: str, folder: Path | None = None) -> pd.DataFrame:
+    """Published numbers of results/paper/NAME.csv, where they stand and how sure they are; empty without the file."""
+    path = (PAPER if folder is None else folder) / f"{name}.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=PUBLISHED)
+    return pd.read_csv(path, dtype={"budget": str, "setting": str}, keep_default_na=False)
+
+
+def unique(name: str, taken: dict[str, int]) -> str:
+    """``name``, then ``name-2``, ... for figures of the same name."""
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}-{taken[name]}"

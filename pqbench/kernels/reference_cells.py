@@ -1,0 +1,98 @@
+"""Search by cells, the definition: tokens of equal codes share one score, so a step needs one per cell, not per token.
+
+With m sub-spaces of K centroids there are C = K**m cells, each with a list of its tokens (an inverted multi-index,
+Babenko and Lempitsky, CVPR 2012). Lists are ``tokens`` int32 ``[B, H, N]`` sorted by cell, in a cell oldest first, with
+``starts`` int32 ``[B, H, C + 1]``; ``pending`` int32 ``[B, H, P]`` are the cells of P younger tokens, N to N + P - 1,
+that are in no list yet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def best_of_cells(
+    q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The ``wanted`` tokens with the largest group-summed approximate probability, and what the others weigh.
+
+    Equal to a scan over all codes up to ties: equal cells go to the lower cell, in a cell to the older token.
+
+    Args:
+        q: ``[B, H, G, D]``.
+        codebook: ``[B, H, m, K, D/m]``.
+        wanted: tokens; all N + P where it exceeds these.
+
+    Returns:
+        tokens int64 ``[B, H, k]``, ascending, and the log-sum-exp of the others' scores, float32 ``[B, H, G]``.
+    """
+    scores = cell_scores(q, codebook) * scaling  # [B, H, G, C]
+    counts = starts.diff(dim=2).long()
+    counts = counts.scatter_add(2, pending.long(), torch.ones_like(pending, dtype=torch.int64))
+    take = shares(cell_probabilities(scores, counts), counts, wanted)
+    return taken(take, starts, tokens, pending), cell_log_weight(scores, counts - take)
+
+
+def cell_scores(q: Tensor, codebook: Tensor) -> Tensor:
+    """q . centroid of every cell for q ``[B, H, G, D]`` and a codebook ``[B, H, m, K, D/m]``: ``[B, H, G, K**m]``."""
+    batch, heads, group, _ = q.shape
+    blocks = q.float().view(batch, heads, group, codebook.shape[2], codebook.shape[4])
+    tables = torch.einsum("bhgmw,bhmkw->bhgmk", blocks, codebook)
+    scores = tables[:, :, :, 0]
+    for table in tables.unbind(3)[1:]:
+        scores = (scores[..., None] + table[..., None, :]).flatten(3)
+    return scores
+
+
+def cell_log_weight(scores: Tensor, counts: Tensor) -> Tensor:
+    """Log-sum-exp ``[B, H, G]`` of all tokens, from scores of cells ``[B, H, G, C]`` and ``counts`` ``[B, H, C]``."""
+    return (scores + counts.float().log()[:, :, None]).logsumexp(-1)
+
+
+def cell_probabilities(scores: Tensor, counts: Tensor) -> Tensor:
+    """Approximate attention that each token of a cell receives: softmax over tokens per query head, summed over the
+    group. Logits of cells ``[B, H, G, C]`` with ``counts`` ``[B, H, C]``; -1 for empty cells: ``[B, H, C]``."""
+    normaliser = cell_log_weight(scores, counts)
+    summed = (scores - normaliser[..., None]).exp().sum(2)
+    return summed.masked_fill(counts == 0, -1.0)
+
+
+def shares(probabilities: Tensor, counts: Tensor, wanted: int) -> Tensor:
+    """How many tokens of each cell ``[B, H, C]`` are selected: best cells first, until ``wanted`` are found."""
+    order = probabilities.argsort(dim=-1, descending=True, stable=True)
+    ranked = counts.gather(-1, order)
+    before = ranked.cumsum(-1) - ranked
+    given = (wanted - before).clamp(min=0).minimum(ranked)
+    return torch.zeros_like(counts).scatter_(-1, order, given)
+
+
+def taken(take: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor) -> Tensor:
+    """The oldest ``take`` ``[B, H, C]`` tokens of each cell, ascending ``[B, H, k]``; k in sum for every head."""
+    batch, heads, built = tokens.shape
+    total = built + pending.shape[2]
+    take, starts, waiting = take.flatten(0, 1), starts.flatten(0, 1), pending.flatten(0, 1).long()
+    old = starts.diff(dim=1).long()  # tokens of each cell that are in the lists
+    rows, found = listed(starts, tokens.flatten(0, 1), take.minimum(old))
+    same = waiting[:, :, None] == waiting[:, None, :]
+    rank = same.tril(-1).sum(-1)  # older waiting tokens of the same cell
+    late, place = (rank < (take - take.minimum(old)).gather(1, waiting)).nonzero().unbind(1)
+    keys = torch.cat([rows * total + found, late * total + place + built])  # sorted by row, then by token
+    return (keys.sort().values % total).view(batch, heads, -1)
+
+
+def listed(starts: Tensor, tokens: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The first ``shares`` ``[R, C]`` tokens of each list, R rows one after the other.
+
+    List c of row r is ``tokens[r, starts[r, c] : starts[r, c + 1]]``, of which no more than its length is asked for.
+
+    Returns:
+        rows and tokens, int64 ``[n]`` each.
+    """
+    row, cell = shares.nonzero().unbind(1)
+    count = shares[row, cell]
+    ends = count.cumsum(0)
+    within = torch.arange(int(ends[-1]) if len(ends) else 0, device=shares.device)
+    within = within - (ends - count).repeat_interleave(count)
+    row, begin = row.repeat_interleave(count), starts[row, cell].repeat_interleave(count)
+    return row, tokens[row, begin.long() + within].long()

@@ -1,0 +1,42 @@
+"""Records as runs write them, with the settings behind their keys, in a few lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from plots.data import with_settings
+from pqbench.summaries import frame
+
+Row = dict[str, Any]
+Settings = dict[str, Any]
+
+
+class Results:
+    """A results folder in memory: rows and, by key, the settings of their runs."""
+
+    def __init__(self, benchmark: str, /, **settings: Any) -> None:
+        self.benchmark, self.common = benchmark, settings
+        self.rows: list[Row] = []
+        self.known: dict[str, tuple[Settings, Settings]] = {}
+
+    def run(self, method: str, target: str, rows: list[Row], options: Settings | None = None, **settings: Any) -> None:
+        """Add one run: ``target`` is a module of methods/, ``options`` its fields; each row a sample's fields."""
+        key = f"{len(self.known):012x}"
+        own = {"_target_": f"methods.{target}.X", **(options or {})}
+        self.known[key] = ({"benchmark": {}, **self.common, **settings, "method": own}, {"processor": "Test CPU"})
+        for i, row in enumerate(rows):
+            common = {"benchmark": self.benchmark, "model": "toy", "task": "t", "sample_id": f"s{i}", "method": method,
+                      "key": key, "budget": "10 %", "question": "dense", "status": "ok"}  # fmt: skip
+            self.rows.append(common | row)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """As ``python -m plots`` hands it to a figure."""
+        return with_settings(frame(self.rows), self.known)
+
+
+def texts(figure: Any) -> str:
+    """All that is written outside the panels: title, footer."""
+    return "\n".join(text.get_text() for text in [*figure.texts, *([figure._suptitle] if figure._suptitle else [])])
