@@ -67,20 +67,29 @@ def sequential(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[
     return records
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_a_launcher_leaves_the_records_of_the_sequential_run_and_resumes(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
+@pytest.fixture(scope="module", params=LAUNCHERS)
+def distributed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """A launcher's overrides, and the results of the sweep it ran."""
+    overrides, results = launched(request.param), tmp_path_factory.mktemp(request.param)
+    done = sweep(results, *overrides)
+    assert done.returncode == 0, done.stderr
+    return overrides, results
+
+
+def test_a_launcher_leaves_the_records_of_the_sequential_run(
+    distributed: tuple[list[str], Path], request: pytest.FixtureRequest
 ) -> None:
-    overrides = launched(name)
-    expected = request.getfixturevalue("sequential")
-    first = sweep(tmp_path, *overrides)
-    assert first.returncode == 0, first.stderr
-    assert untimed(tmp_path) == expected
-    assert [run.state for run in read_runs(tmp_path)] == ["done"] * 6
-    before = {path: path.read_bytes() for path in tmp_path.rglob("records.jsonl")}
-    second = sweep(tmp_path, *overrides, "benchmark=needle")  # half of it is enough here
-    assert second.returncode == 0, second.stderr
-    assert {path: path.read_bytes() for path in tmp_path.rglob("records.jsonl")} == before
+    _, results = distributed
+    assert untimed(results) == request.getfixturevalue("sequential")
+    assert [run.state for run in read_runs(results)] == ["done"] * 6
+
+
+def test_the_same_sweep_again_measures_nothing(distributed: tuple[list[str], Path]) -> None:
+    overrides, results = distributed
+    before = {path: path.read_bytes() for path in results.rglob("records.jsonl")}
+    again = sweep(results, *overrides, "benchmark=needle", "budget.ratio=0.2")  # a part is enough
+    assert again.returncode == 0, again.stderr
+    assert {path: path.read_bytes() for path in results.rglob("records.jsonl")} == before
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
