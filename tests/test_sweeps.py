@@ -20,7 +20,14 @@ SWEEP = ("-m", "model=tiny", "threads=1", "method=[full,h2o]", "benchmark=needle
 LAUNCHERS = {
     "joblib": ("joblib", ["hydra.launcher.n_jobs=2"]),
     "submitit_local": ("submitit", ["hydra.sweeper.max_batch_size=2"]),
-    "ray": ("ray", ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"]),
+    "ray": (
+        "ray",
+        [
+            "hydra.launcher.ray.init.address=local",
+            "+hydra.launcher.ray.init.num_cpus=2",
+            "+hydra.launcher.ray.init.include_dashboard=false",
+        ],
+    ),
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
