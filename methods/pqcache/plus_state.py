@@ -174,7 +174,7 @@ class PQCachePlusState(PQCacheState):
             self.value_sum = kv.values(start, stop).float().sum(2, keepdim=True)
         if searches_cells(method.search, method.m * method.b, stop - start, self._scores_all):
             cells = cell_numbers(codes.view().to(kv.device), method.b)
-            self.lists = InvertedLists(cells, method.m * method.b)
+            self.lists = InvertedLists(cells, method.m * method.b, self.geometry.kernels)
         self._trained_at = kv.length
         if self._calibrates and self.queries.recent is not None:
             self.log_factor = self._fitted(kv, start, self.queries.recent)
@@ -189,7 +189,7 @@ class PQCachePlusState(PQCacheState):
         body = self.geometry.kernels
         codes = body.encode(self.map.keys(kv.keys(start, stop)), self._ready(self.codebook))
         if self.lists is not None:
-            self.lists.append(cell_numbers(codes, self.method.b))
+            self.lists.append(cell_numbers(codes, self.method.b), body)
         if self.value_sum is not None:
             self.value_sum = self.value_sum + kv.values(start, stop).float().sum(2, keepdim=True)
         if self.value_codebook is None:

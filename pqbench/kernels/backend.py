@@ -35,6 +35,9 @@ class Kernels(Protocol):
         """The tokens of largest approximate attention from lists by cell, and what the others weigh; see
         :mod:`pqbench.kernels.reference_cells`."""
 
+    def merge_lists(self, starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+        """Lists by cell with the pending tokens at their ends."""
+
     def exact_probabilities(self, q: Tensor, keys: Tensor, scaling: float) -> Tensor:
         """Exact attention each token would receive."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pqbench.kernels import reference
 from pqbench.kernels.cpu_attention import attend
-from pqbench.kernels.cpu_cells import search
+from pqbench.kernels.cpu_cells import merge, search
 from pqbench.kernels.cpu_columns import sum_columns
 from pqbench.kernels.cpu_kmeans import encode_keys, train
 from pqbench.kernels.cpu_rows import copy_rows
@@ -159,6 +159,23 @@ def best_of_cells(
     return found, log_weight
 
 
+def merge_lists(starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists by cell, ``starts`` ``[B, H, C + 1]`` and ``tokens`` ``[B, H, N + P]``, with the pending tokens at their
+    ends."""
+    lists = [part.contiguous() for part in (starts, tokens, pending)]
+    if starts.device.type != "cpu" or any(part.dtype != torch.int32 for part in lists):
+        return reference.merge_lists(starts, tokens, pending)
+    batch, heads, bounds = starts.shape
+    begins = torch.empty_like(lists[0])
+    merged = torch.empty(batch, heads, tokens.shape[2] + pending.shape[2], dtype=torch.int32)
+    with _threads_for(batch * heads * (merged.shape[2] + bounds)):
+        merge(
+            *(part.data_ptr() for part in lists), begins.data_ptr(), merged.data_ptr(), batch * heads, bounds - 1,
+            tokens.shape[2], pending.shape[2],
+        )  # fmt: skip
+    return begins, merged
+
+
 def top_k(scores: Tensor, count: int) -> Tensor:
     """Indices ``[..., k]`` of the largest of ``[..., S]``, ascending; ties to the lower index, NaN largest."""
     total = scores.shape[-1]
@@ -273,7 +290,7 @@ def warm_up(dtype: torch.dtype, dims: int = 64) -> float:
     encode(keys, codebook)
     top = top_k(pq_probabilities(q, codebook, codes, 1.0), 16)
     lists = torch.zeros(1, 1, 257, dtype=torch.int32)
-    best_of_cells(q, codebook, lists, lists[:, :, :0], lists[:, :, :1], 1, 1.0)
+    best_of_cells(q, codebook, *merge_lists(lists, lists[:, :, :0], lists[:, :, :1]), lists[:, :, :0], 1, 1.0)
     attention(q, keys, keys, 1.0, top)
     gather(keys, top, torch.empty_like(keys[:, :, :16]))
     column_sums(q[:, :, :, None], keys, 1.0)

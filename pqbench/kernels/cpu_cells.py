@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import bits_of, exp2, largest, splat, total, trailing_zeros
+from pqbench.kernels.cpu_lanes import bits_of, copy_bytes, exp2, largest, splat, total, trailing_zeros
 from pqbench.kernels.cpu_vector import (
     OPTIONS,
     add,
@@ -23,6 +23,7 @@ from pqbench.kernels.cpu_vector import (
     subtract,
     write_f32,
     write_f32x8,
+    write_i32,
     write_i64,
 )
 
@@ -192,3 +193,30 @@ def search(
             pending + problem * waiting * 4, waiting, wanted, target + problem * wanted * 8,
             log_weight + problem * group * 4,
         )  # fmt: skip
+
+
+@njit(parallel=True, **OPTIONS)
+def merge(
+    starts: int, tokens: int, pending: int, begins: int, merged: int, problems: int, cells: int, built: int,
+    waiting: int,
+) -> None:  # fmt: skip
+    """Lists ``merged`` ``[B * H, N + P]`` that begin at ``begins`` ``[B * H, C + 1]``: the old ones, each with its
+    pending tokens at its end. The cost is linear in the tokens."""
+    for problem in prange(problems):
+        old, new = starts + problem * (cells + 1) * 4, begins + problem * (cells + 1) * 4
+        own, target = pending + problem * waiting * 4, merged + problem * (built + waiting) * 4
+        ends = np.zeros(cells + 1, np.int64)  # first by how much lists move, then where each has grown to
+        for i in range(waiting):
+            ends[read_i32(own + i * 4) + 1] += 1
+        for c in range(cells):
+            ends[c + 1] += ends[c]
+        for c in range(cells + 1):
+            write_i32(new + c * 4, np.int32(read_i32(old + c * 4) + ends[c]))
+        for c in range(cells):
+            start, stop = np.int64(read_i32(old + c * 4)), np.int64(read_i32(old + c * 4 + 4))
+            copy_bytes(target + (start + ends[c]) * 4, tokens + (problem * built + start) * 4, (stop - start) * 4)
+            ends[c] += stop
+        for i in range(waiting):
+            cell = read_i32(own + i * 4)
+            write_i32(target + ends[cell] * 4, np.int32(built + i))
+            ends[cell] += 1

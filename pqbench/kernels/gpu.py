@@ -13,11 +13,11 @@ from pqbench.kernels.gpu_columns import column_sums
 from pqbench.kernels.gpu_kmeans import encode, train_codebook
 from pqbench.kernels.gpu_rows import gather, top_k
 from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
-from pqbench.kernels.reference_cells import best_of_cells
+from pqbench.kernels.reference_cells import best_of_cells, merge_lists
 
 __all__ = [
     "attention", "best_of_cells", "column_sums", "dense_attention", "encode", "exact_probabilities", "gather",
-    "pq_probabilities", "top_k", "train_codebook", "use_threads",
+    "merge_lists", "pq_probabilities", "top_k", "train_codebook", "use_threads",
 ]  # fmt: skip
 
 

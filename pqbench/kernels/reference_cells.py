@@ -31,7 +31,8 @@ def best_of_cells(
     counts = starts.diff(dim=2).long()
     counts = counts.scatter_add(2, pending.long(), torch.ones_like(pending, dtype=torch.int64))
     take = shares(cell_probabilities(scores, counts), counts, wanted)
-    return taken(take, starts, tokens, pending), cell_log_weight(scores, counts - take)
+    count = max(0, min(wanted, tokens.shape[2] + pending.shape[2]))
+    return taken(take, starts, tokens, pending, count), cell_log_weight(scores, counts - take)
 
 
 def cell_scores(q: Tensor, codebook: Tensor) -> Tensor:
@@ -67,32 +68,27 @@ def shares(probabilities: Tensor, counts: Tensor, wanted: int) -> Tensor:
     return torch.zeros_like(counts).scatter_(-1, order, given)
 
 
-def taken(take: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor) -> Tensor:
-    """The oldest ``take`` ``[B, H, C]`` tokens of each cell, ascending ``[B, H, k]``; k in sum for every head."""
-    batch, heads, built = tokens.shape
-    total = built + pending.shape[2]
-    take, starts, waiting = take.flatten(0, 1), starts.flatten(0, 1), pending.flatten(0, 1).long()
-    old = starts.diff(dim=1).long()  # tokens of each cell that are in the lists
-    rows, found = listed(starts, tokens.flatten(0, 1), take.minimum(old))
-    same = waiting[:, :, None] == waiting[:, None, :]
-    rank = same.tril(-1).sum(-1)  # older waiting tokens of the same cell
-    late, place = (rank < (take - take.minimum(old)).gather(1, waiting)).nonzero().unbind(1)
-    keys = torch.cat([rows * total + found, late * total + place + built])  # sorted by row, then by token
-    return (keys.sort().values % total).view(batch, heads, -1)
+def taken(take: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, count: int) -> Tensor:
+    """The oldest ``take`` ``[B, H, C]`` tokens of each cell, ascending ``[B, H, count]``; ``count`` in sum for every
+    head. No shape depends on what is in the tensors, so nothing waits for a GPU."""
+    places = torch.arange(count, device=take.device).expand(*take.shape[:2], -1).contiguous()
+    ends = take.cumsum(-1)
+    cell = torch.searchsorted(ends, places, right=True).clamp(max=take.shape[2] - 1)  # whose token fills a place
+    within = places - (ends - take).gather(2, cell)
+    old = starts.diff(dim=2).long().gather(2, cell)  # tokens of the cell that are in the lists
+    waiting, order = pending.sort(dim=2, stable=True)
+    younger = tokens.shape[2] + torch.searchsorted(waiting, cell.int()) + within - old
+    source = torch.cat([tokens.long(), tokens.shape[2] + order], dim=2)
+    index = torch.where(within < old, starts.long().gather(2, cell) + within, younger)
+    return source.gather(2, index).sort(dim=2).values
 
 
-def listed(starts: Tensor, tokens: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """The first ``shares`` ``[R, C]`` tokens of each list, R rows one after the other.
-
-    List c of row r is ``tokens[r, starts[r, c] : starts[r, c + 1]]``, of which no more than its length is asked for.
-
-    Returns:
-        rows and tokens, int64 ``[n]`` each.
-    """
-    row, cell = shares.nonzero().unbind(1)
-    count = shares[row, cell]
-    ends = count.cumsum(0)
-    within = torch.arange(int(ends[-1]) if len(ends) else 0, device=shares.device)
-    within = within - (ends - count).repeat_interleave(count)
-    row, begin = row.repeat_interleave(count), starts[row, cell].repeat_interleave(count)
-    return row, tokens[row, begin.long() + within].long()
+def merge_lists(starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+    """``starts`` and ``tokens`` of the same lists with the pending tokens at their ends."""
+    waiting = pending.long()
+    counts = starts.diff(dim=2).long().scatter_add(2, waiting, torch.ones_like(waiting))
+    places = torch.arange(tokens.shape[2], dtype=torch.int32, device=tokens.device).expand(tokens.shape).contiguous()
+    listed = torch.searchsorted(starts[..., 1:].contiguous(), places, right=True)  # cell of a place
+    cells = torch.empty_like(tokens).scatter_(2, tokens.long(), listed.int())  # of a token
+    order = torch.cat([cells, pending], dim=2).argsort(dim=2, stable=True)
+    return torch.nn.functional.pad(counts.cumsum(2), (1, 0)).int(), order.int()

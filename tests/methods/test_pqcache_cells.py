@@ -60,9 +60,9 @@ BODIES = [pytest.param(body, id=body.__name__.rpartition(".")[2]) for body in (r
 def test_cells_select_what_a_scan_selects(body: Kernels, search: tuple[int, int, int, int, int, int, bool]) -> None:
     m, b, listed, appended, wanted, seed, few = search
     q, codebook, codes = drawn(m, b, listed + appended, seed, few)
-    lists = InvertedLists(cell_numbers(codes[:, :, :listed], b), m * b)
+    lists = InvertedLists(cell_numbers(codes[:, :, :listed], b), m * b, body)
     for token in range(listed, listed + appended):
-        lists.append(cell_numbers(codes[:, :, token : token + 1], b))
+        lists.append(cell_numbers(codes[:, :, token : token + 1], b), body)
     assert len(lists) == listed + appended
     found_tokens, others_weigh = body.best_of_cells(
         q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.7
@@ -88,13 +88,31 @@ def test_cells_select_what_a_scan_selects(body: Kernels, search: tuple[int, int,
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_lists_made_anew_select_the_same(body: Kernels) -> None:
-    """Beyond 256 appended tokens."""
+@settings(max_examples=60, deadline=None)
+@given(search=searches)
+def test_lists_hold_every_token_once_oldest_first(
+    body: Kernels, search: tuple[int, int, int, int, int, int, bool]
+) -> None:
+    m, b, listed, appended, _, seed, few = search
+    cells = cell_numbers(drawn(m, b, listed + appended, seed, few)[2], b)
+    lists = InvertedLists(cells[:, :, :listed], m * b, body)
+    starts, tokens = body.merge_lists(lists.starts, lists.tokens, cells[:, :, listed:])
+    for i, h in np.ndindex(2, 2):
+        bounds = starts[i, h].tolist()
+        for cell in range(2 ** (m * b)):
+            own = (cells[i, h] == cell).nonzero()[:, 0].tolist()
+            assert tokens[i, h, bounds[cell] : bounds[cell + 1]].tolist() == own
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_merged_lists_select_the_same(body: Kernels) -> None:
+    """Beyond 512 appended tokens."""
     q, codebook, codes = drawn(2, 3, 700, 5, False)
-    grown = InvertedLists(cell_numbers(codes[:, :, :50], 3), 6)
+    grown = InvertedLists(cell_numbers(codes[:, :, :50], 3), 6, body)
     for first in range(50, 700, 13):
-        grown.append(cell_numbers(codes[:, :, first : first + 13], 3))
+        grown.append(cell_numbers(codes[:, :, first : first + 13], 3), body)
     assert len(grown) == 700
+    assert grown.pending.shape[2] < 512
     _, exact = scanned(q, codebook, codes)
     found = body.best_of_cells(q, codebook, grown.starts, grown.tokens, grown.pending, 200, 1.0)[0].numpy()
     for i, h in np.ndindex(2, 2):
@@ -141,8 +159,8 @@ def test_compiled_cells_equal_the_reference(tokens: int, parts: int, bits: int) 
     generator = torch.Generator().manual_seed(tokens + bits)
     q, codebook = torch.randn(1, 3, 4, 64, generator=generator), torch.randn(1, 3, parts, 2**bits, 64 // parts)
     codes = (torch.randn(1, 3, tokens, parts, generator=generator).abs() * 2**bits / 3).clamp(max=2**bits - 1).byte()
-    lists = InvertedLists(cell_numbers(codes[:, :, :-100], bits), parts * bits)
-    lists.append(cell_numbers(codes[:, :, -100:], bits))
+    lists = InvertedLists(cell_numbers(codes[:, :, :-100], bits), parts * bits, cpu)  # type: ignore[arg-type]
+    lists.append(cell_numbers(codes[:, :, -100:], bits), cpu)  # type: ignore[arg-type]
     for wanted in (1, 300, tokens - 1, tokens, tokens + 5):
         arguments = (q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.3)
         found, weight = cpu.best_of_cells(*arguments)
