@@ -45,7 +45,7 @@ def methods(budget: Budget) -> dict[str, Method]:
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
         "tova": TOVA(budget),
         "pqcache_plus": PQCachePlus(budget, b=4, b_v=4),
-        "pqcache_plus mean": PQCachePlus(budget, b=3, tail="mean", search="cells", refresh=4),
+        "pqcache_plus mean": PQCachePlus(budget, b=3, tail="mean", spread=False, search="cells", refresh=4),
         "pqcache_plus sampled": PQCachePlus(budget, b=4, tail="sampled", codebook="rotated"),
     }
 

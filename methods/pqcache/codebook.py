@@ -38,6 +38,11 @@ class KeyMap:
         """Queries ``[B, H, n, D]`` whose products with mapped keys are those of the originals."""
         return q if self.backward is None else q.float() @ self.backward
 
+    def moment(self, moment: Tensor) -> Tensor:
+        """E[q' q'^T] of mapped queries where the originals have ``moment``; both ``[B, H, D, D]`` float32."""
+        moment = moment.float()
+        return moment if self.backward is None else self.backward.transpose(-1, -2) @ moment @ self.backward
+
     def constant(self, q: Tensor) -> Tensor:
         """q.offset ``[B, H, n]`` of queries ``[B, H, n, D]``: what their products with mapped keys lack."""
         if self.offset is None:

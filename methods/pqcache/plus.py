@@ -27,6 +27,9 @@ class PQCachePlus(PQCache):
     Calibration: one factor per KV head corrects the estimated mass (see :func:`methods.pqcache.tail.tail_share`),
     fitted to the last 64 queries when the codebooks are made, as a rule the last of the prompt.
 
+    Spread: a byte per token says how far its estimated logit is likely to be off (:mod:`methods.pqcache.spread`), so
+    that rare keys, which codes describe worst, are not missed.
+
     Search by cells (:mod:`methods.pqcache.cells`): with few bits, tokens of equal codes are scored once.
 
     Attributes:
@@ -36,8 +39,9 @@ class PQCachePlus(PQCache):
         m_v, b_v: sub-spaces and bits of the value codes of the pq tail.
         calibrated: see above; of effect with the tails mean and pq.
         sampled_share: share of top_k that the tail ``sampled`` gets.
-        search: scan, cells (m * b at most 16), or auto: cells when there are at least 4 tokens per cell and the tail
-            does not read every code anyway.
+        spread: see above; not with search by cells, whose tokens share one score.
+        search: scan, cells (m * b at most 16), or auto: cells when there are at least 4 tokens per cell and neither the
+            tail nor the spread reads every code anyway.
         top_p: attend, of the top_k, only to as many as hold this share of the estimated attention with sinks and window
             (at their exact scores): budgets then differ by head and step, and top_k caps them. None for all of top_k;
             not with the tail ``sampled`` or search by cells.
@@ -51,9 +55,10 @@ class PQCachePlus(PQCache):
     codebook: str = "query_aware"
     queries: int | None = 1024
     tail: str = "pq"
-    m_v: int = 2
+    m_v: int = 1
     b_v: int = 8
     calibrated: bool = True
+    spread: bool = True
     sampled_share: float = 0.5
     search: str = "auto"
     top_p: float | None = None
@@ -72,6 +77,8 @@ class PQCachePlus(PQCache):
             raise ConfigError(
                 f"pqcache_plus.search=cells needs m * b of at most {MOST_BITS} bits, got {self.m * self.b}"
             )
+        if self.search == "cells" and self.spread:
+            raise ConfigError("pqcache_plus.search=cells gives tokens of a cell one score: set pqcache_plus.spread=false")
         if self.top_p is not None:
             if not 0 < self.top_p <= 1:
                 raise ConfigError(f"pqcache_plus.top_p is {self.top_p}: it must lie in (0, 1], or be null")

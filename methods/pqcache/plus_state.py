@@ -12,6 +12,7 @@ from methods.pqcache.cells import InvertedLists, cell_numbers, searches_cells
 from methods.pqcache.codebook import KeyMap, key_map
 from methods.pqcache.method import PQCacheState
 from methods.pqcache.queries import SeenQueries
+from methods.pqcache.spread import Spread
 from methods.pqcache.tail import (
     draw_rows,
     log_mass,
@@ -35,8 +36,8 @@ _TILE = 1 << 24  # elements of the largest temporary of calibration
 
 
 class PQCachePlusState(PQCacheState):
-    """Beside the keys' codebook: value codes (stored behind the key codes of a token), what was learnt from queries,
-    the lists of the cells, and the factor of the tail."""
+    """Beside the keys' codebook: value codes and the spread (stored behind the key codes of a token), what was learnt
+    from queries, the lists of the cells, and the factor of the tail."""
 
     method: PQCachePlus
 
@@ -45,6 +46,7 @@ class PQCachePlusState(PQCacheState):
         self.map = KeyMap()
         self.value_codebook: Tensor | None = None  # [B, H, m_v, 2**b_v, D/m_v]
         self.value_sum: Tensor | None = None  # [B, H, 1, D] over the middle
+        self.spread: Spread | None = None
         self.lists: InvertedLists | None = None
         self.log_factor = torch.zeros(geometry.batch, geometry.kv_heads, device=geometry.device)
         first = max(0, geometry.prompt - (method.queries or geometry.prompt))
@@ -81,7 +83,7 @@ class PQCachePlusState(PQCacheState):
         and, where the tail is made from codes, what the others add."""
         body, method, wanted = self.geometry.kernels, self.method, split.top_k
         codes = self._codes(kv) if self._reads_codes else None
-        wants_logits = method.tail in ("mean", "pq") or method.top_p is not None
+        wants_logits = method.tail in ("mean", "pq") or method.spread or method.top_p is not None
         logits = self._logits(q, codes) if codes is not None and wants_logits else None
         seen = log_weight = None
         if self.lists is not None:
@@ -139,12 +141,13 @@ class PQCachePlusState(PQCacheState):
     def _logits(self, q: Tensor, codes: Tensor) -> Tensor:
         """Approximate logits ``[B, H, n, M]`` of queries ``[B, H, n, D]``, on the scale of the exact ones."""
         scores = reference.pq_scores(self.map.queries(q), self._ready(self.codebook), self._key_codes(codes))
-        return (scores + self.map.constant(q)[..., None]) * self.geometry.scaling
+        logits = (scores + self.map.constant(q)[..., None]) * self.geometry.scaling
+        return logits if self.spread is None else logits + self.spread.added(codes[..., -1])[:, :, None]
 
     def _tail_value(self, q: Tensor, weights: Tensor | None, codes: Tensor | None) -> Tensor:
         """Mean value ``[B, H, G, D]`` of the tail, by weights ``[B, H, G, M]`` and value codes where they are kept."""
         if self.method.tail == "pq":
-            value_codes = self._ready(codes)[..., self.method.m :]
+            value_codes = self._ready(codes)[..., self.method.m : self.method.m + self.method.m_v]
             return quantised_mean(self._ready(weights), value_codes, self._ready(self.value_codebook))
         return (self._ready(self.value_sum) / len(self._ready(self.codes))).expand(q.shape)
 
@@ -157,7 +160,8 @@ class PQCachePlusState(PQCacheState):
 
     def _train(self, kv: KV, start: int, stop: int) -> None:
         super()._train(kv, start, stop)
-        method, codes = self.method, self._ready(self.codes)
+        method, codes = self.method, self._ready(self.codes).view()
+        columns = [codes]
         if method.tail == "pq":
             sample = None if method.sample is None else method.sample * 2**method.b_v
             self.value_codebook, value_codes = self.geometry.kernels.train_codebook(
@@ -169,11 +173,18 @@ class PQCachePlusState(PQCacheState):
                 sample,
                 method.tolerance,
             )
-            self.codes = GrowingBuffer(torch.cat([codes.view(), value_codes.to(codes.view().device)], dim=3))
+            columns.append(value_codes)
+        if method.spread:
+            keys, book = self.map.keys(kv.keys(start, stop)), self._ready(self.codebook)
+            moment = self.map.moment(self.queries.moment.mean()) * self.geometry.scaling**2
+            self.spread, spread_codes = Spread.fitted(keys, book, codes.to(kv.device), moment)
+            columns.append(spread_codes)
+        if len(columns) > 1:
+            self.codes = GrowingBuffer(torch.cat([column.to(codes.device) for column in columns], dim=3))
         if method.tail == "mean":
             self.value_sum = kv.values(start, stop).float().sum(2, keepdim=True)
         if searches_cells(method.search, method.m * method.b, stop - start, self._scores_all):
-            cells = cell_numbers(codes.view().to(kv.device), method.b)
+            cells = cell_numbers(codes.to(kv.device), method.b)
             self.lists = InvertedLists(cells, method.m * method.b, self.geometry.kernels)
         self._trained_at = kv.length
         if self._calibrates and self.queries.recent is not None:
@@ -187,14 +198,18 @@ class PQCachePlusState(PQCacheState):
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
         body = self.geometry.kernels
-        codes = body.encode(self.map.keys(kv.keys(start, stop)), self._ready(self.codebook))
+        keys, book = self.map.keys(kv.keys(start, stop)), self._ready(self.codebook)
+        codes = body.encode(keys, book)
         if self.lists is not None:
             self.lists.append(cell_numbers(codes, self.method.b), body)
         if self.value_sum is not None:
             self.value_sum = self.value_sum + kv.values(start, stop).float().sum(2, keepdim=True)
-        if self.value_codebook is None:
-            return codes
-        return torch.cat([codes, body.encode(kv.values(start, stop), self.value_codebook)], dim=3)
+        columns = [codes]
+        if self.value_codebook is not None:
+            columns.append(body.encode(kv.values(start, stop), self.value_codebook))
+        if self.spread is not None:
+            columns.append(self.spread.codes(keys, book, codes))
+        return torch.cat(columns, dim=3)
 
     def _fitted(self, kv: KV, first: int, recent: Tensor) -> Tensor:
         """Log of true over estimated tail mass ``[B, H]`` of the queries ``[B, H, G, n, D]`` seen last."""
@@ -230,7 +245,7 @@ class PQCachePlusState(PQCacheState):
     @property
     def _scores_all(self) -> bool:
         """Whether a step scores every token whatever the search."""
-        return self.method.tail == "pq" or self.method.top_p is not None
+        return self.method.tail == "pq" or self.method.spread or self.method.top_p is not None
 
     @property
     def _reads_codes(self) -> bool:
@@ -253,6 +268,6 @@ class PQCachePlusState(PQCacheState):
 
     @property
     def resident_bytes(self) -> int:
-        parts = (self.codebook, self.value_codebook, self.value_sum, self.lists, self.map)
+        parts = (self.codebook, self.value_codebook, self.value_sum, self.spread, self.lists, self.map)
         held = 0 if self.codes is None else self.codes.bytes
         return held + self.queries.nbytes + sum(part.nbytes for part in parts if part is not None)

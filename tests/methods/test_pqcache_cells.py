@@ -139,7 +139,7 @@ def test_methods_answer_the_same_by_cells_and_by_scan(tail: str, kind: str) -> N
     data.keys[:, :, 40:60] = data.keys[:, :, 20:40]  # ties
     states = {}
     for search in ("scan", "cells"):
-        states[search] = start(PQCachePlus(budget, b=3, b_v=3, codebook=kind, tail=tail, search=search), data)
+        states[search] = start(PQCachePlus(budget, b=3, b_v=3, codebook=kind, tail=tail, spread=False, search=search), data)
     for step in range(40):
         outputs, tokens = [], []
         for state, store in states.values():
@@ -183,7 +183,7 @@ def test_what_cells_read_and_hold() -> None:
     budget = Budget(sink=3, window=6, tokens=30, ratio=None)
     for tail, read in (("none", 0), ("mean", 0), ("pq", 2 + 2)):
         data = case(100, 1)
-        state, store = start(PQCachePlus(budget, b=3, b_v=3, tail=tail, search="cells"), data)
+        state, store = start(PQCachePlus(budget, b=3, b_v=3, tail=tail, spread=False, search="cells"), data)
         advance(state, store, data, 0)
         middle, bounds = 101 - 9, 2 * 2 * (64 + 1 + 1) * 4  # one token waits
         assert state.index_bytes == 4 * middle * read + bounds + 2 * 2 * 21 * 4

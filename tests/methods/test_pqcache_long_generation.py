@@ -82,7 +82,7 @@ def test_refreshed_codebooks_find_late_tokens_as_well_as_those_of_the_prompt(lla
         PROMPT, torch.ones(8),
     )  # fmt: skip
     assert data.q.shape[3] == data.keys.shape[2] == PROMPT + NEW
-    options: dict[str, Any] = {"m": 2, "b": 4, "tail": "none"}
+    options: dict[str, Any] = {"m": 2, "b": 4, "tail": "none", "spread": False}
     budget = Budget(sink=4, window=8, ratio=0.1)
     refreshed = recall_by_age(PQCachePlus(budget, refresh=PROMPT // 2, **options), data)
     frozen = recall_by_age(PQCachePlus(budget, **options), data)

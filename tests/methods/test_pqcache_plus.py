@@ -22,8 +22,8 @@ TAILS = ["none", "mean", "pq", "sampled"]
 
 
 def plus(budget: Budget = BUDGET, **options: Any) -> PQCachePlus:
-    """Small codebooks, uncalibrated unless asked for."""
-    return PQCachePlus(budget, **{"b": 3, "b_v": 3, "calibrated": False, **options})
+    """Small codebooks, uncalibrated and without spread unless asked for."""
+    return PQCachePlus(budget, **{"b": 3, "m_v": 2, "b_v": 3, "calibrated": False, "spread": False, **options})
 
 
 def started(method: PQCachePlus, data: Case, chunk: int | None = None) -> tuple[PQCachePlusState, DeviceStore]:
@@ -51,7 +51,11 @@ def estimates(state: PQCachePlusState, q: Tensor) -> np.ndarray:
         keys = keys @ np.linalg.inv(state.map.forward.double().numpy())
     if state.map.offset is not None:
         keys = keys + state.map.offset.double().numpy()
-    return np.einsum("bhnd,bhsd->bhns", q.double().numpy(), keys) * state.geometry.scaling
+    logits = np.einsum("bhnd,bhsd->bhns", q.double().numpy(), keys) * state.geometry.scaling
+    if state.spread is None:
+        return logits
+    share = state.codes.view()[..., -1].double().numpy() / 255
+    return logits + (share**2 * state.spread.most.double().numpy())[:, :, None]
 
 
 def lse(x: np.ndarray) -> np.ndarray:
@@ -73,10 +77,11 @@ def unselected(selection: Selection, store: DeviceStore, budget: Budget, prompt:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", ["mean", "pq"])
-def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str) -> None:
+@pytest.mark.parametrize("spread", [False, True])
+def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str, spread: bool) -> None:
     """Weight and value by numpy; selected and tail weight together are all that the scan estimates."""
     data = case(90, 8, group=3)
-    state, store = started(plus(codebook=kind, tail=tail), data)
+    state, store = started(plus(codebook=kind, tail=tail, spread=spread), data)
     for step in range(8):
         q = append(state, store, data, step)
         selection = state.select(q, store)
@@ -90,7 +95,7 @@ def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str) ->
         held = np.where(rest[:, :, None], -np.inf, logits)
         assert np.allclose(np.logaddexp(weight, lse(held)), lse(logits), atol=1e-4)
         if tail == "pq":
-            values = decoded(state.value_codebook, state.codes.view()[..., 2:])
+            values = decoded(state.value_codebook, state.codes.view()[..., 2:4])
             expected = np.einsum("bhgs,bhsd->bhgd", softmax(free), values)
         else:
             middle = data.values[:, :, 3 : 90 + step + 1 - 6].double().numpy().mean(2)
@@ -99,9 +104,10 @@ def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_selection_is_the_best_by_the_estimate(kind: str) -> None:
+@pytest.mark.parametrize("spread", [False, True])
+def test_selection_is_the_best_by_the_estimate(kind: str, spread: bool) -> None:
     data = case(90, 5, group=3)
-    state, store = started(plus(codebook=kind, tail="none"), data)
+    state, store = started(plus(codebook=kind, tail="none", spread=spread), data)
     for step in range(5):
         q = append(state, store, data, step)
         selection = state.select(q, store)
@@ -117,7 +123,7 @@ def test_selection_is_the_best_by_the_estimate(kind: str) -> None:
 def test_a_budget_for_everything_is_full_attention(prompt: int, tail: str, search: str) -> None:
     budget = Budget(sink=4, ratio=1.0)
     data = case(prompt, 15)
-    state, store = started(plus(budget, tail=tail, search=search, calibrated=True), data)
+    state, store = started(plus(budget, tail=tail, search=search, spread=search == "scan", calibrated=True), data)
     for step in range(15):
         selection = advance(state, store, data, step)
         output = output_of(selection, store, data.q[:, :, :, prompt + step], data)
@@ -132,7 +138,8 @@ def test_a_budget_for_everything_is_full_attention(prompt: int, tail: str, searc
 def test_identical_values_give_full_attention_at_any_budget(tail: str, tokens: int) -> None:
     data = case(90, 3)
     data.values[:] = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(4))
-    state, store = started(plus(replace(BUDGET, tokens=tokens), tail=tail, calibrated=True), data)
+    method = plus(replace(BUDGET, tokens=tokens), tail=tail, calibrated=True, spread=True)
+    state, store = started(method, data)
     for step in range(3):
         selection = advance(state, store, data, step)
         output = output_of(selection, store, data.q[:, :, :, 90 + step], data)
