@@ -39,27 +39,28 @@ PANELS: tuple[tuple[str, str, float, str, Callable[..., float]], ...] = (
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """Two figures, by context and by batch, for the newest latency run of each model whose shape is known.
 
-    A run of a single context, or of records too old for the fit, is left out with a line that says why.
+    A method is one line, see :func:`one_setting_each`. A run of a single context, or of records too old for the fit, is
+    left out with a line that says why.
     """
     good = timed(table)
     paths: list[Path] = []
     done: set[str] = set()
-    chosen = looks(good["method"])
+    chosen = looks(good["method"]) | {ON_HOST: Look("0.55", "o", "-")}
     for _, run in reversed(list(good.groupby(RUN, sort=False))):
         name = str(run["model"].iloc[0])
         if name in done:
             continue
         try:
-            labelled, colours = _labelled(run, chosen)
+            run = one_setting_each(run)
             shape = model_shape(name)
-            fit = fit_machine(labelled, shape)
+            fit = fit_machine(run, shape)
         except PqbenchError as error:
             log.info("no modelled latency of %s: %s", name, error)
             continue
         done.add(name)
         with style():
-            paths += save(by_context(labelled, fit, shape, colours), folder, f"costs_{plain_name(name)}")
-            paths += save(by_batch(labelled, fit, colours), folder, f"costs_batch_{plain_name(name)}")
+            paths += save(by_context(run, fit, shape, chosen), folder, f"costs_{plain_name(name)}")
+            paths += save(by_batch(run, fit, chosen), folder, f"costs_batch_{plain_name(name)}")
     return paths
 
 
@@ -134,17 +135,14 @@ def profiles_on(fit: Fit) -> dict[str, MethodProfile]:
     return found
 
 
-def _labelled(run: pd.DataFrame, chosen: Mapping[str, Look]) -> tuple[pd.DataFrame, dict[str, Look]]:
-    """Methods renamed where one has several settings, and the look of each name."""
-    names, colours = pd.Series(run["method"].astype(str), index=run.index), {}
-    for method, part in run.groupby("method", sort=False):
-        settings = part.groupby(["budget", "key"], sort=False)
-        for (budget, key), rows in settings:
-            label = str(method) if len(settings) == 1 else f"{method}, {budget} ({str(key)[:4]})"
-            names.loc[rows.index] = label
-            colours[label] = chosen[str(method)]
-    colours[ON_HOST] = Look("0.55", "o", "-")
-    return run.assign(method=names), colours
+def one_setting_each(run: pd.DataFrame) -> pd.DataFrame:
+    """Of every method the setting (budget and key) that was measured at most contexts, the newest of several; methods
+    that none of whose settings was measured at as many as full attention are left out."""
+    widths = run.groupby(["method", "budget", "key"], sort=False)["context"].nunique().reset_index(name="contexts")
+    best = widths.sort_values("contexts", kind="stable").groupby("method", sort=False).tail(1)
+    least = best.loc[best["method"] == BASELINE, "contexts"].max()
+    best = best[best["contexts"] >= (1 if pd.isna(least) else least)]
+    return run.merge(best.drop(columns="contexts"), on=["method", "budget", "key"])
 
 
 def _titles() -> list[str]:

@@ -61,7 +61,7 @@ def panels(run: pd.DataFrame) -> Figure:
         values = run.assign(value=factor * numbers(run, field))
         fixed, adaptive = (values[values["asked"].ge(0) == wanted] for wanted in (True, False))
         line(axis, fixed, adaptive)
-        axis.set_ylim(0, 105 if field == "score" else 1.12 * max(values["value"].max(), 1e-9))
+        axis.set_ylim(0, 115 if field == "score" else 1.15 * max(values["value"].max(), 1e-9))
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(unit)
     first = run.iloc[0]

@@ -111,10 +111,16 @@ def test_only_runs_the_model_can_read_are_drawn(tmp_path: Path, caplog: pytest.L
     assert costs.draw(good.assign(status="error"), tmp_path) == []
 
 
-def test_several_budgets_are_several_methods(tmp_path: Path) -> None:
+def test_a_method_is_drawn_with_the_setting_of_most_contexts() -> None:
+    """Of two with as many the newest; a method at fewer contexts than full attention is not drawn."""
     table = made_by(EXACT, (1024, 2048, 4096))
-    other = table[table["method"] == "pq"].assign(**COMMON | {"budget": "50 %", "key": "other"})
-    two: pd.DataFrame = pd.concat([table.assign(**COMMON), other], ignore_index=True)
-    labelled, chosen = costs._labelled(timed(two), looks(two["method"]))
-    assert set(labelled["method"]) == {"full", "pq, 25 % (k)", "pq, 50 % (othe)"}
-    assert chosen["pq, 50 % (othe)"] == looks(two["method"])["pq"]
+    pq = table[table["method"] == "pq"]
+    short = pq[pq["context"] > 1024]
+    parts = [
+        table.assign(**COMMON), pq.assign(**COMMON | {"budget": "50 %", "key": "newer"}),
+        short.assign(**COMMON | {"budget": "90 %", "key": "short"}), short.assign(**COMMON | {"method": "other"}),
+    ]  # fmt: skip
+    kept = costs.one_setting_each(timed(pd.concat(parts, ignore_index=True)))
+    assert set(kept["method"]) == {"full", "pq"}
+    assert set(kept.loc[kept["method"] == "pq", "key"]) == {"newer"}
+    assert len(kept) == len(table)
