@@ -189,8 +189,7 @@ def _finish(figure: Figure, run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Lo
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1 - 0.25 / figure.get_figheight()),
                   ncols=min(_COLUMNS, len(handles)), frameon=False, fontsize=9)  # fmt: skip
     figure.suptitle(f"{title}: dashed lines are modelled, not measured", fontsize=12, y=0.99)
-    figure.get_layout_engine().set(rect=(0, 0.07, 1, 0.93 - below))  # type: ignore[union-attr, call-arg]
-    footer(figure, note(run, fit))
+    footer(figure, note(run, fit), above=below)
 
 
 def note(run: pd.DataFrame, fit: Fit) -> str:

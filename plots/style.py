@@ -117,11 +117,12 @@ def tokens(count: int) -> str:
     return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
-def footer(figure: Figure, text: str) -> None:
-    """Where the numbers come from, small, below the panels, which make room for it."""
+def footer(figure: Figure, text: str, above: float = 0.0) -> None:
+    """Where the numbers come from, small, below the panels, which make room for it and for what needs a share ``above``
+    of the figure's height above them."""
     figure.text(0.01, 0.01, text, fontsize=7, color="0.35", ha="left", va="bottom", parse_math=False)
     bottom = (0.1 + 0.125 * len(text.splitlines())) / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))  # type: ignore[union-attr, call-arg]
+    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom - above))  # type: ignore[union-attr, call-arg]
 
 
 def headline(figure: Figure, text: str, stamp: str = "") -> None:

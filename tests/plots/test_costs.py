@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 
 from plots import costs
@@ -97,6 +98,16 @@ def test_the_figure_says_modelled_and_how_far_off_it_was(run: pd.DataFrame, fit:
         assert "median error at 2K and 8K" in text
         assert "time per output token 20.0 %" in text
         assert "n = 3 per point" in text
+
+
+def test_title_legend_and_panels_do_not_overlap(run: pd.DataFrame, fit: Fit) -> None:
+    chosen = looks(run["method"]) | {costs.ON_HOST: looks([])["full"]}
+    for figure in (costs.by_context(run, fit, MODELS["smollm2"], chosen), costs.by_batch(run, fit, chosen)):
+        FigureCanvasAgg(figure).draw()
+        [legend] = figure.legends
+        panels = max(axis.get_tightbbox().y1 for axis in figure.axes)  # type: ignore[union-attr]
+        assert panels <= legend.get_window_extent().y0
+        assert legend.get_window_extent().y1 <= figure._suptitle.get_window_extent().y0  # type: ignore[attr-defined]
 
 
 def test_only_runs_the_model_can_read_are_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
