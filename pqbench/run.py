@@ -26,6 +26,8 @@ from pqbench.terminal import plain
 
 log = logging.getLogger(__name__)
 
+TAIL = 128  # tokens of a prompt's end that a record shows
+
 
 @dataclass
 class Job:
@@ -224,6 +226,7 @@ def _common(job: Job, sample: Sample, name: str) -> Record:
         "shared_prefill": len(job.methods) > 1,
         "references": sample.references,
         "metadata": sample.metadata,
+        "prompt_tail": job.prompter.decode(sample.input_ids[-TAIL:]),
     }
 
 

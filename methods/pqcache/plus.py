@@ -78,7 +78,9 @@ class PQCachePlus(PQCache):
                 f"pqcache_plus.search=cells needs m * b of at most {MOST_BITS} bits, got {self.m * self.b}"
             )
         if self.search == "cells" and self.spread:
-            raise ConfigError("pqcache_plus.search=cells gives tokens of a cell one score: set pqcache_plus.spread=false")
+            raise ConfigError(
+                "pqcache_plus.search=cells gives tokens of a cell one score: set pqcache_plus.spread=false"
+            )
         if self.top_p is not None:
             if not 0 < self.top_p <= 1:
                 raise ConfigError(f"pqcache_plus.top_p is {self.top_p}: it must lie in (0, 1], or be null")

@@ -149,6 +149,7 @@
     about.replaceChildren();
     const line = (name, text) => about.append(make("dt", name), make("dd", text));
     if (entry) {
+      if (entry.prompt) line("prompt ends", "… " + entry.prompt);
       for (const one of entry.references) line("reference", one.text + (one.cut ? " … " + one.cut + " more characters" : ""));
       if (entry.more) line("", entry.more + " more references");
       for (const [name, value] of Object.entries(entry.facts)) line(name, value);

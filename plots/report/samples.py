@@ -12,12 +12,13 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from plots.report.load import Loaded
-from plots.report.text import clip, facts, name
+from plots.report.text import clip, facts, inert, name
 from pqbench.records import Record
 from pqbench.timings import is_timing
 
 BYTES = 6_000_000  # of the embedded text
 PREDICTION, REFERENCE, REFERENCES = 1200, 300, 5  # characters, characters, how many
+PROMPT = 600  # characters of its end
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Sample:
     sample: str
     references: list[Any]
     metadata: Any
+    tail: str = ""  # the end of the prompt, of the first record that holds it
     answers: list[tuple[int, Record]] = field(default_factory=list)  # run, record
 
 
@@ -74,6 +76,7 @@ def _collect(loaded: Loaded) -> tuple[list[tuple[str, ...]], list[Sample]]:
         identity = (benchmark, model, task, record["sample_id"], repr(listed))
         sample = samples.setdefault(identity, Sample((benchmark, model, task), record["sample_id"], listed, {}))
         sample.metadata = sample.metadata or record.get("metadata")
+        sample.tail = sample.tail or str(record.get("prompt_tail") or "")
         sample.answers.append((runs.setdefault(names, len(runs)), record))
     return list(runs), list(samples.values())
 
@@ -100,6 +103,7 @@ def _entry(sample: Sample) -> dict[str, Any]:
     known = facts(sample.metadata) if isinstance(sample.metadata, dict) else {}
     return {
         "benchmark": benchmark, "model": model, "task": task, "id": name(sample.sample), "references": references,
+        "prompt": inert(sample.tail[-PROMPT:]),
         "more": max(0, len(sample.references) - REFERENCES), "facts": dict(list(known.items())[:12]),
         "answers": [{"run": run} | _answer(record) for run, record in sample.answers],
     }  # fmt: skip

@@ -42,7 +42,9 @@ SELECTING: dict[str, Any] = {
     "infllm per head": lambda budget: InfLLM(budget, block_size=5, representatives=1, per_head=True),
     "pqcache": lambda budget: PQCache(budget, m=2, b=3),
     "pqcache_plus": lambda budget: PQCachePlus(budget, b=3, b_v=3),
-    "pqcache_plus mean": lambda budget: PQCachePlus(budget, b=2, tail="mean", codebook="centred", spread=False, search="cells"),
+    "pqcache_plus mean": lambda budget: PQCachePlus(
+        budget, b=2, tail="mean", codebook="centred", spread=False, search="cells"
+    ),
     "pqcache_plus sampled": lambda budget: PQCachePlus(budget, b=3, tail="sampled", codebook="rotated", refresh=7),
     "snapkv": lambda budget: SnapKV(budget, observation=6, kernel=3),
     "snapkv avg": lambda budget: SnapKV(budget, observation=70, kernel=5, pooling="avg"),

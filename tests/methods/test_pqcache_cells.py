@@ -139,7 +139,9 @@ def test_methods_answer_the_same_by_cells_and_by_scan(tail: str, kind: str) -> N
     data.keys[:, :, 40:60] = data.keys[:, :, 20:40]  # ties
     states = {}
     for search in ("scan", "cells"):
-        states[search] = start(PQCachePlus(budget, b=3, b_v=3, codebook=kind, tail=tail, spread=False, search=search), data)
+        states[search] = start(
+            PQCachePlus(budget, b=3, b_v=3, codebook=kind, tail=tail, spread=False, search=search), data
+        )
     for step in range(40):
         outputs, tokens = [], []
         for state, store in states.values():

@@ -181,6 +181,8 @@ def test_samples_show_every_prediction_beside_its_reference(page: html.HtmlEleme
         method: (scores[1], f"{method} says {scores[1]}") for method, scores in SCORES.items()
     }
     assert entry["references"] == [{"text": "42"}]
+    assert len(entry["prompt"]) == 600
+    assert entry["prompt"].endswith("begin and the end of number-i")
     assert sum(len(one["answers"]) for one in data["samples"]) == 25
 
 
@@ -197,6 +199,7 @@ def test_hostile_text_is_inert_in_the_page(results: Path, page: html.HtmlElement
     entry = next(one for one in embedded(page)["samples"] if one["task"].startswith("<script>"))
     (answer,) = entry["answers"]
     assert answer["text"] == inert(EVIL) + "\nsecond line"
+    assert entry["prompt"] == inert(EVIL)
     assert r"\x1b[31mred" in answer["text"]
     assert r"\u202e" in answer["text"]
     assert not [name for node in page.iter("*") for name in node.attrib if name.startswith("on")]
