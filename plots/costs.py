@@ -46,12 +46,12 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     paths: list[Path] = []
     done: set[str] = set()
     chosen = looks(good["method"]) | {ON_HOST: Look("0.55", "o", "-")}
-    for _, run in reversed(list(good.groupby(RUN, sort=False))):
-        name = str(run["model"].iloc[0])
+    for _, records in reversed(list(good.groupby(RUN, sort=False))):
+        name = str(records["model"].iloc[0])
         if name in done:
             continue
         try:
-            run = one_setting_each(run)
+            run = one_setting_each(records)
             shape = model_shape(name)
             fit = fit_machine(run, shape)
         except PqbenchError as error:
