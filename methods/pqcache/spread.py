@@ -2,8 +2,8 @@
 
 A logit q.k is estimated as q.c, where c is what the codes of the key stand for. The weight of a token is the
 exponential of its logit; for a normal error of variance s, E[exp(q.k)] = exp(q.c + s / 2). Over queries with second
-moment M the variance is e M e with e = k - c. Without s / 2 the rare keys, which lie far from every centroid, are judged
-too low and are missed in just the steps that need them.
+moment M the variance is e M e with e = k - c. Without s / 2 the rare keys, which lie far from every centroid, are
+judged too low and are missed in just the steps that need them.
 """
 
 from __future__ import annotations
