@@ -9,11 +9,12 @@ module imports wherever Triton is installed; its functions need tensors on a GPU
 from __future__ import annotations
 
 from pqbench.kernels.gpu_attention import attention, dense_attention
+from pqbench.kernels.gpu_cells import best_of_cells
 from pqbench.kernels.gpu_columns import column_sums
 from pqbench.kernels.gpu_kmeans import encode, train_codebook
 from pqbench.kernels.gpu_rows import gather, top_k
 from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
-from pqbench.kernels.reference_cells import best_of_cells, merge_lists
+from pqbench.kernels.reference_cells import merge_lists
 
 __all__ = [
     "attention", "best_of_cells", "column_sums", "dense_attention", "encode", "exact_probabilities", "gather",

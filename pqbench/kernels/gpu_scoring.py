@@ -123,20 +123,16 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
     """See :func:`pqbench.kernels.reference.pq_probabilities`."""
     q, codes, codebook = launch.dense_rows(q), launch.dense_rows(codes), codebook.contiguous()
     batch, heads, group, _ = q.shape
-    parts, clusters, width = codebook.shape[2:]
-    lanes, count, block_k = launch.power(group), codes.shape[2], min(64, launch.power(clusters, 16))
-    scores, part_lse, pieces, size = _scratch(q, count, lanes)
-    tables = q.new_empty(batch, heads, parts, clusters, lanes, dtype=torch.float32)
+    parts, clusters = codebook.shape[2:4]
+    lanes, count = launch.power(group), codes.shape[2]
+    scores, part_lse, pieces, size = scratch(q, count, lanes)
+    tables = scored_tables(q, codebook, scaling)
     with launch.on(q):
-        look_up_tables[(batch * heads * parts, launch.blocks(clusters, block_k))](
-            q, codebook, tables, q.stride()[:3], heads, clusters, float(scaling), parts=parts, group=group, width=width,
-            lanes=lanes, block_k=block_k, block_w=launch.power(width), **launch.options(),
-        )  # fmt: skip
         score_codes[(batch * heads, pieces)](
             tables, codes, scores, part_lse, codes.stride()[:3], heads, count, size, clusters, parts=parts, group=group,
             lanes=lanes, block_n=_TOKENS, **launch.options(),
         )  # fmt: skip
-    return _finish(q, scores, part_lse, pieces)
+    return sum_over_group(q, scores, part_lse, pieces)
 
 
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -144,7 +140,7 @@ def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
     q, keys = launch.dense_rows(q), launch.dense_rows(keys)
     batch, heads, group, width = q.shape
     count, lanes = keys.shape[2], launch.power(group)
-    scores, part_lse, pieces, size = _scratch(q, count, lanes)
+    scores, part_lse, pieces, size = scratch(q, count, lanes)
     precision = launch.precision_for(q, keys)
     with launch.on(q):
         score_keys[(batch * heads, pieces)](
@@ -152,10 +148,24 @@ def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
             group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision), precision=precision,
             block_g=launch.power(group, 16), block_n=64, **launch.options(),
         )  # fmt: skip
-    return _finish(q, scores, part_lse, pieces)
+    return sum_over_group(q, scores, part_lse, pieces)
 
 
-def _scratch(q: Tensor, count: int, lanes: int) -> tuple[Tensor, Tensor, int, int]:
+def scored_tables(q: Tensor, codebook: Tensor, scaling: float) -> Tensor:
+    """Scaled products ``[B, H, m, K, L]`` of q ``[B, H, G, D]`` with a contiguous codebook ``[B, H, m, K, D/m]``."""
+    batch, heads, group, _ = q.shape
+    parts, clusters, width = codebook.shape[2:]
+    lanes, block_k = launch.power(group), min(64, launch.power(clusters, 16))
+    tables = q.new_empty(batch, heads, parts, clusters, lanes, dtype=torch.float32)
+    with launch.on(q):
+        look_up_tables[(batch * heads * parts, launch.blocks(clusters, block_k))](
+            q, codebook, tables, q.stride()[:3], heads, clusters, float(scaling), parts=parts, group=group, width=width,
+            lanes=lanes, block_k=block_k, block_w=launch.power(width), **launch.options(),
+        )  # fmt: skip
+    return tables
+
+
+def scratch(q: Tensor, count: int, lanes: int) -> tuple[Tensor, Tensor, int, int]:
     """Room for logits and for log-sum-exps, the number of parts, and tokens of each."""
     batch, heads = q.shape[:2]
     pieces, size = launch.split(count, _TOKENS, batch * heads, q.device)
@@ -163,7 +173,7 @@ def _scratch(q: Tensor, count: int, lanes: int) -> tuple[Tensor, Tensor, int, in
     return scores, q.new_empty(batch, heads, pieces, lanes, dtype=torch.float32), pieces, size
 
 
-def _finish(q: Tensor, scores: Tensor, part_lse: Tensor, pieces: int) -> Tensor:
+def sum_over_group(q: Tensor, scores: Tensor, part_lse: Tensor, pieces: int) -> Tensor:
     """Sum probabilities over the group: ``[B, H, S]``."""
     batch, heads, count, lanes = scores.shape
     sums = q.new_empty(batch, heads, count, dtype=torch.float32)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pqbench.kernels import reference
+from methods.pqcache.cells import cell_numbers
+from pqbench.kernels import reference, reference_cells
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 
@@ -99,6 +100,30 @@ def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) 
         close(got, reference.pq_probabilities(q, codebook, codes, scaling), 1e-3 if scaling > 1 else 2e-4)
     one = codes[:, :, :1]
     close(body().pq_probabilities(q, codebook, one, 0.3), reference.pq_probabilities(q, codebook, one, 0.3))
+
+
+def cells(parts: int, bits: int, group: int, device: torch.device, scale: int) -> None:
+    """The best tokens by the reference's own scores, up to ties by rounding, and the weight of the others; a third of
+    the tokens waits, and some cells are empty."""
+    q, codebook = normal(device, 2, 2, group, 4 * parts) * 2, normal(device, 2, 2, parts, 2**bits, 4, seed=1)
+    total = 60 * scale
+    drawn = torch.randint(2**bits - 1, (2, 2, total, parts), generator=torch.Generator().manual_seed(2))
+    numbers = cell_numbers(drawn.to(device, reference.CODE), bits)
+    listed, pending = numbers[:, :, : total * 2 // 3], numbers[:, :, total * 2 // 3 :]
+    none = numbers.new_zeros(2, 2, 2 ** (parts * bits) + 1)
+    starts, tokens = body().merge_lists(none, listed[:, :, :0], listed)
+    scores = reference_cells.cell_scores(q, codebook) * 0.3
+    counts = torch.zeros_like(none[:, :, 1:], dtype=torch.int64).scatter_add(2, numbers.long(), numbers.long() * 0 + 1)
+    shares = reference_cells.cell_probabilities(scores, counts).gather(2, numbers.long())
+    for wanted in (0, 1, total // 2, total, total + 3):
+        found, weight = body().best_of_cells(q, codebook, starts, tokens, pending, wanted, 0.3)
+        assert found.shape[2] == min(wanted, total)
+        assert bool((found.diff(dim=2) > 0).all())
+        ranked = shares.sort(dim=2, descending=True).values[:, :, : found.shape[2]]
+        close(shares.gather(2, found).sort(dim=2, descending=True).values, ranked)
+        expected = reference_cells.best_of_cells(q, codebook, starts, tokens, pending, wanted, 0.3)[1]
+        assert torch.equal(weight.isinf(), expected.isinf())
+        close(weight.nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0), 1e-3)
 
 
 def top_k(total: int, device: torch.device, scale: int) -> None:
@@ -224,6 +249,9 @@ CHECKS: dict[str, Check] = {
     "pq m=2 K=64": partial(pq, 2, 64, 4),
     "pq m=4 K=256": partial(pq, 4, 256, 3),
     "pq m=8 G=17": partial(pq, 8, 5, 17),
+    "cells 2x3": partial(cells, 2, 3, 4),
+    "cells 3x2 G=17": partial(cells, 3, 2, 17),
+    "cells 1x8 G=1": partial(cells, 1, 8, 1),
     "top_k short": partial(top_k, 90),
     "top_k of one": partial(top_k, 9),
     "top_k long": partial(top_k, 4500),

@@ -69,6 +69,13 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         codes = torch.zeros(1, 2, 640, m, dtype=torch.uint8)
         return body.pq_probabilities(query, random(1, 2, m, 2**b, 128 // m), codes, 0.1)
 
+    def search(m: int, b: int, query: Tensor) -> object:
+        starts, waiting = (
+            torch.zeros(1, 2, 2 ** (m * b) + 1, dtype=torch.int32),
+            torch.zeros(1, 2, 64, dtype=torch.int32),
+        )
+        return body.best_of_cells(query, random(1, 2, m, 2**b, 128 // m), starts, waiting[:, :, :0], waiting, 32, 0.1)
+
     return {
         "attention": lambda: body.attention(q, keys, values, 0.1, indices),
         "attention, all wanted": lambda: body.attention(q, keys, values, 0.1, indices, visible, True),
@@ -82,6 +89,8 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         "pq_probabilities, m=4": lambda: score(4, 8, q),
         "pq_probabilities, G=1": lambda: score(4, 8, mha),
         "pq_probabilities, G=32": lambda: score(4, 8, random(1, 2, 32, 128, dtype=dtype)),
+        "best_of_cells, 2x6": lambda: search(2, 6, q),
+        "best_of_cells, 2x8, G=1": lambda: search(2, 8, mha),
         "train_codebook, m=2": lambda: body.train_codebook(keys, 2, 64, 1, 0),
         "train_codebook, m=4": lambda: body.train_codebook(keys, 4, 256, 1, 0),
         "encode, m=1": lambda: body.encode(wide, random(1, 2, 1, 256, 256)),

@@ -1,0 +1,76 @@
+"""Triton: search by cells. Cells are scored by table look-up of their digits, as tokens are in
+:mod:`pqbench.kernels.gpu_scoring`; ranking and taking tokens from lists is sorting and gathering, which torch's kernels
+do without waiting for the GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pqbench.kernels import gpu_launch as launch
+from pqbench.kernels.gpu_scoring import fold, scored_tables, scratch, sum_over_group
+from pqbench.kernels.reference_cells import shares, taken
+
+_CELLS = 128  # of a tile
+
+
+@triton.jit(do_not_specialize=["size"])
+def score_cells(
+    tables: tl.tensor, counts: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, size: tl.tensor,
+    cells: tl.constexpr, clusters: tl.constexpr, parts: tl.constexpr, group: tl.constexpr, lanes: tl.constexpr,
+    block_n: tl.constexpr,
+) -> None:  # fmt: skip
+    """Logits ``[B*H, C, L]`` of one part of the cells, and the log-sum-exp ``[B*H, pieces, L]`` of their tokens, of
+    which cells hold ``counts`` ``[B*H, C]``; -inf where all are empty."""
+    pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    g, lane = tl.arange(0, lanes), tl.arange(0, block_n)
+    first_table = tables + pair * parts * clusters * lanes
+    top, total = tl.full([lanes], -1e30, tl.float32), tl.zeros([lanes], tl.float32)  # finite: a part may be empty
+    stop = tl.minimum(cells, (number + 1) * size)
+    for start in range(number * size, stop, block_n):
+        n = start + lane
+        seen = (n < stop)[:, None] & (g < group)[None, :]
+        score = tl.zeros([block_n, lanes], tl.float32)
+        digits = n
+        for i in tl.static_range(parts):  # the last sub-space is the lowest digit
+            entry = ((parts - 1 - i) * clusters + digits % clusters)[:, None] * lanes + g[None, :]
+            score += tl.load(first_table + entry, mask=seen, other=0.0)
+            digits = digits // clusters
+        tl.store(scores + (pair * cells + n)[:, None] * lanes + g[None, :], score, mask=seen)
+        held = tl.load(counts + pair * cells + n, mask=n < stop, other=0)
+        weighed = score + tl.log(tl.maximum(held, 1).to(tl.float32))[:, None]
+        top, total = fold(top, total, tl.where((held > 0)[:, None], weighed, float("-inf")))
+    row = (pair * tl.num_programs(1) + number) * lanes + g
+    tl.store(part_lse + row, tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf")))
+
+
+def best_of_cells(
+    q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`pqbench.kernels.reference_cells.best_of_cells`."""
+    counts = starts.diff(dim=2)
+    counts = counts.scatter_add(2, pending.long(), torch.ones_like(pending, dtype=counts.dtype))
+    scores, probabilities = cell_probabilities(q, codebook, counts, scaling)
+    take = shares(probabilities.masked_fill(counts == 0, -1.0), counts.long(), wanted)
+    rest = (counts - take).float().log()[..., None]  # -inf where nothing is left
+    found = max(0, min(wanted, tokens.shape[2] + pending.shape[2]))
+    return taken(take, starts, tokens, pending, found), (scores[..., : q.shape[2]] + rest).logsumexp(2)
+
+
+def cell_probabilities(q: Tensor, codebook: Tensor, counts: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, H, C, L]`` of all cells (L: the group, padded) and the attention that each of their tokens would
+    receive, summed over the group, ``[B, H, C]``; of empty cells what a token there would."""
+    q, codebook, counts = launch.dense_rows(q), codebook.contiguous(), counts.contiguous()
+    batch, heads, group, _ = q.shape
+    parts, clusters = codebook.shape[2:4]
+    lanes, cells = launch.power(group), counts.shape[2]
+    tables = scored_tables(q, codebook, scaling)
+    scores, part_lse, pieces, size = scratch(q, cells, lanes)
+    with launch.on(q):
+        score_cells[(batch * heads, pieces)](
+            tables, counts, scores, part_lse, size, cells=cells, clusters=clusters, parts=parts, group=group,
+            lanes=lanes, block_n=_CELLS, **launch.options(),
+        )  # fmt: skip
+    return scores, sum_over_group(q, scores, part_lse, pieces)
