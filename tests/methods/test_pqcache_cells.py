@@ -183,7 +183,7 @@ def test_when_cells_are_searched() -> None:
 
 def test_what_cells_read_and_hold() -> None:
     budget = Budget(sink=3, window=6, tokens=30, ratio=None)
-    for tail, read in (("none", 0), ("mean", 0), ("pq", 2 + 2)):
+    for tail, read in (("none", 0), ("mean", 0), ("pq", 2 + 1)):
         data = case(100, 1)
         state, store = start(PQCachePlus(budget, b=3, b_v=3, tail=tail, spread=False, search="cells"), data)
         advance(state, store, data, 0)
