@@ -161,7 +161,6 @@ class PQCachePlusState(PQCacheState):
     def _train(self, kv: KV, start: int, stop: int) -> None:
         super()._train(kv, start, stop)
         method, codes = self.method, self._ready(self.codes).view()
-        columns = [codes]
         if method.tail == "pq":
             sample = None if method.sample is None else method.sample * 2**method.b_v
             self.value_codebook, value_codes = self.geometry.kernels.train_codebook(
@@ -173,14 +172,8 @@ class PQCachePlusState(PQCacheState):
                 sample,
                 method.tolerance,
             )
-            columns.append(value_codes)
-        if method.spread:
-            keys, book = self.map.keys(kv.keys(start, stop)), self._ready(self.codebook)
-            moment = self.map.moment(self.queries.moment.mean()) * self.geometry.scaling**2
-            self.spread, spread_codes = Spread.fitted(keys, book, codes.to(kv.device), moment)
-            columns.append(spread_codes)
-        if len(columns) > 1:
-            self.codes = GrowingBuffer(torch.cat([column.to(codes.device) for column in columns], dim=3))
+            parts = (codes[..., : method.m], value_codes.to(codes.device), codes[..., method.m :])
+            self.codes = GrowingBuffer(torch.cat(parts, dim=3))
         if method.tail == "mean":
             self.value_sum = kv.values(start, stop).float().sum(2, keepdim=True)
         if searches_cells(method.search, method.m * method.b, stop - start, self._scores_all):
@@ -191,10 +184,18 @@ class PQCachePlusState(PQCacheState):
             self.log_factor = self._fitted(kv, start, self.queries.recent)
 
     def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        method = self.method
+        """See the base class; the spread's byte, where it is wanted, behind the codes of a key."""
+        method, device = self.method, self.geometry.device
         moment = self.queries.moment.mean()
-        self.map = key_map(method.codebook, keys, moment, method.m, method.seed, self.geometry.device)
-        return super()._clustered(self.map.keys(keys))
+        self.map = key_map(method.codebook, keys, moment, method.m, method.seed, device)
+        mapped = self.map.keys(keys)
+        codebook, codes = super()._clustered(mapped)
+        if not method.spread:
+            return codebook, codes
+        scaled = self.map.moment(moment) * self.geometry.scaling**2
+        spread, own = Spread.fitted(mapped, codebook, codes, scaled.to(keys.device))
+        self.spread = replace(spread, moment=scaled, most=spread.most.to(device))
+        return codebook, torch.cat([codes, own], dim=3)
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
         body = self.geometry.kernels

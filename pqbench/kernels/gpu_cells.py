@@ -4,14 +4,13 @@ do without waiting for the GPU."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pqbench.kernels import gpu_launch as launch
 from pqbench.kernels.gpu_scoring import fold, scored_tables, scratch, sum_over_group
-from pqbench.kernels.reference_cells import shares, taken
+from pqbench.kernels.reference_cells import cell_counts, shares, taken
 
 _CELLS = 128  # of a tile
 
@@ -50,10 +49,9 @@ def best_of_cells(
     q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """See :func:`pqbench.kernels.reference_cells.best_of_cells`."""
-    counts = starts.diff(dim=2)
-    counts = counts.scatter_add(2, pending.long(), torch.ones_like(pending, dtype=counts.dtype))
+    counts = cell_counts(starts, pending)
     scores, probabilities = cell_probabilities(q, codebook, counts, scaling)
-    take = shares(probabilities.masked_fill(counts == 0, -1.0), counts.long(), wanted)
+    take = shares(probabilities.masked_fill(counts == 0, -1.0), counts, wanted)
     rest = (counts - take).float().log()[..., None]  # -inf where nothing is left
     found = max(0, min(wanted, tokens.shape[2] + pending.shape[2]))
     return taken(take, starts, tokens, pending, found), (scores[..., : q.shape[2]] + rest).logsumexp(2)

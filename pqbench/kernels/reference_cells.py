@@ -28,11 +28,16 @@ def best_of_cells(
         tokens int64 ``[B, H, k]``, ascending, and the log-sum-exp of the others' scores, float32 ``[B, H, G]``.
     """
     scores = cell_scores(q, codebook) * scaling  # [B, H, G, C]
-    counts = starts.diff(dim=2).long()
-    counts = counts.scatter_add(2, pending.long(), torch.ones_like(pending, dtype=torch.int64))
+    counts = cell_counts(starts, pending)
     take = shares(cell_probabilities(scores, counts), counts, wanted)
     count = max(0, min(wanted, tokens.shape[2] + pending.shape[2]))
     return taken(take, starts, tokens, pending, count), cell_log_weight(scores, counts - take)
+
+
+def cell_counts(starts: Tensor, pending: Tensor) -> Tensor:
+    """Tokens of each cell, waiting ones included: int64 ``[B, H, C]``."""
+    waiting = pending.long()
+    return starts.diff(dim=2).long().scatter_add(2, waiting, torch.ones_like(waiting))
 
 
 def cell_scores(q: Tensor, codebook: Tensor) -> Tensor:
@@ -85,8 +90,7 @@ def taken(take: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, count: 
 
 def merge_lists(starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
     """``starts`` and ``tokens`` of the same lists with the pending tokens at their ends."""
-    waiting = pending.long()
-    counts = starts.diff(dim=2).long().scatter_add(2, waiting, torch.ones_like(waiting))
+    counts = cell_counts(starts, pending)
     places = torch.arange(tokens.shape[2], dtype=torch.int32, device=tokens.device).expand(tokens.shape).contiguous()
     listed = torch.searchsorted(starts[..., 1:].contiguous(), places, right=True)  # cell of a place
     cells = torch.empty_like(tokens).scatter_(2, tokens.long(), listed.int())  # of a token

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,15 +10,9 @@ from hypothesis import strategies as st
 
 from methods.pqcache import PQCachePlus, PQCachePlusState
 from methods.pqcache.spread import Spread, decoded, half_variance
-from pqbench.method import Budget, ConfigError
-from tests.methods.test_pqcache_plus import KINDS, estimates, started
+from pqbench.method import ConfigError
+from tests.methods.test_pqcache_plus import KINDS, estimates, plus, started
 from tests.support import Case, append, case, softmax, tokens_of
-
-BUDGET = Budget(sink=3, window=6, tokens=21, ratio=None)
-
-
-def plus(budget: Budget = BUDGET, **options: Any) -> PQCachePlus:
-    return PQCachePlus(budget, **{"b": 3, "b_v": 3, "calibrated": False, **options})
 
 
 def half_mean_square(state: PQCachePlusState, data: Case, stop: int) -> np.ndarray:
@@ -39,7 +31,7 @@ def half_mean_square(state: PQCachePlusState, data: Case, stop: int) -> np.ndarr
 def test_bytes_hold_half_the_mean_squared_error_over_the_prompts_queries(kind: str) -> None:
     """Of prompt and of appended tokens, up to the byte's steps; a later token is cut at the prompt's largest."""
     data = case(90, 8, group=3)
-    state, store = started(plus(codebook=kind, queries=None), data)
+    state, store = started(plus(codebook=kind, queries=None, spread=True), data)
     for step in range(8):
         append(state, store, data, step)
     assert state.codes is not None
