@@ -55,9 +55,9 @@ report: setup
 tables: setup
 	@$(BIN)/python -m pqbench.tables $(RESULTS)
 
-# A process per core, each of them on one thread; four hold enough models in memory.
+# A process per core, each of them (and each command that it starts) on one thread; four hold enough models in memory.
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

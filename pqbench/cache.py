@@ -7,6 +7,7 @@ sequence through a method.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -132,8 +133,9 @@ class PrefillLayer(OurLayer):
                 keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding)
             )
         self._buffers = None
-        if self.on_end is not None:
-            self.on_end()
+        done, self.on_end = self.on_end, None  # it holds what holds this layer: once called, let go
+        if done is not None:
+            done()
 
 
 class DecodeLayer(OurLayer):
@@ -146,7 +148,7 @@ class DecodeLayer(OurLayer):
         super().__init__()
         self._make = make
         self.seen = seen
-        self.following: DecodeLayer | None = None
+        self.following: Callable[[], DecodeLayer | None] | None = None  # weak, or layers would point at each other in a ring
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -159,8 +161,9 @@ class DecodeLayer(OurLayer):
             group.state.prefetch(group.store)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.following is not None:
-            self.following.prefetch()
+        following = None if self.following is None else self.following()
+        if following is not None:
+            following.prefetch()
         for group in self.groups:
             group.append(key_states[group.rows.index], value_states[group.rows.index])
         self.seen += 1
@@ -183,7 +186,7 @@ class DecodeLayer(OurLayer):
 def chain(layers: Sequence[DecodeLayer]) -> None:
     """Let each layer announce its step to the next, and the last to the first, whose step is the next token's."""
     for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
-        layer.following = following
+        layer.following = weakref.ref(following)
 
 
 def copy_sliding(layers: dict[int, CacheLayerMixin]) -> dict[int, CacheLayerMixin]:

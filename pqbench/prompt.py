@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -156,7 +155,6 @@ class Prefilled:
         if self.workers is not None:
             self.workers.shutdown()
         self.placement.close()
-        gc.collect()  # layers point at each other in rings; tensors count nothing towards the thresholds
 
     def _pairs(self) -> list[tuple[int, int]]:
         return [(m, g) for m in range(len(self.methods)) for g in range(len(self.groups))]

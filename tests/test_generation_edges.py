@@ -31,6 +31,8 @@ from pqbench import Method, decode, decoding_with, generate, prefill
 from pqbench.attention import NAME
 from pqbench.errors import ConfigError, ModelError
 from pqbench.method import Budget, Geometry, LayerState
+from pqbench.prompt import Setting
+from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import SHAPE, left_padded, prompt_of, randomize, tiny_model
 
 NEW = 12
@@ -253,20 +255,25 @@ def test_keys_that_are_not_finite_are_refused_for_every_method(ending: PreTraine
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Only an explicit call collects: what a long run may rely on, for tensors do not make the collector run."""
+    """Nothing collects rings: what a long run may rely on, for tensors do not make the collector run."""
     gc.disable()
     yield
     gc.enable()
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_closing_a_prompt_frees_what_was_decoded_and_the_prompts_before_it() -> None:
+@pytest.mark.parametrize("tier", [DeviceTier(), HostTier(link="local", cache_tokens=32, cache_block=8, debug=True)])
+def test_closing_a_prompt_frees_what_was_decoded_and_the_prompts_before_it(tier: Tier) -> None:
     model, ids = tiny_model("llama"), prompt_of(40)
+    chosen = [Full(), PQCache(Budget(sink=3, window=6, tokens=20, ratio=None), b=2, codes_on="host")]
     freed = []
     for _ in range(2):
-        prefilled = prefill(model, ids, [Full(), PQCache(Budget(sink=3, window=6, tokens=20, ratio=None), b=2)])
+        prefilled = prefill(model, ids, chosen, setting=Setting(tier))
         for method in range(2):
-            freed.append(weakref.ref(decode(prefilled, method, NEW).cache))
+            generation = decode(prefilled, method, NEW)
+            generation.settle()
+            freed.append(weakref.ref(generation.cache))
+            del generation
         prefilled.close()
         assert all(cache() is None for cache in freed[-2:])
         freed.append(weakref.ref(prefilled))

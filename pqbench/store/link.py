@@ -139,7 +139,7 @@ class Link(ABC):
     def __init__(self, debug: bool = False) -> None:
         self.debug = debug
         self.meters = Meters()
-        self._unwaited: dict[int, str] = {}  # transfers that nobody has waited for; kept with debug alone
+        self._unwaited: set[GuardedTransfer] = set()  # kept alive until somebody waits for them
 
     def to_host(self, source: Tensor, target: Tensor, name: str = "copy") -> Transfer:
         """Start copying a device tensor to the host."""
@@ -188,7 +188,7 @@ class Link(ABC):
             OrderingError: with ``debug``, transfers were submitted and never waited for.
         """
         if self._unwaited:
-            names = ", ".join(sorted(set(self._unwaited.values())))
+            names = ", ".join(sorted({transfer.name for transfer in self._unwaited}))
             count = len(self._unwaited)
             self._unwaited.clear()
             raise OrderingError(f"{count} transfers were never waited for: {names}")
@@ -209,14 +209,14 @@ class Link(ABC):
 class GuardedTransfer(Transfer):
     """A transfer that delivers as late as it may and notices who touched its buffers before."""
 
-    def __init__(self, inner: Transfer, copies: Sequence[Copy], name: str, unwaited: dict[int, str]) -> None:
+    def __init__(self, inner: Transfer, copies: Sequence[Copy], name: str, unwaited: set[GuardedTransfer]) -> None:
         super().__init__(Meters())  # the inner transfer counts
-        self._inner, self._copies, self._name, self._unwaited = inner, copies, name, unwaited
+        self._inner, self._copies, self.name, self._unwaited = inner, copies, name, unwaited
         with torch.inference_mode():  # the tensors of a generation are inference tensors, and may be settled outside
             self._held = [copy.read().clone() for copy in copies]
             for copy in copies:
                 poison(copy.target)
-        unwaited[id(self)] = name
+        unwaited.add(self)
 
     @property
     def done(self) -> bool:
@@ -225,13 +225,13 @@ class GuardedTransfer(Transfer):
     @torch.inference_mode()
     def _finish(self) -> None:
         self._inner.wait()
-        self._unwaited.pop(id(self), None)
+        self._unwaited.discard(self)
         held, self._held = self._held, []
         for copy, value in zip(self._copies, held):  # noqa: B905 - empty once delivered
             if not same_bits(copy.read(), value):
-                raise OrderingError(f"{self._name}: the source was overwritten before the transfer was waited for")
+                raise OrderingError(f"{self.name}: the source was overwritten before the transfer was waited for")
             if not poisoned(copy.target):
-                raise OrderingError(f"{self._name}: the target was written to before the transfer was waited for")
+                raise OrderingError(f"{self.name}: the target was written to before the transfer was waited for")
             copy.target.copy_(value)
 
 

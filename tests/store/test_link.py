@@ -283,6 +283,16 @@ def test_a_transfer_nobody_waits_for_is_reported() -> None:
     link.close()
 
 
+def test_every_transfer_nobody_waits_for_is_counted_though_nobody_holds_it() -> None:
+    link = LocalLink(debug=True)
+    for _ in range(20):
+        link.to_host(torch.ones(3), torch.zeros(3), "rows")
+        link.to_host(torch.ones(3), torch.zeros(3), "blocks").wait()
+    with pytest.raises(OrderingError, match="20 transfers were never waited for: rows to host"):
+        link.close()
+    link.close()
+
+
 def test_an_error_is_not_hidden_by_the_transfers_it_left_behind() -> None:
     def fail() -> None:
         with LocalLink(debug=True) as link:
