@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from pqbench.progress import read_runs
 from pqbench.records import parse
@@ -62,10 +63,13 @@ def untimed(results: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def sequential(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Records of the sweep run by Hydra's own launcher, one run after the other."""
-    results = tmp_path_factory.mktemp("sequential")
-    done = sweep(results)
-    assert done.returncode == 0, done.stderr
+    """Records of the sweep run by Hydra's own launcher, one run after the other; once for all processes of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    results = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sequential"
+    with FileLock(results.with_suffix(".lock")):
+        if not results.exists():
+            done = sweep(results)
+            assert done.returncode == 0, done.stderr
     records = untimed(results)
     assert {folder.rsplit("-", 1)[0]: len(rows) for folder, rows in records.items()} == {
         "needle/tiny/full": 5, "needle/tiny/h2o": 5, "ruler/tiny/full": 3, "ruler/tiny/h2o": 3,
