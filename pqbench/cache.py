@@ -148,7 +148,7 @@ class DecodeLayer(OurLayer):
         super().__init__()
         self._make = make
         self.seen = seen
-        self.following: Callable[[], DecodeLayer | None] | None = None  # weak, or layers would point at each other in a ring
+        self.following: Callable[[], DecodeLayer | None] | None = None  # weak: layers in a ring would not be freed
 
     @cached_property
     def groups(self) -> list[Group]:

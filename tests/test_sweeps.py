@@ -63,7 +63,7 @@ def untimed(results: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def sequential(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Records of the sweep run by Hydra's own launcher, one run after the other; once for all processes of the suite."""
+    """Records of the sweep run by Hydra's own launcher, one run after the other; once for the whole suite."""
     base = tmp_path_factory.getbasetemp()
     results = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sequential"
     with FileLock(results.with_suffix(".lock")):
