@@ -20,7 +20,8 @@ class KeyMap:
     """k' = (k - offset) @ forward and q' = q @ backward with forward @ backward.T = 1: q.k = q'.k' + q.offset.
 
     Attributes:
-        forward, backward: ``[B, H, D, D]`` or ``[D, D]`` float32, None for the identity.
+        forward, backward: ``[B, H, D, D']`` or ``[D, D']`` float32, None for the identity; D' is D, rounded up to a
+            multiple of the sub-spaces.
         offset: ``[B, H, 1, D]`` float32, None for zero.
     """
 
@@ -39,7 +40,8 @@ class KeyMap:
         return q if self.backward is None else q.float() @ self.backward
 
     def moment(self, moment: Tensor) -> Tensor:
-        """E[q' q'^T] of mapped queries where the originals have ``moment``; both ``[B, H, D, D]`` float32."""
+        """E[q' q'^T] of mapped queries, float32 ``[B, H, D', D']``; that of the originals is ``moment``
+        ``[B, H, D, D]``."""
         moment = moment.float()
         return moment if self.backward is None else self.backward.transpose(-1, -2) @ moment @ self.backward
 
@@ -56,7 +58,8 @@ class KeyMap:
 
 
 def key_map(kind: str, keys: Tensor, moment: Tensor, parts: int, seed: int, device: torch.device) -> KeyMap:
-    """The map of one kind for a codebook of ``parts`` sub-spaces.
+    """The map of one kind for a codebook of ``parts`` sub-spaces, all of one width: where D is no multiple of their
+    number, keys and queries get zeros.
 
     ``plain`` is the paper's. ``centred`` removes the mean of the keys; Lloyd's algorithm commutes with translations, so
     only rounding improves. ``rotated`` spreads every direction over all sub-spaces by one fixed random rotation.
@@ -68,12 +71,15 @@ def key_map(kind: str, keys: Tensor, moment: Tensor, parts: int, seed: int, devi
         seed: of the random rotation.
         device: where queries are.
     """
-    if kind == "centred":
-        return KeyMap(offset=keys.float().mean(2, keepdim=True).to(device))
-    if kind == "rotated":
-        turn = rotation(keys.shape[-1], seed).to(device)
-        return KeyMap(turn, turn)
-    return query_aware(moment, parts) if kind == "query_aware" else KeyMap()
+    if kind == "query_aware":
+        return query_aware(moment, parts)
+    offset = keys.float().mean(2, keepdim=True).to(device) if kind == "centred" else None
+    width = keys.shape[-1]
+    if kind != "rotated" and width % parts == 0:
+        return KeyMap(offset=offset)
+    turn = rotation(width, seed) if kind == "rotated" else torch.eye(width)
+    turn = padded(turn, parts).to(device)
+    return KeyMap(turn, turn, offset)
 
 
 def query_aware(moment: Tensor, parts: int, ridge: float = 1e-3) -> KeyMap:
@@ -93,9 +99,15 @@ def query_aware(moment: Tensor, parts: int, ridge: float = 1e-3) -> KeyMap:
     values = values.clamp(min=0)
     level = values.mean(-1, keepdim=True)
     scale = torch.where(level > 0, values + ridge * level, torch.ones_like(values)).sqrt()
-    order = dealt(moment.shape[-1], parts).to(moment.device)
-    vectors, scale = vectors.flip(-1)[..., order], scale.flip(-1)[..., order].unsqueeze(-2)
-    return KeyMap((vectors * scale).float(), (vectors / scale).float())
+    scale = scale.unsqueeze(-2)
+    both = [padded(x.flip(-1), parts) for x in (vectors * scale, vectors / scale)]
+    order = dealt(both[0].shape[-1], parts).to(moment.device)
+    return KeyMap(*(x[..., order].float() for x in both))
+
+
+def padded(vectors: Tensor, parts: int) -> Tensor:
+    """Vectors ``[..., D]`` with zeros behind, up to the next multiple of ``parts``."""
+    return torch.nn.functional.pad(vectors, (0, -vectors.shape[-1] % parts))
 
 
 def dealt(dimension: int, parts: int) -> Tensor:

@@ -13,8 +13,8 @@ from pqbench.method import ConfigError, Geometry, LayerState
 
 @dataclass(frozen=True)
 class PQCachePlus(PQCache):
-    """PQCache with additions, each an option; the defaults take 32 bits per token and head, keys and values
-    together.
+    """PQCache with additions, each an option; the defaults take 36 bits per token and head: 24 for
+    the key, 8 for the value, 4 for the spread.
 
     Codebooks: see :func:`methods.pqcache.codebook.key_map`. With ``query_aware`` squared error in K-Means is the
     expected squared error of q.k over the prompt's own queries of the KV head.
@@ -27,12 +27,13 @@ class PQCachePlus(PQCache):
     Calibration: one factor per KV head corrects the estimated mass (see :func:`methods.pqcache.tail.tail_share`),
     fitted to the last 64 queries when the codebooks are made, as a rule the last of the prompt.
 
-    Spread: a byte per token says how far its estimated logit is likely to be off (:mod:`methods.pqcache.spread`), so
+    Spread: four bits per token say how far its estimated logit is likely to be off (:mod:`methods.pqcache.spread`), so
     that rare keys, which codes describe worst, are not missed.
 
     Search by cells (:mod:`methods.pqcache.cells`): with few bits, tokens of equal codes are scored once.
 
     Attributes:
+        m: sub-spaces of keys; where the head dimension is no multiple of it, keys get zeros behind.
         codebook: plain, centred, rotated or query_aware.
         queries: prompt queries that query_aware learns from, counted from the end; None for all.
         tail: none, mean, pq or sampled.
@@ -49,7 +50,7 @@ class PQCachePlus(PQCache):
             generated queries counted in; None for never.
     """
 
-    m: int = 2
+    m: int = 3
     iterations: int | None = 10
     tolerance: float = 0.0
     codebook: str = "query_aware"
@@ -92,7 +93,8 @@ class PQCachePlus(PQCache):
                 raise ConfigError(f"pqcache_plus.{name} is {value}: it must be at least 1, or null")
 
     def layer(self, geometry: Geometry) -> LayerState:
-        super().layer(geometry)
+        if self.m > geometry.head_dim:
+            raise ConfigError(f"pqcache_plus.m is {self.m}: it may not exceed the head dimension {geometry.head_dim}")
         if self.tail == "pq" and geometry.head_dim % self.m_v:
             raise ConfigError(f"pqcache_plus.m_v is {self.m_v}: it must divide the head dimension {geometry.head_dim}")
         return PQCachePlusState(self, geometry)

@@ -36,8 +36,8 @@ _TILE = 1 << 24  # elements of the largest temporary of calibration
 
 
 class PQCachePlusState(PQCacheState):
-    """Beside the keys' codebook: value codes and the spread (stored behind the key codes of a token), what was learnt
-    from queries, the lists of the cells, and the factor of the tail."""
+    """Beside the keys' codebook: value codes (stored behind the key codes of a token), the spread, what was learnt from
+    queries, the lists of the cells, and the factor of the tail."""
 
     method: PQCachePlus
 
@@ -142,12 +142,12 @@ class PQCachePlusState(PQCacheState):
         """Approximate logits ``[B, H, n, M]`` of queries ``[B, H, n, D]``, on the scale of the exact ones."""
         scores = reference.pq_scores(self.map.queries(q), self._ready(self.codebook), self._key_codes(codes))
         logits = (scores + self.map.constant(q)[..., None]) * self.geometry.scaling
-        return logits if self.spread is None else logits + self.spread.added(codes[..., -1])[:, :, None]
+        return logits if self.spread is None else logits + self.spread.added()[:, :, None]
 
     def _tail_value(self, q: Tensor, weights: Tensor | None, codes: Tensor | None) -> Tensor:
         """Mean value ``[B, H, G, D]`` of the tail, by weights ``[B, H, G, M]`` and value codes where they are kept."""
         if self.method.tail == "pq":
-            value_codes = self._ready(codes)[..., self.method.m : self.method.m + self.method.m_v]
+            value_codes = self._ready(codes)[..., self.method.m :]
             return quantised_mean(self._ready(weights), value_codes, self._ready(self.value_codebook))
         return (self._ready(self.value_sum) / len(self._ready(self.codes))).expand(q.shape)
 
@@ -172,8 +172,7 @@ class PQCachePlusState(PQCacheState):
                 sample,
                 method.tolerance,
             )
-            parts = (codes[..., : method.m], value_codes.to(codes.device), codes[..., method.m :])
-            self.codes = GrowingBuffer(torch.cat(parts, dim=3))
+            self.codes = GrowingBuffer(torch.cat([codes, value_codes.to(codes.device)], dim=3))
         if method.tail == "mean":
             self.value_sum = kv.values(start, stop).float().sum(2, keepdim=True)
         if searches_cells(method.search, method.m * method.b, stop - start, self._scores_all):
@@ -184,18 +183,16 @@ class PQCachePlusState(PQCacheState):
             self.log_factor = self._fitted(kv, start, self.queries.recent)
 
     def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """See the base class; the spread's byte, where it is wanted, behind the codes of a key."""
+        """See the base class; here in the coordinates of the map, with the spread where it is wanted."""
         method, device = self.method, self.geometry.device
         moment = self.queries.moment.mean()
         self.map = key_map(method.codebook, keys, moment, method.m, method.seed, device)
         mapped = self.map.keys(keys)
         codebook, codes = super()._clustered(mapped)
-        if not method.spread:
-            return codebook, codes
-        scaled = self.map.moment(moment) * self.geometry.scaling**2
-        spread, own = Spread.fitted(mapped, codebook, codes, scaled.to(keys.device))
-        self.spread = replace(spread, moment=scaled, most=spread.most.to(device))
-        return codebook, torch.cat([codes, own], dim=3)
+        if method.spread:
+            scaled = self.map.moment(moment) * self.geometry.scaling**2
+            self.spread = Spread(mapped, codebook, codes, scaled, device)
+        return codebook, codes
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
         body = self.geometry.kernels
@@ -205,12 +202,11 @@ class PQCachePlusState(PQCacheState):
             self.lists.append(cell_numbers(codes, self.method.b), body)
         if self.value_sum is not None:
             self.value_sum = self.value_sum + kv.values(start, stop).float().sum(2, keepdim=True)
-        columns = [codes]
-        if self.value_codebook is not None:
-            columns.append(body.encode(kv.values(start, stop), self.value_codebook))
         if self.spread is not None:
-            columns.append(self.spread.codes(keys, book, codes))
-        return torch.cat(columns, dim=3)
+            self.spread.append(keys, book, codes)
+        if self.value_codebook is None:
+            return codes
+        return torch.cat([codes, body.encode(kv.values(start, stop), self.value_codebook)], dim=3)
 
     def _fitted(self, kv: KV, first: int, recent: Tensor) -> Tensor:
         """Log of true over estimated tail mass ``[B, H]`` of the queries ``[B, H, G, n, D]`` seen last."""
@@ -262,6 +258,7 @@ class PQCachePlusState(PQCacheState):
     @property
     def index_bytes(self) -> int:
         read = super().index_bytes if self._reads_codes else 0
+        read += 0 if self.spread is None else self.spread.numbers.bytes
         if self.lists is None:
             return read
         heads = self.geometry.batch * self.geometry.kv_heads

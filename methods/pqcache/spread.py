@@ -1,4 +1,4 @@
-"""How far a token's estimated logit is likely to be off, in one byte of its index.
+"""How far a token's estimated logit is likely to be off, in four bits of its index.
 
 A logit q.k is estimated as q.c, where c is what the codes of the key stand for. The weight of a token is the
 exponential of its logit; for a normal error of variance s, E[exp(q.k)] = exp(q.c + s / 2). Over queries with second
@@ -8,51 +8,48 @@ judged too low and are missed in just the steps that need them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-_LEVELS = 255  # of one byte
+from pqbench.kernels.buffers import NibbleBuffer
+
+_LEVELS = 15  # of four bits
 _TILE = 1 << 15  # tokens that are decoded at once
 
 
-@dataclass(frozen=True)
 class Spread:
-    """Half the variance of logits, quantised evenly in its square root: an error of zero stays zero.
+    """Half the variance of the logit of every token, quantised evenly in its square root: an error of zero stays zero.
 
     Attributes:
         moment: ``[B, H, D, D]`` of queries in the codebook's coordinates, times the squared scaling.
-        most: ``[B, H, 1]``, the largest of the tokens it was fitted to; later tokens are cut there.
+        most: ``[B, H, 1]``, the largest of the tokens it was made from; later tokens are cut there.
+        numbers: what is kept of the tokens, 0 to 15 each.
     """
 
-    moment: Tensor
-    most: Tensor
+    def __init__(self, keys: Tensor, codebook: Tensor, codes: Tensor, moment: Tensor, device: torch.device) -> None:
+        """For mapped keys ``[B, H, S, D]`` with their codes ``[B, H, S, m]``; kept on ``device``."""
+        half = half_variance(keys, codebook, codes, moment.to(keys.device))
+        self.moment, self.most = moment.to(device), half.amax(2, keepdim=True).to(device)
+        self.numbers = NibbleBuffer(self._quantised(half.to(device)))
 
-    @classmethod
-    def fitted(cls, keys: Tensor, codebook: Tensor, codes: Tensor, moment: Tensor) -> tuple[Spread, Tensor]:
-        """For mapped keys ``[B, H, S, D]`` with their codes ``[B, H, S, m]``; and the tokens' bytes, see
-        :meth:`codes`."""
-        half = half_variance(keys, codebook, codes, moment)
-        spread = cls(moment, half.amax(2, keepdim=True))
-        return spread, spread._bytes(half)
+    def append(self, keys: Tensor, codebook: Tensor, codes: Tensor) -> None:
+        """The next tokens: mapped keys ``[B, H, n, D]`` and their codes ``[B, H, n, m]``."""
+        self.numbers.append(self._quantised(half_variance(keys, codebook, codes, self.moment)))
 
-    def codes(self, keys: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
-        """One byte per token, uint8 ``[B, H, n, 1]``."""
-        return self._bytes(half_variance(keys, codebook, codes, self.moment))
-
-    def added(self, codes: Tensor) -> Tensor:
-        """What bytes ``[B, H, n]`` add to the logits of their tokens, float32 ``[B, H, n]``."""
-        return (codes.float() / _LEVELS).square() * self.most
+    def added(self) -> Tensor:
+        """What the logits of all tokens gain, float32 ``[B, H, S]``."""
+        pairs = self.numbers.pairs()
+        both = torch.stack([pairs & _LEVELS, pairs >> 4], dim=3).flatten(2)[:, :, : len(self.numbers)]
+        return (both.float() / _LEVELS).square() * self.most
 
     @property
     def nbytes(self) -> int:
         """Bytes held between steps."""
-        return self.moment.nbytes + self.most.nbytes
+        return self.moment.nbytes + self.most.nbytes + self.numbers.bytes
 
-    def _bytes(self, half: Tensor) -> Tensor:
+    def _quantised(self, half: Tensor) -> Tensor:
         share = (half / self.most).nan_to_num(0.0).clamp(0.0, 1.0)  # 0 / 0 where every key is its centroid
-        return (share.sqrt() * _LEVELS).round().to(torch.uint8)[..., None]
+        return (share.sqrt() * _LEVELS).round().to(torch.uint8)
 
 
 def half_variance(keys: Tensor, codebook: Tensor, codes: Tensor, moment: Tensor) -> Tensor:

@@ -59,6 +59,46 @@ class GrowingBuffer:
         self._length = min(self._length, length)
 
 
+class NibbleBuffer:
+    """Numbers below 16 along the third axis, ``[B, H, S]``, two to a byte: a number of even position in the low half.
+
+    Args:
+        numbers: uint8 ``[B, H, S]``.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._pairs = GrowingBuffer(_paired(numbers))
+        self._length = numbers.shape[2]
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the numbers held, slack excluded."""
+        return self._pairs.bytes
+
+    def pairs(self) -> Tensor:
+        """The bytes ``[B, H, (S + 1) // 2]`` without a copy; with an odd S the last high half means nothing."""
+        return self._pairs.view()
+
+    def append(self, numbers: Tensor) -> None:
+        """Add ``numbers`` ``[B, H, n]`` at the end."""
+        if self._length % 2:
+            last = self._pairs.view(len(self._pairs) - 1)  # [B, H, 1]
+            numbers = torch.cat([last & 15, numbers], dim=2)
+            self._pairs.truncate(len(self._pairs) - 1)
+            self._length -= 1
+        self._pairs.append(_paired(numbers))
+        self._length += numbers.shape[2]
+
+
+def _paired(numbers: Tensor) -> Tensor:
+    """Two numbers to a byte."""
+    even, odd = numbers[:, :, ::2], numbers[:, :, 1::2]
+    return even | torch.nn.functional.pad(odd << 4, (0, even.shape[2] - odd.shape[2]))
+
+
 def _allocate(rows: Tensor, capacity: int) -> Tensor:
     shape = list(rows.shape)
     shape[2] = capacity

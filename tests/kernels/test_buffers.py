@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqbench.kernels.buffers import GrowingBuffer, gather_rows, swap_remove
+from pqbench.kernels.buffers import GrowingBuffer, NibbleBuffer, gather_rows, swap_remove
 
 
 def rows(start: int, count: int) -> Tensor:
@@ -105,3 +106,19 @@ def test_gather_rows_against_loops() -> None:
             for n in range(2):
                 assert torch.equal(result[b, h, n], data[b, h, indices[b, h, n]])
     assert torch.equal(gather_rows(data[..., 0], indices), result[..., 0])
+
+
+@given(st.integers(0, 300), st.lists(st.integers(0, 5), max_size=12), st.integers(0, 9))
+def test_a_nibble_buffer_is_a_list_at_half_a_byte_each(initial: int, added: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(16, (2, 3, initial + sum(added)), generator=generator).byte()
+    buffer, length = NibbleBuffer(numbers[:, :, :initial]), initial
+    for count in added:
+        buffer.append(numbers[:, :, length : length + count])
+        length += count
+        assert len(buffer) == length
+    pairs = buffer.pairs().tolist()
+    assert buffer.bytes == 2 * 3 * ((length + 1) // 2)
+    for b, h, s in np.ndindex(2, 3, length):
+        byte = pairs[b][h][s // 2]
+        assert (byte // 16 if s % 2 else byte % 16) == int(numbers[b, h, s])

@@ -185,7 +185,7 @@ def test_what_cells_read_and_hold() -> None:
     budget = Budget(sink=3, window=6, tokens=30, ratio=None)
     for tail, read in (("none", 0), ("mean", 0), ("pq", 2 + 1)):
         data = case(100, 1)
-        state, store = start(PQCachePlus(budget, b=3, b_v=3, tail=tail, spread=False, search="cells"), data)
+        state, store = start(PQCachePlus(budget, m=2, b=3, b_v=3, tail=tail, spread=False, search="cells"), data)
         advance(state, store, data, 0)
         middle, bounds = 101 - 9, 2 * 2 * (64 + 1 + 1) * 4  # one token waits
         assert state.index_bytes == 4 * middle * read + bounds + 2 * 2 * 21 * 4

@@ -48,14 +48,22 @@ def estimates(state: PQCachePlusState, q: Tensor) -> np.ndarray:
     assert state.codes is not None
     keys = decoded(state.codebook, state.codes.view()[..., : state.method.m])
     if state.map.forward is not None:
-        keys = keys @ np.linalg.inv(state.map.forward.double().numpy())
+        keys = keys @ np.linalg.pinv(state.map.forward.double().numpy())
     if state.map.offset is not None:
         keys = keys + state.map.offset.double().numpy()
     logits = np.einsum("bhnd,bhsd->bhns", q.double().numpy(), keys) * state.geometry.scaling
     if state.spread is None:
         return logits
-    share = state.codes.view()[..., -1].double().numpy() / 255
-    return logits + (share**2 * state.spread.most.double().numpy())[:, :, None]
+    return logits + ((levels(state) / 15) ** 2 * state.spread.most.double().numpy())[:, :, None]
+
+
+def levels(state: PQCachePlusState) -> np.ndarray:
+    """The spread's four bits of every middle token, ``[B, H, M]`` float64."""
+    assert state.spread is not None
+    assert state.codes is not None
+    pairs = state.spread.numbers.pairs().numpy()
+    both = np.stack([pairs % 16, pairs // 16], axis=-1).reshape(*pairs.shape[:2], -1)
+    return both[:, :, : len(state.codes)].astype(float)
 
 
 def lse(x: np.ndarray) -> np.ndarray:
@@ -95,7 +103,7 @@ def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str, sp
         held = np.where(rest[:, :, None], -np.inf, logits)
         assert np.allclose(np.logaddexp(weight, lse(held)), lse(logits), atol=1e-4)
         if tail == "pq":
-            values = decoded(state.value_codebook, state.codes.view()[..., 2:4])
+            values = decoded(state.value_codebook, state.codes.view()[..., state.method.m :])
             expected = np.einsum("bhgs,bhsd->bhgd", softmax(free), values)
         else:
             middle = data.values[:, :, 3 : 90 + step + 1 - 6].double().numpy().mean(2)
@@ -269,12 +277,15 @@ def test_an_appended_token_gets_the_nearest_centroids_of_its_own_key_and_value()
         key = data.keys[:, :, token : token + 1].double().numpy() @ state.map.forward.double().numpy()
         own = {"key": key, "value": data.values[:, :, token : token + 1].double().numpy()}
         for name, book, codes in (
-            ("key", state.codebook, state.codes.view()[:, :, -1, :2]),
-            ("value", state.value_codebook, state.codes.view()[:, :, -1, 2:]),
+            ("key", state.codebook, state.codes.view()[:, :, -1, :3]),
+            ("value", state.value_codebook, state.codes.view()[:, :, -1, 3:]),
         ):
             assert book is not None
-            for b, h, j in np.ndindex(2, 2, 2):
-                distance = np.square(book[b, h, j].double().numpy() - own[name][b, h, 0, 8 * j : 8 * j + 8]).sum(-1)
+            parts, width = codes.shape[2], book.shape[4]
+            assert (parts, width) == {"key": (3, 6), "value": (2, 8)}[name]  # 16 dimensions, for keys two zeros
+            for b, h, j in np.ndindex(2, 2, parts):
+                own_part = own[name][b, h, 0, width * j : width * (j + 1)]
+                distance = np.square(book[b, h, j].double().numpy() - own_part).sum(-1)
                 assert distance[int(codes[b, h, j])] <= distance.min() + 1e-5
 
 
@@ -297,9 +308,9 @@ def test_refresh_learns_from_all_keys_and_queries_so_far() -> None:
     forward = state.map.forward.double().numpy()
     assert np.allclose(forward @ forward.transpose(0, 1, 3, 2), moment, atol=1e-3)
     keys = data.keys[:, :, 3:84] @ state.map.forward
-    codebook, codes = reference.train_codebook(keys, 2, 8, 10, 0, 128 * 8)
+    codebook, codes = reference.train_codebook(keys, 3, 8, 10, 0, 128 * 8)
     assert torch.allclose(state.codebook, codebook, atol=1e-4)
-    assert torch.equal(state.codes.view()[:, :, :81, :2], codes)
+    assert torch.equal(state.codes.view()[:, :, :81, :3], codes)
     assert len(state.codes) == 92 - 9
     assert not torch.equal(state.codebook, frozen.codebook)  # type: ignore[arg-type]
 
@@ -320,17 +331,35 @@ def test_sizes_count_codes_of_keys_and_values() -> None:
     assert state.index_bytes == codes
     books, maps, moment = heads * 16 * 8 * 4 * 2, heads * 16 * 16 * 4 * 2, heads * 16 * 16 * 8
     assert state.resident_bytes == codes + books + maps + moment
+    state, _ = started(plus(m=4, m_v=2, spread=True), case(80, 1))
+    assert state.index_bytes == codes + 2 * 2 * 36  # half a byte for each of 71 tokens
+    assert state.resident_bytes == codes + books + maps + moment + heads * (36 + 16 * 16 * 4 + 4)
 
 
-def test_defaults_stay_within_36_bits() -> None:
-    method = PQCachePlus()
-    assert method.m * method.b + method.m_v * method.b_v <= 36
+def test_defaults_read_36_bits_of_a_token() -> None:
+    state, _ = started(PQCachePlus(Budget(sink=3, window=6, tokens=30, ratio=None)), case(1009, 1))
+    assert state.index_bytes * 8 == 2 * 2 * 1000 * 36
+    method = state.method
     assert (method.codebook, method.tail, method.calibrated) == ("query_aware", "pq", True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [1, 3, 5, 16])
+def test_sub_spaces_need_not_divide_the_head_dimension(kind: str, m: int) -> None:
+    """Zeros behind keys and queries change no product and get no weight."""
+    data = case(90, 1)
+    state, store = started(plus(codebook=kind, m=m), data)
+    q, keys = data.q[:, :, :, 90], store.keys(3, 84)
+    mapped = state.map.queries(q) @ state.map.keys(keys).transpose(2, 3)
+    assert mapped.shape == (2, 2, q.shape[2], 81)
+    assert state.map.keys(keys).shape[-1] == -(-16 // m) * m
+    exact = q @ keys.transpose(2, 3)
+    assert torch.allclose(mapped + state.map.constant(q)[..., None], exact, atol=1e-3)
 
 
 def test_without_additions_it_is_pqcache() -> None:
     data = case(90, 5)
-    ours = started(plus(codebook="plain", tail="none", iterations=10, tolerance=0.0), data)
+    ours = started(plus(codebook="plain", tail="none", m=2, iterations=10, tolerance=0.0), data)
     paper = start(PQCache(BUDGET, m=2, b=3, iterations=10, tolerance=0.0), data)
     for step in range(5):
         assert torch.equal(*(advance(*pair, data, step).indices for pair in (ours, paper)))  # type: ignore[arg-type]
@@ -361,3 +390,8 @@ def test_wrong_options_are_named(options: dict[str, Any], word: str) -> None:
 def test_subspaces_of_values_must_divide_the_head_dimension() -> None:
     with pytest.raises(ConfigError, match=r"m_v is 3.*16"):
         plus(m_v=3).layer(case(4, 1).geometry)
+
+
+def test_more_sub_spaces_of_keys_than_dimensions_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"m is 17.*16"):
+        plus(m=17).layer(case(4, 1).geometry)

@@ -1,4 +1,4 @@
-"""The spread of estimated logits: its definition over the prompt's queries, its byte, and what it is for."""
+"""The spread of estimated logits: its definition over the prompt's queries, its four bits, and what they are for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from methods.pqcache import PQCachePlus, PQCachePlusState
 from methods.pqcache.spread import Spread, decoded, half_variance
 from pqbench.method import ConfigError
-from tests.methods.test_pqcache_plus import KINDS, estimates, plus, started
+from tests.methods.test_pqcache_plus import KINDS, estimates, levels, plus, started
 from tests.support import Case, append, case, softmax, tokens_of
 
 
@@ -28,8 +28,8 @@ def half_mean_square(state: PQCachePlusState, data: Case, stop: int) -> np.ndarr
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bytes_hold_half_the_mean_squared_error_over_the_prompts_queries(kind: str) -> None:
-    """Of prompt and of appended tokens, up to the byte's steps; a later token is cut at the prompt's largest."""
+def test_four_bits_hold_half_the_mean_squared_error_over_the_prompts_queries(kind: str) -> None:
+    """Of prompt and of appended tokens, up to the steps of four bits; a later token is cut at the prompt's largest."""
     data = case(90, 8, group=3)
     state, store = started(plus(codebook=kind, queries=None, spread=True), data)
     for step in range(8):
@@ -39,8 +39,8 @@ def test_bytes_hold_half_the_mean_squared_error_over_the_prompts_queries(kind: s
     expected = half_mean_square(state, data, 98 - 6)
     most = expected[..., : 90 - 9].max(-1, keepdims=True)
     share = np.sqrt(np.minimum(expected / most, 1))
-    assert state.codes.view().shape[2] == expected.shape[2]
-    assert np.abs(state.codes.view()[..., -1].double().numpy() - 255 * share).max() < 0.51
+    assert levels(state).shape == expected.shape
+    assert np.abs(levels(state) - 15 * share).max() < 0.501
     assert np.allclose(state.spread.most.numpy(), most, rtol=1e-4)
 
 
@@ -61,9 +61,10 @@ def test_half_variance_is_the_quadratic_form(count: int, m: int, seed: int) -> N
 
 def test_keys_that_are_their_centroids_add_nothing() -> None:
     codebook, codes = torch.randn(1, 2, 2, 4, 8), torch.randint(4, (1, 2, 30, 2)).byte()
-    spread, own = Spread.fitted(decoded(codebook, codes), codebook, codes, torch.eye(16).expand(1, 2, 16, 16))
-    assert not own.any()
-    assert not spread.added(own[..., 0]).any()
+    device, moment = torch.device("cpu"), torch.eye(16).expand(1, 2, 16, 16)
+    spread = Spread(decoded(codebook, codes), codebook, codes, moment, device)
+    assert not spread.numbers.pairs().any()
+    assert not spread.added().any()
 
 
 def test_rare_keys_are_found_in_the_steps_that_need_them() -> None:
@@ -93,4 +94,4 @@ def test_rare_keys_are_found_in_the_steps_that_need_them() -> None:
 
 def test_a_cell_has_one_score() -> None:
     with pytest.raises(ConfigError, match=r"spread=false"):
-        PQCachePlus(search="cells")
+        PQCachePlus(m=2, search="cells")
