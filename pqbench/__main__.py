@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def run_config(config: DictConfig) -> list[str]:
     if config.threads:
         torch.set_num_threads(config.threads)
     methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
+    plain["methods"] = {name: whole(plain["methods"][name], method) for name, method in methods.items()}
     benchmark = instantiate(config.benchmark)
     return (_time if isinstance(benchmark, Measurement) else _evaluate)(plain, methods, benchmark)
 
@@ -155,6 +157,15 @@ def check_options(config: DictConfig) -> None:
         if not (value is None and optional) and not (type(value) is int and value >= least):
             choices = f"a whole number from {least} up" + (", or null" if optional else "")
             raise ConfigError(f"{option} is {value!r}: use {choices}")
+
+
+def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """A method's configuration together with the values of the fields that it leaves to the code's defaults."""
+    left = {field.name: getattr(method, field.name) for field in fields(method) if field.name not in given}
+    return {
+        **given,
+        **{name: value for name, value in left.items() if type(value) in (bool, int, float, str, type(None))},
+    }
 
 
 def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: LoadedModel | None) -> Setting:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra.errors import InstantiationException
 
 import pqbench.run
+from methods.sparq import SparQ
 from pqbench.__main__ import main
 from pqbench.config import explain
 from pqbench.errors import BudgetError, DataError
@@ -142,6 +144,18 @@ def test_another_setting_goes_to_another_file(command: Command, tmp_path: Path) 
     for overrides in ([], ["benchmark.seed=1"], ["probe_tokens=0"], ["question=select"], ["chunk=100"]):
         assert command(*overrides).code == 0
     assert len(measured(tmp_path)) == 5
+
+
+def test_defaults_of_the_code_are_part_of_the_key(command: Command, tmp_path: Path) -> None:
+    """Else records made before and after a default changed would share a file."""
+    own = '+methods.own={{_target_: methods.sparq.SparQ, budget: "${{budget}}"{}}}'
+    assert command(own.format("")).code == 0
+    before = measured(tmp_path)
+    settings = yaml.safe_load(next(tmp_path.rglob("own-*/config.yaml")).read_text())["method"]
+    assert settings.keys() == {"_target_", *(field.name for field in fields(SparQ))}
+    assert settings["rank"] == SparQ().rank
+    assert command(own.format(f", rank: {SparQ().rank}")).code == 0
+    assert measured(tmp_path) == before
 
 
 def test_only_a_deleted_sample_runs_again(command: Command, tmp_path: Path) -> None:
