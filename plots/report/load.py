@@ -37,7 +37,7 @@ class Folder:
 @dataclass
 class Loaded:
     """A results folder in memory. ``table`` holds the scored records (column ``folder`` indexes ``folders``), ``timed``
-    those of timing benchmarks that say what they timed."""
+    those of timing and fidelity benchmarks that say what they measured."""
 
     root: Path
     records: list[Record] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Loaded:
     foreign: Counter[str] = field(default_factory=Counter)  # records of another format, by version
     broken: int = 0  # lines that are no record
     older: int = 0  # records that a newer one of the same sample replaces
-    unplaced: int = 0  # timing records that do not say what they timed
+    unplaced: int = 0  # timing or fidelity records that do not say what they measured
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     timed: list[Record] = field(default_factory=list)
 
@@ -64,7 +64,7 @@ class Loaded:
         for count, what in (
             (self.broken, "broken lines"),
             (self.older, "replaced by a newer record of the same sample"),
-            (self.unplaced, "timing records that do not say what they timed"),
+            (self.unplaced, "timing or fidelity records that do not say what they measured"),
         ):
             if count:
                 parts.append(f"{count} {what}")
@@ -98,13 +98,12 @@ def load(root: Path) -> Loaded:
 
 
 def _placed(record: Record) -> bool:
-    """Whether a timing record says what it timed, in fields that can be compared."""
-    context = record.get("context")
+    """Whether a record that is no score says what it measured, in fields that can be compared."""
+    context = record.get("context", record.get("length"))
     named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "key", "keys", "kernel")
     plain = not any(isinstance(record.get(field), list | dict) for field in named)
-    return (
-        plain and isinstance(record.get("method"), str) and isinstance(context, int) and not isinstance(context, bool)
-    )
+    numbers = type(context) is int and type(record.get("ratio")) in (int, float, type(None))
+    return plain and numbers and isinstance(record.get("method"), str)
 
 
 def _written(path: Path) -> int:

@@ -33,7 +33,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Timing:
-    """One table of timings, with numbers found in its cells so that it can be sorted."""
+    """One table of timings or fidelity, with numbers found in its cells so that it can be sorted."""
 
     benchmark: str
     model: str
@@ -131,8 +131,9 @@ def _timings(loaded: Loaded) -> list[Timing]:
 
 
 def _number(text: str) -> float | None:
+    """The number a cell starts with: an interval or a share may follow."""
     try:
-        return float(text)
+        return float(text.partition(" ")[0])
     except ValueError:
         return None
 

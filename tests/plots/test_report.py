@@ -283,7 +283,8 @@ def test_fields_of_the_wrong_type_or_absent_break_nothing(tmp_path: Path, value:
     bare = {"version": VERSION, "sample_id": "a", "status": "ok"}
     every = dict.fromkeys(record("full", "needle", "t", "b", 1.0), value) | bare
     timed = [every | {"benchmark": name, "sample_id": name} for name in ("latency", "attention")]
-    placed = [one | {"method": "m", "context": 8, "sample_id": one["sample_id"] + "2"} for one in timed]
+    timed.append(every | {"benchmark": "fidelity", "sample_id": "fidelity", "ratio": value, "kl": value})
+    placed = [one | {"method": "m", "context": 8, "length": 8, "sample_id": one["sample_id"] + "2"} for one in timed]
     failed = [bare | {"sample_id": "c", "status": "oom"}, every | {"sample_id": "e", "status": "error"}]
     needle = every | {"sample_id": "n", "benchmark": "needle", "model": "m", "method": "x"}
     good = record("full", "needle", "number", "d", 50.0, version=VERSION)
@@ -293,7 +294,29 @@ def test_fields_of_the_wrong_type_or_absent_break_nothing(tmp_path: Path, value:
     page = build(tmp_path)
     assert "full" in set(grid(page.xpath("//table[@id='runs']")[0])["method"])
     (left_out,) = page.xpath("//ul[@id='left-out']/li/text()")
-    assert re.fullmatch("[24] timing records that do not say what they timed", left_out)
+    assert re.fullmatch("[2-6] timing or fidelity records that do not say what they measured", left_out)
+
+
+def test_fidelity_has_its_tables(tmp_path: Path) -> None:
+    def one(method: str, document: str, ratio: float, error: float) -> dict[str, Any]:
+        return {"version": VERSION, "benchmark": "fidelity", "model": "tiny", "method": method, "key": method,
+                "sample_id": f"{document}-{ratio}", "status": "ok", "document": document, "length": 4096, "steps": 8,
+                "ratio": ratio, "output_error": error, "kl": error / 10, "attended_tokens": 9}  # fmt: skip
+
+    for method, factor in (("oracle", 1.0), ("ours", 0.5)):
+        rows = [one(method, d, ratio, factor * e) for d, e in (("a", 0.2), ("b", 0.4)) for ratio in (0.1, 0.2)]
+        lines(tmp_path, f"{method}-1", rows)
+    page = build(tmp_path)
+    (heading,) = page.xpath("//section[@id='timings']/h2/text()")
+    assert heading == "Measurements: fidelity"
+    assert page.xpath("//ul[@id='left-out']/li") == []
+    titles = [title.text for title in page.xpath("//section[@id='timings']//h3")]
+    place = next(i for i, title in enumerate(titles) if "output error at 4096 tokens by budget, 2 documents" in title)
+    table = page.xpath("//section[@id='timings']//table")[place]
+    cells = [[cell.text_content() for cell in row] for row in table.xpath("./tbody/tr")]
+    assert [row[0] for row in cells] == ["oracle", "ours"]
+    assert [row[1].split()[0] for row in cells] == ["0.300", "0.150"]
+    assert table.xpath("./tbody/tr[2]/td[2]/@data-value") == ["0.15"]
 
 
 def test_fifty_thousand_records_make_a_page_of_less_than_ten_megabytes(tmp_path: Path) -> None:
