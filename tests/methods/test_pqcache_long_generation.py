@@ -15,8 +15,6 @@ from pqbench import generate
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from tests.support import Case, advance, prompt_of, start, tokens_of
 
-PROMPT, NEW = 128, 512
-
 
 @dataclass(frozen=True)
 class Recorder(Method):
@@ -52,39 +50,46 @@ def recall_by_age(method: PQCachePlus, data: Case) -> dict[str, float]:
     """Share of the tokens of exact top-k that are found, over the last quarter of the steps: tokens of the prompt, and
     those of the last half of the generation."""
     state, store = start(method, data)
+    prompt, new = data.prompt, data.q.shape[3] - data.prompt
     found, sought = dict.fromkeys(("prompt", "late"), 0), dict.fromkeys(("prompt", "late"), 0)
-    for step in range(NEW):
+    for step in range(new):
         mine = tokens_of(advance(state, store, data, step), store).numpy()
-        if step < NEW * 3 // 4:
+        if step < new * 3 // 4:
             continue
-        length = PROMPT + step + 1
-        split = method.budget.resolve(length, PROMPT)
+        length = prompt + step + 1
+        split = method.budget.resolve(length, prompt)
         first, stop = split.middle(length)
         shares = data.probabilities(length)[..., first:stop]
         best = first + np.argsort(-(shares / shares.sum(-1, keepdims=True)).sum(2), -1)[..., : split.top_k]
         hit = (best[..., None] == mine[:, :, None]).any(-1)
-        for age, those in (("prompt", best < PROMPT), ("late", best >= PROMPT + NEW // 2)):
+        for age, those in (("prompt", best < prompt), ("late", best >= prompt + new // 2)):
             found[age] += int((hit & those).sum())
             sought[age] += int(those.sum())
     assert min(sought.values()) > 2000
     return {age: found[age] / sought[age] for age in found}
 
 
-def test_refreshed_codebooks_find_late_tokens_as_well_as_those_of_the_prompt(llama: PreTrainedModel) -> None:
-    """Within 3 points; frozen ones find far fewer of them. Both layers of the model are sequences of one case."""
+def recorded(model: PreTrainedModel, prompt: int, new: int) -> Case:
+    """What the layers of a model saw over a prompt and its continuation, as sequences of one case."""
     recorder = Recorder()
-    generate(llama, prompt_of(PROMPT, seed=3), recorder, max_new_tokens=NEW + 1)
+    generate(model, prompt_of(prompt, seed=3), recorder, max_new_tokens=new + 1)
     layers = recorder.layers
     data = Case(
         torch.cat([torch.cat(layer.queries, dim=3) for layer in layers]),
         torch.cat([layer.keys for layer in layers]),
         torch.cat([layer.values for layer in layers]),
-        PROMPT, torch.ones(8),
+        prompt, torch.ones(8),
     )  # fmt: skip
-    assert data.q.shape[3] == data.keys.shape[2] == PROMPT + NEW
+    assert data.q.shape[3] == data.keys.shape[2] == prompt + new
+    return data
+
+
+def test_refreshed_codebooks_find_late_tokens_as_well_as_those_of_the_prompt(llama: PreTrainedModel) -> None:
+    """Within 3 points; frozen ones find far fewer of them. Four times the prompt's length is decoded."""
+    data = recorded(llama, 128, 512)
     options: dict[str, Any] = {"m": 2, "b": 4, "tail": "none", "spread": False}
     budget = Budget(sink=4, window=8, ratio=0.1)
-    refreshed = recall_by_age(PQCachePlus(budget, refresh=PROMPT // 2, **options), data)
+    refreshed = recall_by_age(PQCachePlus(budget, refresh=64, **options), data)
     frozen = recall_by_age(PQCachePlus(budget, **options), data)
     assert refreshed["late"] >= refreshed["prompt"] - 0.03
     assert frozen["late"] < frozen["prompt"] - 0.06
