@@ -21,15 +21,23 @@ class InfLLM(Method):
     attention itself every token outside the local window, sinks included, sits at distance ``window - 1``: positions
     are clipped, so InfLLM with all blocks is not full attention.
 
-    Differs from the released code: prefill is exact and blocks are built after it; probabilities come from a softmax
-    over the local window alone; one vector per block and KV head, not per query head (phi = 1/block_size); the last
-    block may be partial, and the lowest-ranked block is cut so that the budget is met to the token.
+    ``prefill="infllm"`` runs the prompt the same way, ``exec_block`` tokens at a time: each query sees sinks and blocks
+    outside the window, ranked by all queries of the execution block together, at distance ``window - 1``, and its local
+    window at true distances. No distance exceeds the window, so prompts may be longer than what the model was trained
+    on. Where a chunk of the prefill ends, an execution block ends too.
+
+    Differs from the released code: prefill is exact by default and blocks are built after it; probabilities come from a
+    softmax over the local window alone; one vector per block and KV head, not per query head (phi = 1/block_size); the
+    last block may be partial, and the lowest-ranked block is cut so that the budget is met to the token. In the
+    prefill, tokens that left the window and fill no block yet are attended to.
 
     Attributes:
         budget: sinks are n_init, the window n_local, top_k the tokens of retrieved blocks.
         block_size: tokens per block (paper: 128).
         representatives: keys averaged per block (paper: 4; PQCache's comparison: 1).
         per_head: each KV head ranks blocks by itself; otherwise all heads of a layer share the same blocks (released).
+        prefill: dense, or infllm, see above.
+        exec_block: tokens of a prefill step (paper: 512).
     """
 
     needs_positions = True
@@ -38,11 +46,21 @@ class InfLLM(Method):
     block_size: int = 128
     representatives: int = 4
     per_head: bool = False
+    prefill: str = "dense"
+    exec_block: int = 512
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or not 1 <= self.representatives <= self.block_size:
             raise ConfigError("infllm needs block_size >= 1 and representatives between 1 and block_size, got "
                               f"{self.block_size} and {self.representatives}")  # fmt: skip
+        if self.prefill not in ("dense", "infllm") or self.exec_block < 1:
+            raise ConfigError("infllm.prefill must be dense or infllm and infllm.exec_block at least 1, got "
+                              f"{self.prefill!r} and {self.exec_block}")  # fmt: skip
+
+    @property
+    def own_prefill(self) -> bool:  # type: ignore[override]
+        """Whether the prompt runs through the method."""
+        return self.prefill == "infllm"
 
     def layer(self, geometry: Geometry) -> LayerState:
         return InfLLMState(self, geometry)
@@ -61,6 +79,56 @@ class InfLLMState(LayerState):
         self.covered = 0  # tokens in blocks
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        if not self.method.own_prefill:
+            self._score(q, keys)
+
+    def prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        length, size = keys.shape[2], self.method.exec_block
+        first = length - q.shape[3]
+        outputs = []
+        for start in range(first - first % size, length, size):
+            begin, end = max(start, first), min(start + size, length)
+            block = q[:, :, :, begin - first : end - first]
+            outputs.append(self._attend_block(block, keys[:, :, :end], values[:, :, :end]))
+            self._score(block, keys[:, :, :end])
+        return torch.cat(outputs, dim=3)
+
+    def _attend_block(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Output ``[B, H, G, n, D]`` of an execution block: q of the last n of the keys ``[B, H, S, D]`` so far."""
+        length, count, size = keys.shape[2], q.shape[3], self.method.block_size
+        split, frequencies = self.method.budget.resolve(length, self.geometry.prompt), self._frequencies
+        position = torch.arange(length - count, length, device=q.device)  # of the queries
+        far_q = reference.rotate(q, split.window - 1 - position, frequencies).float()  # at angle window - 1
+        outside = length - count + 1 - split.window  # tokens before are outside every query's window
+        whole = max(0, outside - split.sink) // size
+        near = min(split.sink, length) + whole * size  # all from here on are attended to
+        parts = [torch.arange(split.sink, device=q.device).expand(*keys.shape[:2], -1)]
+        if whole and split.top_k:
+            vectors = self._prefill_vectors(keys, split.sink, whole)
+            top = self._best(far_q.sum(3), vectors, split.top_k)  # [B, H, blocks taken]
+            tokens = split.sink + top[..., None] * size + torch.arange(size, device=q.device)
+            parts.append(tokens.flatten(2)[..., : split.top_k])
+        parts.append(torch.arange(near, length, device=q.device).expand(*keys.shape[:2], -1))
+        tokens = torch.cat(parts, dim=2)  # [B, H, t]
+        chosen = gather_rows(keys, tokens)
+        logits = q.float() @ chosen.float()[:, :, None].transpose(3, 4)  # [B, H, G, n, t]
+        clipped = far_q @ reference.rotate(chosen, -tokens, frequencies).float()[:, :, None].transpose(3, 4)
+        distance = position[:, None] - tokens[:, :, None, None]  # [B, H, 1, n, t]
+        logits = torch.where(distance >= split.window, clipped, logits).masked_fill(distance < 0, float("-inf"))
+        return (logits * self.geometry.scaling).softmax(-1) @ gather_rows(values, tokens).float()[:, :, None]
+
+    def _prefill_vectors(self, keys: Tensor, sink: int, blocks: int) -> Tensor:
+        """Vectors ``[B, H, blocks, D]`` of the first blocks; those made before are kept, as their scores are final."""
+        if self.vectors is None:
+            self.vectors = GrowingBuffer.like(keys, 0)
+        known, size = len(self.vectors), self.method.block_size
+        if known < blocks:
+            rows = slice(sink + known * size, sink + blocks * size)
+            self.vectors.append(self._summaries(keys[:, :, rows], rows.start, size))
+        return self.vectors.view(0, blocks)
+
+    def _score(self, q: Tensor, keys: Tensor) -> None:
+        """Add the attention that a block's queries give to the tokens of their local windows."""
         window = self.method.budget.resolve(self.geometry.prompt, self.geometry.prompt).window
         sums = self.geometry.kernels.column_sums(q, keys, self.geometry.scaling, band=window)  # [B, H, S]
         if len(self.scores):
@@ -95,14 +163,19 @@ class InfLLMState(LayerState):
 
     def _rank(self, q: Tensor, kv: KV, split: Split) -> Tensor:
         """Best blocks first, ``[B, H, n]``: enough of them to fill top_k even if the partial block is among them."""
-        if self.vectors is None or self.geometry.inverse_frequencies is None:
+        if self.vectors is None:
             raise RuntimeError("select() before finish_prefill()")
         turn = torch.tensor(split.window - kv.length, device=q.device)
-        local = reference.rotate(q, turn, self.geometry.inverse_frequencies)  # query at angle window - 1
-        scores = (local.float().sum(2, keepdim=True) @ self.vectors.view().float().transpose(2, 3))[:, :, 0]
+        local = reference.rotate(q, turn, self._frequencies)  # query at angle window - 1
+        return self._best(local.float(), self.vectors.view(), split.top_k + self.method.block_size)
+
+    def _best(self, q: Tensor, vectors: Tensor, top_k: int) -> Tensor:
+        """The best blocks first, ``[B, H, n]``, that hold ``top_k`` tokens, for queries ``[B, H, G, D]`` at angle
+        ``window - 1``."""
+        scores = (q.sum(2, keepdim=True) @ vectors.float().transpose(2, 3))[:, :, 0]
         if not self.method.per_head:
             scores = scores.sum(1, keepdim=True).expand_as(scores)
-        wanted = min(-(-split.top_k // self.method.block_size) + 1, scores.shape[2])
+        wanted = min(-(-top_k // self.method.block_size), scores.shape[2])
         return scores.topk(wanted, dim=-1, sorted=True).indices
 
     def _cover(self, kv: KV) -> None:
@@ -117,23 +190,27 @@ class InfLLMState(LayerState):
         start = first + whole * self.method.block_size
         full = (stop - start) // self.method.block_size * self.method.block_size
         if full:
-            self.vectors.append(self._summaries(kv, start, start + full, self.method.block_size))
+            self.vectors.append(self._summaries(kv.keys(start, start + full), start, self.method.block_size))
         if start + full < stop:
-            self.vectors.append(self._summaries(kv, start + full, stop, stop - start - full))
+            self.vectors.append(self._summaries(kv.keys(start + full, stop), start + full, stop - start - full))
         self.covered = stop - first
 
-    def _summaries(self, kv: KV, start: int, stop: int, size: int) -> Tensor:
-        """Mean un-rotated representative of each block of ``size`` tokens in a range, ``[B, H, blocks, D]``."""
-        frequencies = self.geometry.inverse_frequencies
-        if frequencies is None:
-            raise RuntimeError("InfLLM needs rotary frequencies")
-        scores = self.scores.view(start, stop)  # [B, H, n]
+    def _summaries(self, keys: Tensor, start: int, size: int) -> Tensor:
+        """Mean un-rotated representative of each block of ``size`` tokens, ``[B, H, blocks, D]``, of the keys
+        ``[B, H, n, D]`` from token ``start`` on."""
+        scores = self.scores.view(start, start + keys.shape[2])  # [B, H, n]
         blocks = scores.view(*scores.shape[:2], -1, size)
         best = reference.top_k(blocks, self.method.representatives)  # [B, H, blocks, r]
         offset = size * torch.arange(blocks.shape[2], device=best.device)[:, None]
         rows = (best + offset).flatten(2)  # [B, H, blocks * r]
-        keys = reference.rotate(gather_rows(kv.keys(start, stop), rows), -(rows + start), frequencies)
-        return keys.view(*best.shape, -1).mean(3)
+        chosen = reference.rotate(gather_rows(keys, rows), -(rows + start), self._frequencies)
+        return chosen.view(*best.shape, -1).mean(3)
+
+    @property
+    def _frequencies(self) -> Tensor:
+        if self.geometry.inverse_frequencies is None:
+            raise RuntimeError("InfLLM needs rotary frequencies")
+        return self.geometry.inverse_frequencies
 
     @property
     def index_bytes(self) -> int:

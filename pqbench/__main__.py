@@ -110,7 +110,7 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
     model = plain["model"]["name"]
     files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
     with heartbeat(list(files.values())):
-        loaded = model_source(plain["model"]).load()
+        loaded = _loaded(plain, methods)
         prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
         job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
                   plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
@@ -124,11 +124,18 @@ def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurem
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
     files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
     with heartbeat(list(files.values())):
-        loaded = model_source(plain["model"]).load() if benchmark.needs_model else None
+        loaded = _loaded(plain, methods) if benchmark.needs_model else None
         job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
         done = benchmark.measure(job)
     _show(benchmark.table(_records(files)), benchmark.footer(done, plain["results"]), done.failures)
     return done.failures
+
+
+def _loaded(plain: dict[str, Any], methods: Mapping[str, Method]) -> LoadedModel:
+    """The model, checked against the methods that will run it."""
+    loaded = model_source(plain["model"]).load()
+    loaded.check_reach(name for name, method in methods.items() if not method.own_prefill)
+    return loaded
 
 
 def _records(files: Mapping[str, RecordFile]) -> list[Record]:

@@ -10,8 +10,10 @@ from pqbench.errors import ConfigError
 from pqbench.group import Rows
 
 
-def check_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The validity mask ``[B, S]`` bool of a batch.
+def check_prompt(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, any_length: bool = False
+) -> Tensor:  # fmt: skip
+    """The validity mask ``[B, S]`` bool of a batch; with ``any_length`` it may exceed the model's limit.
 
     Raises:
         ConfigError: an empty prompt, a mask with holes or right padding, or a prompt longer than the model allows.
@@ -20,7 +22,8 @@ def check_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         raise ConfigError(
             f"the prompt is empty: input_ids has shape {tuple(input_ids.shape)}, expected [B, S] with S > 0"
         )
-    check_length(model, input_ids.shape[1])
+    if not any_length:
+        check_length(model, input_ids.shape[1])
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask.shape != input_ids.shape:

@@ -74,7 +74,8 @@ class OurLayer(CacheLayerMixin):
 
 
 class PrefillLayer(OurLayer):
-    """Holds the prompt's keys and values, answers with dense attention and shows each block to the observers.
+    """Holds the prompt's keys and values, answers with dense attention (or with the method's own, where ``own``) and
+    shows each block to the observers.
 
     ``on_end`` is called inside the layer's own call once ``columns`` tokens are in: from then on the prompt's rows
     belong to the tier (:meth:`prompt`), which may be moving them while the next layers compute.
@@ -91,6 +92,7 @@ class PrefillLayer(OurLayer):
         super().__init__()
         self.columns, self.reserve, self.rows, self.placement, self.on_end = columns, reserve, rows, placement, on_end
         self.observers: list[Observer] = []
+        self.own = False
         self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
         self._prompts: dict[int, Prompt] = {}  # by padding, which tells groups apart
 
@@ -107,10 +109,16 @@ class PrefillLayer(OurLayer):
     def attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """Dense causal attention of a block, ``[B, n, Hq, D]``."""
-        output = dense_prefill(module, q, k, v, mask, scaling)
+        """Causal attention of a block, ``[B, n, Hq, D]``."""
         batch, heads, columns, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], columns, width)  # [B, H, G, n, D]
+        if self.own:
+            answer = torch.zeros_like(grouped)
+            for observer in self.observers:
+                observer.answer(grouped, k, v, answer)
+            output = answer.view_as(q).transpose(1, 2).contiguous()
+        else:
+            output = dense_prefill(module, q, k, v, mask, scaling)
         for observer in self.observers:
             observer.observe(grouped, k, v)
         if self.seen == self.columns:

@@ -148,7 +148,8 @@ def generate(
     Raises:
         ConfigError: see :func:`prefill`; also when the context would outgrow the model.
     """
-    check_length(model, input_ids.shape[-1] + max_new_tokens)
+    if not method.own_prefill:
+        check_length(model, input_ids.shape[-1] + max_new_tokens)
     prefilled = prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting)
     generation = decode(prefilled, 0, max_new_tokens, spend=True)
     generation.settle()

@@ -49,6 +49,16 @@ class Observer:
         self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
         self.seconds += self.clock() - began
 
+    def answer(self, q: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
+        """Write the method's own attention of the group's part of a block into ``output`` ``[B, H, G, n, D]``; see
+        :meth:`observe` for the rest. Padding is left as it is."""
+        columns, index, padding = q.shape[3], self.rows.index, self.rows.padding
+        skipped = max(0, padding - (keys.shape[2] - columns))
+        if skipped < columns:
+            output[index, :, :, skipped:] = self.state.prefill(
+                q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:]
+            ).to(output.dtype)
+
 
 @dataclass
 class Meter:

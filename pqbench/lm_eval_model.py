@@ -81,6 +81,7 @@ class PqbenchLM(HFLM):
             torch.set_num_threads(config.threads)
         self.method = compensated(instantiate(config.methods[method]))
         loaded = model_source(config.model).load()
+        loaded.check_reach([] if self.method.own_prefill else [method])
         self.chunk: int | None = config.chunk
         super().__init__(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", max_length=loaded.max_length,

@@ -322,6 +322,11 @@ class LayerState:
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         """See a block of dense prefill: q ``[B, H, G, n, D]`` of the last n of the keys and values ``[B, H, S, D]``."""
 
+    def prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of a prompt block by the method itself, where ``Method.own_prefill``: ``[B, H, G, n, D]`` for q
+        ``[B, H, G, n, D]`` of the last n of the keys and values ``[B, H, S, D]``. :meth:`observe` follows."""
+        raise NotImplementedError(f"{type(self).__name__} has no prefill of its own")
+
     def finish_prefill(self, kv: KV) -> Tensor | None:
         """Build the index. Return rows ``[B, H, n]`` to keep when the method evicts, else None."""
         return None
@@ -362,12 +367,15 @@ class Method(ABC):
     """Base of all methods; subclasses are frozen dataclasses whose fields are validated in ``__post_init__``.
 
     ``evicts`` says that the store really drops rows. ``needs_positions`` asks for rotary frequencies,
-    ``needs_calibration`` for times of this hardware.
+    ``needs_calibration`` for times of this hardware. ``own_prefill``: the prompt runs through
+    :meth:`LayerState.prefill` instead of dense attention, so that no other method shares it, and clips distances, so
+    that the model's trained length is no limit.
     """
 
     evicts: ClassVar[bool] = False
     needs_positions: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    own_prefill: ClassVar[bool] = False
 
     @abstractmethod
     def layer(self, geometry: Geometry) -> LayerState:

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, with the longest context it was built for, in tokens."""
+    """A model ready to run, with the longest context to use and the one it was built for, in tokens."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    trained_length: int = 1 << 30
+
+    def check_reach(self, names: Iterable[str]) -> None:
+        """Raises ModelError when contexts may exceed what the model was built for; ``names`` are the methods that run
+        dense prefills."""
+        named = ", ".join(names)
+        if named and self.max_length > self.trained_length:
+            raise ModelError(f"model.max_length is {self.max_length}, above the model's own limit of "
+                             f"{self.trained_length}, which {named} cannot exceed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ class ModelSource(ABC):
         dtype: float32, bfloat16 or float16.
         device: where the model runs: cpu, cuda, cuda:1, or auto, which spreads its layers over all GPUs.
         device_map: device by module name, as transformers understands it, for another spread; replaces ``device``.
-        max_length: longest context to use; None takes the model's own limit.
+        max_length: longest context to use; None takes the model's own limit, above which only methods with a prefill of
+            their own run.
     """
 
     name: str
@@ -73,9 +83,7 @@ class ModelSource(ABC):
             model = model.to(self.device)
         check_placement(model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        if self.max_length is not None and self.max_length > limit:
-            raise ModelError(f"model.max_length is {self.max_length}, above the model's own limit of {limit}")
-        return LoadedModel(self.name, model.eval(), tokenizer, self.max_length or limit)
+        return LoadedModel(self.name, model.eval(), tokenizer, self.max_length or limit, limit)
 
     @property
     def placement(self) -> str | dict[str, Any] | None:

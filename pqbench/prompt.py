@@ -172,7 +172,8 @@ def prefill(
     model: PreTrainedModel, input_ids: Tensor, methods: Sequence[Method], attention_mask: Tensor | None = None,
     chunk: int | None = None, reserve: int = 256, setting: Setting | None = None,
 ) -> Prefilled:  # fmt: skip
-    """Run the prompt densely, once, in one shot or ``chunk`` tokens at a time.
+    """Run the prompt, once, in one shot or ``chunk`` tokens at a time: densely, or through the one method that brings a
+    prefill of its own.
 
     Args:
         input_ids: ``[B, S]``, left-padded where lengths differ.
@@ -182,10 +183,11 @@ def prefill(
 
     Raises:
         ConfigError: an empty prompt, padding that is not on the left, a prompt longer than the model allows, a model
-            that computes NaN, or a tier that this machine does not have or that cannot hold the prompt.
+            that computes NaN, a tier that this machine does not have or that cannot hold the prompt, or a method with a
+            prefill of its own that is not alone.
     """
     setting = Setting() if setting is None else setting
-    mask, columns = check_prompt(model, input_ids, attention_mask), input_ids.shape[1]
+    mask, columns = check_prompt(model, input_ids, attention_mask, check_own_prefill(methods)), input_ids.shape[1]
     groups = group_rows(mask)
     prefilled = _open(model, methods, groups, mask, columns, reserve, setting)
     both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
@@ -205,6 +207,14 @@ def prefill(
         prefilled.observe_seconds.append(sum(o.seconds for listed in observers for o in listed[own]))
     prefilled.seconds = seconds - sum(prefilled.observe_seconds)
     return prefilled
+
+
+def check_own_prefill(methods: Sequence[Method]) -> bool:
+    """Whether the one method prefills by itself. Raises ConfigError when it is not the only one."""
+    own = [type(method).__name__ for method in methods if method.own_prefill]
+    if own and len(methods) > 1:
+        raise ConfigError(f"{own[0]} has a prefill of its own and shares none: run it alone, or with a dense prefill")
+    return bool(own)
 
 
 def _open(
@@ -227,6 +237,7 @@ def _open(
     )  # fmt: skip
     for i in full:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
+        layer.own = any(method.own_prefill for method in methods)
         layer.observers = [
             Observer(rows, method.layer(geometry(model, i, rows, columns, rotary, setting)), clock(model))
             for method in methods

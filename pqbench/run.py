@@ -107,16 +107,24 @@ def run(job: Job) -> Summary:
 
 
 def _run_sample(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -> None:
-    try:
-        records = evaluate(job, sample, names, summary)
-    except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
-        records = [failure(job, sample, name, error) for name in names]
+    records = []
+    for sharing in prefills(job, names):
+        try:
+            records += evaluate(job, sample, sharing, summary)
+        except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
+            records += [failure(job, sample, name, error) for name in sharing]
     for record in records:
         job.files[record["method"]].append(record)
         if record["status"] == "ok":
             summary.measured += 1
         else:
             summary.failures.append(f"{record['method']} on {sample.id}: {record['error']}")
+
+
+def prefills(job: Job, names: Sequence[str]) -> list[list[str]]:
+    """Which methods share a prefill: all that take a dense one; each of the others has its own."""
+    dense = [name for name in names if not job.methods[name].own_prefill]
+    return [*([dense] if dense else []), *([name] for name in names if job.methods[name].own_prefill)]
 
 
 def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -> list[Record]:
@@ -155,9 +163,10 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
 
 
 def add_fidelity(job: Job, sample: Sample, prefilled: Prefilled, records: list[Record], summary: Summary) -> None:
-    """Measure fidelity over the reference answer and put it into the records of the methods that succeeded."""
+    """Measure fidelity over the reference answer and put it into the records of the methods that succeeded. Where a
+    method made keys and values by a prefill of its own there is no full attention to compare with."""
     answer = job.prompter.encode(f" {sample.references[0]}")[: job.probe_tokens] if sample.references else []
-    good = [i for i, record in enumerate(records) if record["status"] == "ok"]
+    good = [i for i, record in enumerate(records) if record["status"] == "ok" and not prefilled.methods[i].own_prefill]
     if not answer or not good:
         return
     began = time.perf_counter()
@@ -223,7 +232,7 @@ def _common(job: Job, sample: Sample, name: str) -> Record:
         "key": job.files[name].folder.name.rsplit("-", 1)[-1],
         "budget": "all" if budget is None else budget.label,
         "question": job.question,
-        "shared_prefill": len(job.methods) > 1,
+        "shared_prefill": len(next(sharing for sharing in prefills(job, list(job.methods)) if name in sharing)) > 1,
         "references": sample.references,
         "metadata": sample.metadata,
         "prompt_tail": job.prompter.decode(sample.input_ids[-TAIL:]),

@@ -126,6 +126,9 @@ class FidelityBenchmark(Measurement):
         row = row_bytes(loaded.model, job)
         if not row:
             raise ConfigError(f"model {loaded.name} has no full-attention layer that a method could serve")
+        for variant in variants:
+            if variant.method.own_prefill:
+                raise ConfigError(f"{variant.name} has a prefill of its own, but fidelity compares over a dense one")
         check_methods({variant.label: variant.method for variant in variants}, loaded.model, job.setting)
         prompts = [self.prompt(length, loaded.max_length) for length in self.lengths]
         for variant in variants:
