@@ -13,7 +13,9 @@ from torch import Tensor
 
 from methods.full import Full
 from methods.h2o import H2O
+from methods.infllm import InfLLM
 from methods.pqcache import PQCache
+from pqbench import generate
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.benchmarks.recall import string_recall
 from pqbench.errors import BudgetError
@@ -91,6 +93,26 @@ def job(loaded: LoadedModel, folder: Path, methods: Mapping[str, Method], **opti
 
 def records(done: Job, method: str) -> list[dict[str, Any]]:
     return done.files[method].read()
+
+
+def test_a_method_with_a_prefill_of_its_own_leaves_the_others_theirs(loaded: LoadedModel, tmp_path: Path) -> None:
+    budget = Budget(ratio=0.3, sink=4)
+    own = InfLLM(budget, block_size=8, prefill="infllm", exec_block=32)
+    methods = {"full": Full(), "own": own, "h2o": H2O(budget)}
+    done = job(loaded, tmp_path / "together", methods)
+    assert run(done).failures == []
+    shared = {"full": True, "own": False, "h2o": True}
+    for name, method in methods.items():
+        alone = job(loaded, tmp_path / name, {name: method})
+        assert run(alone).failures == []
+        for record, single in zip(records(done, name), records(alone, name), strict=True):
+            assert (record["prediction"], record["shared_prefill"]) == (single["prediction"], shared[name])
+            assert ("recall" in record) == (name != "own")  # nothing to compare an own prefill with
+    for record, length in zip(records(done, "own"), Letters.lengths, strict=True):
+        ids = torch.tensor([next(s.input_ids for s in Letters().samples(done.prompter) if len(s.input_ids) == length)])
+        assert record["prediction"] == done.prompter.decode(
+            generate(loaded.model, ids, own, max_new_tokens=6)[0].tolist()
+        )
 
 
 def test_methods_share_one_prefill_and_get_a_record_each(

@@ -14,6 +14,7 @@ import torch
 
 from methods.full import Full
 from methods.h2o import H2O
+from methods.infllm import InfLLM
 from methods.oracle import Oracle
 from methods.pqcache import PQCache
 from pqbench import __main__ as command
@@ -245,6 +246,7 @@ def test_bad_options_are_one_line(options: dict[str, Any], words: list[str]) -> 
         ({"steps": 4096}, Full(), ["benchmark.steps is 4096", "4096"]),
         ({}, H2O(Budget(ratio=0.9, window=90, minimum=1)), ["method, 30 %", "below sink 32 + window 90"]),
         ({}, PQCache(m=3), ["method, 30 %", "divide the head dimension 16"]),
+        ({}, InfLLM(Budget(ratio=0.9), prefill="infllm"), ["method has a prefill of its own"]),
         ({"text": "nowhere.txt"}, Full(), ["benchmark.text", "nowhere.txt"]),
     ],
 )
