@@ -68,7 +68,7 @@ def test_every_query_sees_sinks_blocks_and_its_window(
         for i in range(first, end):
             for b, h in np.ndindex(2, 2):
                 seen = tokens[b][h][tokens[b][h] <= i]
-                one = np.broadcast_to(seen, (2, 2, len(seen)))
+                one = np.broadcast_to(seen, (2, 2, len(seen))).copy()
                 expected = clipped_attention(data, data.q[:, :, :, i].double().numpy(), one, width, i)[b, h]
                 assert np.allclose(output[b, h, :, i].numpy(), expected, atol=1e-4)
 
