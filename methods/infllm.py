@@ -118,7 +118,7 @@ class InfLLMState(LayerState):
         return (logits * self.geometry.scaling).softmax(-1) @ gather_rows(values, tokens).float()[:, :, None]
 
     def _prefill_vectors(self, keys: Tensor, sink: int, blocks: int) -> Tensor:
-        """Vectors ``[B, H, blocks, D]`` of the first blocks; those made before are kept, as their scores are final."""
+        """Vectors ``[B, H, blocks, D]`` of the first blocks, each made once, when the block has left the window."""
         if self.vectors is None:
             self.vectors = GrowingBuffer.like(keys, 0)
         known, size = len(self.vectors), self.method.block_size
