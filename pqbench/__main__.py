@@ -196,6 +196,8 @@ def footer(summary: Summary, results: str) -> str:
     """What the run cost, and what it would have cost without sharing prefills."""
     counts = f"{summary.measured} measured, {summary.resumed} already there, {len(summary.failures)} failed"
     lines = [f"{counts}; records in {results}/"]
+    if summary.compile_s > 5:  # else they came from the cache
+        lines.append(f"kernels were compiled first, in {summary.compile_s:.0f} s that no figure holds")
     if summary.measured:
         own = summary.prefill_s + summary.decode_s + summary.index_s
         lines.append(

@@ -17,6 +17,7 @@ from pqbench.cache import layer_types
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
 from pqbench.generation import Generation, decode
 from pqbench.group import Rows
+from pqbench.kernels.backend import kernels
 from pqbench.method import Method
 from pqbench.models import LoadedModel
 from pqbench.probe import probe
@@ -57,12 +58,14 @@ class Job:
 
 @dataclass
 class Summary:
-    """What a run did. Seconds: of everything, of shared prefills, of the methods' decodes and indices, of probing."""
+    """What a run did. Seconds: of everything but compiling, of compiling kernels, of shared prefills, of the methods'
+    decodes and indices, of probing."""
 
     measured: int = 0
     resumed: int = 0
     failures: list[str] = field(default_factory=list)
     wall_s: float = 0.0
+    compile_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     index_s: float = 0.0
@@ -75,7 +78,7 @@ def run(job: Job) -> Summary:
     Errors of one sample become records and the run goes on. Raises ConfigError before anything runs when a budget
     cannot fit the samples or a method not the model; KeyboardInterrupt passes through, with what was measured kept.
     """
-    summary, began = Summary(), time.perf_counter()
+    summary = Summary()
     samples = list(job.benchmark.samples(job.prompter))
     check_budgets(job.methods, samples)
     check_methods(job.methods, job.loaded.model, job.setting)
@@ -85,6 +88,9 @@ def run(job: Job) -> Summary:
     done = {
         name: {i for i, error in known.items() if not (error and job.retry_failed)} for name, known in errors.items()
     }
+    if any(sample.id not in done[name] for sample in samples for name in job.methods):
+        summary.compile_s = kernels(job.loaded.model.device, job.setting.body).warm_up()
+    began = time.perf_counter()
     what = TextColumn("{task.description}", markup=False)  # ids come from data files
     columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:

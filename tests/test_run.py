@@ -19,6 +19,7 @@ from pqbench import generate
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.benchmarks.recall import string_recall
 from pqbench.errors import BudgetError
+from pqbench.kernels import cpu
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.models import LoadedModel, Random
 from pqbench.records import RecordFile
@@ -113,6 +114,30 @@ def test_a_method_with_a_prefill_of_its_own_leaves_the_others_theirs(loaded: Loa
         assert record["prediction"] == done.prompter.decode(
             generate(loaded.model, ids, own, max_new_tokens=6)[0].tolist()
         )
+
+
+def test_kernels_are_compiled_before_anything_is_timed_and_only_if_something_is(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    forward = loaded.model.forward
+
+    def computing(*ids: Tensor, **options: Any) -> Any:
+        order.append("model")
+        return forward(*ids, **options)
+
+    def compiling() -> float:
+        order.append("compile")
+        return 7.0
+
+    monkeypatch.setattr(loaded.model, "forward", computing)
+    monkeypatch.setattr(cpu, "warm_up", compiling)
+    done = job(loaded, tmp_path, {"full": Full()})
+    assert run(done).compile_s == 7.0
+    assert order[:2] == ["compile", "model"]
+    assert order.count("compile") == 1
+    assert run(done).compile_s == 0.0
+    assert order.count("compile") == 1
 
 
 def test_methods_share_one_prefill_and_get_a_record_each(

@@ -62,6 +62,9 @@ class Kernels(Protocol):
     def use_threads(self, count: int) -> None:
         """Threads of this body in the calling thread."""
 
+    def warm_up(self) -> float:
+        """Compile what needs compiling before anything is timed; returns the seconds it took."""
+
 
 def kernels(device: torch.device, body: str = "auto") -> Kernels:
     """The body for tensors on ``device``: with ``auto`` the compiled one, else the one named.

@@ -282,10 +282,10 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(before)
 
 
-def warm_up(dtype: torch.dtype, dims: int = 64) -> float:
-    """Compile, or load from numba's cache, everything for keys of ``dtype``; returns the seconds it took."""
+def warm_up() -> float:
+    """Compile, or load from numba's cache, everything, for keys of any dtype; returns the seconds it took."""
     start = time.perf_counter()
-    q, keys = torch.zeros(1, 1, 1, dims, dtype=dtype), torch.zeros(1, 1, 32, dims, dtype=dtype)
+    q, keys = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 32, 64)
     codebook, codes = train_codebook(keys, 2, 16, 1, 0)
     encode(keys, codebook)
     top = top_k(pq_probabilities(q, codebook, codes, 1.0), 16)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
@@ -118,6 +122,29 @@ def test_column_sums_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_warm_up_compiles_what_a_step_needs(dtype: torch.dtype) -> None:
-    assert cpu.warm_up(dtype) >= 0
+WARM = """
+import importlib, pkgutil
+from numba.core.registry import CPUDispatcher
+import pqbench.kernels
+from pqbench import generate
+from pqbench.kernels import cpu
+from pqbench.prompt import Setting
+from tests.support import prompt_of, tiny_model
+from tests.test_generation import SMALL, methods
+
+names = [m.name for m in pkgutil.iter_modules(pqbench.kernels.__path__) if m.name.startswith("cpu")]
+modules = [importlib.import_module(f"pqbench.kernels.{name}") for name in names]
+compiled = lambda: {id(f): len(f.signatures) for m in modules for f in vars(m).values() if isinstance(f, CPUDispatcher)}
+cpu.warm_up()
+before = compiled()
+assert sum(before.values()) > 5
+for method in methods(SMALL).values():
+    generate(tiny_model("llama"), prompt_of(130), method, max_new_tokens=6, setting=Setting(body="cpu"))
+assert compiled() == before
+"""
+
+
+def test_warm_up_compiles_all_that_any_method_needs() -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", WARM], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
