@@ -36,7 +36,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_
 def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """The sweep as users start it."""
     line = [sys.executable, "-m", "pqbench", *SWEEP, f"results={results}", *overrides]
-    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
 
 
 def launched(name: str) -> list[str]:

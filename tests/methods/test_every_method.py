@@ -165,10 +165,10 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "infllm": batch * -(-middle // 4) * heads * width * 4,  # one vector per block and KV head: phi = 1 / P
         "infllm per head": batch * -(-middle // 5) * heads * width * 4,
         "pqcache": batch * middle * heads * 2,  # m one-byte codes per middle key
-        "pqcache_plus": batch * middle * heads * (2 + 1 + 1),  # codes of keys and values, and the spread
+        "pqcache_plus": batch * heads * (middle * (3 + 1) + middle // 2),  # codes of keys and values, and the spread
         # 2**(m b) + 1 list bounds, the token that waits to join and those taken from the lists, four bytes each
-        "pqcache_plus mean": batch * heads * (16 + 1 + 1 + 12) * 4,
-        "pqcache_plus sampled": batch * middle * heads * (2 + 1),
+        "pqcache_plus mean": batch * heads * (64 + 1 + 1 + 12) * 4,
+        "pqcache_plus sampled": batch * heads * (middle * 3 + middle // 2),
         "snapkv": 0,
         "snapkv avg": 0,
         "pyramidkv": 0,
