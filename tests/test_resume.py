@@ -21,7 +21,7 @@ from pqbench.records import parse
 KILLS = 17  # of workers forked after the imports, and
 COMMAND_KILLS = 3  # of the command as users start it
 RUN = ("method=[full,pqcache,h2o]", "model=tiny", "threads=1", "benchmark=needle", "benchmark.lengths=[256]",
-       "benchmark.depths=[0,25,50,75,100]", "benchmark.per_cell=2", "benchmark.max_new_tokens=4")  # fmt: skip
+       "benchmark.depths=[0,25,50,75,100]", "benchmark.per_cell=6", "benchmark.max_new_tokens=4")  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 Records = dict[str, list[dict[str, Any]]]
@@ -50,19 +50,23 @@ def started(forks: ForkServerContext, results: Path) -> ForkServerProcess:
     return process
 
 
+def completed(forks: ForkServerContext, results: Path) -> Records:
+    """Records once the command has run to its end."""
+    process = started(forks, results)
+    process.join(100)
+    assert process.exitcode == 0
+    return untimed(results)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(forks: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> tuple[Records, float]:
     """Records of a run left alone, and how long it takes; the first run also waits for the imports."""
     results = tmp_path_factory.mktemp("undisturbed")
-    for name in ("first", "second"):
-        began = time.perf_counter()
-        process = started(forks, results / name)
-        process.join(100)
-        assert process.exitcode == 0
-        seconds = time.perf_counter() - began
-    records = untimed(results / "first")
-    assert untimed(results / "second") == records
-    assert {method: len(rows) for method, rows in records.items()} == {"full": 10, "h2o": 10, "pqcache": 10}
+    records = completed(forks, results / "first")
+    began = time.perf_counter()
+    assert completed(forks, results / "second") == records
+    seconds = time.perf_counter() - began
+    assert {method: len(rows) for method, rows in records.items()} == {"full": 30, "h2o": 30, "pqcache": 30}
     return records, seconds
 
 
@@ -103,9 +107,7 @@ def test_killed_at_random_moments(forks: ForkServerContext, undisturbed: tuple[R
         assert untimed(results) == expected
         finished += 1
     if (tmp_path / str(finished)).exists():  # killed last: bring it to its end too
-        process = started(forks, tmp_path / str(finished))
-        process.join(100)
-        assert untimed(tmp_path / str(finished)) == expected
+        assert completed(forks, tmp_path / str(finished)) == expected
     assert with_progress >= 3  # else the kills came before anything was measured and the test shows nothing
 
 
@@ -125,14 +127,6 @@ def wait_for_records(process: subprocess.Popen[str], results: Path, lines: int) 
     raise AssertionError("nothing was measured within a minute")
 
 
-def finished(forks: ForkServerContext, results: Path) -> Records:
-    """Records once the same command has run to its end."""
-    last = started(forks, results)
-    last.join(100)
-    assert last.exitcode == 0
-    return untimed(results)
-
-
 def test_the_command_killed(
     forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path
 ) -> None:  # fmt: skip
@@ -145,7 +139,7 @@ def test_the_command_killed(
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    assert finished(forks, tmp_path) == expected
+    assert completed(forks, tmp_path) == expected
 
 
 def test_the_command_interrupted(
@@ -169,7 +163,7 @@ def test_the_command_interrupted(
     kept = untimed(results)
     assert all(kept[method][: len(rows)] == rows for method, rows in before.items())
     assert kept != expected
-    assert finished(forks, results) == expected
+    assert completed(forks, results) == expected
 
 
 def untimed_whole(results: Path) -> Records:
