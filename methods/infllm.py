@@ -101,7 +101,7 @@ class InfLLMState(LayerState):
         far_q = reference.rotate(q, split.window - 1 - position, frequencies).float()  # at angle window - 1
         outside = length - count + 1 - split.window  # tokens before are outside every query's window
         whole = max(0, outside - split.sink) // size
-        near = min(split.sink, length) + whole * size  # all from here on are attended to
+        near = split.sink + whole * size  # all from here on are attended to
         parts = [torch.arange(split.sink, device=q.device).expand(*keys.shape[:2], -1)]
         if whole and split.top_k:
             vectors = self._prefill_vectors(keys, split.sink, whole)

@@ -147,7 +147,7 @@ class Prefilled:
         return self.layers[layer].prompt(rows).store(split)
 
     def close(self) -> None:
-        """End what runs in the background and free what was decoded; stores over this prompt are of no use afterwards.
+        """End what runs in the background; stores over this prompt are of no use afterwards.
 
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.

@@ -55,6 +55,11 @@ class Job:
     retry_failed: bool = False
     setting: Setting = field(default_factory=Setting)
 
+    @property
+    def dense(self) -> list[str]:
+        """The methods that share a dense prefill."""
+        return [name for name, method in self.methods.items() if not method.own_prefill]
+
 
 @dataclass
 class Summary:
@@ -129,8 +134,8 @@ def _run_sample(job: Job, sample: Sample, names: Sequence[str], summary: Summary
 
 def prefills(job: Job, names: Sequence[str]) -> list[list[str]]:
     """Which methods share a prefill: all that take a dense one; each of the others has its own."""
-    dense = [name for name in names if not job.methods[name].own_prefill]
-    return [*([dense] if dense else []), *([name] for name in names if job.methods[name].own_prefill)]
+    dense = [name for name in names if name in job.dense]
+    return [*([dense] if dense else []), *([name] for name in names if name not in dense)]
 
 
 def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -> list[Record]:
@@ -238,7 +243,7 @@ def _common(job: Job, sample: Sample, name: str) -> Record:
         "key": job.files[name].folder.name.rsplit("-", 1)[-1],
         "budget": "all" if budget is None else budget.label,
         "question": job.question,
-        "shared_prefill": len(next(sharing for sharing in prefills(job, list(job.methods)) if name in sharing)) > 1,
+        "shared_prefill": name in job.dense and len(job.dense) > 1,
         "references": sample.references,
         "metadata": sample.metadata,
         "prompt_tail": job.prompter.decode(sample.input_ids[-TAIL:]),
