@@ -112,8 +112,13 @@ def test_killed_at_random_moments(forks: ForkServerContext, undisturbed: tuple[R
 
 
 def command(results: Path) -> subprocess.Popen[str]:
+    """The command as a terminal starts it. Shells let background jobs ignore interrupts, and children inherit that."""
     line = [sys.executable, "-m", "pqbench", *RUN, f"results={results}"]
-    return subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_records(process: subprocess.Popen[str], results: Path, lines: int) -> None:
