@@ -328,7 +328,8 @@ class LayerState:
         raise NotImplementedError(f"{type(self).__name__} has no prefill of its own")
 
     def finish_prefill(self, kv: KV) -> Tensor | None:
-        """Build the index. Return rows ``[B, H, n]`` to keep when the method evicts, else None."""
+        """Build the index. An evicting method returns the rows ``[B, H, n]`` that it keeps. Another may return all rows
+        in an order ``[B, H, S]`` in which it wants them stored; from then on it numbers rows by their places there."""
         return None
 
     def append(self, kv: KV) -> None:
@@ -366,10 +367,9 @@ class LayerState:
 class Method(ABC):
     """Base of all methods; subclasses are frozen dataclasses whose fields are validated in ``__post_init__``.
 
-    ``evicts`` says that the store really drops rows. ``needs_positions`` asks for rotary frequencies,
-    ``needs_calibration`` for times of this hardware. ``own_prefill``: the prompt runs through
-    :meth:`LayerState.prefill` instead of dense attention, so that no other method shares it, and clips distances, so
-    that the model's trained length is no limit.
+    ``evicts``: the store really drops rows. ``needs_positions`` asks for rotary frequencies, ``needs_calibration`` for
+    times of this hardware. ``own_prefill``: the prompt runs through :meth:`LayerState.prefill` instead of dense
+    attention, so that no other method shares it, and clips distances, so that the trained length is no limit.
     """
 
     evicts: ClassVar[bool] = False

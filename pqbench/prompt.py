@@ -48,11 +48,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Built:
-    """A method's finished index in one layer and group: the store it was built on, the rows an evicting method keeps,
-    and the seconds it took."""
+    """A method's finished index in one layer and group: the store it was built on, the rows that the method answered
+    (see :meth:`pqbench.store.base.Store.after_prefill`), and the seconds it took."""
 
     store: Store
-    keep: Tensor | None
+    rows: Tensor | None
     seconds: float
 
 
@@ -126,16 +126,15 @@ class Prefilled:
         self, method: int, layer: int, group: int, shared: Store | None = None, *, spend: bool = False
     ) -> Group:  # fmt: skip
         """A built method at work on one group of one layer, with its own copy of the state. It reads from ``shared``
-        when that is given and the method evicts nothing, else from a store of its own."""
+        when that is given and the method wants its rows as they are, else from a store of its own."""
         observer, built = self.observer(method, layer, group), self.built(method, layer, group)
         if spend:
             store = built.store
-        elif shared is not None and built.keep is None:
+        elif shared is not None and built.rows is None:
             store = shared
         else:
             store = self.store(layer, group, method)
-        if built.keep is not None:
-            store = store.keep(built.keep)
+        store = store.after_prefill(built.rows, self.methods[method].evicts)
         state = observer.state if spend else copy.deepcopy(observer.state)
         return Group(observer.rows, store, state, clock(self.model))
 
@@ -163,8 +162,8 @@ class Prefilled:
     def _build(self, method: int, layer: int, group: int) -> Built:
         store = self.store(layer, group, method)
         began = now(self.model)
-        keep = self.observer(method, layer, group).state.finish_prefill(store)
-        return Built(store, keep, now(self.model) - began)
+        rows = self.observer(method, layer, group).state.finish_prefill(store)
+        return Built(store, rows, now(self.model) - began)
 
 
 @torch.inference_mode()

@@ -148,9 +148,7 @@ def start(method: Method, data: Case, chunk: int | None = None) -> tuple[LayerSt
         stop = min(data.prompt, first + (chunk or data.prompt))
         state.observe(data.q[:, :, :, first:stop], data.keys[:, :, :stop], data.values[:, :, :stop])
     store = store_of(data.keys[:, :, : data.prompt], data.values[:, :, : data.prompt])
-    kept = state.finish_prefill(store)
-    if kept is not None:
-        store = store.keep(kept)
+    store.after_prefill(state.finish_prefill(store), method.evicts)  # in place
     return state, store
 
 

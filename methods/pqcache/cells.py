@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pqbench.kernels.backend import Kernels
@@ -61,6 +62,14 @@ class InvertedLists:
     def step_bytes(self) -> int:
         """Bytes that every step reads, beside the tokens it takes: where lists begin, and the waiting tokens."""
         return self.starts.nbytes + self.pending.nbytes
+
+    def renumber(self) -> Tensor:
+        """Number the listed tokens by their places in the lists from now on. Returns which token each number was, int64
+        ``[B, H, N]``; no token may be pending."""
+        before = self.tokens.long()
+        numbers = torch.arange(self.tokens.shape[2], dtype=self.tokens.dtype, device=self.tokens.device)
+        self.tokens = numbers.expand(self.tokens.shape).contiguous()
+        return before
 
     def append(self, cells: Tensor, kernels: Kernels) -> None:
         """The next tokens' cells, int32 ``[B, H, n]``."""

@@ -109,8 +109,9 @@ class PQCacheState(LayerState):
         known = geometry.calibration if method.needs_calibration else None
         self.fit = None if known is None else known.clustering(problems, geometry.head_dim // method.m, 2**method.b)
 
-    def finish_prefill(self, kv: KV) -> None:
+    def finish_prefill(self, kv: KV) -> Tensor | None:
         self._cover(kv)
+        return None
 
     def append(self, kv: KV) -> None:
         self._cover(kv)

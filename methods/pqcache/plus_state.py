@@ -24,7 +24,7 @@ from methods.pqcache.tail import (
     without,
 )
 from pqbench.kernels import reference
-from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import KV, Geometry, Residual, Selection, Split
 
 if TYPE_CHECKING:
@@ -56,6 +56,19 @@ class PQCachePlusState(PQCacheState):
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         self.queries.add(q, keys.shape[2] - 1)
+
+    def finish_prefill(self, kv: KV) -> Tensor | None:
+        super().finish_prefill(kv)
+        return None if self.lists is None or not self.method.arranged else self._arrange(kv, self.lists)
+
+    def _arrange(self, kv: KV, lists: InvertedLists) -> Tensor:
+        """Number middle tokens by their places in the lists: ``[B, H, S]``, which row each row was."""
+        order, codes = lists.renumber(), self._ready(self.codes).view()
+        self.codes = GrowingBuffer(gather_rows(codes, order.to(codes.device)))
+        first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
+        rows = torch.arange(kv.length, device=order.device).repeat(*order.shape[:2], 1)
+        rows[:, :, first:stop] = first + order
+        return rows
 
     def prefetch(self, kv: KV) -> None:
         if self._reads_codes:

@@ -111,9 +111,9 @@ def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[
     for i, layer in prefilled.layers.items():
         entropies[i], books[i] = Entropy(), [HeadFidelity(prompt, steps) for _ in chosen]
         every = (0, *chosen)
-        evicting = {m: prefilled.group(m, i, 0) for m in every if prefilled.built(m, i, 0).keep is not None}
+        own = {m: prefilled.group(m, i, 0) for m in every if prefilled.built(m, i, 0).rows is not None}
         dense = prefilled.store(i, 0)  # last: the youngest store of the prompt may write
-        groups = [evicting[m] if m in evicting else prefilled.group(m, i, 0, shared=dense) for m in every]
+        groups = [own[m] if m in own else prefilled.group(m, i, 0, shared=dense) for m in every]
         layers[i] = ProbeLayer(dense, groups, [entropies[i], *books[i]], splits, layer.seen)
     cache, position = prefilled.cache(layers), prefilled.lengths[:, None]
     with attached(prefilled.model):

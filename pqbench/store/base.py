@@ -90,6 +90,18 @@ class Store(ABC):
     def keep(self, indices: Tensor) -> Store:
         """A store of rows ``[B, H, n]`` alone, in that order, on the device: all that an evicting method holds."""
 
+    @abstractmethod
+    def arrange(self, indices: Tensor) -> Store:
+        """The same rows in the order of ``indices`` ``[B, H, length]``, each once, on the same tier; only before the
+        first append. New tokens follow behind. Rows that are asked for together can so lie side by side."""
+
+    def after_prefill(self, rows: Tensor | None, evicts: bool) -> Store:
+        """What a method goes on with when it has built its index and answered ``rows``: those alone if it evicts, else
+        all in that order; see :meth:`pqbench.method.LayerState.finish_prefill`."""
+        if rows is None:
+            return self
+        return self.keep(rows) if evicts else self.arrange(rows)
+
     def separate(self) -> None:  # noqa: B027 - where only the prompt is shared and nobody writes there
         """Stop sharing memory that another store of the same prompt may write to, so that both go on side by side."""
 

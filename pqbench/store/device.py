@@ -72,6 +72,10 @@ class DeviceStore(Store):
         self._lease = [self]  # own memory now
         return self
 
+    def arrange(self, indices: Tensor) -> DeviceStore:
+        """See :meth:`Store.arrange`; the rows get memory of their own."""
+        return self.keep(indices)
+
     def drop(self, indices: Tensor) -> None:
         if self._positions is None:
             raise RuntimeError("drop() before keep(): a prompt's rows are shared and cannot be removed in place")

@@ -19,8 +19,8 @@ _BOTH, _KEYS, _VALUES = slice(0, 2), slice(0, 1), slice(1, 2)  # of a row [2, D]
 
 
 class HostStore(Store):
-    """Every token has a row on the host, numbered by position. The device holds copies: of the sinks, of the newest
-    tokens in a ring; what else a selection asks for is fetched into a staging area.
+    """Every token has a row on the host, numbered by position unless :meth:`arrange` was called. The device holds
+    copies: of the sinks, of the newest tokens in a ring; what else a selection asks for is fetched into a staging area.
 
     New tokens go to the ring and from there to the host, in batches and in the background. A ring slot is overwritten
     only after the copy of its token has been waited for, a host row is read only after the copy into it has. Keys and
@@ -42,6 +42,7 @@ class HostStore(Store):
             cached: rows per head that a cache may fill.
         """
         self._prompt, self._split, self._link = prompt, split, prompt.link
+        self._order: Tensor | None = None  # [B, H, prompt], position of each row of the prompt; None for their own
         self._margin, self._overlap = margin, overlap
         self._scratch, self._shares = Scratch() if scratch is None else scratch, scratch is not None
         self._host = HostRows(prompt)
@@ -66,7 +67,8 @@ class HostStore(Store):
     @property
     def positions(self) -> Tensor:
         batch, heads = self._prompt.rows.shape[:2]
-        return torch.arange(self._length, device=self._prompt.device).expand(batch, heads, -1)
+        own = torch.arange(self._length, device=self._prompt.device).expand(batch, heads, -1)
+        return own if self._order is None else torch.cat([self._order, own[:, :, self._order.shape[2] :]], dim=2)
 
     def keys(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self._half(start, stop, _KEYS)
@@ -117,6 +119,15 @@ class HostStore(Store):
         """Fetch rows ``[B, H, n]`` over the link; their bytes open the new store."""
         self._export(self._length)
         return KeptRows.fetched(self._host, indices, self._length)
+
+    def arrange(self, indices: Tensor) -> HostStore:
+        """See :meth:`Store.arrange`. The rows are copied within host memory, where the prompt's own rows stay for the
+        stores that share them."""
+        if self._pool.ring or self._length > self._prompt.length:
+            raise RuntimeError("arrange() after the first step: rows already have copies on the device")
+        self._prompt, self._order = self._prompt.arranged(indices), indices
+        self._host = HostRows(self._prompt)
+        return self
 
     def drop(self, indices: Tensor) -> None:
         raise RuntimeError("drop() on the host tier: what an evicting method keeps lies on the device, see keep()")

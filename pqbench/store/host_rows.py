@@ -58,6 +58,15 @@ class HostPrompt:
         self._transfers.append(self.link.submit(copies, Direction.TO_HOST, "prompt rows"))
         self.length = stop
 
+    def arranged(self, indices: Tensor) -> HostPrompt:
+        """A copy whose rows lie in the order of ``indices`` ``[B, H, length]``."""
+        self.wait()
+        batch, heads, _, _, width = self.rows.shape
+        prompt = HostPrompt(self.length, self.rows.new_empty(batch, heads, 0, width, device=self.device), self.link)
+        Copy(self.rows, prompt.rows, indices.to(self.rows.device)).run()
+        prompt.length = self.length
+        return prompt
+
     def wait(self) -> None:
         """Return when all rows are there."""
         for transfer in self._transfers:

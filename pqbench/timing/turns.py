@@ -119,9 +119,8 @@ class Subject:
         began = layer.now()
         layer.observe(state)
         observed = layer.now()
-        keep = state.finish_prefill(store)
-        if keep is not None:
-            store = store.keep(keep)
+        rows = state.finish_prefill(store)
+        store = store.after_prefill(rows, method is not None and method.evicts)
         self.observe_s, self.build_s = observed - began, layer.now() - observed
         self.group = Group(Rows(slice(None), 0, 1), store, state, layer.now)
         return self.group

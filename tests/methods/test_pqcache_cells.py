@@ -155,6 +155,52 @@ def test_methods_answer_the_same_by_cells_and_by_scan(tail: str, kind: str) -> N
         assert np.allclose(outputs[0], outputs[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("tail", ["none", "mean", "pq"])
+@pytest.mark.parametrize("codes_on", ["device", "host"])
+def test_rows_in_the_order_of_the_lists_give_the_same_answers(
+    tail: str, codes_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("methods.pqcache.cells._PENDING", 40)  # lists are merged on the way
+    budget = Budget(sink=3, window=6, tokens=50, ratio=None)
+    data, states = case(300, 100), {}
+    for arranged in (False, True):
+        method = PQCachePlus(
+            budget, m=2, b=2, b_v=3, tail=tail, codes_on=codes_on, spread=False, search="cells", arranged=arranged
+        )
+        states[arranged] = start(method, data)
+    positions = states[True][1].positions
+    assert torch.equal(positions.sort(2).values, torch.arange(300).expand(2, 2, -1))
+    assert torch.equal(positions[:, :, :3], torch.arange(3).expand(2, 2, -1))
+    assert torch.equal(positions[:, :, -6:], torch.arange(294, 300).expand(2, 2, -1))
+    for step in range(100):
+        selections = {arranged: advance(*states[arranged], data, step) for arranged in states}
+        tokens = [tokens_of(selections[arranged], states[arranged][1]).sort(-1).values for arranged in states]
+        assert torch.equal(*tokens)
+        if step % 20 == 0:
+            q = data.q[:, :, :, 300 + step]
+            outputs = [output_of(selections[arranged], states[arranged][1], q, data) for arranged in states]
+            assert np.allclose(outputs[0], outputs[1], atol=1e-5)
+
+
+def test_tokens_of_a_cell_lie_side_by_side() -> None:
+    budget = Budget(sink=3, window=6, tokens=50, ratio=None)
+    data = case(300, 1)
+    state, store = start(PQCachePlus(budget, m=2, b=2, tail="none", spread=False, search="cells", arranged=True), data)
+    plain, _ = start(PQCachePlus(budget, m=2, b=2, tail="none", spread=False, search="cells"), data)
+    assert isinstance(plain, PQCachePlusState)
+    assert plain.lists is not None
+    rows = advance(state, store, data, 0).indices
+    assert rows is not None
+    for b, h in np.ndindex(2, 2):
+        owner = np.repeat(np.arange(16), plain.lists.starts[b, h].diff().numpy())  # cell of each middle row
+        chosen = rows[b, h, 3:-6].numpy() - 3
+        chosen = chosen[chosen < len(owner)]  # the token that has just left the window waits behind
+        assert (np.diff(chosen) > 0).all()
+        for cell in np.unique(owner[chosen]):
+            own = chosen[owner[chosen] == cell]
+            assert own.tolist() == list(range(np.searchsorted(owner, cell), np.searchsorted(owner, cell) + len(own)))
+
+
 @pytest.mark.parametrize("tokens", [1000, 70_000])
 @pytest.mark.parametrize(("parts", "bits"), [(2, 6), (1, 8), (2, 8), (4, 4)])
 def test_compiled_cells_equal_the_reference(tokens: int, parts: int, bits: int) -> None:

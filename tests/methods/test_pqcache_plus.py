@@ -377,6 +377,8 @@ def test_without_additions_it_is_pqcache() -> None:
         ({"search": "cells", "m": 4, "b": 8}, "at most 16 bits, got 32"),
         ({"queries": 0}, "queries is 0"),
         ({"refresh": 0}, "refresh is 0"),
+        ({"arranged": True, "search": "scan"}, "set search=cells"),
+        ({"arranged": True, "refresh": 5}, "no refresh"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 0.9, "tail": "sampled"}, "another tail"),
         ({"top_p": 0.9, "search": "cells"}, "scan or auto"),

@@ -46,6 +46,20 @@ def test_positions_follow_rows_through_keep_append_and_drop(prompt: int, steps: 
     assert store.host_bytes == store.link_bytes == 0
 
 
+def test_an_arranged_store_leaves_the_prompt_to_others() -> None:
+    keys, values = GrowingBuffer(rows(0, 4)), GrowingBuffer(-rows(0, 4))
+    lease: list[DeviceStore] = []
+    first, second = (DeviceStore(keys.fork(), values.fork(), lease) for _ in range(2))
+    order = torch.tensor([[[3, 0, 2, 1], [1, 2, 3, 0]]])
+    assert first.after_prefill(None, False) is first
+    arranged = first.after_prefill(order, False)
+    arranged.append(rows(4, 1), -rows(4, 1))
+    assert arranged.keys()[0, :, :, 0].tolist() == [[3, 0, 2, 1, 4], [1, 2, 3, 0, 4]]
+    assert torch.equal(arranged.keys()[..., 0].long(), arranged.positions)
+    second.append(rows(4, 1), -rows(4, 1))
+    assert torch.equal(second.keys(), rows(0, 5))
+
+
 def test_fetch_brings_the_rows_asked_for() -> None:
     store = store_of(rows(0, 6), -rows(0, 6))
     keys, values, chosen = store.fetch(torch.tensor([[[5, 0], [2, 3]]]))

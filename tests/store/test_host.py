@@ -119,6 +119,30 @@ def run(store: HostStore, keys: Tensor, values: Tensor, seed: int = 1) -> list[t
 
 
 @pytest.mark.parametrize("cache", CACHES)
+def test_arranged_rows_are_found_at_their_new_places(cache: str) -> None:
+    keys, values = tokens(PROMPT + STEPS)
+    generator = torch.Generator().manual_seed(4)
+    order = torch.rand(BATCH, HEADS, PROMPT, generator=generator).argsort(2)
+    with LocalLink(debug=True) as link:
+        store = open_store(keys, values, link, cache)
+        assert torch.equal(store.keys(3, 40), keys[:, :, 3:40])  # reading before does no harm
+        assert store.arrange(order) is store
+        placed = [torch.cat([gather_rows(each, order), each[:, :, PROMPT:]], 2) for each in (keys, values)]
+        later = torch.arange(PROMPT, PROMPT + STEPS).expand(BATCH, HEADS, -1)
+        for step, indices in enumerate(selections()):
+            at = PROMPT + step
+            store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+            whole = torch.arange(at + 1).expand(BATCH, HEADS, -1) if indices is None else indices
+            for got, rows in zip(fetched(store, indices), placed, strict=True):
+                assert torch.equal(got, gather_rows(rows, whole)), step
+        assert torch.equal(store.positions, torch.cat([order, later], 2))
+        with pytest.raises(RuntimeError, match="after the first step"):
+            store.arrange(order)
+        store.settle()
+        assert torch.equal(store.stored_keys(), placed[0])
+
+
+@pytest.mark.parametrize("cache", CACHES)
 def test_rows_are_those_of_a_device_store(cache: str) -> None:
     keys, values = tokens(PROMPT + STEPS)
     meters = []
