@@ -23,10 +23,12 @@ PANELS = (
     ("kl", "next token, method in all layers", "KL(full || method), nats"),
 )
 RUN = ["model", "length", "steps", "texts", "dtype", "device"]  # what one figure has in common
+MOST = 16  # lines with a name and a colour; of more, only those of the frontier and the rails have one
 DECADES = 4.0  # of the vertical axis, at most: budgets at which a method is exact fall below
 # What a method lies between, and what it is.
 RAILS = {"oracle": "(exact scores)", "random_tokens": "(no scores)", "streaming_llm": "(sinks and window only)"}
 RAIL = "0.45"
+PALE, UNNAMED = "0.75", "further settings, none of them on the frontier"
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
     """The figure of one run: two panels side by side."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     counts: set[int] = set()
+    many = False
     for axis, (field, title, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         lines = lines_of(run, field)
+        many |= len(named(lines)) < len(lines)
         counts |= {count for line in lines for count in line.documents}
         plot(axis, lines, chosen)
         dense = run[run["method"] == BASELINE]
@@ -93,7 +97,7 @@ def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
         axis.set_ylabel(label)
     first = run.iloc[0]
     headline(figure, f"Fidelity to full attention: {first['model']}, {tokens(int(first['length']))} tokens")
-    footer(figure, note(run, counts))
+    footer(figure, note(run, counts) + (f"; dots without a name: {UNNAMED}" if many else ""))
     return figure
 
 
@@ -148,7 +152,11 @@ def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.plot(*frontier(lines), color="0.88", linewidth=9, zorder=0.5, solid_capstyle="round", label="frontier")
+    shown = named(lines)
     for line in lines:
+        if line not in shown:
+            axis.plot(line.size, line.middle, color=PALE, marker=".", markersize=4, linewidth=0.6, zorder=1)
+            continue
         look, order = chosen[line.method], np.argsort(line.size)
         size, middle = np.array(line.size)[order], np.array(line.middle)[order]
         middle = np.where(middle > 0, middle, np.nan)  # no error has no place on this axis
@@ -166,10 +174,18 @@ def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("bytes read per step and KV head (index + keys and values attended)")
     axis.grid(color="0.92")
-    best = [max(zip(line.size, line.middle, strict=True)) for line in lines]  # at the largest budget
+    best = [max(zip(line.size, line.middle, strict=True)) for line in shown]  # at the largest budget
     floor = axis.get_ylim()[0]
     name_ends(axis, [(line.label, size, max(value, floor), chosen[line.method].colour)
-                     for line, (size, value) in zip(lines, best, strict=True)])  # fmt: skip
+                     for line, (size, value) in zip(shown, best, strict=True)])  # fmt: skip
+
+
+def named(lines: Sequence[Line]) -> list[Line]:
+    """The lines that get a name: all, or of more than :data:`MOST` the rails and those on the frontier."""
+    if len(lines) <= MOST:
+        return list(lines)
+    best = set(zip(*frontier(lines), strict=True))
+    return [line for line in lines if line.method in RAILS or best & set(zip(line.size, line.middle, strict=True))]
 
 
 def frontier(lines: Sequence[Line]) -> tuple[list[float], list[float]]:

@@ -124,3 +124,22 @@ def test_a_figure_for_each_length_and_none_without_curves(tmp_path: Path) -> Non
     assert fidelity.draw(table.assign(status="error"), tmp_path) == []
     assert fidelity.draw(table.assign(benchmark="needle"), tmp_path) == []
     assert fidelity.draw(pd.DataFrame([{"benchmark": "needle", "status": "ok", "method": "h2o"}]), tmp_path) == []
+
+
+def test_of_many_lines_the_frontier_and_the_rails_have_names(run: pd.DataFrame) -> None:
+    many = [
+        run[(run["method"] == "h2o")].assign(
+            method=f"worse_{i:02}", output_error=lambda rows: rows["output_error"] + 0.1
+        )
+        for i in range(fidelity.MOST)
+    ]
+    crowded = pd.concat([run, *many])
+    figure = fidelity.panels(crowded, looks(crowded["method"]))
+    assert {text.get_text() for text in figure.axes[0].texts} == {"h2o", "oracle", "full"}
+    assert fidelity.UNNAMED in " ".join(text.get_text() for text in figure.texts)
+    shown = [line for line in figure.axes[0].lines if line.get_color() == fidelity.PALE]
+    assert len(shown) == fidelity.MOST
+    assert shown[0].get_ydata() == pytest.approx([0.9, 0.7])
+    assert fidelity.UNNAMED not in " ".join(
+        text.get_text() for text in fidelity.panels(run, looks(run["method"])).texts
+    )

@@ -50,7 +50,7 @@ def test_some_records_draw_some_figures(folder: Path, caplog: pytest.LogCaptureF
     caplog.set_level("INFO")
     assert main([str(folder)]) == 0
     assert (folder / "figures/needle_full.png").exists()
-    assert any(line.startswith("no records for attention,") for line in caplog.messages)
+    assert any(line.startswith("no records for ablation, attention,") for line in caplog.messages)
     assert main([str(folder), "needle"]) == 0
     assert main([str(folder), "needle", "cache"]) == 1
     assert "no records to draw cache" in caplog.text

@@ -1,0 +1,123 @@
+"""What each part of ``pqcache_plus`` is worth: error by codebook and index size (rows) and by tail (columns)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from plots.data import alike, families, machine, numbers, samples, setting, unique
+from plots.fidelity import measured
+from plots.style import footer, headline, number, save, style, tokens
+from pqbench.records import plain_name
+
+MADE_BY = "python -m pqbench experiment=ablation"
+PARTS = ("codebook", "m", "b", "tail", "spread")
+# Field of a record, title of its panel.
+PANELS = (("output_error", "error of the attention output"), ("kl", "KL of the next token, method in all layers"))
+CODEBOOKS = ("plain", "centred", "rotated", "query_aware")  # from the simplest on
+TAILS = ("none", "mean", "pq", "sampled")
+RAIL = "oracle"
+COLOURS = "PuOr_r"  # two hues that colour-blind eyes tell apart: below and above the rail
+
+
+def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """A figure for every model, length and budget with two codebooks and two tails or more."""
+    good = families(measured(table)) if "settings" in table else table.iloc[:0]
+    if good.empty:
+        return []
+    paths: list[Path] = []
+    taken: dict[str, int] = {}
+    for run in alike(parted(good), *(f"method.{part}" for part in PARTS)):
+        for _, part in run.groupby(["length", "ratio"]):
+            if part["codebook"].nunique() < 2 or part["tail"].nunique() < 2:
+                continue
+            first = part.iloc[0]
+            size = f"{tokens(int(first['length']))}_{100 * first['ratio']:g}"
+            name = f"ablation_{plain_name(str(first['model']))}_{size}"
+            with style():
+                paths += save(panels(part, rail(good, part)), folder, unique(name, taken))
+    return paths
+
+
+def parted(good: pd.DataFrame) -> pd.DataFrame:
+    """Rows of PQCache whose settings name all parts, these as columns."""
+    own = good[(good["family"] == "pqcache") & good["ratio"].notna()]
+    values = {part: [setting(settings, f"method.{part}") for settings in own["settings"]] for part in PARTS}
+    return own.assign(**values).dropna(subset=list(PARTS))
+
+
+def rail(good: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
+    """The exact top-k on the documents of ``run``, at its budget."""
+    first = run.iloc[0]
+    same = [good[name] == first[name] for name in ("model", "length", "steps", "ratio")]
+    return good[np.logical_and.reduce([good["family"] == RAIL, good["document"].isin(run["document"]), *same])]
+
+
+def grid(run: pd.DataFrame, field: str, unit: float) -> pd.DataFrame:
+    """Means over documents in units of ``unit``: a row for each codebook and index size, a column for each tail."""
+    values = run.assign(
+        value=numbers(run, field) / unit,
+        bits=run["m"] * run["b"],
+        place=[CODEBOOKS.index(name) for name in run["codebook"]],
+    )
+    cells = values.pivot_table(index=["spread", "bits", "m", "place"], columns="tail", values="value", aggfunc="mean")
+    named = cells.set_axis([_name(*cast(tuple[bool, int, int, int], row)) for row in cells.index])
+    return named[[tail for tail in TAILS if tail in named]]
+
+
+def _name(spread: bool, bits: int, m: int, place: int) -> str:
+    """``query-aware 3 x 8, spread``."""
+    return f"{CODEBOOKS[place].replace('_', '-')}  {m} x {bits // m}" + (", spread" if spread else "")
+
+
+def panels(run: pd.DataFrame, exact: pd.DataFrame) -> Figure:
+    """The figure of one budget; multiples of the rail's error where it was measured."""
+    grids = []
+    for field, _ in PANELS:
+        unit = numbers(exact, field).mean() if len(exact) else 1.0
+        grids.append(grid(run, field, unit))
+    figure = Figure(figsize=(11.5, 2.2 + 0.27 * len(grids[0])), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for axis, cells, (_, title) in zip(axes, grids, PANELS, strict=True):
+        heat(axis, cells, 1.0 if len(exact) else float(np.nanmedian(cells)))
+        axis.set_title(title)
+    axes[0].set_ylabel("codebook, sub-spaces x bits")
+    first = run.iloc[0]
+    where = f"{first['model']}, {tokens(int(first['length']))} tokens, budget {100 * first['ratio']:g} %"
+    headline(figure, f"Parts of pqcache_plus: {where}")
+    footer(figure, note(run, bool(len(exact))))
+    return figure
+
+
+def note(run: pd.DataFrame, relative: bool) -> str:
+    """Footer: what a number is, of how many documents, where."""
+    unit = "multiples of the exact top-k's error (left) and KL (right): below 1 beats it" if relative else (
+        "relative error (left), KL in nats (right); no oracle was measured"
+    )  # fmt: skip
+    count = samples(run.groupby("key").size())
+    steps = number(run["steps"].iloc[0])
+    return f"{unit}; {count} documents ({run['texts'].iloc[0]}), {steps} teacher-forced steps each;\n{machine(run)}"
+
+
+def heat(axis: Axes, cells: pd.DataFrame, middle: float) -> None:
+    """One grid with its values written in the cells; colours tell below ``middle`` from above, by ratio."""
+    shown = np.log2(cells.to_numpy() / middle)
+    reach = max(1.0, float(np.nanmax(np.abs(shown))))
+    image = axis.imshow(shown, cmap=COLOURS, norm=TwoSlopeNorm(0, -reach, reach), aspect="auto")
+    axis.set_xticks(range(cells.shape[1]), [str(tail) for tail in cells.columns])
+    axis.set_yticks(range(cells.shape[0]), [str(row) for row in cells.index], family="monospace", fontsize=8)
+    axis.set_xlabel("tail")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    for (y, x), value in np.ndenumerate(cells.to_numpy()):
+        if not np.isnan(value):
+            red, green, blue, _ = image.cmap(image.norm(shown[y, x]))
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                      color="white" if dark else "black")  # fmt: skip
