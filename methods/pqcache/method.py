@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import KV, Arrival, Budget, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
+
+_AHEAD = 16  # tokens encoded at once
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,23 @@ def adaptive_iterations(idle: float, fit: tuple[float, float], points: int) -> i
     return max(3, min(300, int((idle - a) / max(b * points, 1e-12))))
 
 
+class Ahead:
+    """What the index says of the next tokens to leave the window: tokens leave one by one, in order, and to encode one
+    takes as long as to encode sixteen."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._rows: Tensor | None = None
+
+    def take(self, start: int, stop: int, length: int, encode: Callable[[int, int], Tensor]) -> Tensor:
+        """``encode(start, stop)`` ``[B, H, n, ...]``, by calls for up to :data:`_AHEAD` of ``length`` tokens."""
+        rows = self._rows
+        if rows is None or start < self._first or stop > self._first + rows.shape[2]:
+            rows = self._rows = encode(start, min(length, max(stop, start + _AHEAD)))
+            self._first = start
+        return rows[:, :, start - self._first : stop - self._first]
+
+
 class PQCacheState(LayerState):
     """Codebook ``[B, H, m, 2**b, D/m]`` and codes uint8 ``[B, H, middle, m]``; None until there are keys enough."""
 
@@ -104,6 +125,7 @@ class PQCacheState(LayerState):
         self.codebook: Tensor | None = None
         self.codes: GrowingBuffer | None = None  # in host memory with codes_on=host
         self.arriving: Arrival | None = None
+        self.ahead = Ahead()
         self.iterations = 0
         problems = geometry.batch * geometry.kv_heads * method.m
         known = geometry.calibration if method.needs_calibration else None
@@ -137,8 +159,8 @@ class PQCacheState(LayerState):
             if stop - first > self.method.clusters:
                 self._train(kv, first, stop)
         elif stop - first > len(self.codes):
-            codes = self._encode(kv, first + len(self.codes), stop)
-            self.codes.append(codes.to(self.codes.view().device))
+            start = first + len(self.codes)
+            self._admit(kv, start, stop, self.ahead.take(start, stop, kv.length, partial(self._encode, kv)))
 
     def _codes(self, kv: KV) -> Tensor:
         """All codes ``[B, H, middle, m]`` on the device: what was asked for a layer ago, and what has joined since."""
@@ -152,14 +174,21 @@ class PQCacheState(LayerState):
         return torch.cat([arrived, joined], dim=2)
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
-        """Codes ``[B, H, n, m]`` of rows ``start`` to ``stop``."""
+        """What the index says of rows ``start`` to ``stop``: codes ``[B, H, n, m]``."""
         if self.codebook is None:
             raise RuntimeError("no codebook before finish_prefill()")
         return self.geometry.kernels.encode(kv.keys(start, stop), self.codebook)
 
+    def _admit(self, kv: KV, start: int, stop: int, encoded: Tensor) -> None:
+        """Rows ``start`` to ``stop`` have left the window, with what :meth:`_encode` says of them."""
+        if self.codes is None:
+            raise RuntimeError("no codes before finish_prefill()")
+        self.codes.append(encoded.to(self.codes.view().device))
+
     def _train(self, kv: KV, start: int, stop: int) -> None:
         """Make the codebook from rows ``start`` to ``stop``, and their codes."""
         codebook, codes = self._clustered(kv.stored_keys(start, stop))
+        self.ahead = Ahead()
         self.codebook = codebook.to(kv.device)
         self.codes = GrowingBuffer(codes.to(kv.device if self.method.codes_on == "device" else "cpu"))
 

@@ -208,18 +208,25 @@ class PQCachePlusState(PQCacheState):
         return codebook, codes
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
+        """Uint8 ``[B, H, n, m + m_v + 1]``: codes of keys and, where they are kept, of values, and the spread."""
         body = self.geometry.kernels
         keys, book = self.map.keys(kv.keys(start, stop)), self._ready(self.codebook)
-        codes = body.encode(keys, book)
+        parts = [body.encode(keys, book)]
+        if self.value_codebook is not None:
+            parts.append(body.encode(kv.values(start, stop), self.value_codebook))
+        if self.spread is not None:
+            parts.append(self.spread.of(keys, book, parts[0])[..., None])
+        return torch.cat(parts, dim=3)
+
+    def _admit(self, kv: KV, start: int, stop: int, encoded: Tensor) -> None:
+        if self.spread is not None:
+            self.spread.numbers.append(encoded[..., -1])
+            encoded = encoded[..., :-1]
+        super()._admit(kv, start, stop, encoded)
         if self.lists is not None:
-            self.lists.append(cell_numbers(codes, self.method.b), body)
+            self.lists.append(cell_numbers(self._key_codes(encoded), self.method.b), self.geometry.kernels)
         if self.value_sum is not None:
             self.value_sum = self.value_sum + kv.values(start, stop).float().sum(2, keepdim=True)
-        if self.spread is not None:
-            self.spread.append(keys, book, codes)
-        if self.value_codebook is None:
-            return codes
-        return torch.cat([codes, body.encode(kv.values(start, stop), self.value_codebook)], dim=3)
 
     def _fitted(self, kv: KV, first: int, recent: Tensor) -> Tensor:
         """Log of true over estimated tail mass ``[B, H]`` of the queries ``[B, H, G, n, D]`` seen last."""

@@ -32,9 +32,9 @@ class Spread:
         self.moment, self.most = moment.to(device), half.amax(2, keepdim=True).to(device)
         self.numbers = NibbleBuffer(self._quantised(half.to(device)))
 
-    def append(self, keys: Tensor, codebook: Tensor, codes: Tensor) -> None:
-        """The next tokens: mapped keys ``[B, H, n, D]`` and their codes ``[B, H, n, m]``."""
-        self.numbers.append(self._quantised(half_variance(keys, codebook, codes, self.moment)))
+    def of(self, keys: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+        """Numbers uint8 ``[B, H, n]`` of further tokens: mapped keys ``[B, H, n, D]``, their codes ``[B, H, n, m]``."""
+        return self._quantised(half_variance(keys, codebook, codes, self.moment))
 
     def added(self) -> Tensor:
         """What the logits of all tokens gain, float32 ``[B, H, S]``."""

@@ -36,63 +36,67 @@ class Lane:
     """A queue that runs one task at a time, in order, on a thread of its own.
 
     A caller that waits does not stand by: it runs the tasks nobody has begun, its own last. So a wait right after a
-    submit costs no change of thread, and a worker that died cannot make anyone wait for ever.
+    submit costs no change of thread, and a worker that died cannot make anyone wait for ever. Work alone wakes the
+    lane's thread, the end of a task alone a caller.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._queue: deque[Task] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._work_left, self._task_ended = threading.Condition(self._lock), threading.Condition(self._lock)
         self._busy = False
         self._closed = False
         self._worker: threading.Thread | None = None
 
     def put(self, task: Task, urgent: bool = False) -> None:
         """Queue a task; an urgent one is left to its caller, who waits at once, and to a thread that is awake."""
-        with self._changed:
+        with self._lock:
             if self._worker is None or self._closed:
                 self._closed = False
                 self._worker = threading.Thread(target=self._work, name=self._name, daemon=True)
                 self._worker.start()
             self._queue.append(task)
             if not urgent:
-                self._changed.notify_all()
+                self._work_left.notify()
 
     def wait(self, task: Task) -> None:
         """Return when a queued task is done; raises what it raised."""
         if not task.done:
-            with self._changed:
+            with self._lock:
                 while not task.done:
-                    self._step()
+                    self._step(self._task_ended)
         if task.error is not None:
             raise task.error
 
     def close(self) -> None:
         """Let the thread end once the queue is empty."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._work_left.notify()
 
     def _work(self) -> None:
         stay_alone()
-        with self._changed:
+        with self._lock:
             while self._queue or self._busy or not self._closed:
-                self._step()
+                self._step(self._work_left)
 
-    def _step(self) -> None:
+    def _step(self, change: threading.Condition) -> None:
         """With the lock held: run the next task if none is running, else wait for a change."""
         if self._busy or not self._queue:
-            self._changed.wait()
+            change.wait()
             return
         task, self._busy = self._queue.popleft(), True
-        self._changed.release()
+        self._lock.release()
         try:
             task.run()
         finally:
-            self._changed.acquire()
+            self._lock.acquire()
             task.ended = time.perf_counter()
             self._busy, task.done = False, True
-            self._changed.notify_all()
+            self._task_ended.notify_all()
+            if self._queue or self._closed:
+                self._work_left.notify()
 
 
 class LocalTransfer(Transfer):

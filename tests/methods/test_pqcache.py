@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from methods.oracle import Oracle
 from methods.pqcache import PQCache, PQCacheState
 from pqbench.kernels import reference
-from pqbench.method import Budget, ConfigError, PaperBudget
+from pqbench.method import KV, Budget, ConfigError, PaperBudget
 from pqbench.store.device import DeviceStore
 from tests.support import Case, advance, append, case, finish, output_of, softmax, start, tokens_of
 
@@ -111,6 +112,25 @@ def test_an_appended_token_gets_the_nearest_centroid_of_its_own_key() -> None:
             nearest = int((books[b, h, j].double() - own).square().sum(-1).argmin())
             assert int(state.codes.view()[b, h, -1, j]) == nearest
     assert torch.equal(state.codebook, books)  # frozen
+
+
+def test_tokens_are_encoded_sixteen_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the newest token; they join the middle one by one all the same, as the test above says."""
+    asked: list[tuple[int, int]] = []
+    encode = PQCacheState._encode
+
+    def counted(state: PQCacheState, kv: KV, start: int, stop: int) -> Tensor:
+        asked.append((start, stop))
+        return encode(state, kv, start, stop)
+
+    monkeypatch.setattr(PQCacheState, "_encode", counted)
+    for window, calls in ((20, [(60, 76), (76, 92)]), (6, [(74, 81), (81, 88), (88, 95), (95, 102), (102, 109)])):
+        asked.clear()
+        data = case(80, 30)
+        state, store = start(PQCache(Budget(sink=3, window=window, tokens=50, ratio=None), m=2, b=3), data)
+        for step in range(30):
+            append(state, store, data, step)
+        assert asked == calls, asked
 
 
 def test_codebooks_see_the_middle_alone() -> None:
