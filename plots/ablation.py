@@ -22,7 +22,7 @@ PARTS = ("codebook", "m", "b", "tail", "spread")
 PANELS = (("output_error", "error of the attention output"), ("kl", "KL of the next token, method in all layers"))
 CODEBOOKS = ("plain", "centred", "rotated", "query_aware")  # from the simplest on
 TAILS = ("none", "mean", "pq", "sampled")
-RAIL = "oracle"
+RAIL, RULE = "oracle", "kv_head"
 COLOURS = "PuOr_r"  # two hues that colour-blind eyes tell apart: below and above the rail
 
 
@@ -49,25 +49,38 @@ def parted(good: pd.DataFrame) -> pd.DataFrame:
     """Rows of PQCache whose settings name all parts, these as columns."""
     own = good[(good["family"] == "pqcache") & good["ratio"].notna()]
     values = {part: [setting(settings, f"method.{part}") for settings in own["settings"]] for part in PARTS}
-    return own.assign(**values).dropna(subset=list(PARTS))
+    return own.assign(**values).dropna(subset=list(PARTS)).astype({"m": int, "b": int})
 
 
 def rail(good: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
-    """The exact top-k on the documents of ``run``, at its budget."""
+    """The exact top-k on the documents of ``run``, at its budget and on its machine: the run with most of them, the
+    newest of several; with the default rule, by KV head."""
     first = run.iloc[0]
-    same = [good[name] == first[name] for name in ("model", "length", "steps", "ratio")]
-    return good[np.logical_and.reduce([good["family"] == RAIL, good["document"].isin(run["document"]), *same])]
+    same = [good[name] == first[name] for name in ("model", "length", "steps", "ratio", "dtype", "device")]
+    found = good[np.logical_and.reduce([good["family"] == RAIL, good["document"].isin(run["document"]), *same])]
+    rules = [setting(settings, "method.rule", RULE) for settings in found["settings"]]
+    found = found[[rule == RULE for rule in rules]]
+    if found.empty:
+        return found
+    counts = found.groupby("key", sort=False)["document"].nunique()
+    return found[found["key"] == counts[counts == counts.max()].index[-1]]
 
 
-def grid(run: pd.DataFrame, field: str, unit: float) -> pd.DataFrame:
-    """Means over documents in units of ``unit``: a row for each codebook and index size, a column for each tail."""
-    values = run.assign(
-        value=numbers(run, field) / unit,
-        bits=run["m"] * run["b"],
-        place=[CODEBOOKS.index(name) for name in run["codebook"]],
-    )
-    cells = values.pivot_table(index=["spread", "bits", "m", "place"], columns="tail", values="value", aggfunc="mean")
-    named = cells.set_axis([_name(*cast(tuple[bool, int, int, int], row)) for row in cells.index])
+def shared(run: pd.DataFrame, exact: pd.DataFrame) -> pd.DataFrame:
+    """Rows on documents that the rail was measured on too; all without a rail."""
+    return run[run["document"].isin(exact["document"])] if len(exact) else run
+
+
+def grid(run: pd.DataFrame, exact: pd.DataFrame, field: str) -> pd.DataFrame:
+    """Means over documents: a row for each codebook and index size, a column for each tail. With a rail in units of its
+    mean over the documents of that cell."""
+    units = numbers(exact, field).groupby(exact["document"]).mean() if len(exact) else None
+    unit = 1.0 if units is None else run["document"].map(units)
+    values = run.assign(value=numbers(run, field), unit=unit, bits=run["m"] * run["b"],
+                        place=[CODEBOOKS.index(name) for name in run["codebook"]])  # fmt: skip
+    cells = values.groupby(["spread", "bits", "m", "place", "tail"])[["value", "unit"]].mean()
+    relative = (cells["value"] / cells["unit"].where(cells["unit"] > 0)).unstack("tail")
+    named = relative.set_axis([_name(*cast(tuple[bool, int, int, int], row)) for row in relative.index])
     return named[[tail for tail in TAILS if tail in named]]
 
 
@@ -78,14 +91,12 @@ def _name(spread: bool, bits: int, m: int, place: int) -> str:
 
 def panels(run: pd.DataFrame, exact: pd.DataFrame) -> Figure:
     """The figure of one budget; multiples of the rail's error where it was measured."""
-    grids = []
-    for field, _ in PANELS:
-        unit = numbers(exact, field).mean() if len(exact) else 1.0
-        grids.append(grid(run, field, unit))
+    run = shared(run, exact)
+    grids = [grid(run, exact, field) for field, _ in PANELS]
     figure = Figure(figsize=(11.5, 2.2 + 0.27 * len(grids[0])), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for axis, cells, (_, title) in zip(axes, grids, PANELS, strict=True):
-        heat(axis, cells, 1.0 if len(exact) else float(np.nanmedian(cells)))
+        heat(axis, cells, relative=bool(len(exact)))
         axis.set_title(title)
     axes[0].set_ylabel("codebook, sub-spaces x bits")
     first = run.iloc[0]
@@ -105,10 +116,15 @@ def note(run: pd.DataFrame, relative: bool) -> str:
     return f"{unit}; {count} documents ({run['texts'].iloc[0]}), {steps} teacher-forced steps each;\n{machine(run)}"
 
 
-def heat(axis: Axes, cells: pd.DataFrame, middle: float) -> None:
-    """One grid with its values written in the cells; colours tell below ``middle`` from above, by ratio."""
-    shown = np.log2(cells.to_numpy() / middle)
-    reach = max(1.0, float(np.nanmax(np.abs(shown))))
+def heat(axis: Axes, cells: pd.DataFrame, relative: bool) -> None:
+    """One grid with its values written in the cells; colours tell below 1 (else the median) from above, by ratio."""
+    values = cells.to_numpy(dtype=float)
+    positive = values[values > 0]  # neither NaN nor an exact answer, whose colour is the best there is
+    middle = 1.0 if relative or not len(positive) else float(np.median(positive))
+    reach = max(1.0, float(np.abs(np.log2(positive / middle)).max())) if len(positive) else 1.0
+    shown = np.where(
+        values > 0, np.log2(np.where(values > 0, values, 1.0) / middle), np.where(values == 0, -reach, np.nan)
+    )
     image = axis.imshow(shown, cmap=COLOURS, norm=TwoSlopeNorm(0, -reach, reach), aspect="auto")
     axis.set_xticks(range(cells.shape[1]), [str(tail) for tail in cells.columns])
     axis.set_yticks(range(cells.shape[0]), [str(row) for row in cells.index], family="monospace", fontsize=8)

@@ -246,7 +246,7 @@ class Arrival(Protocol):
 
 
 class KV(Protocol):
-    """Read access to the rows a store holds for one layer; row order is age unless rows were dropped."""
+    """Read access to the rows a store holds for one layer; row order is age unless rows were dropped or arranged."""
 
     @property
     def length(self) -> int:

@@ -47,7 +47,7 @@ def methods(budget: Budget) -> dict[str, Method]:
         "pqcache_plus": PQCachePlus(budget, b=4, b_v=4),
         "pqcache_plus mean": PQCachePlus(budget, b=3, tail="mean", spread=False, search="cells", refresh=4),
         "pqcache_plus sampled": PQCachePlus(budget, b=4, tail="sampled", codebook="rotated"),
-        "pqcache_plus arranged": PQCachePlus(budget, b=3, tail="pq", spread=False, search="cells", arranged=True),
+        "pqcache_plus arranged": PQCachePlus(budget, b=3, tail="none", spread=False, search="cells", arranged=True),
     }
 
 

@@ -43,9 +43,9 @@ class PQCachePlus(PQCache):
         spread: see above; not with search by cells, whose tokens share one score.
         search: scan, cells (m * b at most 16), or auto: cells when there are at least 4 tokens per cell and neither the
             tail nor the spread reads every code anyway.
-        arranged: store a prompt that is searched by cells in the order of the lists: the tokens of a cell, which a step
-            takes together, then lie side by side in memory. The same tokens are taken. The prompt's KV is copied once
-            more for it; not with ``refresh``, which makes new lists.
+        arranged: store the prompt in the order of the lists: tokens of a cell, which a step takes together, then lie
+            side by side in memory. The same tokens are taken (a ``sampled`` tail draws others). The prompt's KV is
+            copied for it and held twice; only with ``search=cells``, not with ``refresh``, which makes new lists.
         top_p: attend, of the top_k, only to as many as hold this share of the estimated attention with sinks and window
             (at their exact scores): budgets then differ by head and step, and top_k caps them. None for all of top_k;
             not with the tail ``sampled`` or search by cells.
@@ -91,7 +91,7 @@ class PQCachePlus(PQCache):
                 raise ConfigError(f"pqcache_plus.top_p is {self.top_p}: it must lie in (0, 1], or be null")
             if self.tail == "sampled" or self.search == "cells":
                 raise ConfigError("pqcache_plus.top_p needs another tail than sampled, and search scan or auto")
-        if self.arranged and (self.search == "scan" or self.refresh is not None):
+        if self.arranged and (self.search != "cells" or self.refresh is not None):
             raise ConfigError(
                 "pqcache_plus.arranged stores rows once, in the order of the lists of cells: set search=cells, and no "
                 "refresh, which makes new lists"

@@ -100,6 +100,8 @@ class Store(ABC):
         all in that order; see :meth:`pqbench.method.LayerState.finish_prefill`."""
         if rows is None:
             return self
+        if not evicts and rows.shape[2] != self.length:
+            raise RuntimeError(f"a method answered {rows.shape[2]} of {self.length} rows: return all, or set evicts")
         return self.keep(rows) if evicts else self.arrange(rows)
 
     def separate(self) -> None:  # noqa: B027 - where only the prompt is shared and nobody writes there

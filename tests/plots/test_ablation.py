@@ -72,3 +72,28 @@ def test_no_grid_without_two_codebooks_and_two_tails(results: Results, tmp_path:
     assert ablation.draw(table.assign(benchmark="needle"), tmp_path) == []
     results.run("e", "pqcache", rows(0.3), PARTS | {"codebook": "rotated", "tail": "mean", "iterations": 3})
     assert len(ablation.draw(results.table, tmp_path)) == 2  # one that differs otherwise joins no grid and makes none
+
+
+def test_every_cell_and_its_unit_are_means_over_the_same_documents(results: Results) -> None:
+    results.run("f", "pqcache", rows(0.2), PARTS | {"codebook": "rotated", "tail": "none"})  # the first document alone
+    results.run("oracle", "oracle", rows(9.0, 9.0), {"rule": "query_head"})
+    results.run("oracle", "oracle", rows(9.0, 9.0, dtype="bfloat16"))
+    results.run(
+        "g", "pqcache", rows(0.1, 0.2, 7.0), PARTS | {"codebook": "rotated", "tail": "pq"}
+    )  # a third, without rail
+    good = families(measured(results.table))
+    run = ablation.parted(good)
+    figure = ablation.panels(run, ablation.rail(good, run))
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert written == ["3.00", "1.50", "0.75", "2.00", "0.75", "0.25"]
+
+
+def test_missing_and_exact_figures_leave_the_rows_as_they_are(results: Results) -> None:
+    results.run("f", "pqcache", rows(0.0, 0.0, kl=None), PARTS | {"codebook": "rotated", "tail": "none"})
+    good = families(measured(results.table))
+    run = ablation.parted(good)
+    figure = ablation.panels(run, ablation.rail(good, run))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["3.00", "1.50", "0.75", "0.00", "0.25"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["3.00", "1.50", "0.75", "0.25"]
+    assert len(figure.axes[0].get_yticklabels()) == 4
+    assert ablation.panels(run.assign(kl=None), ablation.rail(good, run)).axes  # no KL at all
