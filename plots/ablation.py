@@ -8,12 +8,11 @@ from typing import cast
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from plots.data import alike, families, machine, numbers, samples, setting, unique
 from plots.fidelity import measured
-from plots.style import footer, headline, number, save, style, tokens
+from plots.style import footer, headline, number, save, style, tokens, write_cells
 from pqbench.records import plain_name
 
 MADE_BY = "python -m pqbench experiment=ablation"
@@ -125,15 +124,10 @@ def heat(axis: Axes, cells: pd.DataFrame, relative: bool) -> None:
     shown = np.where(
         values > 0, np.log2(np.where(values > 0, values, 1.0) / middle), np.where(values == 0, -reach, np.nan)
     )
-    image = axis.imshow(shown, cmap=COLOURS, norm=TwoSlopeNorm(0, -reach, reach), aspect="auto")
+    image = axis.imshow(shown, cmap=COLOURS, vmin=-reach, vmax=reach, aspect="auto")
     axis.set_xticks(range(cells.shape[1]), [str(tail) for tail in cells.columns])
     axis.set_yticks(range(cells.shape[0]), [str(row) for row in cells.index], family="monospace", fontsize=8)
     axis.set_xlabel("tail")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    for (y, x), value in np.ndenumerate(cells.to_numpy()):
-        if not np.isnan(value):
-            red, green, blue, _ = image.cmap(image.norm(shown[y, x]))
-            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-            axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                      color="white" if dark else "black")  # fmt: skip
+    write_cells(axis, image, cells.map("{:.2f}".format, na_action="ignore"), size=8)

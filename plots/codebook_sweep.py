@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots.data import alike, families, machine, measured, numbers, samples, setting, unique
-from plots.style import HEAT, footer, headline, save, style
+from plots.style import HEAT, footer, headline, save, style, write_cells
 from pqbench.records import plain_name
 
 MADE_BY = "python -m pqbench experiment=codebooks"
@@ -74,9 +74,4 @@ def heat(axis: Axes, cells: pd.DataFrame, colours: str, score: bool) -> None:
     axis.set_ylabel("m, sub-spaces")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    for (y, x), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-            axis.text(x, y, f"{value:.0f}" if score else f"{value:.1f}", ha="center", va="center",
-                      color="white" if dark else "black")  # fmt: skip
+    write_cells(axis, image, cells.map(("{:.0f}" if score else "{:.1f}").format, na_action="ignore"))

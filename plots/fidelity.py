@@ -87,9 +87,10 @@ def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
     many = False
     for axis, (field, title, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         lines = lines_of(run, field)
-        many |= len(named(lines)) < len(lines)
+        shown = named(lines)
+        many |= len(shown) < len(lines)
         counts |= {count for line in lines for count in line.documents}
-        plot(axis, lines, chosen)
+        plot(axis, lines, shown, chosen)
         dense = run[run["method"] == BASELINE]
         if len(dense):
             mark_dense(axis, float(dense["bytes_per_head"].astype(float).mean()))
@@ -147,12 +148,11 @@ def interval(values: np.ndarray) -> tuple[float, float, float, int]:
     return draws.value, float(low), float(high), draws.n
 
 
-def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
-    """Draw the lines of one panel with their names at the right ends."""
+def plot(axis: Axes, lines: Sequence[Line], shown: Sequence[Line], chosen: Mapping[str, Look]) -> None:
+    """Draw the lines of one panel, those ``shown`` in colour with their names at the right ends."""
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.plot(*frontier(lines), color="0.88", linewidth=9, zorder=0.5, solid_capstyle="round", label="frontier")
-    shown = named(lines)
     for line in lines:
         if line not in shown:
             axis.plot(line.size, line.middle, color=PALE, marker=".", markersize=4, linewidth=0.6, zorder=1)

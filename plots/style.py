@@ -10,8 +10,11 @@ from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 HEAT = "cividis"  # readable in grey and by colour-blind eyes
 BASELINE = "full"
@@ -93,6 +96,16 @@ def apart(heights: Sequence[float], gap: float, lowest: float = -math.inf) -> li
             middle = max(middle, lowest + gap * (count - 1) / 2)
         blocks.append((middle, count))
     return [middle + gap * (i - (count - 1) / 2) for middle, count in blocks for i in range(count)]
+
+
+def write_cells(axis: Axes, image: AxesImage, texts: pd.DataFrame, size: float | None = None) -> None:
+    """Write a text into every cell of a map, black or white, whichever its colour lets be read; NaN is left out."""
+    shown = image.get_array()
+    for (y, x), text in np.ndenumerate(texts.to_numpy()):
+        if shown is not None and isinstance(text, str):
+            red, green, blue, _ = image.cmap(image.norm(shown[y, x]))
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            axis.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
 
 
 @contextmanager

@@ -158,9 +158,7 @@ def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | 
     splits = [partial(prefilled.methods[m].split, prompt=length) for m in chosen]
     layers = {}
     for i, layer in prefilled.layers.items():
-        own = {m: prefilled.group(m, i, 0) for m in chosen if prefilled.built(m, i, 0).rows is not None}
-        dense = prefilled.store(i, 0)  # last: the youngest store of the prompt may write
-        groups = [own[m] if m in own else prefilled.group(m, i, 0, shared=dense) for m in chosen]
+        dense, groups = prefilled.over_one_store(i, chosen)
         layers[i] = ProbeLayer(dense, groups, fidelities, splits, layer.seen)
     cache = prefilled.cache(layers)
     position, mask = prefilled.lengths[:, None], prefilled.mask

@@ -138,6 +138,13 @@ class Prefilled:
         state = observer.state if spend else copy.deepcopy(observer.state)
         return Group(observer.rows, store, state, clock(self.model))
 
+    def over_one_store(self, layer: int, methods: Sequence[int]) -> tuple[Store, list[Group]]:
+        """A store of all rows of the only group in one layer, and these methods at work over it; those that want their
+        rows otherwise have stores of their own."""
+        own = {m: self.group(m, layer, 0) for m in methods if self.built(m, layer, 0).rows is not None}
+        shared = self.store(layer, 0)  # last: the youngest store of the prompt may write
+        return shared, [own[m] if m in own else self.group(m, layer, 0, shared=shared) for m in methods]
+
     def store(self, layer: int, group: int, method: int | None = None) -> Store:
         """A store over the prompt of one group in one layer, laid out for a method's sinks and window."""
         rows = self.groups[group]

@@ -110,10 +110,7 @@ def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[
     layers: dict[int, ProbeLayer] = {}
     for i, layer in prefilled.layers.items():
         entropies[i], books[i] = Entropy(), [HeadFidelity(prompt, steps) for _ in chosen]
-        every = (0, *chosen)
-        own = {m: prefilled.group(m, i, 0) for m in every if prefilled.built(m, i, 0).rows is not None}
-        dense = prefilled.store(i, 0)  # last: the youngest store of the prompt may write
-        groups = [own[m] if m in own else prefilled.group(m, i, 0, shared=dense) for m in every]
+        dense, groups = prefilled.over_one_store(i, (0, *chosen))
         layers[i] = ProbeLayer(dense, groups, [entropies[i], *books[i]], splits, layer.seen)
     cache, position = prefilled.cache(layers), prefilled.lengths[:, None]
     with attached(prefilled.model):
