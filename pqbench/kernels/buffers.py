@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pqbench.kernels.pages import empty_rows
+
 
 class GrowingBuffer:
     """Rows along the third axis, ``[B, H, S, ...]``, kept in one allocation with slack for appends.
@@ -102,7 +104,7 @@ def _paired(numbers: Tensor) -> Tensor:
 def _allocate(rows: Tensor, capacity: int) -> Tensor:
     shape = list(rows.shape)
     shape[2] = capacity
-    data = torch.empty(shape, dtype=rows.dtype, device=rows.device)
+    data = empty_rows(shape, rows.dtype, rows.device)
     data[:, :, : rows.shape[2]] = rows
     return data
 

@@ -27,6 +27,7 @@ from pqbench.kernels.cpu_vector import BLOCK
 
 _SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
 _LOG2_E = 1.4426950408889634
+_STORED = (torch.float32, torch.bfloat16)  # what is read as it lies
 
 
 @contextmanager
@@ -45,12 +46,7 @@ def _threads_for(work: int) -> Iterator[None]:
 
 def _fits(x: Tensor) -> bool:
     """Whether compiled code reads ``x`` ``[..., D]`` as it lies."""
-    return (
-        x.dtype in (torch.float32, torch.bfloat16)
-        and x.device.type == "cpu"
-        and x.numel() > 0
-        and (x.stride(-1) == 1 or x.shape[-1] == 1)
-    )
+    return x.dtype in _STORED and x.is_cpu and x.numel() > 0 and (x.stride(-1) == 1 or x.shape[-1] == 1)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -86,18 +82,18 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     batch, heads, group, dims = q.shape
     count = keys.shape[2] if indices is None else indices.shape[2]
-    queries = q.float().contiguous()
+    queries = (q if q.dtype in _STORED else q.float()).contiguous()
     rows = None if indices is None else indices.long().contiguous()
     seen = None if visible is None else visible.expand(batch, heads, group, count).contiguous()
-    output = torch.empty(q.shape if values is not None else 0, dtype=torch.float32)
+    output = torch.empty(q.shape if values is not None else 0, dtype=queries.dtype)
     lse = torch.empty(batch, heads, group, dtype=torch.float32)
     weights = torch.empty(batch, heads, group, count, dtype=torch.float32) if need_weights else None
     with _threads_for(batch * heads * group * count * dims):
         valid = attend(
-            keys.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(), *_strides(keys), _address(values),
-            *(_strides(keys) if values is None else _strides(values)), _address(rows), _address(seen),
-            _address(weights), 0 if values is None else output.data_ptr(), lse.data_ptr(), batch, heads, group,
-            keys.shape[2], count, dims, scaling,
+            keys.dtype == torch.bfloat16, queries.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(),
+            *_strides(keys), _address(values), *(_strides(keys) if values is None else _strides(values)),
+            _address(rows), _address(seen), _address(weights), 0 if values is None else output.data_ptr(),
+            lse.data_ptr(), batch, heads, group, keys.shape[2], count, dims, scaling,
         )  # fmt: skip
     _check_rows(valid, keys)
     return output.to(q.dtype), lse, weights

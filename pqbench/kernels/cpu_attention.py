@@ -1,7 +1,7 @@
 """Attention of one query per head over rows at any stride, fused: gather, logits, softmax and weighted sum in one pass.
 
 Tokens are cut into blocks whose size depends on their number alone; any thread computes a block, and blocks are merged
-in order, so results do not depend on the number of threads. Within a block, rows of the next tile are requested from
+in order, so results do not depend on the number of threads. Within a block, rows two tiles ahead are requested from
 memory while this one is computed, because no hardware guesses where selected rows lie.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import exp2, largest, splat, swap_halves
+from pqbench.kernels.cpu_lanes import bits_of, exp2, largest, splat, swap_halves
 from pqbench.kernels.cpu_tiles import (
     TILE,
     add_values,
@@ -20,7 +20,7 @@ from pqbench.kernels.cpu_tiles import (
     arrange_queries,
     hide,
     pair_logits,
-    prefetch_row,
+    prefetch_token,
     shrink,
     softmax_step,
 )
@@ -42,9 +42,11 @@ from pqbench.kernels.cpu_vector import (
     subtract,
     write_f32,
     write_f32x8,
+    write_u16,
 )
 
 _LOWEST = np.float32(-1e30)  # where maxima start: finite, so that a fully hidden tile makes no NaN
+_AHEAD = 2 * TILE  # tokens whose rows are requested before they are needed
 _LN_2 = np.float32(0.6931471805599453)
 
 
@@ -63,27 +65,25 @@ def _attend_block(
     ``place`` is (keys, bytes per key row, values or 0, bytes per value row); ``logits_out`` ``[heads, count]``, or 0.
     Returns whether all rows exist.
     """
-    blocks, groups = dims // 16, (heads + 3) // 4
-    scratch = np.empty(6 * TILE + 4, np.int64)  # row addresses of two tiles, logits, factors
+    blocks, groups, row_bytes = dims // 16, (heads + 3) // 4, dims * number_bytes(kind)
+    scratch = np.empty(4 * TILE + 4, np.int64)  # row addresses, logits, factors
     current = address_of(scratch)
-    following, logits = current + 16 * TILE, current + 32 * TILE
+    logits = current + 16 * TILE
     factors = logits + 16 * TILE
     size = 16 * dims + 64  # bytes of the record of a head group
     for at in range(record, record + groups * size, 32):
         write_f32x8(at, splat(np.float32(0)))
     for group in range(groups):
         write_f32x8(record + group * size, splat(_LOWEST))
-    valid = addresses(indices, first, stop, rows, place, current)
+    valid = True
     for start in range(first, stop, TILE):
-        valid &= addresses(indices, min(start + TILE, stop - 1), stop, rows, place, following)
+        valid &= addresses(indices, start, stop, rows, place, current)
         for group in range(groups):
             state = record + group * size
             for i in range(0, TILE, 2):
                 if group == 0:
-                    for ahead in range(following + i * 8, following + i * 8 + 16, 8):
-                        prefetch_row(read_i64(ahead), dims * number_bytes(kind))
-                        if place[2] != 0:
-                            prefetch_row(read_i64(ahead + TILE * 8), dims * number_bytes(kind))
+                    prefetch_token(indices, min(start + i + _AHEAD, stop - 1), place, row_bytes)
+                    prefetch_token(indices, min(start + i + 1 + _AHEAD, stop - 1), place, row_bytes)
                 pair_logits(
                     kind, q + group * dims * 16, read_i64(current + i * 8), read_i64(current + i * 8 + 8), blocks,
                     logits + i * 16,
@@ -101,7 +101,6 @@ def _attend_block(
                 shrink(state + 64, factors, blocks)
             if place[2] != 0:
                 add_values(kind, current + TILE * 8, logits, state + 64, blocks)
-        current, following = following, current
     hold(scratch)
     return valid
 
@@ -167,14 +166,27 @@ def _part(
 
 
 @njit(**OPTIONS)
-def _arrange(half: bool, q: int, problems: int, heads: int, dims: int, scaling: float, target: int) -> None:
-    """Queries of all KV heads in the layout of a head group."""
+def _arrange(
+    half: bool, half_q: bool, q: int, problems: int, heads: int, dims: int, scaling: float, target: int
+) -> None:  # fmt: skip
+    """Queries of all KV heads in the layout of a head group; queries are bfloat16 if ``half_q``, rows if ``half``."""
     for problem in range(problems):
-        source, place = q + problem * heads * dims * 4, target + problem * ((heads + 3) // 4 * 4) * dims * 4
+        source = q + problem * heads * dims * (2 if half_q else 4)
+        place = target + problem * ((heads + 3) // 4 * 4) * dims * 4
         if half:
-            arrange_queries(BFLOAT16, source, heads, dims, scaling, place)
+            arrange_queries(BFLOAT16, half_q, source, heads, dims, scaling, place)
         else:
-            arrange_queries(FLOAT32, source, heads, dims, scaling, place)
+            arrange_queries(FLOAT32, half_q, source, heads, dims, scaling, place)
+
+
+@njit(**INLINE)
+def _write_bfloat16(numbers: int, count: int, target: int) -> None:
+    """Float32 numbers rounded to the nearest bfloat16, ties to the even one."""
+    for i in range(count):
+        number = read_f32(numbers + i * 4)
+        bits = bits_of(number)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        write_u16(target + i * 2, np.uint16(rounded if number == number else 0x7FC0))
 
 
 @njit(**OPTIONS)
@@ -190,14 +202,15 @@ def _finish(
 
 @njit(parallel=True, **OPTIONS)
 def attend(
-    half: bool, q: int, keys: int, key_batch: int, key_head: int, key_row: int, values: int, value_batch: int,
-    value_head: int, value_row: int, indices: int, visible: int, weights: int, output: int, lse: int, batch: int,
-    heads: int, group: int, rows: int, count: int, dims: int, scaling: float,
+    half: bool, half_q: bool, q: int, keys: int, key_batch: int, key_head: int, key_row: int, values: int,
+    value_batch: int, value_head: int, value_row: int, indices: int, visible: int, weights: int, output: int, lse: int,
+    batch: int, heads: int, group: int, rows: int, count: int, dims: int, scaling: float,
 ) -> bool:  # fmt: skip
-    """Attention of q ``[B, H, G, D]`` float32 over ``count`` rows per head; everything is an address and a byte stride.
+    """Attention of q ``[B, H, G, D]`` over ``count`` rows per head; everything is an address and a byte stride.
 
-    ``indices`` int64 ``[B, H, n]``, ``visible`` bool ``[B, H, G, n]``, ``weights`` float32 ``[B, H, G, n]``, and
-    ``values`` with ``output`` ``[B, H, G, D]``, are 0 where absent. Returns whether all rows exist.
+    Rows are bfloat16 if ``half``, else float32; q and the output are so if ``half_q``. ``indices`` int64 ``[B, H, n]``,
+    ``visible`` bool ``[B, H, G, n]``, ``weights`` float32 ``[B, H, G, n]``, and ``values`` with ``output``
+    ``[B, H, G, D]``, are 0 where absent. Returns whether all rows exist.
     """
     problems, groups, size = batch * heads, (group + 3) // 4, _block_size(count)
     parts = (count + size - 1) // size
@@ -205,7 +218,9 @@ def attend(
     queries = np.empty(problems * groups * 4 * dims, np.float32)
     records = np.empty(problems * parts * step // 4, np.float32)
     valid = np.empty(problems * parts, np.uint8)
-    _arrange(half, q, problems, group, dims, scaling, address_of(queries))
+    answers = np.empty(problems * group * dims if half_q else 0, np.float32)
+    answer = address_of(answers) if half_q and output != 0 else output
+    _arrange(half, half_q, q, problems, group, dims, scaling, address_of(queries))
     for unit in prange(problems * parts):
         problem, part = unit // parts, unit % parts
         sequence, head = problem // heads, problem % heads
@@ -222,10 +237,13 @@ def attend(
         row = problem * group + part * 4
         _finish(
             half, address_of(records) + problem * parts * step + part * (16 * dims + 64), step, parts,
-            min(4, group - part * 4), count, dims, 0 if output == 0 else output + row * dims * 4, lse + row * 4,
+            min(4, group - part * 4), count, dims, 0 if output == 0 else answer + row * dims * 4, lse + row * 4,
             0 if weights == 0 else weights + row * count * 4,
         )  # fmt: skip
+        if half_q and output != 0:
+            _write_bfloat16(answer + row * dims * 4, min(4, group - part * 4) * dims, output + row * dims * 2)
     every = True
     for unit in range(problems * parts):
         every &= valid[unit] == 1
+    hold(answers)
     return every

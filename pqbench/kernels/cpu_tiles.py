@@ -14,6 +14,7 @@ from numba import njit
 
 from pqbench.kernels.cpu_lanes import exp2, greater_mask, prefetch, splat, sums_of_four, swap_halves
 from pqbench.kernels.cpu_vector import (
+    BFLOAT16,
     INLINE,
     add,
     fma,
@@ -25,6 +26,7 @@ from pqbench.kernels.cpu_vector import (
     read_f32,
     read_f32x8,
     read_i64,
+    read_number,
     read_u8,
     subtract,
     write_f32,
@@ -39,15 +41,18 @@ _LINE = 64  # bytes of a cache line
 
 
 @njit(**INLINE)
-def arrange_queries(kind: Any, q: int, heads: int, dims: int, scaling: float, target: int) -> None:
-    """Queries ``[heads, D]`` float32 of one KV head, times scaling in units of ln 2, into ``[groups of 4]`` layouts."""
+def arrange_queries(kind: Any, half: bool, q: int, heads: int, dims: int, scaling: float, target: int) -> None:
+    """Queries ``[heads, D]`` (bfloat16 if ``half``, else float32) of one KV head, times scaling in units of ln 2, into
+    ``[groups of 4]`` layouts for rows of ``kind``."""
     factor = np.float32(scaling) * LOG2_E
     for head in range((heads + 3) // 4 * 4):
         for dimension in range(dims):
             place = lane(kind, dimension)
             at = head // 4 * 4 * dims + (place // 8 * 4 + head % 4) * 8 + place % 8
-            number = read_f32(q + (head * dims + dimension) * 4) * factor if head < heads else np.float32(0)
-            write_f32(target + at * 4, number)
+            number, source = np.float32(0), head * dims + dimension
+            if head < heads:
+                number = read_number(BFLOAT16, q + source * 2) if half else read_f32(q + source * 4)
+            write_f32(target + at * 4, number * factor)
 
 
 @njit(**INLINE)
@@ -151,6 +156,16 @@ def prefetch_row(address: int, size: int) -> None:
     """Ask for a row of ``size`` bytes."""
     for offset in range(0, size, _LINE):
         prefetch(address + offset)
+
+
+@njit(**INLINE)
+def prefetch_token(indices: int, token: int, place: Any, size: int) -> None:
+    """Ask for the key and value row of a token; ``place`` as in :func:`addresses`."""
+    keys, key_step, values, value_step = place
+    row = token if indices == 0 else read_i64(indices + token * 8)
+    prefetch_row(keys + row * key_step, size)
+    if values != 0:
+        prefetch_row(values + row * value_step, size)
 
 
 @njit(**INLINE)

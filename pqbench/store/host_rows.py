@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pqbench.kernels.pages import empty_rows
 from pqbench.store.link import Copy, Direction, Link, Transfer, poison
 
 _CHUNK = 1024  # rows of the smallest chunk a store adds
@@ -15,7 +16,11 @@ _CHUNK = 1024  # rows of the smallest chunk a store adds
 
 def host_buffer(batch: int, heads: int, count: int, width: int, dtype: torch.dtype, link: Link) -> Tensor:
     """Memory ``[B, H, count, 2, D]`` on the host, page-locked where the link needs it, all NaN when it debugs."""
-    buffer = torch.empty(batch, heads, count, 2, width, dtype=dtype, pin_memory=link.pinned)
+    shape = (batch, heads, count, 2, width)
+    if link.pinned:
+        buffer = torch.empty(shape, dtype=dtype, pin_memory=True)
+    else:
+        buffer = empty_rows(shape, dtype, torch.device("cpu"))
     return poison(buffer) if link.debug else buffer
 
 

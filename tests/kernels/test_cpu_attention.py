@@ -223,3 +223,16 @@ def test_use_threads_stays_within_what_there_is(threads: object) -> None:
     cpu.use_threads(1)
     assert numba.get_num_threads() == 1
     assert numba.threading_layer() != "workqueue"  # which two Python threads may not enter at once
+
+
+@given(shapes, st.sampled_from(DTYPES))
+def test_bfloat16_queries_give_the_rounded_answer_of_float32_ones(shape: Shape, dtype: torch.dtype) -> None:
+    q, keys, values = tensors(shape, torch.bfloat16)
+    keys, values = keys.to(dtype), values.to(dtype)
+    values[0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
+    ours, lse, _ = cpu.attention(q, keys, values, 0.3)
+    exact, exact_lse, _ = cpu.attention(q.float(), keys, values, 0.3)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours.isnan(), exact.isnan())  # of a NaN the bits are anybody's
+    assert torch.equal(ours.nan_to_num(), exact.to(torch.bfloat16).nan_to_num())
+    assert torch.equal(lse, exact_lse)
