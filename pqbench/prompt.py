@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_s
 from pqbench.errors import ConfigError
 from pqbench.group import Clock, Group, Observer, Rows
 from pqbench.kernels.backend import kernels
-from pqbench.kernels.threads import stay_alone
+from pqbench.kernels.threads import stay_alone, usable_cores
 from pqbench.method import Calibration, Geometry, Method
 from pqbench.store.base import Store
 from pqbench.store.tiers import DeviceTier, Placement, Tier
@@ -33,9 +32,9 @@ class Setting:
 
     Attributes:
         tier: where KV lives while decoding.
-        overlap: with a single method, build each layer's index (and offload its rows) in the background while the next
-            layers compute; the tokens are the same without. With several methods nothing overlaps, so that their times
-            stay apart.
+        overlap: with a single method, build each layer's index in the background while the next layers compute, on a
+            GPU or on cores that the model's threads leave idle; the tokens are the same without. With several methods
+            nothing overlaps, so that their times stay apart.
         body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
         calibration: times of this hardware for methods that adapt to it.
     """
@@ -257,12 +256,16 @@ def _open(
     return prefilled
 
 
-def _workers(model: PreTrainedModel, setting: Setting) -> ThreadPoolExecutor:
-    """One background thread. Beside a model on the CPU it computes with one thread of its own, else with all cores."""
+def _workers(model: PreTrainedModel, setting: Setting) -> ThreadPoolExecutor | None:
+    """One background thread: on all cores beside a model on a GPU, else on the cores that the model leaves idle. None
+    where it leaves none: a team of threads is as slow as its slowest, so work beside it would cost more than after."""
     body, beside = kernels(model.device, setting.body), model.device.type == "cpu"
+    cores = usable_cores() - (torch.get_num_threads() if beside else 0)
+    if cores < 1:
+        return None
 
     def begin() -> None:
-        body.use_threads(1 if beside else os.cpu_count() or 1)
+        body.use_threads(cores)
         if beside:
             stay_alone()
 

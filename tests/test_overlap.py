@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from methods.pqcache import PQCache
 from pqbench.generation import decode, generate
+from pqbench.kernels.threads import usable_cores
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.prompt import Prefilled, Setting, prefill
 from tests.support import prompt_of
@@ -20,6 +22,17 @@ from tests.test_generation import SMALL, methods
 
 ALONE, BESIDE = Setting(overlap=False), Setting(overlap=True)
 PATIENCE = 20.0  # seconds; reached only when the order under test does not hold
+
+
+@pytest.fixture(autouse=True)
+def idle_core() -> Iterator[None]:
+    """The model computes on one core, so that another is idle."""
+    if usable_cores() < 2:
+        pytest.skip("one core: nothing can run beside the model")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass
@@ -113,6 +126,16 @@ def test_without_overlap_the_caller_builds(llama: PreTrainedModel) -> None:
     log = Log()
     decode(prefill(llama, prompt_of(20), [Watcher(log, "none")], setting=ALONE), 0, 2)
     assert log.threads == {threading.current_thread().name}
+
+
+def test_a_model_that_takes_all_cores_has_nothing_beside_it(llama: PreTrainedModel) -> None:
+    torch.set_num_threads(usable_cores())
+    log = Log()
+    prefilled = prefill(llama, prompt_of(20), [Watcher(log, "none")], setting=BESIDE)
+    assert log.threads == set()
+    generation = decode(prefilled, 0, 2)
+    assert log.threads == {threading.current_thread().name}
+    assert generation.pending_s > 0  # of the index, between the first token and the step to the second
 
 
 def test_several_methods_never_overlap(llama: PreTrainedModel) -> None:

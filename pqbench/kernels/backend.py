@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -66,6 +67,7 @@ class Kernels(Protocol):
         """Compile what needs compiling before anything is timed; returns the seconds it took."""
 
 
+@cache
 def kernels(device: torch.device, body: str = "auto") -> Kernels:
     """The body for tensors on ``device``: with ``auto`` the compiled one, else the one named.
 

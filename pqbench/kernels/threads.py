@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from threadpoolctl import threadpool_limits
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stay_alone() -> None:

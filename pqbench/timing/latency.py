@@ -154,6 +154,7 @@ class Latency(Measurement):
             check_alive(method, generation, cell.prompt)
             figures = times(generation) | step_costs(generation, model, roof) | link_facts(generation, prefilled)
             figures |= {"peak_rss_bytes": peak_rss(), **peak_device(model.device)}
+            figures["built_beside"] = prefilled.workers is not None
         except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
             ledger.failed(cell.method, cell.sample_id, error, facts)
         else:
