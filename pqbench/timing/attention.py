@@ -65,7 +65,8 @@ class Attention(Measurement):
         keys: ``real`` tiles what the configured model makes of prose; ``random`` draws clustered keys.
         seed: of the keys, and of the order of turns.
         sweep_mb: MB overwritten before each step, so that CPU caches hold nothing of the layer, as in a model with
-            many; 0 leaves them warm.
+            many; 0 leaves them warm. What a method asks for a layer ahead (codes in host memory) crosses the link
+            meanwhile.
         device: where; null for the model's device, or the CPU without a model.
 
     Raises:

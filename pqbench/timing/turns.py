@@ -133,25 +133,36 @@ class Subject:
         if placement is not None:
             placement.close()
 
-    def step(self, layer: Layer, number: int) -> dict[str, float]:
-        """One decode step, exactly as decoding does it: seconds by phase and in total."""
+    def step(
+        self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:  # fmt: skip
+        """One decode step, exactly as decoding does it: seconds by phase and in total.
+
+        ``layer_before`` stands for the layer before, which is not timed: what a method asks for while that one computes
+        may arrive meanwhile. Asking is timed, as part of the selection.
+        """
         if self.group is None:
             raise RuntimeError("step() before build()")
         key, value, q = layer.token(number)
+        began = layer.now()
+        self.group.state.prefetch(self.group.store)
+        asked = layer.now() - began
+        layer_before()
         before = dict(self.group.meter.seconds)
         began = layer.now()
         self.group.append(key, value)
         self.group.attend(q)
         total = layer.now() - began
-        return {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES} | {"total": total}
+        phases = {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES}
+        return phases | {"select": phases["select"] + asked, "total": total + asked}
 
-    def take_turn(self, layer: Layer, number: int) -> None:
+    def take_turn(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> None:
         """One step that counts."""
         if self.group is None:
             raise RuntimeError("take_turn() before build()")
         meter = self.group.meter
         attended, index_bytes = meter.attended, meter.index_bytes
-        self.steps.append(self.step(layer, number))
+        self.steps.append(self.step(layer, number, layer_before))
         self.attended += meter.attended - attended
         self.index_bytes += meter.index_bytes - index_bytes
 
@@ -176,9 +187,8 @@ def take_turns(
         present = order.sample(list(subjects), len(subjects))
         for step in range(steps):
             for subject in [subject for subject in present if subject.error is None and not (repeat and subject.slow)]:
-                sweeper.sweep()
                 number = warmup + repeat * steps + step
-                _guarded(subject, partial(subject.take_turn, layer, number))
+                _guarded(subject, partial(subject.take_turn, layer, number, sweeper.sweep))
 
 
 def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:

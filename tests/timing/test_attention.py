@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from methods.full import Full
 from methods.h2o import H2O
@@ -14,7 +18,7 @@ from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench.errors import ConfigError
 from pqbench.group import PHASES
-from pqbench.method import Budget, Geometry, LayerState, Method, PaperBudget
+from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget, Selection
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import Record
@@ -22,6 +26,7 @@ from pqbench.store.tiers import HostTier
 from pqbench.timing import attention, dense
 from pqbench.timing.attention import Attention
 from pqbench.timing.geometries import SHAPES
+from pqbench.timing.source import synthetic
 from pqbench.timing.turns import Layer, Subject
 from tests.timing.conftest import Run
 
@@ -113,9 +118,9 @@ def test_subjects_take_turns_step_by_step(measure: Run, monkeypatch: pytest.Monk
     calls: list[tuple[int, str]] = []
     take_turn = Subject.take_turn
 
-    def noted(self: Subject, layer: Layer, number: int) -> None:
+    def noted(self: Subject, layer: Layer, number: int, layer_before: Callable[[], None]) -> None:
         calls.append((number, f"{self.name} {self.kernel}"))
-        take_turn(self, layer, number)
+        take_turn(self, layer, number, layer_before)
 
     monkeypatch.setattr(Subject, "take_turn", noted)
     measure(Attention(**{**SMALL, "repeats": 6}), METHODS)
@@ -246,3 +251,33 @@ def test_what_cannot_be_measured_is_one_line_before_anything_runs(
     with pytest.raises(ConfigError) as caught:
         measure(Attention(**{**SMALL, **options}), {"pqcache": method})
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_what_is_asked_for_ahead_may_arrive_while_the_layer_before_computes() -> None:
+    order: list[str] = []
+
+    class State(LayerState):
+        def prefetch(self, kv: KV) -> None:
+            order.append("asks")
+
+        def select(self, q: Tensor, kv: KV) -> Selection:
+            order.append("selects")
+            return Selection()
+
+    @dataclass(frozen=True)
+    class Asking(Method):
+        def layer(self, geometry: Geometry) -> LayerState:
+            return State(geometry)
+
+    shape, subject = SHAPES["tiny"], Subject("asking", "reference", "all", Asking())
+    layer = Layer(shape, torch.float32, 64, 2, synthetic(shape, 0), torch.device("cpu"), Setting(body="reference"))
+    clock = itertools.count()
+    subject.build(layer)
+    assert subject.group is not None
+    layer.now = subject.group.clock = lambda: float(next(clock))  # seconds are calls of the clock
+    times = subject.step(layer, 0, lambda: order.append("layer before"))
+    assert order == ["asks", "layer before", "selects"]
+    assert times["select"] == 2.0  # asking, and selecting
+    assert (
+        times["total"] == 1.0 + 9.0
+    )  # asking; then two calls each of append and select, four of attend, and the end
