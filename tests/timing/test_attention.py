@@ -278,6 +278,5 @@ def test_what_is_asked_for_ahead_may_arrive_while_the_layer_before_computes() ->
     times = subject.step(layer, 0, lambda: order.append("layer before"))
     assert order == ["asks", "layer before", "selects"]
     assert times["select"] == 2.0  # asking, and selecting
-    assert (
-        times["total"] == 1.0 + 9.0
-    )  # asking; then two calls each of append and select, four of attend, and the end
+    # Asking; then two calls each of append and select, four of attend, and the end.
+    assert times["total"] == 1.0 + 9.0
