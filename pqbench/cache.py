@@ -131,6 +131,10 @@ class PrefillLayer(OurLayer):
             raise RuntimeError("prompt() before the last token was prefilled")
         return self._prompts[rows.padding]
 
+    def release(self, rows: Rows) -> None:
+        """Let go of the prompt of one group; stores made from it keep what they need."""
+        self._prompts.pop(rows.padding, None)
+
     def _end(self) -> None:
         """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch."""
         if self._buffers is None:

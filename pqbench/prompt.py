@@ -47,12 +47,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Built:
-    """A method's finished index in one layer and group: the store it was built on, the rows that the method answered
-    (see :meth:`pqbench.store.base.Store.after_prefill`), and the seconds it took."""
+    """A method's finished index in one layer and group.
 
-    store: Store
+    Attributes:
+        rows: what the method answered, see :meth:`pqbench.store.base.Store.after_prefill`.
+        seconds: what all this took.
+        stores: one to go on with, or none. A store of ``rows`` goes to the first who asks; several methods would each
+            hold theirs from the start, so then it is made when asked for. A store of all rows goes to who spends it.
+    """
+
     rows: Tensor | None
     seconds: float
+    stores: list[Store]
 
 
 @dataclass
@@ -125,15 +131,17 @@ class Prefilled:
         self, method: int, layer: int, group: int, shared: Store | None = None, *, spend: bool = False
     ) -> Group:  # fmt: skip
         """A built method at work on one group of one layer, with its own copy of the state. It reads from ``shared``
-        when that is given and the method wants its rows as they are, else from a store of its own."""
+        when that is given and the method wants its rows as they are, else from a store of its own. With ``spend`` the
+        rows that no method will read any more are let go."""
         observer, built = self.observer(method, layer, group), self.built(method, layer, group)
-        if spend:
-            store = built.store
+        if built.stores and (spend or built.rows is not None):
+            store = built.stores.pop()
         elif shared is not None and built.rows is None:
             store = shared
         else:
-            store = self.store(layer, group, method)
-        store = store.after_prefill(built.rows, self.methods[method].evicts)
+            store = self.store(layer, group, method).after_prefill(built.rows, self.methods[method].evicts)
+        if spend and len(self.methods) == 1:
+            self.layers[layer].release(observer.rows)
         state = observer.state if spend else copy.deepcopy(observer.state)
         return Group(observer.rows, store, state, clock(self.model))
 
@@ -169,7 +177,10 @@ class Prefilled:
         store = self.store(layer, group, method)
         began = now(self.model)
         rows = self.observer(method, layer, group).state.finish_prefill(store)
-        return Built(store, rows, now(self.model) - began)
+        stores = []
+        if rows is None or len(self.methods) == 1:
+            stores.append(store.after_prefill(rows, self.methods[method].evicts))
+        return Built(rows, now(self.model) - began, stores)
 
 
 @torch.inference_mode()

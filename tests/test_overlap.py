@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pqbench.generation import decode, generate
 from pqbench.kernels.threads import usable_cores
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.prompt import Prefilled, Setting, prefill
+from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import prompt_of
 from tests.test_generation import SMALL, methods
 
@@ -173,3 +175,27 @@ def test_time_to_second_token_counts_an_index_once(llama: PreTrainedModel) -> No
         assert (generation.pending_s > 0) == (setting is ALONE)
         assert generation.tt2t_s == pytest.approx(generation.ttft_s + own + generation.steps_s[0])
         assert generation.index_s > 0
+
+
+@pytest.mark.parametrize("tier", [DeviceTier(), HostTier(link="local")])
+@pytest.mark.parametrize("setting", [ALONE, BESIDE])
+def test_what_an_evicting_method_dropped_is_freed_while_it_decodes(
+    llama: PreTrainedModel, setting: Setting, tier: Tier
+) -> None:
+    ids = prompt_of(60, seed=6)
+    prefilled = prefill(llama, ids, [methods(SMALL)["h2o"]], setting=replace(setting, tier=tier))
+    prompts = [weakref.ref(layer.prompt(layer.rows[0])) for layer in prefilled.layers.values()]
+    held = decode(prefilled, 0, 4, spend=True)
+    held.settle()
+    assert [prompt() for prompt in prompts] == [None, None]  # the prefilled prompt itself is still held
+    whole = decode(prefill(llama, ids, [methods(SMALL)["h2o"]], setting=setting), 0, 4)
+    assert torch.equal(held.tokens, whole.tokens)
+
+
+@pytest.mark.parametrize("name", ["h2o", "pqcache_plus arranged"])
+def test_rows_are_kept_or_arranged_beside_the_prefill(llama: PreTrainedModel, name: str) -> None:
+    prefilled = prefill(llama, prompt_of(300, seed=6), [methods(SMALL)[name]], setting=BESIDE)
+    prefilled.build(0)
+    before = [prefilled.built(0, layer, 0).stores[0] for layer in prefilled.layers]
+    groups = decode(prefilled, 0, 4, spend=True).groups()
+    assert [group.store for group in groups] == before
