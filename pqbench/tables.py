@@ -84,14 +84,17 @@ def cost_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
     return headings, rows, len(suite.labels)
 
 
-def document(table: pd.DataFrame, timed: Sequence[Record] = (), *, latex: bool = False) -> str:
-    """All tables of a results folder as markdown or LaTeX: scored records as a frame, timing records as they are."""
+def document(
+    table: pd.DataFrame, timed: Sequence[Record] = (), *, latex: bool = False, base: str | None = None
+) -> str:  # fmt: skip
+    """All tables of a results folder as markdown or LaTeX: scored records as a frame, timing records as they are, those
+    of fidelity also as multiples of a ``base`` method."""
     parts = []
     for suite in suites(table):
         kinds = [("scores, mean [95 % interval] and n", score_rows(suite)), ("other scores", further_rows(suite)),
                  ("costs", cost_rows(suite))]  # fmt: skip
         parts += [(f"{suite.benchmark} on {suite.model}: {kind}", *found) for kind, found in kinds]
-    parts += [(section.title, section.headings, section.rows, section.labels) for section in sections(timed)]
+    parts += [(section.title, section.headings, section.rows, section.labels) for section in sections(timed, base)]
     return "\n\n".join(
         latex_table(headings, rows, labels, title) if latex
         else f"### {markdown(title)}\n\n{markdown_table(headings, rows, labels)}"
@@ -143,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print markdown (the default)")
     form.add_argument("--latex", action="store_true", help="print LaTeX instead (package booktabs)")
+    parser.add_argument(
+        "--relative", metavar="METHOD", help="also show fidelity as multiples of METHOD's, document by document"
+    )
     parser.add_argument("--rescore", action="store_true", help="first compute all scores again from stored predictions")
     options = parser.parse_args(arguments)
     log_to_terminal()
@@ -152,11 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not records:
             raise DataError(f"no records under {options.results}: nothing was measured yet")
         timed = [record for record in records if is_timing(record.get("benchmark"))]
+        if options.relative is not None:
+            _check_base(options.relative, timed)
         table = frame([record for record in records if not is_timing(record.get("benchmark"))])
         if options.csv:
             parts = [part for part in (wide(table), pd.DataFrame(flat(timed))) if not part.empty]
             _write_csv(pd.concat(parts), options.csv)
-        print_document(document(table, timed, latex=options.latex))
+        print_document(document(table, timed, latex=options.latex, base=options.relative))
     except PqbenchError as error:
         log.error(error)
         return 1
@@ -170,6 +178,14 @@ def _rescore(results: Path) -> int:
     counts = f"{total.changed} scores changed, {total.failed} runs or records could not be scored"
     log.info("rescored %d records of %d runs: %s", total.records, total.runs, counts)
     return total.failed
+
+
+def _check_base(base: str, timed: Sequence[Record]) -> None:
+    """Raises DataError when there is nothing to compare with."""
+    known = dict.fromkeys(str(record["method"]) for record in timed if record["benchmark"] == "fidelity")
+    if base not in known:
+        there = f"there are {', '.join(known)}" if known else "there are no fidelity records"
+        raise DataError(f"--relative: no fidelity records of {base!r}: {there}")
 
 
 def _write_csv(table: pd.DataFrame, path: Path) -> None:

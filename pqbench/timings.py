@@ -89,13 +89,14 @@ def is_timing(benchmark: object) -> bool:
     return isinstance(benchmark, str) and benchmark in _MAKERS
 
 
-def sections(records: Sequence[Record]) -> list[Section]:
-    """The tables of every timing benchmark and subject among the records, in the order they first appear."""
+def sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
+    """The tables of every timing benchmark and subject among the records, in the order they first appear; those of
+    fidelity also as multiples of a ``base`` method, see :func:`pqbench.fidelity.table.multiples`."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if is_timing(record.get("benchmark")):
             found.setdefault((str(record["benchmark"]), str(record.get("model", "-"))), []).append(record)
-    return [section for (name, _), rows in found.items() for section in _MAKERS[name](rows) if section.rows]
+    return [section for (name, _), rows in found.items() for section in _MAKERS[name](rows, base) if section.rows]
 
 
 def timing_table(records: Sequence[Record]) -> Table:
@@ -231,12 +232,16 @@ def _shown(value: Any, factor: float, form: str) -> str:
     return f"{figure:.{3 - sum(figure >= limit for limit in (10, 100))}f}" if form == AUTO else form.format(figure)
 
 
-def _fidelity(records: Sequence[Record]) -> list[Section]:
+def _fidelity(records: Sequence[Record], base: str | None) -> list[Section]:
     from pqbench.fidelity.table import sections as fidelity_sections  # which is made of what is here
 
-    return fidelity_sections(records)
+    return fidelity_sections(records, base)
 
 
-_MAKERS: Mapping[str, Callable[[Sequence[Record]], list[Section]]] = MappingProxyType(
-    {"attention": _attention, "latency": _latency, "fidelity": _fidelity}
+_MAKERS: Mapping[str, Callable[[Sequence[Record], str | None], list[Section]]] = MappingProxyType(
+    {
+        "attention": lambda records, _: _attention(records),
+        "latency": lambda records, _: _latency(records),
+        "fidelity": _fidelity,
+    }
 )

@@ -217,6 +217,7 @@ def test_unwritable_csv_and_empty_folders_are_one_line(tmp_path: Path) -> None:
         "cannot write": [str(tmp_path / "some"), "--csv", str(tmp_path / "absent" / "x.csv")],
         "no records under": [str(tmp_path / "none")],
         "no results folder": [str(tmp_path / "absent")],
+        "no fidelity records of 'oracle': there are no": [str(tmp_path / "some"), "--relative", "oracle"],
     }
     for message, arguments in commands.items():
         run = command(*arguments)

@@ -27,6 +27,10 @@ FIGURES: tuple[Column, ...] = (
     ("bytes_per_head", "KB/head", 1e-3, "{:.1f}", False),
 )
 PIVOTS = ("output_error", "kl", "top1_agreement", "recall")  # figures that have a table of method by budget
+RELATIVE: tuple[Column, ...] = (
+    ("output_error", "output error", 1, "{:.2f}", True),
+    ("kl", "KL", 1, "{:.2f}", True),
+)  # figures that make sense as a multiple of another method's
 AGES = {"prompt": "prompt", "early": "early decoded", "late": "late decoded"}
 THIRDS = ("low", "middle", "high")
 WIDE = ("ppl", "mass")  # what a terminal has no room for
@@ -76,14 +80,18 @@ def figure(record: Record, field: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def sections(records: Sequence[Record]) -> list[Section]:
-    """Tables for each model: method by budget for the main figures of each length, all figures, what they depend on."""
+def sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
+    """Tables for each model: method by budget for the main figures of each length, all figures, what they depend on;
+    with a ``base`` method also the figures as multiples of its own."""
     found = []
     for (model,), rows in group_records(records, "model").items():
         steps = "/".join(sorted({str(row.get("steps")) for row in rows}))
         title = f"fidelity of {model} to full attention over {steps} teacher-forced steps ({facts(rows)})"
         lines = lines_of(rows)
-        found += _pivots(title, lines)
+        found += _pivots(title, lines, [column for column in FIGURES if column[0] in PIVOTS])
+        if base is not None:
+            found += _pivots(f"{title}, as a multiple of that of {base} on the same document",
+                             lines_of(multiples(rows, base)), RELATIVE)  # fmt: skip
         found.append(_figures(f"{title}: means over documents [95 % interval]", lines))
         found.append(_parts(f"{title}: recall by token age, output error by entropy of the head", lines))
     return [section for section in found if section.rows]
@@ -101,6 +109,25 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
     return sorted(lines, key=lambda line: (line.group[0] or 0, line.group[1] or 0))
 
 
+def multiples(records: Sequence[Record], base: str) -> list[Record]:
+    """Records whose :data:`RELATIVE` figures are divided by those of the method ``base`` with the same budget on the
+    same document: documents differ more than methods do, and cancel. Records without such a counterpart are left out.
+    """
+
+    def place(record: Record) -> tuple[Any, ...]:
+        return record.get("length"), record.get("ratio"), record.get("document")
+
+    good = [record for record in records if record["status"] == "ok" and record.get("ratio") is not None]
+    of_base = {place(record): record for record in good if record["method"] == base}
+    found = []
+    for record in good:
+        pairs = {name: (figure(record, name), figure(of_base.get(place(record), {}), name)) for name, *_ in RELATIVE}
+        ratios = {name: mine / theirs for name, (mine, theirs) in pairs.items() if mine is not None and theirs}
+        if ratios:
+            found.append({**record, **dict.fromkeys(pairs), **ratios})
+    return found
+
+
 def _further(records: Sequence[Record]) -> list[str]:
     """What else tells runs of one method apart."""
     names = ["length", "ratio", "method"]
@@ -111,8 +138,8 @@ def _further(records: Sequence[Record]) -> list[str]:
     return names[3:]
 
 
-def _pivots(title: str, lines: Sequence[Line]) -> list[Section]:
-    """Methods against budgets, for each length and each of :data:`PIVOTS`; methods without a budget have no row."""
+def _pivots(title: str, lines: Sequence[Line], columns: Sequence[Column]) -> list[Section]:
+    """Methods against budgets, for each length and each figure; methods without a budget have no row."""
     found = []
     for length in dict.fromkeys(line.labels["length"] for line in lines):
         chosen = [line for line in lines if line.labels["length"] == length and line.group[1] is not None]
@@ -123,7 +150,7 @@ def _pivots(title: str, lines: Sequence[Line]) -> list[Section]:
             by_method.setdefault(tuple(line.labels[name] for name in names), {})[line.labels["ratio"]] = line
         counts = {len(line.good) for line in chosen}
         count = " to ".join(str(number) for number in sorted({min(counts, default=0), max(counts, default=0)}))
-        for field, heading, factor, form, _ in (column for column in FIGURES if column[0] in PIVOTS):
+        for field, heading, factor, form, _ in columns:
             rows = [
                 [
                     *method,

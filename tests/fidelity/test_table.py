@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pqbench.fidelity.table import lines_of, sections
+from pqbench.fidelity.table import lines_of, multiples, sections
+from pqbench.records import VERSION, encode
 
 ERRORS = {("oracle", 0.1): (0.1, 0.3), ("oracle", 0.2): (0.05, 0.15), ("h2o", 0.1): (0.4, 0.6), ("full", None): (0, 0)}
 
@@ -105,3 +109,40 @@ def test_every_model_has_its_own_tables() -> None:
     assert [title.split()[2] for title in titles] == ["toy"] * (PIVOTS + 2) + ["big"] * (PIVOTS + 2)
     assert "64 teacher-forced steps (float32, 2 threads, kernels cpu)" in titles[0]
     assert sections([]) == []
+
+
+def test_multiples_pair_documents() -> None:
+    error, kl, *_ = sections(records(), "oracle")[PIVOTS:]
+    assert "as a multiple of that of oracle on the same document: output error at 4096 tokens" in error.title
+    # 0.4 / 0.1 and 0.6 / 0.3: the mean of the ratios is 3, that of the errors alone 2.5 times the oracle's.
+    assert error.rows == [
+        ["oracle", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"],
+        ["h2o", "3.00 [2.00, 4.00]", "-"],
+    ]
+    assert kl.rows[1] == ["h2o", "3.00 [2.00, 4.00]", "-"]
+
+
+def test_multiples_of_nothing_are_left_out() -> None:
+    rows = records()
+    of_oracle = [row for row in rows if row["method"] == "oracle" and row["ratio"] == 0.1]
+    of_oracle[0].update(output_error=0.0)
+    of_oracle[1].update(status="error")
+    found = [row for row in multiples(rows, "oracle") if row["method"] == "h2o"]
+    assert [(row["document"], row["output_error"], row["kl"]) for row in found] == [
+        ("sotu-000", None, pytest.approx(4.0))
+    ]
+
+
+def test_the_command_compares_with_a_method_and_names_those_there_are(tmp_path: Path) -> None:
+    folder = tmp_path / "fidelity" / "toy" / "all-1"
+    folder.mkdir(parents=True)
+    rows = [row | {"version": VERSION, "sample_id": str(i)} for i, row in enumerate(records())]
+    (folder / "records.jsonl").write_bytes(b"".join(map(encode, rows)))
+    line = [sys.executable, "-m", "pqbench.tables", str(tmp_path), "--relative"]
+    shown = subprocess.run([*line, "oracle"], capture_output=True, text=True, check=True).stdout
+    assert ["h2o", "3.00 [2.00, 4.00]", "-"] in [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in shown.splitlines()
+    ]
+    refused = subprocess.run([*line, "oracel"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "no fidelity records of 'oracel': there are oracle, h2o, full" in refused.stderr
