@@ -15,6 +15,7 @@ from plots.data import families, measured, without
 from plots.style import BASELINE, Look, footer, looks, name_ends, number, save, style, threads, tokens
 from pqbench.records import plain_name
 
+MADE_BY = "python -m pqbench experiment=latency"
 # Field of a record, title of its panel, factor, unit.
 PANELS = (
     ("ttft_s", "time to first token", 1.0, "s"),

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
-from pqbench.config import conf_folder, explain, model_source
+from pqbench.config import check_yamls, conf_folder, explain, model_source
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
@@ -58,6 +58,8 @@ def main() -> None:
 
     def task(config: DictConfig) -> None:
         prepare()  # launchers run this in processes of their own
+        if config.debug:
+            log.setLevel(logging.DEBUG)  # a sample that fails is a record, and its traceback a message
         try:
             lines = run_config(config)
         except Exception as error:  # a sweep goes on past any failing cell
@@ -153,6 +155,7 @@ def _show(table: Table, below: str, failures: Sequence[str]) -> None:
 
 def check_options(config: DictConfig) -> None:
     """Raises ConfigError when an option of the run itself cannot work."""
+    check_yamls(conf_folder(), config.get("methods") or {})
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
     if config.kernels not in BODIES:

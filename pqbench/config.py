@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models import LoadedModel, ModelSource
 
+# What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
+_ABSENT = re.compile(r"Could not override '([^']+)'\.")
+_FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
@@ -51,6 +55,19 @@ def model_source(fields: Mapping[str, Any]) -> ModelSource:
     return source
 
 
+def check_yamls(folder: Path, methods: Mapping[str, Any]) -> None:
+    """Raises ConfigError when a method would be left out silently: a yaml under ``folder``/method that does not say by
+    its first line where its fields go, or fields of a method whose yaml was not named."""
+    for path in sorted((folder / "method").glob("*.yaml")):
+        wanted = f"# @package methods.{path.stem}"
+        if path.read_text(encoding="utf-8").partition("\n")[0].rstrip() != wanted:
+            raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
+    for name, fields in methods.items():
+        if "_target_" not in fields:
+            raise ConfigError(f"methods.{name} has fields but no class: name it with method=[..., {name}], or set "
+                              f"methods.{name}._target_")  # fmt: skip
+
+
 def explain(error: BaseException) -> str:
     """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -65,4 +82,9 @@ def explain(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__
     text = " ".join(str(error).split())
+    absent, foreign = _ABSENT.match(text), _FOREIGN.search(text)
+    if absent:
+        return f"there is no option {absent[1]} here: the same command with `--cfg job` shows those there are"
+    if foreign:
+        return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists those it has"
     return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

@@ -242,6 +242,13 @@ def check_device(device: str) -> None:
         raise ModelError("model.device=cuda, but no CUDA device is available here: set model.device=cpu")
 
 
+def check_kernels(body: str, device: torch.device) -> None:
+    """Raises ModelError when a kernel body cannot compute on a device; the Triton one can on the CPU in Triton's
+    interpreter alone."""
+    if body == "gpu" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ModelError(f"kernels=gpu computes on a GPU, not on {device.type}: set model.device=cuda, or kernels=auto")
+
+
 def check_placement(model: PreTrainedModel) -> None:
     """Raises ModelError when some layers wait in host memory or on disk for their turn on a GPU."""
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}

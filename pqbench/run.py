@@ -19,7 +19,7 @@ from pqbench.generation import Generation, decode
 from pqbench.group import Rows
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
-from pqbench.models import LoadedModel
+from pqbench.models import LoadedModel, check_kernels
 from pqbench.probe import probe
 from pqbench.prompt import Prefilled, Setting, frequencies, geometry, prefill
 from pqbench.records import VERSION, Record, RecordFile
@@ -268,6 +268,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
 
 def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting: Setting) -> None:
     """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
+    check_kernels(setting.body, model.device)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
         log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))
     types = layer_types(model.config.get_text_config())

@@ -16,8 +16,8 @@ from hydra.errors import InstantiationException
 import pqbench.run
 from methods.sparq import SparQ
 from pqbench.__main__ import main
-from pqbench.config import explain
-from pqbench.errors import BudgetError, DataError
+from pqbench.config import check_yamls, explain
+from pqbench.errors import BudgetError, ConfigError, DataError
 from pqbench.records import Record, RecordFile, parse, read_all
 
 SMALL = (
@@ -81,7 +81,13 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["method=pqcache", "methods.pqcache.b=0"], ["pqcache.b is 0", "1 to 8"]),
     (["method=pqcache", "methods.pqcache.b=9"], ["pqcache.b is 9", "1 to 8"]),
     (["method=pqcache", "methods.pqcache.tolerance=1"], ["pqcache.tolerance is 1", "below 1"]),
-    (["method=pqcache", "methods.pqcache.typo=9"], ["methods.pqcache.typo"]),
+    (["method=pqcache", "methods.pqcache.typo=9"], ["no option methods.pqcache.typo", "--cfg job"]),
+    (["method=pqcache", "+methods.pqcache.typo=9"], ["methods.pqcache has no field typo", "docs/configuration.md"]),
+    (["method=pqcache", "+budget.typo=9"], ["has no field typo"]),
+    (["method=full", "methods.h2o.sink=9"], ["no option methods.h2o.sink"]),
+    (["method=full", "+methods.h2o.sink=9"], ["methods.h2o has fields but no class", "method=[..., h2o]"]),
+    (["kernels=gpu"], ["kernels=gpu computes on a GPU, not on cpu", "kernels=auto"]),
+    (["method=paper_longbench", "budget.ratio=3"], ["budget.ratio is 3"]),
     (["benchmark.lengths=[8192]"], ["8192", "the model takes 4096 tokens at most"]),
     (["model.max_length=9999"], ["model.max_length is 9999", "4096"]),
     (["model.dtype=int8"], ["model.dtype is 'int8'", "float32, bfloat16, float16"]),
@@ -121,6 +127,27 @@ def test_bad_input_loses_nothing_measured(command: Command, tmp_path: Path) -> N
     ):
         assert command(*overrides).code == 1
     assert measured(tmp_path) == before
+
+
+@pytest.mark.parametrize("first", ["", "# a method of mine", "# @package methods.other"])
+def test_a_yaml_that_would_be_left_out_is_named(tmp_path: Path, first: str) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "good.yaml").write_text("# @package methods.good\n_target_: x\n")
+    check_yamls(tmp_path, {})
+    (tmp_path / "method" / "mine.yaml").write_text(f"{first}\n_target_: x\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: its first line must be `# @package methods\.mine`"):
+        check_yamls(tmp_path, {})
+
+
+def test_debug_shows_where_a_sample_failed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("broken here")
+
+    monkeypatch.setattr("methods.sparq.SparQState.select", fail)
+    assert not [line for line in command("method=sparq").errors if "Traceback" in line]
+    shown = command("method=sparq", "debug=true", "retry_failed=true").errors
+    assert any(line.startswith("Traceback") for line in shown)
+    assert any("RuntimeError: broken here" in line for line in shown)
 
 
 def test_debug_shows_the_error_itself(command: Command) -> None:

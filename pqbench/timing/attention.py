@@ -13,7 +13,7 @@ from pqbench.errors import ConfigError, ModelError
 from pqbench.group import PHASES
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
-from pqbench.models import check_device, torch_dtype
+from pqbench.models import check_device, check_kernels, torch_dtype
 from pqbench.records import Record
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
 from pqbench.timing.budgets import budgets_of, dtypes_of, selects, with_budget
@@ -115,6 +115,7 @@ class Attention(Measurement):
             ConfigError: an unknown budget for a method, or a context that needs more memory than there is.
         """
         device = self._device(job)
+        check_kernels(job.setting.body, device)
         cells = [Cell(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
         body = kernels(device, job.setting.body)
         body.use_threads(torch.get_num_threads())
