@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
-CORE = {"method", "errors"}
+CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
     "timing", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models", "benchmarks",
     "environment", "batch", "terminal", "timings",
@@ -67,7 +67,7 @@ def uses(path: Path, package: str) -> bool:
 @pytest.mark.parametrize(
     ("room", "allowed"),
     [
-        ("methods", CORE | {"kernels"}),
+        ("methods", {"method", "errors", "kernels"}),
         ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors", "costs", "cost_fit"}),
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
@@ -85,7 +85,8 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
     ("name", "allowed"),
     [
         ("errors", set()),
-        ("method", {"errors", "kernels"}),
+        ("budget", {"errors"}),
+        ("method", {"budget", "errors", "kernels"}),
         ("models", {"errors"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
         ("group", CORE | {"kernels", "store"}),
