@@ -128,10 +128,13 @@ class Group:
             if rows is not None:
                 keys, values, rows = gather_rows(keys, rows), gather_rows(values, rows), None
             keys = reference.rotate(keys, selection.key_shift, geometry.inverse_frequencies)
-        visible, wanted, residual = selection.visible, self.state.needs_weights, selection.residual
-        if rows is None and visible is None and residual is None and not wanted:
+        visible, added, residual = selection.visible, selection.log_weights, selection.residual
+        wanted = self.state.needs_weights
+        if rows is None and visible is None and added is None and residual is None and not wanted:
             return geometry.kernels.dense_attention(q, keys, values, geometry.scaling), None
-        output, lse, weights = geometry.kernels.attention(q, keys, values, geometry.scaling, rows, visible, wanted)
+        output, lse, weights = geometry.kernels.attention(
+            q, keys, values, geometry.scaling, rows, visible, wanted, added
+        )
         if residual is not None:
             log_weight = residual.log_weight + lse if residual.relative else residual.log_weight
             output = reference.merge(output, lse, residual.value, log_weight)

@@ -151,12 +151,15 @@ class Selection:
             selections is a row no query head sees.
         key_shift: ``[B, H, n]``, positions by which each key is moved before it is scored (methods that renumber).
         residual: estimate of the unselected rest.
+        log_weights: ``[B, H, G, n]`` or ``[B, H, 1, n]`` float32, added to the logits: log of how many tokens a row
+            stands for, where rows are a sample of more.
     """
 
     indices: Tensor | None = None
     visible: Tensor | None = None
     key_shift: Tensor | None = None
     residual: Residual | None = None
+    log_weights: Tensor | None = None
 
 
 class LayerState:

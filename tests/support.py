@@ -198,6 +198,8 @@ def _attend(selection: Selection, store: DeviceStore, q: Tensor, data: Case) -> 
         if selection.key_shift is not None:
             key = turned(key, float(selection.key_shift[b, h, n]), frequencies)
         logits[b, h, :, n] = q[b, h].double().numpy() @ key * data.scaling
+    if selection.log_weights is not None:
+        logits += selection.log_weights.double().numpy()
     if selection.visible is not None:
         logits[~selection.visible.expand(logits.shape).numpy()] = -np.inf
     values = np.take_along_axis(store.values().double().numpy(), rows[..., None], 2)

@@ -20,7 +20,7 @@ class Kernels(Protocol):
 
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-        visible: Tensor | None = None, need_weights: bool = False,
+        visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Exact attention over given rows, or over all."""
 

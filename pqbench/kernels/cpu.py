@@ -66,25 +66,27 @@ def _check_rows(valid: bool, x: Tensor) -> None:
 
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-    visible: Tensor | None = None, need_weights: bool = False,
+    visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
     over all: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights ``[B, H, G, n]``."""
     count = keys.shape[2] if indices is None else indices.shape[2]
     if not (_fits(keys) and _fits(values) and keys.dtype == values.dtype and count and keys.shape[3] % BLOCK == 0):
-        return reference.attention(q, keys, values, scaling, indices, visible, need_weights)
-    return _attend(q, keys, values, scaling, indices, visible, need_weights)
+        return reference.attention(q, keys, values, scaling, indices, visible, need_weights, log_weights)
+    return _attend(q, keys, values, scaling, indices, visible, need_weights, log_weights)
 
 
 def _attend(
     q: Tensor, keys: Tensor, values: Tensor | None, scaling: float, indices: Tensor | None, visible: Tensor | None,
-    need_weights: bool,
+    need_weights: bool, log_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     batch, heads, group, dims = q.shape
     count = keys.shape[2] if indices is None else indices.shape[2]
     queries = (q if q.dtype in _STORED else q.float()).contiguous()
     rows = None if indices is None else indices.long().contiguous()
-    seen = None if visible is None else visible.expand(batch, heads, group, count).contiguous()
+    shape = (batch, heads, group, count)
+    seen = None if visible is None else visible.expand(shape).contiguous()
+    added = None if log_weights is None else log_weights.float().expand(shape).contiguous()
     output = torch.empty(q.shape if values is not None else 0, dtype=queries.dtype)
     lse = torch.empty(batch, heads, group, dtype=torch.float32)
     weights = torch.empty(batch, heads, group, count, dtype=torch.float32) if need_weights else None
@@ -92,8 +94,9 @@ def _attend(
         valid = attend(
             keys.dtype == torch.bfloat16, queries.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(),
             *_strides(keys), _address(values), *(_strides(keys) if values is None else _strides(values)),
-            _address(rows), _address(seen), _address(weights), 0 if values is None else output.data_ptr(),
-            lse.data_ptr(), batch, heads, group, keys.shape[2], count, dims, scaling,
+            _address(rows), _address(seen), _address(added), _address(weights),
+            0 if values is None else output.data_ptr(), lse.data_ptr(),
+            batch, heads, group, keys.shape[2], count, dims, scaling,
         )  # fmt: skip
     _check_rows(valid, keys)
     return output.to(q.dtype), lse, weights

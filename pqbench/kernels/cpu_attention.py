@@ -23,6 +23,7 @@ from pqbench.kernels.cpu_tiles import (
     prefetch_token,
     shrink,
     softmax_step,
+    weigh,
 )
 from pqbench.kernels.cpu_vector import (
     BFLOAT16,
@@ -58,12 +59,12 @@ def _block_size(count: int) -> int:
 @njit(**OPTIONS)
 def _attend_block(
     kind: Any, q: int, heads: int, dims: int, place: Any, indices: int, rows: int, first: int, stop: int,
-    visible: int, logits_out: int, count: int, record: int,
+    visible: int, added: int, logits_out: int, count: int, record: int,
 ) -> bool:  # fmt: skip
     """Tokens ``first`` to ``stop`` of one KV head; ``record`` gets maximum, sum and weighted values of each head group.
 
-    ``place`` is (keys, bytes per key row, values or 0, bytes per value row); ``logits_out`` ``[heads, count]``, or 0.
-    Returns whether all rows exist.
+    ``place`` is (keys, bytes per key row, values or 0, bytes per value row); ``added`` and ``logits_out``
+    ``[heads, count]``, or 0. Returns whether all rows exist.
     """
     blocks, groups, row_bytes = dims // 16, (heads + 3) // 4, dims * number_bytes(kind)
     scratch = np.empty(4 * TILE + 4, np.int64)  # row addresses, logits, factors
@@ -89,6 +90,8 @@ def _attend_block(
                     logits + i * 16,
                 )  # fmt: skip
             own = min(4, heads - group * 4)
+            if added != 0:
+                weigh(logits, start, stop, added + group * 16 * count, count, own)
             if start + TILE > stop or visible != 0:
                 seen = 0 if visible == 0 else visible + group * 4 * count
                 hide(logits, start, stop, seen, count, own)
@@ -155,14 +158,16 @@ def _normalise(weights: int, count: int, lse: int) -> None:
 @njit(**OPTIONS)
 def _part(
     half: bool, q: int, heads: int, dims: int, place: Any, indices: int, rows: int, first: int, stop: int, visible: int,
-    logits: int, count: int, record: int,
+    added: int, logits: int, count: int, record: int,
 ) -> bool:  # fmt: skip
     """:func:`_attend_block` for bfloat16 (``half``) or float32 rows."""
     if half:
         return _attend_block(
-            BFLOAT16, q, heads, dims, place, indices, rows, first, stop, visible, logits, count, record
+            BFLOAT16, q, heads, dims, place, indices, rows, first, stop, visible, added, logits, count, record
         )  # fmt: skip
-    return _attend_block(FLOAT32, q, heads, dims, place, indices, rows, first, stop, visible, logits, count, record)
+    return _attend_block(
+        FLOAT32, q, heads, dims, place, indices, rows, first, stop, visible, added, logits, count, record
+    )  # fmt: skip
 
 
 @njit(**OPTIONS)
@@ -203,14 +208,14 @@ def _finish(
 @njit(parallel=True, **OPTIONS)
 def attend(
     half: bool, half_q: bool, q: int, keys: int, key_batch: int, key_head: int, key_row: int, values: int,
-    value_batch: int, value_head: int, value_row: int, indices: int, visible: int, weights: int, output: int, lse: int,
-    batch: int, heads: int, group: int, rows: int, count: int, dims: int, scaling: float,
+    value_batch: int, value_head: int, value_row: int, indices: int, visible: int, added: int, weights: int,
+    output: int, lse: int, batch: int, heads: int, group: int, rows: int, count: int, dims: int, scaling: float,
 ) -> bool:  # fmt: skip
     """Attention of q ``[B, H, G, D]`` over ``count`` rows per head; everything is an address and a byte stride.
 
     Rows are bfloat16 if ``half``, else float32; q and the output are so if ``half_q``. ``indices`` int64 ``[B, H, n]``,
-    ``visible`` bool ``[B, H, G, n]``, ``weights`` float32 ``[B, H, G, n]``, and ``values`` with ``output``
-    ``[B, H, G, D]``, are 0 where absent. Returns whether all rows exist.
+    ``visible`` bool ``[B, H, G, n]``, ``added`` and ``weights`` float32 ``[B, H, G, n]``, and ``values`` with
+    ``output`` ``[B, H, G, D]``, are 0 where absent. Returns whether all rows exist.
     """
     problems, groups, size = batch * heads, (group + 3) // 4, _block_size(count)
     parts = (count + size - 1) // size
@@ -230,6 +235,7 @@ def attend(
             half, address_of(queries) + problem * groups * dims * 16, group, dims, place,
             0 if indices == 0 else indices + problem * count * 8, rows, part * size, min(count, part * size + size),
             0 if visible == 0 else visible + problem * group * count,
+            0 if added == 0 else added + problem * group * count * 4,
             0 if weights == 0 else weights + problem * group * count * 4, count, address_of(records) + unit * step,
         )  # fmt: skip
     for job in prange(problems * groups):

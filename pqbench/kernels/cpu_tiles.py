@@ -179,3 +179,12 @@ def hide(logits: int, first: int, stop: int, visible: int, count: int, heads: in
                 hidden = read_u8(visible + head * count + token) == 0
             if hidden:
                 write_f32(logits + (i * 4 + head) * 4, np.float32(-np.inf))
+
+
+@njit(**INLINE)
+def weigh(logits: int, first: int, stop: int, added: int, count: int, heads: int) -> None:
+    """Add ``added`` ``[heads, count]``, natural logarithms, to the logits of the tokens from ``first`` on."""
+    for i in range(min(TILE, stop - first)):
+        for head in range(heads):
+            at = logits + (i * 4 + head) * 4
+            write_f32(at, read_f32(at) + read_f32(added + (head * count + first + i) * 4) * LOG2_E)

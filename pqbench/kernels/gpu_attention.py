@@ -14,15 +14,15 @@ from pqbench.kernels.gpu_launch import product, row_products
 
 @triton.jit(do_not_specialize=["count", "size"])
 def attend_part(
-    q: tl.tensor, keys: tl.tensor, values: tl.tensor, indices: tl.tensor, visible: tl.tensor, logits: tl.tensor,
-    part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor, value_strides: tl.tensor,
-    heads: tl.tensor, count: tl.tensor, size: tl.tensor, scaling: tl.tensor, group: tl.constexpr, width: tl.constexpr,
-    chunk: tl.constexpr, precision: tl.constexpr, value_precision: tl.constexpr, block_g: tl.constexpr,
-    block_n: tl.constexpr, block_d: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, values: tl.tensor, indices: tl.tensor, visible: tl.tensor, added: tl.tensor,
+    logits: tl.tensor, part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor,
+    value_strides: tl.tensor, heads: tl.tensor, count: tl.tensor, size: tl.tensor, scaling: tl.tensor,
+    group: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
+    value_precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     """One KV head and one part of its rows: output ``part`` ``[B*H, parts, G, D]`` over these rows alone and its
     log-sum-exp ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]`` on the way, and ``logits``
-    ``[B*H, G, n]`` kept when weights are wanted; these and ``visible`` may be None."""
+    ``[B*H, G, n]`` kept when weights are wanted; these, ``visible`` and ``added`` may be None."""
     pair, number = tl.program_id(0), tl.program_id(1)
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     g, d, lane = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
@@ -47,6 +47,8 @@ def attend_part(
         shown = (g < group)[:, None] & seen[None, :]
         if visible is not None:
             shown = shown & (tl.load(visible + cell, mask=shown, other=0) != 0)
+        if added is not None:
+            score += tl.load(added + cell, mask=shown, other=0.0)
         score = tl.where(shown, score, float("-inf"))
         if logits is not None:
             tl.store(logits + cell, score, mask=(g < group)[:, None] & seen[None, :])
@@ -91,24 +93,26 @@ def merge_parts(
 
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-    visible: Tensor | None = None, need_weights: bool = False,
+    visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See :func:`pqbench.kernels.reference.attention`. Rows are gathered inside the kernel, never copied. Logits have
     float32 precision; of half types the probabilities are rounded to 11 bits before they meet the values."""
     q, keys, values = launch.dense_rows(q), launch.dense_rows(keys), launch.dense_rows(values)
     batch, heads, group, width = q.shape
     count = keys.shape[2] if indices is None else indices.shape[2]
+    shape = (batch, heads, group, count)
     block_n = 32 if width > 128 or keys.dtype == torch.float32 else 64
     parts, size = launch.split(count, block_n, batch * heads, q.device)
     part = q.new_empty(batch, heads, parts, group, width, dtype=torch.float32)
     part_lse = q.new_empty(batch, heads, parts, group, dtype=torch.float32)
-    weights = q.new_empty(batch, heads, group, count, dtype=torch.float32) if need_weights else None
+    weights = q.new_empty(shape, dtype=torch.float32) if need_weights else None
     output, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     precision, block_d = launch.precision_for(q, keys), launch.power(width, 16)
     with launch.on(q):
         attend_part[(batch * heads, parts)](
             q, keys, values, None if indices is None else indices.contiguous(),
-            None if visible is None else visible.contiguous().view(torch.uint8), weights, part, part_lse,
+            None if visible is None else visible.contiguous().view(torch.uint8),
+            None if log_weights is None else log_weights.float().expand(shape).contiguous(), weights, part, part_lse,
             q.stride()[:3], keys.stride()[:3], values.stride()[:3], heads, count, size, float(scaling),
             group=group, width=width, chunk=launch.chunk_for(width, precision), precision=precision,
             value_precision="tf32x3" if values.dtype == torch.float32 else "tf32", block_g=launch.power(group, 16),

@@ -171,10 +171,11 @@ def top_k(scores: Tensor, count: int) -> Tensor:
 
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-    visible: Tensor | None = None, need_weights: bool = False,
+    visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
     over all of them. ``visible`` ``[B, H, G, n]`` hides rows from query heads; one row at least must be visible.
+    ``log_weights`` ``[B, H, G, n]`` float32 are added to the logits: a row then stands for so many.
 
     Returns:
         output ``[B, H, G, D]`` in q's type, log-sum-exp of the logits ``[B, H, G]`` float32, and probabilities
@@ -183,6 +184,8 @@ def attention(
     if indices is not None:
         keys, values = gather_rows(keys, indices), gather_rows(values, indices)
     logits = q.float() @ keys.float().transpose(2, 3) * scaling  # [B, H, G, n]
+    if log_weights is not None:
+        logits = logits + log_weights
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     lse = logits.logsumexp(-1)

@@ -58,12 +58,14 @@ def attention(group: int, width: int, dtype: torch.dtype, rows: str, device: tor
     pairs = normal(device, 2, 2, total, 2, width, seed=1, dtype=dtype)
     keys, values = pairs[:, :, :, 0], pairs[:, :, :, 1]
     indices = None if rows == "all" else draw_rows(device, 2, 2, total, count)
-    visible = None
+    visible = added = None
+    if rows == "weighted":
+        added = normal(device, 2, 2, 1, count, seed=4) * 3
     if rows == "hidden":
         visible = normal(device, 2, 2, group, count, seed=3) > 0.3
         visible[:, :, 0, : count - 3], visible[..., -1] = False, True  # whole tiles hidden from one query head
-    got = body().attention(q, keys, values, 0.3, indices, visible, True)
-    expected = reference.attention(q, keys, values, 0.3, indices, visible, True)
+    got = body().attention(q, keys, values, 0.3, indices, visible, True, added)
+    expected = reference.attention(q, keys, values, 0.3, indices, visible, True, added)
     for mine, theirs in zip(got, expected, strict=True):
         assert mine is not None
         assert theirs is not None
@@ -234,8 +236,9 @@ CHECKS: dict[str, Check] = {
     **{
         f"attention G={group} D={width} {str(dtype)[6:]} {rows}": partial(attention, group, width, dtype, rows)
         for group, width, dtype, rows in [
-            (3, 24, F32, "all"), (3, 24, F32, "given"), (3, 24, F32, "hidden"), (1, 64, F16, "given"),
-            (4, 128, BF16, "hidden"), (20, 16, F32, "hidden"), (2, 160, F32, "given"), (8, 256, BF16, "all"),
+            (3, 24, F32, "all"), (3, 24, F32, "given"), (3, 24, F32, "hidden"), (3, 24, F32, "weighted"),
+            (1, 64, F16, "given"), (4, 128, BF16, "hidden"), (20, 16, F32, "hidden"), (2, 160, F32, "given"),
+            (8, 256, BF16, "all"),
         ]
     },
     "attention over few rows": attention_over_few_rows,

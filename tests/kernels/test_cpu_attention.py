@@ -80,9 +80,12 @@ def test_attention_over_all_rows(shape: Shape, dtype: torch.dtype, layout: str, 
     assert torch.allclose(dense.float(), ours[0].float(), atol=1e-5, rtol=8e-3)
 
 
-@given(shapes, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.integers(1, 90), st.booleans(), st.booleans())
+@given(
+    shapes, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.integers(1, 90), st.booleans(), st.booleans(),
+    st.sampled_from(["none", "heads", "group"]),
+)  # fmt: skip
 def test_attention_over_chosen_rows(
-    shape: Shape, dtype: torch.dtype, layout: str, count: int, hidden: bool, need_weights: bool
+    shape: Shape, dtype: torch.dtype, layout: str, count: int, hidden: bool, need_weights: bool, weighted: str
 ) -> None:
     q, keys, values = tensors(shape, dtype, layout)
     generator = torch.Generator().manual_seed(shape.seed)
@@ -90,8 +93,12 @@ def test_attention_over_chosen_rows(
     visible = torch.rand(shape.batch, shape.heads, shape.group, count, generator=generator) > 0.5 if hidden else None
     if visible is not None:
         visible[..., count // 2] = True
-    ours = cpu.attention(q, keys, values, 0.3, indices, visible, need_weights)
-    assert_same(ours, reference.attention(q, keys, values, 0.3, indices, visible, need_weights))
+    added = None
+    if weighted != "none":
+        heads = 1 if weighted == "heads" else shape.group  # one weight for the query heads of a KV head, or for each
+        added = torch.randn(shape.batch, shape.heads, heads, count, generator=generator) * 3
+    ours = cpu.attention(q, keys, values, 0.3, indices, visible, need_weights, added)
+    assert_same(ours, reference.attention(q, keys, values, 0.3, indices, visible, need_weights, added))
     if ours[2] is not None and visible is not None:
         assert float(ours[2][~visible].abs().sum()) == 0
 

@@ -78,7 +78,9 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
 
     return {
         "attention": lambda: body.attention(q, keys, values, 0.1, indices),
-        "attention, all wanted": lambda: body.attention(q, keys, values, 0.1, indices, visible, True),
+        "attention, all wanted": lambda: body.attention(
+            q, keys, values, 0.1, indices, visible, True, torch.zeros(1, 2, 4, 96)
+        ),
         "attention, all rows": lambda: body.attention(mha, keys, values, 0.1),
         "attention, D=256": lambda: body.attention(wide[:, :, :8], wide, wide, 0.1),
         "attention, D=64": lambda: body.attention(q[..., :64], keys[..., :64], values[..., :64], 0.1, indices),

@@ -67,6 +67,24 @@ def test_visible_hides_rows_per_query_head() -> None:
             assert float(weights[0, h, g, ~seen].sum()) == 0
 
 
+def test_a_row_with_a_weight_counts_as_so_many_rows() -> None:
+    q, keys, values = normal(1, 1, 2, 8), normal(1, 1, 6, 8, seed=1), normal(1, 1, 6, 8, seed=2)
+    counts = torch.tensor([[1, 3, 2, 1, 5, 1], [2, 1, 1, 4, 1, 1]])  # of each query head
+    log_weights = counts.float().log()[None, None]
+    output, lse, weights = reference.attention(q, keys, values, 0.3, None, None, True, log_weights)
+    assert weights is not None
+    for g in range(2):
+        repeated = torch.arange(6).repeat_interleave(counts[g])
+        alone = reference.attention(
+            q[:, :, g : g + 1], keys[:, :, repeated], values[:, :, repeated], 0.3, None, None, True
+        )
+        assert torch.allclose(output[0, 0, g], alone[0][0, 0, 0], atol=1e-6)
+        assert torch.allclose(lse[0, 0, g], alone[1][0, 0, 0], atol=1e-6)
+        assert alone[2] is not None
+        for row in range(6):
+            assert torch.allclose(weights[0, 0, g, row], alone[2][0, 0, 0, repeated == row].sum(), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_has_the_type_of_the_query(dtype: torch.dtype) -> None:
     q, keys = normal(1, 1, 1, 4).to(dtype), normal(1, 1, 3, 4).to(dtype)
