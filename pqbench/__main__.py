@@ -171,11 +171,14 @@ def check_options(config: DictConfig) -> None:
 
 def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:
     """A method's configuration together with the values of the fields that it leaves to the code's defaults."""
-    left = {field.name: getattr(method, field.name) for field in fields(method) if field.name not in given}
-    return {
-        **given,
-        **{name: value for name, value in left.items() if type(value) in (bool, int, float, str, type(None))},
-    }
+    found = dict(given)
+    for name in (field.name for field in fields(method)):
+        value = getattr(method, name)
+        if isinstance(value, Method):  # one method around another
+            found[name] = whole(given.get(name, {}), value)
+        elif name not in given and type(value) in (bool, int, float, str, type(None)):
+            found[name] = value
+    return found
 
 
 def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: LoadedModel | None) -> Setting:

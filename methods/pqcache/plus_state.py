@@ -14,10 +14,8 @@ from methods.pqcache.method import PQCacheState
 from methods.pqcache.queries import SeenQueries
 from methods.pqcache.spread import Spread
 from methods.pqcache.tail import (
-    draw_rows,
     log_mass,
     quantised_mean,
-    sampled_residual,
     smallest_set,
     tail_share,
     tail_weights,
@@ -25,6 +23,7 @@ from methods.pqcache.tail import (
 )
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+from pqbench.kernels.sampling import draw_rest, sample_log_weights, step_seed
 from pqbench.method import KV, Geometry, Residual, Selection, Split
 
 if TYPE_CHECKING:
@@ -80,11 +79,9 @@ class PQCachePlusState(PQCacheState):
         if self.codebook is None or self.codes is None:
             return Selection()
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
-        seen: Tensor | None = None
         if self.method.tail == "sampled":
-            top, residual = self._with_sample(q, kv, split)
-        else:
-            top, seen, residual = self._best(q, kv, split)
+            return self._with_sample(q, kv, split)
+        top, seen, residual = self._best(q, kv, split)
         indices = split.around(split.sink + top, kv.length)
         if seen is None:
             return Selection(indices, residual=residual)
@@ -137,19 +134,19 @@ class PQCachePlusState(PQCacheState):
         top = self.geometry.kernels.top_k(shares, split.top_k)
         return smallest_set(shares, top, share - (held - whole).exp().mean(2))
 
-    def _with_sample(self, q: Tensor, kv: KV, split: Split) -> tuple[Tensor, Residual | None]:
-        """top_k middle tokens, a share of them drawn from what the codes did not choose, and what the rest adds."""
-        drawn = int(split.top_k * self.method.sampled_share)
-        top, _, _ = self._best(q, kv, replace(split, top_k=split.top_k - drawn))
-        tokens, length = len(self._ready(self.codes)), kv.length
-        seed = ((self.method.seed * 1_000_003 + self.geometry.layer) * 1_000_003 + length) % 2**63
-        sample = draw_rows(top, tokens, drawn, seed)
-        if sample.shape[2] == 0:
-            return top, None
-        # The harness reads these rows once more as part of the selection: a residual has to bring its own value.
-        rest = tokens - top.shape[2]
-        residual = sampled_residual(q, kv.keys(), kv.values(), split.sink + sample, rest, self.geometry.scaling)
-        return torch.cat([top, sample], dim=2), residual
+    def _with_sample(self, q: Tensor, kv: KV, split: Split) -> Selection:
+        """top_k middle tokens, a share of them drawn from what the codes did not choose and weighted by what it stands
+        for."""
+        wanted, tokens = int(split.top_k * self.method.sampled_share), len(self._ready(self.codes))
+        top, _, _ = self._best(q, kv, replace(split, top_k=split.top_k - wanted))
+        sample = draw_rest(top, tokens, wanted, step_seed(self.method.seed, self.geometry.layer, kv.length))
+        indices = split.around(split.sink + torch.cat([top, sample.sort(-1).values], dim=2), kv.length)
+        chosen, drawn = top.shape[2], sample.shape[2]
+        if drawn == 0:
+            return Selection(indices)
+        sizes = torch.full(top.shape[:2], drawn, device=top.device)
+        weights = sample_log_weights(split.sink + chosen, sizes, drawn, tokens - chosen, after=split.window)
+        return Selection(indices, log_weights=weights)
 
     def _logits(self, q: Tensor, codes: Tensor) -> Tensor:
         """Approximate logits ``[B, H, n, M]`` of queries ``[B, H, n, D]``, on the scale of the exact ones."""

@@ -1,4 +1,4 @@
-"""What unselected tokens would have added, estimated from codes or a sample: the mathematics of the residuals.
+"""What unselected tokens would have added, estimated from codes: the mathematics of the residuals.
 
 Shapes: B sequences, H KV heads, G query heads per KV head, M middle tokens (those between sinks and window, which are
 never in the tail), k selected ones, D head dimension; logits are scaled.
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels import reference
-from pqbench.method import Residual
 
 KINDS = ("none", "mean", "pq", "sampled")
 
@@ -61,32 +60,6 @@ def quantised_mean(weights: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
     shape = (-1, -1, parts, group, -1)
     sums.scatter_add_(4, index.expand(shape), weights[:, :, None].expand(shape))
     return torch.einsum("bhmgk,bhmkw->bhgmw", sums, codebook).flatten(3)
-
-
-def draw_rows(selected: Tensor, tokens: int, count: int, seed: int) -> Tensor:
-    """A uniform sample without replacement ``[B, H, n]`` of the ``tokens`` middle tokens that are not ``selected``
-    ``[B, H, k]``; ``count`` of them, or all there are. The draw depends on ``seed`` and the head, not on the batch."""
-    heads = selected.shape[1]
-    noise = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(seed)).to(selected.device)
-    noise = noise.expand(len(selected), -1, -1).scatter(2, selected, -1.0)
-    return reference.top_k(noise, max(0, min(count, tokens - selected.shape[2])))
-
-
-def sampled_residual(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, rest: int, scaling: float) -> Residual:
-    """What the tail holds beyond a uniform sample of it that is attended exactly (vAttention, arXiv 2510.05688).
-
-    Each of the n sampled tokens stands for rest / n tokens. The exact part counts it once, so the residual is the
-    sample itself, rest / n - 1 times: numerator and denominator of attention are then unbiased.
-
-    Args:
-        q: ``[B, H, G, D]``.
-        keys, values: ``[B, H, S, D]``.
-        rows: ``[B, H, n]`` of the sample, n >= 1.
-        rest: tokens that are not selected, the sample included.
-    """
-    output, log_weight, _ = reference.attention(q.float(), keys, values, scaling, rows)
-    excess = torch.tensor(rest / rows.shape[2] - 1.0, device=q.device)
-    return Residual(output, log_weight + excess.log())
 
 
 def tail_share(

@@ -20,6 +20,7 @@ from methods.snapkv import SnapKV
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from methods.tova import TOVA
+from methods.vattention import VAttention
 from pqbench.group import Group, Rows
 from pqbench.method import Budget, Method, PaperBudget
 from tests.support import append, case, finish, output_of, rows_of, start, tokens_of
@@ -54,6 +55,8 @@ SELECTING: dict[str, Any] = {
     "random_tokens": RandomTokens,
     "tova": TOVA,
     "tova per head": lambda budget: TOVA(budget, per_head=True),
+    "vattention": lambda budget: VAttention(SparQ(rank=4), budget),
+    "vattention oracle": lambda budget: VAttention(Oracle(), budget, share=0.2),
 }
 STEPS = 30
 
@@ -177,6 +180,8 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "tova": 0,
         "random_tokens": 0,
         "tova per head": 0,
+        "vattention": batch * length * heads * 4 * 4,  # as the base: the sample is drawn, not searched
+        "vattention oracle": batch * length * heads * width * 4,
     }
     assert state.index_bytes == formulas[name]
     held = 22 if method.evicts else length

@@ -138,6 +138,8 @@ def test_a_budget_for_everything_is_full_attention(prompt: int, tail: str, searc
         assert np.allclose(output, data.full(prompt + step + 1), atol=1e-5)
         if selection.residual is not None:
             assert (selection.residual.log_weight == float("-inf")).all()
+        if selection.log_weights is not None:
+            assert (selection.log_weights == 0).all()
     assert prompt < 12 or state.codebook is not None
 
 
@@ -214,13 +216,12 @@ def test_samples_are_unbiased() -> None:
         selection = state.select(q, store)
         assert selection.indices is not None
         assert selection.indices.shape == (2, 2, 21)
-        assert selection.residual is not None
+        assert selection.log_weights is not None
         chosen = tokens_of(selection, store).numpy()
         kept = np.take_along_axis(exact, chosen[:, :, None].repeat(2, 2), 3)
-        extra = np.exp(selection.residual.log_weight.double().numpy())[..., None]
+        kept = kept * np.exp(selection.log_weights.double().numpy())
         top = np.einsum("bhgn,bhnd->bhgd", kept, np.take_along_axis(values, chosen[..., None], 2))
-        top = top + extra * selection.residual.value.double().numpy()
-        sums.append(np.concatenate([top, kept.sum(-1, keepdims=True) + extra], -1))
+        sums.append(np.concatenate([top, kept.sum(-1, keepdims=True)], -1))
     drawn = np.stack(sums)
     truth = np.concatenate([np.einsum("bhgs,bhsd->bhgd", exact, values), exact.sum(-1, keepdims=True)], -1)
     error = drawn.std(0) / np.sqrt(1000)

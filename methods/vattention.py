@@ -1,0 +1,166 @@
+"""vAttention: another method's selection, and a weighted uniform sample of what it leaves (arXiv 2510.05688)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels.buffers import gather_rows
+from pqbench.kernels.sampling import draw_rest, sample_log_weights, sample_sizes, step_seed
+from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection, Split
+
+
+@dataclass(frozen=True)
+class VAttention(Method):
+    """Any method that selects without evicting, with a share of its top_k given to a uniform sample of the other
+    tokens. A sampled token counts for all those it stands for, in numerator and denominator.
+
+    With ``epsilon`` the sample is as large as the bound asks, at most the share, and differs by KV head: first
+    ``base_sample`` tokens tell the deviation (:func:`pqbench.kernels.sampling.sample_sizes`). For that, keys of the
+    exact part and of these tokens are read once more, and counted as index. Where the share is too small for the bound,
+    all of it is sampled. The bound trusts a normal law: it holds where the base leaves out no token of great weight;
+    around a base of random tokens, errors beyond epsilon were seen twice as often as delta says.
+
+    Differs from the paper: the sample is paid from the budget; the bound is that of the denominator alone; a query
+    group shares one sample, large enough for each of its heads; a residual of the base is left out.
+
+    Attributes:
+        base: the method that selects; the budget here replaces its own.
+        budget: sinks, window and top_k, of which ``share`` goes to the sample.
+        share: see above, in [0, 1].
+        epsilon: relative error of the denominator that is tolerated, None for a sample of fixed size.
+        delta: probability of a larger error, in (0, 1).
+        base_sample: tokens from which the deviation is estimated.
+        seed: of the sample; it also depends on layer, head and length, and on nothing else.
+    """
+
+    base: Method
+    budget: Budget = field(default_factory=Budget)
+    share: float = 0.5
+    epsilon: float | None = None
+    delta: float = 0.1
+    base_sample: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"vattention.share is {self.share}: it must lie in [0, 1]")
+        if not 0 < self.delta < 1 or (self.epsilon is not None and self.epsilon <= 0) or self.base_sample < 2:
+            raise ConfigError(
+                "vattention needs epsilon > 0 or null, delta in (0, 1) and base_sample >= 2, got "
+                f"{self.epsilon}, {self.delta} and {self.base_sample}"
+            )
+        name = type(self.base).__name__
+        if getattr(self.base, "budget", None) is None:
+            raise ConfigError(f"vattention.base is {name}, which attends to all tokens: nothing is left to sample")
+        if self.base.evicts or self.base.needs_positions or self.base.own_prefill:
+            raise ConfigError(f"vattention.base is {name}, which drops or renumbers tokens: use one that only selects, "
+                              "such as methods.pqcache.PQCache or methods.sparq.SparQ")  # fmt: skip
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        """As the base does."""
+        return self.base.needs_calibration
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return VAttentionState(self, geometry)
+
+    def attends_all(self, context: int) -> bool:
+        return self.selecting.attends_all(context)
+
+    @property
+    def selecting(self) -> Method:
+        """The base with the budget that the sample leaves it."""
+        options: dict[str, Any] = {"budget": _Remaining(whole=self.budget, share=self.share)}
+        return replace(self.base, **options)
+
+
+@dataclass(frozen=True)
+class _Remaining(Budget):
+    """A budget whose top_k is lessened by a share."""
+
+    whole: Budget = field(default_factory=Budget)
+    share: float = 0.0
+
+    def resolve(self, context: int, prompt: int) -> Split:
+        split = self.whole.resolve(context, prompt)
+        return replace(split, top_k=split.top_k - int(split.top_k * self.share))
+
+
+class VAttentionState(LayerState):
+    """The base's state; a step adds the sample."""
+
+    def __init__(self, method: VAttention, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+        self.base = method.selecting.layer(geometry)
+        self._read = 0  # bytes of keys read in the last step to size the sample
+
+    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        self.base.observe(q, keys, values)
+
+    def finish_prefill(self, kv: KV) -> Tensor | None:
+        return self.base.finish_prefill(kv)
+
+    def append(self, kv: KV) -> None:
+        self.base.append(kv)
+
+    def prefetch(self, kv: KV) -> None:
+        self.base.prefetch(kv)
+
+    def select(self, q: Tensor, kv: KV) -> Selection:
+        # What some query heads alone were to see is fetched for all: it is exact for all, and no padding is needed.
+        chosen = self.base.select(q, kv).indices
+        if chosen is None:
+            return Selection()
+        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
+        seed = step_seed(self.method.seed, self.geometry.layer, kv.length)
+        sample = draw_rest(chosen, kv.length, int(split.top_k * self.method.share), seed)
+        exact, drawn = chosen.shape[2], sample.shape[2]
+        if drawn == 0:
+            return Selection(chosen)
+        rest = kv.length - exact
+        if self.method.epsilon is None or drawn <= self.method.base_sample or drawn == rest:
+            sizes, shown = torch.full(chosen.shape[:2], drawn, device=chosen.device), None
+            sample = sample.sort(-1).values  # rows in order are read faster
+        else:
+            sizes = self._sizes(q, kv, chosen, sample, self.method.epsilon)
+            sample, shown = self._first(sample, sizes, exact, q.shape[2])
+        weights = sample_log_weights(exact, sizes, sample.shape[2], rest)
+        return Selection(torch.cat([chosen, sample], dim=2), shown, log_weights=weights)
+
+    def _sizes(self, q: Tensor, kv: KV, chosen: Tensor, sample: Tensor, epsilon: float) -> Tensor:
+        """How many of the sample ``[B, H, n]`` each KV head needs: ``[B, H]``."""
+        base, rest = sample[..., : self.method.base_sample], kv.length - chosen.shape[2]
+        stored = kv.stored_keys()
+        keys = gather_rows(stored, torch.cat([chosen, base], dim=2).to(stored.device)).to(q.device)
+        self._read = keys.nbytes
+        logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, exact + base]
+        exact, seen = logits.split([chosen.shape[2], base.shape[2]], dim=3)
+        sizes = sample_sizes(exact.logsumexp(3), seen, rest, epsilon, self.method.delta)
+        return sizes.clamp(base.shape[2], sample.shape[2])
+
+    def _first(self, sample: Tensor, sizes: Tensor, exact: int, group: int) -> tuple[Tensor, Tensor]:
+        """The sample cut to the largest of ``sizes`` ``[B, H]``, and which of all rows are seen ``[B, H, G, n]``."""
+        sample = sample[..., : int(sizes.max())]
+        within = torch.arange(sample.shape[2], device=sample.device) < sizes[..., None]
+        shown = torch.nn.functional.pad(within, (exact, 0), value=True)
+        return sample, shown[:, :, None].expand(-1, -1, group, -1)
+
+    def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
+        return self.base.attended(weights, kv)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        return self.base.facts
+
+    @property
+    def index_bytes(self) -> int:
+        return self.base.index_bytes + self._read
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.base.resident_bytes
