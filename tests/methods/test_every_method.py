@@ -11,6 +11,7 @@ import torch
 from methods.full import Full
 from methods.h2o import H2O
 from methods.infllm import InfLLM
+from methods.magicpig import MagicPIG
 from methods.oracle import Oracle
 from methods.pqcache import PQCache, PQCachePlus
 from methods.pyramidkv import PyramidKV
@@ -55,6 +56,7 @@ SELECTING: dict[str, Any] = {
     "random_tokens": RandomTokens,
     "tova": TOVA,
     "tova per head": lambda budget: TOVA(budget, per_head=True),
+    "magicpig": lambda budget: MagicPIG(budget, bits=3, tables=12),
     "vattention": lambda budget: VAttention(SparQ(rank=4), budget),
     "vattention oracle": lambda budget: VAttention(Oracle(), budget, share=0.2),
 }
@@ -180,6 +182,8 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "tova": 0,
         "random_tokens": 0,
         "tova per head": 0,
+        # two bytes per hash, and the keys of twelve tokens once more
+        "magicpig": batch * heads * (middle * 12 * 2 + 12 * width * 4),
         "vattention": batch * length * heads * 4 * 4,  # as the base: the sample is drawn, not searched
         "vattention oracle": batch * length * heads * width * 4,
     }
