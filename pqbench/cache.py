@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 from pqbench.attention import dense_prefill
 from pqbench.errors import ModelError
 from pqbench.group import Group, Observer, Rows
-from pqbench.kernels.buffers import PairBuffer
+from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.store.tiers import Placement, Prompt
 
 
@@ -93,15 +93,18 @@ class PrefillLayer(OurLayer):
         self.columns, self.reserve, self.rows, self.placement, self.on_end = columns, reserve, rows, placement, on_end
         self.observers: list[Observer] = []
         self.own = False
-        self._held: PairBuffer | None = None
+        self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
         self._prompts: dict[int, Prompt] = {}  # by padding, which tells groups apart
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self._held is None:
-            self._held = PairBuffer.room(key_states, self.columns + self.reserve)
-        self._held.append_pair(key_states, value_states)
+        if self._buffers is None:
+            capacity = self.columns + self.reserve
+            self._buffers = GrowingBuffer.like(key_states, capacity), GrowingBuffer.like(value_states, capacity)
+        keys, values = self._buffers
+        keys.append(key_states)
+        values.append(value_states)
         self.seen += key_states.shape[2]
-        return self._held.keys(), self._held.values()
+        return keys.view(), values.view()
 
     def attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
@@ -134,11 +137,14 @@ class PrefillLayer(OurLayer):
 
     def _end(self) -> None:
         """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch."""
-        if self._held is None:
+        if self._buffers is None:
             raise RuntimeError("attention() before update()")
+        keys, values = self._buffers
         for rows in self.rows:
-            self._prompts[rows.padding] = self.placement.prompt(self._held.rows(rows.index, rows.padding))
-        self._held = None
+            self._prompts[rows.padding] = self.placement.prompt(
+                keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding)
+            )
+        self._buffers = None
         done, self.on_end = self.on_end, None  # it holds what holds this layer: once called, let go
         if done is not None:
             done()

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
-from pqbench.kernels.buffers import PairBuffer
+from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method, Selection
 from pqbench.store.device import DeviceStore
 
@@ -138,7 +138,7 @@ def case(
 
 def store_of(keys: Tensor, values: Tensor) -> DeviceStore:
     """A store over copies of the rows."""
-    return DeviceStore(PairBuffer.of(keys, values))
+    return DeviceStore(GrowingBuffer(keys), GrowingBuffer(values))
 
 
 def start(method: Method, data: Case, chunk: int | None = None) -> tuple[LayerState, DeviceStore]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -22,19 +20,19 @@ class GrowingBuffer:
         self._data = _allocate(rows, self._length + slack)
 
     @classmethod
-    def like(cls, rows: Tensor, capacity: int) -> Self:
+    def like(cls, rows: Tensor, capacity: int) -> GrowingBuffer:
         """An empty buffer for rows like ``rows`` with room for ``capacity`` of them."""
         return cls(rows[:, :, :0], slack=max(capacity, 1))
 
-    def fork(self) -> Self:
+    def fork(self) -> GrowingBuffer:
         """A buffer over the same memory with a length of its own."""
-        fork = type(self).__new__(type(self))
+        fork = GrowingBuffer.__new__(GrowingBuffer)
         fork._slack, fork._length, fork._data = self._slack, self._length, self._data
         return fork
 
-    def rows(self, index: Tensor | slice, start: int) -> Self:
+    def rows(self, index: Tensor | slice, start: int) -> GrowingBuffer:
         """The buffer of some sequences without their first ``start`` rows; shares memory when ``index`` is a slice."""
-        part = type(self).__new__(type(self))
+        part = GrowingBuffer.__new__(GrowingBuffer)
         part._slack, part._length, part._data = self._slack, self._length - start, self._data[index, :, start:]
         return part
 
@@ -52,46 +50,15 @@ class GrowingBuffer:
 
     def append(self, rows: Tensor) -> None:
         """Add ``rows`` ``[B, H, n, ...]`` at the end."""
-        self.extend(rows.shape[2]).copy_(rows)
-
-    def extend(self, count: int) -> Tensor:
-        """``count`` more rows at the end, ``[B, H, count, ...]``, for the caller to write."""
-        first, needed = self._length, self._length + count
+        needed = self._length + rows.shape[2]
         if needed > self._data.shape[2]:
-            self._data = _allocate(self.view(), needed + max(self._slack, first // 2))
+            self._data = _allocate(self.view(), needed + max(self._slack, self._length // 2))
+        self._data[:, :, self._length : needed] = rows
         self._length = needed
-        return self._data[:, :, first:needed]
 
     def truncate(self, length: int) -> None:
         """Forget all rows from ``length`` on."""
         self._length = min(self._length, length)
-
-
-class PairBuffer(GrowingBuffer):
-    """Keys and values, ``[B, H, S, 2, D]``: those of a token are one run of memory, read at once."""
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> PairBuffer:
-        """A buffer of keys and values ``[B, H, n, D]``."""
-        return cls(torch.stack([keys, values], dim=3))
-
-    @classmethod
-    def room(cls, like: Tensor, capacity: int) -> PairBuffer:
-        """An empty buffer for ``capacity`` keys, and values, like ``like`` ``[B, H, *, D]``."""
-        return cls.like(like[:, :, :0, None].expand(-1, -1, -1, 2, -1), capacity)
-
-    def keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys of rows ``start`` to ``stop`` without a copy, ``[B, H, n, D]``."""
-        return self.view(start, stop)[..., 0, :]
-
-    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Values of rows ``start`` to ``stop`` without a copy, ``[B, H, n, D]``."""
-        return self.view(start, stop)[..., 1, :]
-
-    def append_pair(self, keys: Tensor, values: Tensor) -> None:
-        """Add keys and values ``[B, H, n, D]`` at the end."""
-        rows = self.extend(keys.shape[2])
-        rows[..., 0, :], rows[..., 1, :] = keys, values
 
 
 class NibbleBuffer:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pqbench.kernels.buffers import GrowingBuffer, PairBuffer, gather_rows, swap_remove
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows, swap_remove
 from pqbench.store.base import Store
 
 
 class DeviceStore(Store):
-    """Rows in a growing buffer, key and value of a token side by side.
+    """Rows in two growing buffers.
 
     Stores of one prompt share its rows without a copy and append into the same slack. ``lease`` names the one that may
     write, the youngest: an older store raises instead of reading another's tokens.
     """
 
-    def __init__(self, rows: PairBuffer, lease: list[DeviceStore] | None = None) -> None:
-        self._rows = rows
-        self._seen = len(rows)
+    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, lease: list[DeviceStore] | None = None) -> None:
+        self._keys, self._values = keys, values
+        self._seen = len(keys)
         self._positions: GrowingBuffer | None = None  # rows are their own positions until some are dropped
         self._lease = lease if lease is not None else []
         self._lease[:] = [self]
 
     @property
     def length(self) -> int:
-        return len(self._rows)
+        return len(self._keys)
 
     @property
     def seen(self) -> int:
@@ -35,18 +35,18 @@ class DeviceStore(Store):
     def positions(self) -> Tensor:
         if self._positions is not None:
             return self._positions.view()
-        batch, heads = self._rows.view().shape[:2]
-        return torch.arange(self.length, device=self.device).expand(batch, heads, -1)
+        batch, heads = self._keys.view().shape[:2]
+        return torch.arange(self.length, device=self._keys.view().device).expand(batch, heads, -1)
 
     def keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._rows.keys(start, stop)
+        return self._keys.view(start, stop)
 
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._rows.values(start, stop)
+        return self._values.view(start, stop)
 
     @property
     def device(self) -> torch.device:
-        return self._rows.view().device
+        return self._keys.view().device
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         if self._lease[0] is not self:
@@ -54,7 +54,8 @@ class DeviceStore(Store):
         if self._positions is not None:
             ages = torch.arange(self._seen, self._seen + keys.shape[2], device=keys.device)
             self._positions.append(ages.expand(*keys.shape[:2], -1))
-        self._rows.append_pair(keys, values)
+        self._keys.append(keys)
+        self._values.append(values)
         self._seen += keys.shape[2]
 
     def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -62,11 +63,12 @@ class DeviceStore(Store):
 
     def separate(self) -> None:
         if self._positions is None:  # rows that were kept have own memory
-            self._rows, self._lease = PairBuffer(self._rows.view()), [self]
+            self._keys, self._values, self._lease = GrowingBuffer(self.keys()), GrowingBuffer(self.values()), [self]
 
     def keep(self, indices: Tensor) -> DeviceStore:
         self._positions = GrowingBuffer(self.positions.gather(2, indices))
-        self._rows = PairBuffer(gather_rows(self._rows.view(), indices))
+        self._keys = GrowingBuffer(gather_rows(self.keys(), indices))
+        self._values = GrowingBuffer(gather_rows(self.values(), indices))
         self._lease = [self]  # own memory now
         return self
 
@@ -77,12 +79,12 @@ class DeviceStore(Store):
     def drop(self, indices: Tensor) -> None:
         if self._positions is None:
             raise RuntimeError("drop() before keep(): a prompt's rows are shared and cannot be removed in place")
-        for buffer in (self._rows, self._positions):
+        for buffer in (self._keys, self._values, self._positions):
             swap_remove(buffer, indices)
 
     @property
     def device_bytes(self) -> int:
-        return self._rows.bytes
+        return self._keys.bytes + self._values.bytes
 
     @property
     def host_bytes(self) -> int:

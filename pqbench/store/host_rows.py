@@ -31,8 +31,8 @@ class HostPrompt:
     """
 
     def __init__(self, capacity: int, like: Tensor, link: Link) -> None:
-        """Room for ``capacity`` rows like ``like`` ``[B, H, *, 2, D]``, which also names the device."""
-        batch, heads, _, _, width = like.shape
+        """Room for ``capacity`` tokens of keys like ``like`` ``[B, H, *, D]``, which also names the device."""
+        batch, heads, _, width = like.shape
         self.rows = host_buffer(batch, heads, capacity, width, like.dtype, link)
         self.device = like.device
         self.link = link
@@ -40,31 +40,34 @@ class HostPrompt:
         self._transfers: list[Transfer] = []
 
     @classmethod
-    def offload(cls, link: Link, rows: Tensor) -> HostPrompt:
-        """Start copying a whole prompt ``[B, H, S, 2, D]``."""
-        prompt = cls(rows.shape[2], rows, link)
-        prompt.extend(rows)
+    def offload(cls, link: Link, keys: Tensor, values: Tensor) -> HostPrompt:
+        """Start copying a whole prompt ``[B, H, S, D]``."""
+        prompt = cls(keys.shape[2], keys, link)
+        prompt.extend(keys, values)
         return prompt
 
-    def extend(self, rows: Tensor) -> None:
-        """Start copying the next tokens ``[B, H, n, 2, D]``; they must not be overwritten before :meth:`wait`.
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """Start copying the next tokens ``[B, H, n, D]``; they must not be overwritten before :meth:`wait`.
 
         Raises:
             ValueError: more tokens than there is room for.
         """
-        stop = self.length + rows.shape[2]
+        stop = self.length + keys.shape[2]
         if stop > self.rows.shape[2]:
             raise ValueError(f"a prompt of {stop} tokens does not fit into {self.rows.shape[2]} rows")
         target = self.rows[:, :, self.length : stop]
-        source = rows.contiguous() if self.link.pinned else rows  # a device copies dense rows
-        self._transfers.append(self.link.submit([Copy(source, target)], Direction.TO_HOST, "prompt rows"))
+        if self.link.pinned:  # a device copies dense rows: key and value are brought together there
+            copies = [Copy(torch.stack([keys, values], 3), target)]
+        else:
+            copies = [Copy(keys, target[..., 0, :]), Copy(values, target[..., 1, :])]
+        self._transfers.append(self.link.submit(copies, Direction.TO_HOST, "prompt rows"))
         self.length = stop
 
     def arranged(self, indices: Tensor) -> HostPrompt:
         """A copy whose rows lie in the order of ``indices`` ``[B, H, length]``."""
         self.wait()
         batch, heads, _, _, width = self.rows.shape
-        prompt = HostPrompt(self.length, self.rows.new_empty(batch, heads, 0, 2, width, device=self.device), self.link)
+        prompt = HostPrompt(self.length, self.rows.new_empty(batch, heads, 0, width, device=self.device), self.link)
         Copy(self.rows, prompt.rows, indices.to(self.rows.device)).run()
         prompt.length = self.length
         return prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pqbench.kernels.buffers import GrowingBuffer, PairBuffer
+from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.store.device import DeviceStore
 from pqbench.store.host_rows import HostRows
 from pqbench.store.link import Direction
@@ -14,12 +14,12 @@ from pqbench.store.link import Direction
 class KeptRows(DeviceStore):
     """Rows that were chosen from more; owns its memory."""
 
-    def __init__(self, rows: Tensor, positions: Tensor, seen: int) -> None:
-        """Keys and values ``[B, H, n, 2, D]`` at positions ``[B, H, n]``, of ``seen`` tokens."""
-        super().__init__(PairBuffer(rows))
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int) -> None:
+        """Keys and values ``[B, H, n, D]`` at positions ``[B, H, n]``, of ``seen`` tokens."""
+        super().__init__(GrowingBuffer(keys), GrowingBuffer(values))
         self._positions = GrowingBuffer(positions)
         self._seen = seen
-        self.opening_bytes = rows.nbytes
+        self.opening_bytes = keys.nbytes + values.nbytes
 
     @classmethod
     def fetched(cls, host: HostRows, indices: Tensor, seen: int) -> KeptRows:
@@ -32,4 +32,5 @@ class KeptRows(DeviceStore):
         host.link.submit(copies, Direction.TO_DEVICE, "kept rows", urgent=True).wait()
         if order is not None:
             rows = rows[order.argsort()]
-        return cls(rows.view(batch, heads, count, halves, width), indices, seen)
+        rows = rows.view(batch, heads, count, halves, width)
+        return cls(rows[..., 0, :], rows[..., 1, :], indices, seen)

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from pqbench.errors import ConfigError
-from pqbench.kernels.buffers import PairBuffer
+from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Split
 from pqbench.store.base import Store
 from pqbench.store.block_cache import POLICIES, CacheOptions
@@ -39,9 +39,9 @@ class Placement(ABC):
     """A tier opened for one device and one prefill; it owns the link, if there is one."""
 
     @abstractmethod
-    def prompt(self, rows: PairBuffer) -> Prompt:
-        """Take over the rows ``[B, H, S, 2, D]`` of one layer and group when its prefill is complete; a host tier
-        starts moving them and returns at once."""
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> Prompt:
+        """Take over the rows ``[B, H, S, D]`` of one layer and group when its prefill is complete; a host tier starts
+        moving them and returns at once."""
 
     def close(self) -> None:  # noqa: B027 - nothing to end without a link
         """End the link once every store has settled. Raises OrderingError where a debugged link found transfers that
@@ -65,19 +65,19 @@ class Tier(ABC):
 class DevicePrompt(Prompt):
     """Rows stay where the prefill left them; stores share them without a copy."""
 
-    def __init__(self, rows: PairBuffer) -> None:
-        self._rows = rows
+    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer) -> None:
+        self._keys, self._values = keys, values
         self._lease: list[DeviceStore] = []
 
     def store(self, split: Callable[[int], Split | None] | None) -> DeviceStore:
-        return DeviceStore(self._rows.fork(), self._lease)
+        return DeviceStore(self._keys.fork(), self._values.fork(), self._lease)
 
 
 class DevicePlacement(Placement):
     """Nothing moves."""
 
-    def prompt(self, rows: PairBuffer) -> DevicePrompt:
-        return DevicePrompt(rows)
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> DevicePrompt:
+        return DevicePrompt(keys, values)
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class HostPlacement(Placement):
         self.tier, self.link = tier, link
         self._scratch = Scratch()
 
-    def prompt(self, rows: PairBuffer) -> OffloadedPrompt:
-        prompt = HostPrompt.offload(self.link, rows.view())
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> OffloadedPrompt:
+        rows = HostPrompt.offload(self.link, keys.view(), values.view())
         if not self.tier.background:
-            prompt.wait()
-        return OffloadedPrompt(prompt, self.tier, self._scratch)
+            rows.wait()
+        return OffloadedPrompt(rows, self.tier, self._scratch)
 
     def close(self) -> None:
         self.link.close()

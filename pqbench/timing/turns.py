@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pqbench.group import PHASES, Group, Rows
-from pqbench.kernels.buffers import PairBuffer
+from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.prompt import Setting
 from pqbench.store.tiers import Placement
@@ -40,10 +40,12 @@ class Layer:
         self.device, self.setting, self.now = device, setting, clock(device)
         self.source = on(source, device)
         like = torch.empty(1, shape.kv_heads, 0, shape.head_dim, dtype=dtype, device=device)
-        self.rows = PairBuffer.room(like, context + steps)
+        self.keys = GrowingBuffer.like(like, context + steps)
+        self.values = GrowingBuffer.like(like, context + steps)
         for start in range(0, context, source.rows):
             keys, values = self.source.block(start // source.rows, min(source.rows, context - start))
-            self.rows.append_pair(keys.to(dtype), values.to(dtype))
+            self.keys.append(keys.to(dtype))
+            self.values.append(values.to(dtype))
         self.decoded = tuple(rows.to(dtype) for rows in self.source.decoded(steps))
 
     @property
@@ -59,7 +61,7 @@ class Layer:
         block = max(1, min(count, _LOGITS // width))
         for start in range(0, count, block):
             end = self.context - count + min(start + block, count)
-            state.observe(q[:, :, :, start : start + block], self.rows.keys(stop=end), self.rows.values(stop=end))
+            state.observe(q[:, :, :, start : start + block], self.keys.view(stop=end), self.values.view(stop=end))
 
     def token(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Key and value ``[1, H, 1, D]`` and query ``[1, H, G, D]`` of a decoded token."""
@@ -110,7 +112,7 @@ class Subject:
         self.close()
         placement = self.placement = layer.setting.tier.open(layer.device, layer.setting.body)
         method = self.method
-        store = placement.prompt(layer.rows.fork()).store(
+        store = placement.prompt(layer.keys.fork(), layer.values.fork()).store(
             None if method is None else lambda length: method.split(length, layer.context)
         )
         store.settle()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqbench.kernels.buffers import GrowingBuffer, NibbleBuffer, PairBuffer, gather_rows, swap_remove
+from pqbench.kernels.buffers import GrowingBuffer, NibbleBuffer, gather_rows, swap_remove
 
 
 def rows(start: int, count: int) -> Tensor:
@@ -80,20 +79,6 @@ def test_rows_of_some_sequences() -> None:
     part.append(rows(5, 1)[1:])
     assert torch.equal(buffer.view(), rows(0, 5))
     assert torch.equal(buffer.rows(slice(None), 2).view(), rows(2, 3))
-
-
-@pytest.mark.parametrize("count", [1, 300])  # within the slack, and beyond it
-def test_key_and_value_of_a_token_are_one_run_of_memory(count: int) -> None:
-    buffer = PairBuffer.room(rows(0, 3), 5)
-    buffer.append_pair(rows(0, 3), -rows(0, 3))
-    buffer.append_pair(rows(3, count), -rows(3, count))
-    part = buffer.fork().rows(slice(None), 1)
-    assert torch.equal(buffer.keys(), rows(0, 3 + count))
-    assert torch.equal(part.values(1), -rows(2, 1 + count))
-    for held in (buffer, part, PairBuffer.of(rows(0, 3), -rows(0, 3))):
-        keys, values = held.keys(), held.values()
-        assert values.data_ptr() - keys.data_ptr() == 3 * 4
-        assert keys.stride()[2:] == values.stride()[2:] == (2 * 3, 1)
 
 
 @given(st.integers(1, 14), st.data())

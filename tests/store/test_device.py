@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqbench.kernels.buffers import PairBuffer, gather_rows
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.store.base import Store
 from pqbench.store.device import DeviceStore
 from tests.support import store_of
@@ -47,9 +47,9 @@ def test_positions_follow_rows_through_keep_append_and_drop(prompt: int, steps: 
 
 
 def test_an_arranged_store_leaves_the_prompt_to_others() -> None:
-    prompt = PairBuffer.of(rows(0, 4), -rows(0, 4))
+    keys, values = GrowingBuffer(rows(0, 4)), GrowingBuffer(-rows(0, 4))
     lease: list[DeviceStore] = []
-    first, second = (DeviceStore(prompt.fork(), lease) for _ in range(2))
+    first, second = (DeviceStore(keys.fork(), values.fork(), lease) for _ in range(2))
     order = torch.tensor([[[3, 0, 2, 1], [1, 2, 3, 0]]])
     assert first.after_prefill(None, False) is first
     arranged = first.after_prefill(order, False)
@@ -79,10 +79,10 @@ def test_a_prompt_cannot_be_dropped_from_in_place() -> None:
 
 
 def test_an_older_store_of_the_same_prompt_cannot_write() -> None:
-    prompt, lease = PairBuffer.of(rows(0, 3), rows(0, 3)), []  # type: ignore[var-annotated]
-    older = DeviceStore(prompt.fork(), lease)
+    keys, values, lease = GrowingBuffer(rows(0, 3)), GrowingBuffer(rows(0, 3)), []  # type: ignore[var-annotated]
+    older = DeviceStore(keys.fork(), values.fork(), lease)
     older.append(rows(3, 1), rows(3, 1))
-    younger = DeviceStore(prompt.fork(), lease)
+    younger = DeviceStore(keys.fork(), values.fork(), lease)
     with pytest.raises(RuntimeError, match="stale"):
         older.append(rows(4, 1), rows(4, 1))
     younger.append(rows(9, 1), rows(9, 1))
@@ -90,8 +90,8 @@ def test_an_older_store_of_the_same_prompt_cannot_write() -> None:
 
 
 def test_separated_stores_of_a_prompt_write_side_by_side() -> None:
-    prompt, lease = PairBuffer.of(rows(0, 3), rows(0, 3)), []  # type: ignore[var-annotated]
-    stores = [DeviceStore(prompt.fork(), lease) for _ in range(3)]
+    keys, values, lease = GrowingBuffer(rows(0, 3)), GrowingBuffer(rows(0, 3)), []  # type: ignore[var-annotated]
+    stores = [DeviceStore(keys.fork(), values.fork(), lease) for _ in range(3)]
     for store in stores[:2]:
         store.separate()
     for i, store in enumerate(stores):
@@ -102,13 +102,13 @@ def test_separated_stores_of_a_prompt_write_side_by_side() -> None:
 
 
 def test_an_evicting_store_owns_its_memory() -> None:
-    prompt, lease = PairBuffer.of(rows(0, 4), rows(0, 4)), []  # type: ignore[var-annotated]
-    evicting = DeviceStore(prompt.fork(), lease)
+    keys, values, lease = GrowingBuffer(rows(0, 4)), GrowingBuffer(rows(0, 4)), []  # type: ignore[var-annotated]
+    evicting = DeviceStore(keys.fork(), values.fork(), lease)
     evicting.keep(torch.tensor([[[3, 1], [3, 1]]]))
-    other = DeviceStore(prompt.fork(), lease)
+    other = DeviceStore(keys.fork(), values.fork(), lease)
     other.append(rows(4, 1), rows(4, 1))
     evicting.append(rows(4, 1), rows(4, 1))  # both may write
     evicting.drop(torch.tensor([[[0], [0]]]))
     assert sorted(evicting.positions[0, 0].tolist()) == [1, 4]
     assert torch.equal(other.keys(), rows(0, 5))
-    assert torch.equal(prompt.keys(), rows(0, 4))
+    assert torch.equal(keys.view(), rows(0, 4))

@@ -59,7 +59,7 @@ def open_store(
     split: Callable[[int], Split | None] = split_of, scratch: Scratch | None = None, prompt: int = PROMPT,
 ) -> HostStore:  # fmt: skip
     """A store over the first ``prompt`` tokens."""
-    rows = HostPrompt.offload(link, torch.stack([keys, values], 3)[:, :, :prompt])
+    rows = HostPrompt.offload(link, keys[:, :, :prompt], values[:, :, :prompt])
     options = CACHES[cache]
     if options is None:
         return HostStore(rows, split, 12, overlap, scratch)
@@ -199,7 +199,7 @@ def test_a_second_prompt_is_served_as_if_it_were_the_first(cache: str) -> None:
 def test_several_methods_share_one_prompt_and_leave_it_as_it_is() -> None:
     keys, values = tokens(PROMPT + STEPS)
     with LocalLink(debug=True) as link:
-        prompt = HostPrompt.offload(link, torch.stack([keys, values], 3)[:, :, :PROMPT])
+        prompt = HostPrompt.offload(link, keys[:, :, :PROMPT], values[:, :, :PROMPT])
         prompt.wait()
         before = prompt.rows.clone()
         for _ in range(2):
@@ -327,14 +327,13 @@ def test_an_index_crosses_the_link_on_request() -> None:
 def test_a_prompt_can_arrive_in_blocks() -> None:
     keys, values = tokens(PROMPT)
     with LocalLink(debug=True) as link:
-        both = torch.stack([keys, values], 3)
-        prompt = HostPrompt(PROMPT, both, link)
+        prompt = HostPrompt(PROMPT, keys, link)
         for start in range(0, PROMPT, 40):
-            prompt.extend(both[:, :, start : start + 40])
+            prompt.extend(keys[:, :, start : start + 40], values[:, :, start : start + 40])
         assert torch.equal(HostStore(prompt, split_of).stored_keys(), keys)
         assert prompt.nbytes == link.bytes_to_host == 2 * keys.nbytes
         with pytest.raises(ValueError, match="does not fit"):
-            prompt.extend(both[:, :, :1])
+            prompt.extend(keys[:, :, :1], values[:, :, :1])
 
 
 class NeverLands(HostStore):
@@ -365,7 +364,7 @@ def decode(store: HostStore, keys: Tensor, values: Tensor) -> None:
 def test_a_store_that_forgets_to_wait_is_caught_every_time(broken: type[HostStore]) -> None:
     keys, values = tokens(PROMPT + STEPS)
     link = LocalLink(debug=True)
-    prompt = HostPrompt.offload(link, torch.stack([keys, values], 3)[:, :, :PROMPT])
+    prompt = HostPrompt.offload(link, keys[:, :, :PROMPT], values[:, :, :PROMPT])
     options = CACHES["lfu"]
     assert options is not None
     store = NeverLands(prompt, split_of, 12) if broken is NeverLands else NeverArrives(prompt, split_of, options, 12)

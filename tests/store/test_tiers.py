@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pqbench.errors import ConfigError
-from pqbench.kernels.buffers import PairBuffer, gather_rows
+from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import Budget
 from pqbench.store.device import DeviceStore
 from pqbench.store.host import HostStore
@@ -34,7 +34,7 @@ def test_every_tier_serves_the_same_rows(tier: Tier) -> None:
     keys, values = rows(130), -rows(130)
     tier.check(130, 64)
     placement = tier.open(CPU)
-    prompt = placement.prompt(PairBuffer.of(keys[:, :, :100], values[:, :, :100]))
+    prompt = placement.prompt(GrowingBuffer(keys[:, :, :100]), GrowingBuffer(values[:, :, :100]))
     budget = Budget(sink=4, ratio=0.3, minimum=8)
     for split in (lambda n: budget.resolve(n, 100), None, lambda _: None):
         store = prompt.store(split)
@@ -54,7 +54,7 @@ def test_every_tier_serves_the_same_rows(tier: Tier) -> None:
 
 def test_a_tier_makes_the_store_it_describes() -> None:
     def store(tier: Tier) -> Any:
-        return tier.open(CPU).prompt(PairBuffer.of(rows(100), rows(100))).store(None)
+        return tier.open(CPU).prompt(GrowingBuffer(rows(100)), GrowingBuffer(rows(100))).store(None)
 
     assert type(store(DeviceTier())) is DeviceStore
     assert type(store(HostTier())) is HostStore
@@ -108,6 +108,6 @@ def test_links_serve_the_device_they_are_made_for() -> None:
 
 def test_a_debugged_placement_reports_what_nobody_waited_for() -> None:
     placement = HostTier(debug=True).open(CPU)
-    placement.prompt(PairBuffer.of(rows(10), rows(10)))
+    placement.prompt(GrowingBuffer(rows(10)), GrowingBuffer(rows(10)))
     with pytest.raises(OrderingError, match="prompt rows to host"):
         placement.close()
