@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from methods.full import Full
 from methods.h2o import H2O
 from methods.infllm import InfLLM
+from methods.magicpig import MagicPIG
 from methods.oracle import Oracle
 from methods.pqcache import PQCache, PQCachePlus
 from methods.pyramidkv import PyramidKV
@@ -18,6 +19,7 @@ from methods.snapkv import SnapKV
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from methods.tova import TOVA
+from methods.vattention import VAttention
 from pqbench import decode, generate, prefill
 from pqbench.errors import ConfigError
 from pqbench.method import Budget, Method
@@ -48,6 +50,9 @@ def methods(budget: Budget) -> dict[str, Method]:
         "pqcache_plus mean": PQCachePlus(budget, b=3, tail="mean", spread=False, search="cells", refresh=4),
         "pqcache_plus sampled": PQCachePlus(budget, b=4, tail="sampled", codebook="rotated"),
         "pqcache_plus arranged": PQCachePlus(budget, b=3, tail="none", spread=False, search="cells", arranged=True),
+        "vattention": VAttention(PQCache(m=2, b=4), budget),
+        "vattention epsilon": VAttention(SparQ(rank=4), budget, epsilon=0.3, base_sample=4),
+        "magicpig": MagicPIG(budget, bits=4, tables=20),
     }
 
 
