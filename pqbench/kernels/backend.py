@@ -9,6 +9,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from pqbench.kernels.reference_rows import Found
+
 BODIES = ("auto", "reference", "cpu", "gpu")
 
 
@@ -59,6 +61,12 @@ class Kernels(Protocol):
 
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
+
+    def find_rows(
+        self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1,
+        first: int = 0,
+    ) -> Found:  # fmt: skip
+        """Where tokens lie on the device, and which do not; see :mod:`pqbench.kernels.reference_rows`."""
 
     def use_threads(self, count: int) -> None:
         """Threads of this body in the calling thread."""

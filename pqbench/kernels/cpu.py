@@ -20,7 +20,7 @@ from pqbench.kernels.cpu_attention import attend
 from pqbench.kernels.cpu_cells import merge, search
 from pqbench.kernels.cpu_columns import sum_columns
 from pqbench.kernels.cpu_kmeans import encode_keys, train
-from pqbench.kernels.cpu_rows import copy_rows
+from pqbench.kernels.cpu_rows import copy_rows, find
 from pqbench.kernels.cpu_scoring import probabilities
 from pqbench.kernels.cpu_top_k import top_of_rows
 from pqbench.kernels.cpu_vector import BLOCK
@@ -273,6 +273,26 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
     _check_rows(valid, source)
 
 
+def find_rows(
+    indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1, first: int = 0
+) -> reference.Found:  # fmt: skip
+    """Where tokens ``[B, H, n]`` lie in a table of ``resident`` rows per head, and which are missing."""
+    if not indices.is_cpu or len(local) >= 1 << 32:
+        return reference.find_rows(indices, local, resident, where, block, first)
+    (batch, heads, count), rows, held = indices.shape, indices.contiguous(), local.contiguous()
+    owners, blocks = (1, 0) if where is None else where.shape
+    slots, missing = torch.empty_like(rows), torch.empty(rows.numel(), dtype=torch.int64)
+    counts = None if where is None else torch.zeros(owners, blocks, dtype=torch.int64)
+    table = None if where is None else where.contiguous()
+    valid, absent, asked = find(
+        rows.data_ptr(), batch * heads, count, held.data_ptr(), len(held), resident, _address(table),
+        batch * heads // owners, blocks, block, first, slots.data_ptr(), missing.data_ptr(), _address(counts),
+    )  # fmt: skip
+    if not valid:
+        raise IndexError(f"tokens must lie between 0 and {len(local) - 1}")
+    return reference.Found(slots, missing[:absent], counts, asked)
+
+
 def use_threads(count: int) -> None:
     """Threads of this body in the calling thread. Torch keeps its number: numba sets it to that of all cores when it
     starts its threads, since both count OpenMP's."""
@@ -292,5 +312,6 @@ def warm_up() -> float:
     best_of_cells(q, codebook, *merge_lists(lists, lists[:, :, :0], lists[:, :, :1]), lists[:, :, :0], 1, 1.0)
     attention(q, keys, keys, 1.0, top)
     gather(keys, top, torch.empty_like(keys[:, :, :16]))
+    find_rows(top, torch.zeros(32, dtype=torch.int64), 32)
     column_sums(q[:, :, :, None], keys, 1.0)
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Copying of selected rows."""
+"""Finding and copying of selected rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numba import njit, prange
 
 from pqbench.kernels.cpu_lanes import copy_bytes
 from pqbench.kernels.cpu_tiles import prefetch_row
-from pqbench.kernels.cpu_vector import OPTIONS, read_i64
+from pqbench.kernels.cpu_vector import OPTIONS, read_i64, write_i64
 
 _PART = 256  # rows that one thread takes at once
 _AHEAD = 8  # rows requested before they are copied
@@ -42,3 +42,38 @@ def copy_rows(
     for unit in range(batch * heads * parts):
         every &= valid[unit] == 1
     return every
+
+
+@njit(**OPTIONS)
+def find(
+    indices: int, heads: int, count: int, local: int, positions: int, resident: int, where: int, shared: int,
+    blocks: int, block: int, first: int, slots: int, missing: int, counts: int,
+) -> tuple[bool, int, int]:  # fmt: skip
+    """See :func:`pqbench.kernels.reference_rows.find_rows`: ``heads`` are those of all sequences, ``shared`` of them
+    have one owner; arrays are addresses of int64 numbers, ``where`` and ``counts`` 0 without blocks.
+
+    Returns whether all tokens exist, how many are missing, and how many of them lie outside ``local``.
+    """
+    valid, absent, asked = True, 0, 0
+    for head in range(heads):
+        table = where + head // shared * blocks * 8
+        counted = counts + head // shared * blocks * 8
+        for i in range(head * count, head * count + count):
+            position = read_i64(indices + i * 8)
+            if not 0 <= position < positions:
+                valid = False
+                continue
+            row = read_i64(local + position * 8)
+            if row < 0:
+                asked += 1
+                if where != 0:
+                    number = np.int64(np.uint32(position) // np.uint32(block))  # 32 bits are divided faster
+                    write_i64(counted + number * 8, read_i64(counted + number * 8) + 1)
+                    slot = read_i64(table + number * 8)
+                    if slot >= 0:
+                        row = first + slot * block + position - number * block
+            if row < 0:
+                write_i64(missing + absent * 8, i)
+                absent += 1
+            write_i64(slots + i * 8, row + head * resident if row >= 0 else -1)
+    return valid, absent, asked

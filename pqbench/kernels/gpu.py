@@ -1,5 +1,5 @@
 """The body for CUDA: the operations of :class:`pqbench.kernels.backend.Kernels` in Triton, on the current stream. The
-search by cells alone is the reference's, in torch.
+merging of lists and the finding of rows are the reference's, in torch.
 
 Shapes and meaning are those of :mod:`pqbench.kernels.reference`. Kernels live by topic, beside their launches. The
 module imports wherever Triton is installed; its functions need tensors on a GPU, or Triton's interpreter
@@ -15,10 +15,11 @@ from pqbench.kernels.gpu_kmeans import encode, train_codebook
 from pqbench.kernels.gpu_rows import gather, top_k
 from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
 from pqbench.kernels.reference_cells import merge_lists
+from pqbench.kernels.reference_rows import find_rows
 
 __all__ = [
-    "attention", "best_of_cells", "column_sums", "dense_attention", "encode", "exact_probabilities", "gather",
-    "merge_lists", "pq_probabilities", "top_k", "train_codebook", "use_threads",
+    "attention", "best_of_cells", "column_sums", "dense_attention", "encode", "exact_probabilities", "find_rows",
+    "gather", "merge_lists", "pq_probabilities", "top_k", "train_codebook", "use_threads",
 ]  # fmt: skip
 
 

@@ -123,13 +123,6 @@ class Admission(NamedTuple):
     row: int
 
 
-class Asked(NamedTuple):
-    """N tokens as the cache addresses them: entries of its table and places within a block, both ``[N]``."""
-
-    entries: Tensor
-    places: Tensor
-
-
 class BlockCache:
     """Where the cached tokens of one layer lie, in rows of a cache of :attr:`rows` rows per head.
 
@@ -149,26 +142,17 @@ class BlockCache:
         """Rows per head."""
         return self.slots * self.options.block
 
-    def address(self, heads: Tensor, positions: Tensor, length: int) -> Asked:
-        """Tokens of heads ``[N]`` (counted over all sequences) at positions ``[N]`` of a context of ``length``."""
-        owners, blocks = self._where.shape
+    def table(self, length: int) -> Tensor:
+        """Which slot each block of a context of ``length`` tokens is in, ``[owners, blocks]``, -1 where in none."""
+        blocks = self._where.shape[1]
         if blocks * self.options.block < length:
             grown = length // self.options.block + 1 + blocks // 2
             self._where = functional.pad(self._where, (0, grown - blocks), value=-1)
-            blocks = grown
-        entries = positions // self.options.block
-        places = positions - entries * self.options.block
-        return Asked(entries if owners == 1 else entries + heads // self._shared * blocks, places)
+        return self._where
 
-    def locate(self, asked: Asked) -> Tensor:
-        """Cache rows ``[N]``, negative where a token is absent."""
-        return self._where.take(asked.entries) * self.options.block + asked.places
-
-    def step(self, asked: Asked, on_host: int) -> list[Admission]:
-        """Account for the tokens of one step, and let blocks in. Only blocks that end within the first ``on_host``
-        tokens qualify; ties go to the earlier block."""
-        owners, blocks = self._where.shape
-        counts = torch.bincount(asked.entries, minlength=owners * blocks).view(owners, blocks)
+    def step(self, counts: Tensor, on_host: int) -> list[Admission]:
+        """Account for how many tokens of each block one step asked for, ``[owners, blocks]``, and let blocks in. Only
+        blocks that end within the first ``on_host`` tokens qualify; ties go to the earlier block."""
         ranked = counts[:, : on_host // self.options.block].sort(dim=1, descending=True, stable=True)
         counted = ranked.values[:, : self.options.admit].count_nonzero(1).tolist()
         order = ranked.indices[:, : self.options.admit].tolist()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pqbench.kernels.backend import kernels
+from pqbench.kernels.reference_rows import Found
 from pqbench.method import Split
 from pqbench.store.base import Store
 from pqbench.store.host_rows import HostPrompt, HostRows
@@ -29,7 +31,7 @@ class HostStore(Store):
 
     def __init__(
         self, prompt: HostPrompt, split: Callable[[int], Split | None], margin: int = 64, overlap: bool = True,
-        scratch: Scratch | None = None, cached: int = 0,
+        scratch: Scratch | None = None, cached: int = 0, body: str = "auto",
     ) -> None:  # fmt: skip
         """
         Args:
@@ -40,11 +42,13 @@ class HostStore(Store):
             overlap: False waits for every transfer at once, for the same results.
             scratch: where whole contexts are fetched to; layers that run one after another can share it.
             cached: rows per head that a cache may fill.
+            body: which kernels find rows.
         """
         self._prompt, self._split, self._link = prompt, split, prompt.link
         self._order: Tensor | None = None  # [B, H, prompt], position of each row of the prompt; None for their own
         self._margin, self._overlap = margin, overlap
         self._scratch, self._shares = Scratch() if scratch is None else scratch, scratch is not None
+        self._kernels = kernels(prompt.device, body)
         self._host = HostRows(prompt)
         self._pool = Pool(prompt.rows, prompt.device, prompt.length, cached, self._link.debug)
         self._length = prompt.length
@@ -108,12 +112,10 @@ class HostStore(Store):
             rows = self._scratch.rows(self._pool.rows, self._length)
             self._read(0, self._length, rows, _BOTH)
             return rows[..., 0, :], rows[..., 1, :], None
-        local = self._pool.local.take(indices)
-        slots = local + self._pool.offsets
-        away = (local.view(-1) < 0).nonzero().view(-1)
-        if len(away):
-            slots.put_(away, self._bring(away // indices.shape[2], indices.take(away)))
-        return *self._pool.halves, slots
+        found = self._find(indices)
+        if found.asked:
+            self._bring(indices, found)
+        return *self._pool.halves, found.slots
 
     def keep(self, indices: Tensor) -> KeptRows:
         """Fetch rows ``[B, H, n]`` over the link; their bytes open the new store."""
@@ -188,7 +190,7 @@ class HostStore(Store):
         self._arrive()
         spare = 0 if opening else 8 + window // 8  # a window that has grown will grow again
         if opening and split is not None:
-            pool.staged = pool.offsets.numel() * split.top_k
+            pool.staged = self._prompt.rows.shape[:2].numel() * split.top_k
         low = max(0, min(pool.low, self._length - window))
         head, tail = self._rows(0, max(pool.sinks, sinks)), self._rows(low, self._length)
         pool.resize(max(pool.ring, window + self._margin + spare), head, tail, self._length)
@@ -202,16 +204,22 @@ class HostStore(Store):
         self._read(start, stop, rows, part)
         return rows
 
-    def _bring(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Bring N rows that neither sinks nor ring hold to the device; where they are in the table, ``[N]``."""
-        return self._request(heads, positions, self._pool.stage(len(positions)))
+    def _find(self, indices: Tensor) -> Found:
+        """Where the pool holds tokens ``[B, H, n]``."""
+        return self._kernels.find_rows(indices, self._pool.local, self._pool.resident)
 
-    def _request(self, heads: Tensor, positions: Tensor, target: Tensor) -> Tensor:
-        """Fetch N rows into ``target``, the first of the staging area; where they are in the table, ``[N]``."""
+    def _bring(self, indices: Tensor, found: Found) -> None:
+        """Bring what the pool does not hold of tokens ``[B, H, n]`` to the device, and note where it is then."""
+        place = self._pool.stage(len(found.missing))
+        found.slots.put_(found.missing, self._request(indices, found.missing, place))
+
+    def _request(self, indices: Tensor, missing: Tensor, target: Tensor) -> Tensor:
+        """Fetch the tokens at places ``[M]`` of ``indices`` into ``target``, the first rows of the staging area; where
+        they are in the table, ``[M]``."""
         self._land(self._pool.low)
-        copies, order = self._host.gather(heads, positions, target)
+        copies, order = self._host.gather(missing // indices.shape[2], indices.take(missing), target)
         self._move(copies, Direction.TO_DEVICE, "selected rows", urgent=True)
-        slots = torch.arange(self._pool.staging, self._pool.staging + len(positions), device=positions.device)
+        slots = torch.arange(self._pool.staging, self._pool.staging + len(missing), device=missing.device)
         return slots if order is None else torch.empty_like(slots).index_copy_(0, order, slots)
 
     def _flush(self) -> None:

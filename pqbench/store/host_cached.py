@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pqbench.kernels.reference_rows import Found
 from pqbench.method import Split
 from pqbench.store.block_cache import Admission, BlockCache, CacheOptions
 from pqbench.store.host import HostStore
@@ -21,11 +22,11 @@ class CachedHostStore(HostStore):
 
     def __init__(
         self, prompt: HostPrompt, split: Callable[[int], Split | None], cache: CacheOptions, margin: int = 64,
-        overlap: bool = True, scratch: Scratch | None = None,
+        overlap: bool = True, scratch: Scratch | None = None, body: str = "auto",
     ) -> None:  # fmt: skip
         """See :class:`HostStore`."""
         self._cache = BlockCache(cache, prompt.rows.shape[0], prompt.rows.shape[1], prompt.device)
-        super().__init__(prompt, split, margin, overlap, scratch, self._cache.rows)
+        super().__init__(prompt, split, margin, overlap, scratch, self._cache.rows, body)
         self._entering: list[Transfer] = []
 
     @property
@@ -33,27 +34,30 @@ class CachedHostStore(HostStore):
         """Bytes of the pool that cached blocks may take."""
         return self._cache.rows * self._row_bytes
 
-    def _bring(self, heads: Tensor, positions: Tensor) -> Tensor:
-        cache, pool = self._cache, self._pool
-        asked = cache.address(heads, positions, self._length)
-        rows = cache.locate(asked)
-        admitted = cache.step(asked, self._flushed)
-        hits = rows >= 0
-        # A row whose block leaves now, for one that is copied over it, moves out of the way first.
-        leaving = (hits & (cache.locate(asked) != rows)).nonzero().view(-1) if admitted else positions[:0]
-        missing = (~hits).nonzero().view(-1)
-        slots = heads * pool.resident + (pool.blocks + rows)
+    def _find(self, indices: Tensor) -> Found:
+        pool, table = self._pool, self._cache.table(self._length)
+        size = self._cache.options.block
+        return self._kernels.find_rows(indices, pool.local, pool.resident, table, size, pool.blocks)
+
+    def _bring(self, indices: Tensor, found: Found) -> None:
+        cache, pool, slots, missing = self._cache, self._pool, found.slots, found.missing
+        if found.counts is None:
+            raise RuntimeError("nothing was counted")
+        admitted = cache.step(found.counts, self._flushed)
+        leaving = missing[:0]
+        if admitted:  # a row whose block leaves now, for one that is copied over it, moves out of the way first
+            gone = (self._find(indices).slots != slots) & (slots >= 0)
+            leaving = gone.view(-1).nonzero().view(-1)
         place = pool.stage(len(missing) + len(leaving))
         if len(missing):
-            slots.put_(missing, self._request(heads.take(missing), positions.take(missing), place[: len(missing)]))
+            slots.put_(missing, self._request(indices, missing, place[: len(missing)]))
         if len(leaving):
             place[len(missing) :] = pool.table.index_select(0, slots.take(leaving))
             first = pool.staging + len(missing)
             slots.put_(leaving, torch.arange(first, first + len(leaving), device=slots.device))
         self._admit(admitted)
-        self.cache_lookups += len(positions)
-        self.cache_hits += len(positions) - len(missing)
-        return slots
+        self.cache_lookups += found.asked
+        self.cache_hits += found.asked - len(missing)
 
     def _admit(self, admitted: Sequence[Admission]) -> None:
         """Start to copy blocks in; all their tokens have been sent to the host."""

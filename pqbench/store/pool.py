@@ -28,8 +28,6 @@ class Pool:
         self.cached, self.staged = cached, 0  # rows per head, rows
         self.table = self._allocate(0, 0, 0)
         self.local = torch.full((0,), -1, dtype=torch.int64, device=self._device)
-        heads = torch.arange(self._batch * self._heads, device=self._device)
-        self._heads_index = heads.view(self._batch, self._heads, 1)
 
     @property
     def resident(self) -> int:
@@ -51,11 +49,6 @@ class Pool:
     def staging(self) -> int:
         """First row of the staging area in the table."""
         return self._batch * self._heads * self.resident
-
-    @property
-    def offsets(self) -> Tensor:
-        """Row of the table where each head begins, ``[B, H, 1]``."""
-        return self._heads_index * self.resident
 
     @property
     def halves(self) -> tuple[Tensor, Tensor]:

@@ -91,28 +91,28 @@ class DeviceTier(Tier):
 class OffloadedPrompt(Prompt):
     """Rows on the host, or on their way there; stores share them."""
 
-    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch) -> None:
-        self._rows, self._tier, self._scratch = rows, tier, scratch
+    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, body: str) -> None:
+        self._rows, self._tier, self._scratch, self._body = rows, tier, scratch, body
 
     def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
         tier, split = self._tier, _everything if split is None else split
         if tier.cache is None:
-            return HostStore(self._rows, split, tier.margin, tier.background, self._scratch)
-        return CachedHostStore(self._rows, split, tier.cache, tier.margin, tier.background, self._scratch)
+            return HostStore(self._rows, split, tier.margin, tier.background, self._scratch, body=self._body)
+        return CachedHostStore(self._rows, split, tier.cache, tier.margin, tier.background, self._scratch, self._body)
 
 
 class HostPlacement(Placement):
     """Prompts go to the host over one link; all their stores fetch whole contexts into one buffer."""
 
-    def __init__(self, tier: HostTier, link: Link) -> None:
-        self.tier, self.link = tier, link
+    def __init__(self, tier: HostTier, link: Link, body: str) -> None:
+        self.tier, self.link, self.body = tier, link, body
         self._scratch = Scratch()
 
     def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> OffloadedPrompt:
         rows = HostPrompt.offload(self.link, keys.view(), values.view())
         if not self.tier.background:
             rows.wait()
-        return OffloadedPrompt(rows, self.tier, self._scratch)
+        return OffloadedPrompt(rows, self.tier, self._scratch, self.body)
 
     def close(self) -> None:
         self.link.close()
@@ -186,7 +186,7 @@ class HostTier(Tier):
             )
 
     def open(self, device: torch.device, body: str = "auto") -> HostPlacement:
-        return HostPlacement(self, self._link(device, body))
+        return HostPlacement(self, self._link(device, body), body)
 
     def _link(self, device: torch.device, body: str) -> Link:
         name = self.link if self.link != "auto" else "cuda" if device.type == "cuda" else "local"

@@ -79,43 +79,53 @@ def test_among_equals_the_one_promoted_longest_ago_leaves() -> None:
     assert policy.step([5])[0].evicted == 2
 
 
-def asked(cache: BlockCache, rows: list[tuple[int, int]], length: int, on_host: int) -> list[tuple[int, int]]:
+def owner_of(cache: BlockCache, head: int, heads: int, length: int) -> int:
+    """Which owner a head has, of ``heads`` counted over all sequences."""
+    return head // (heads // len(cache.table(length)))
+
+
+def asked(
+    cache: BlockCache, rows: list[tuple[int, int]], length: int, on_host: int, heads: int
+) -> list[tuple[int, int]]:  # fmt: skip
     """One step that asks for (head, position); what was let in as (first head, block start)."""
-    heads, positions = torch.tensor(rows).T
-    return [(a.first, a.start) for a in cache.step(cache.address(heads, positions, length), on_host)]
+    counts = torch.zeros_like(cache.table(length))
+    for head, position in rows:
+        counts[owner_of(cache, head, heads, length), position // cache.options.block] += 1
+    return [(a.first, a.start) for a in cache.step(counts, on_host)]
 
 
-def located(cache: BlockCache, head: int, positions: list[int], length: int) -> Tensor:
-    """Cache rows of some positions of a head."""
-    return cache.locate(cache.address(torch.full((len(positions),), head), torch.tensor(positions), length))
+def located(cache: BlockCache, head: int, positions: list[int], length: int, heads: int) -> Tensor:
+    """Cache rows of some positions of a head, negative where absent."""
+    slots, size = cache.table(length)[owner_of(cache, head, heads, length)], cache.options.block
+    return torch.tensor([int(slots[position // size]) * size + position % size for position in positions])
 
 
 def test_the_most_wanted_blocks_enter_and_only_complete_ones() -> None:
     cache = BlockCache(CacheOptions(tokens=8, block=4, admit=2), 1, 2, CPU)
     rows = [(0, 13), (1, 12), (0, 14), (0, 4), (1, 5), (1, 8)]  # block 3 three times, 1 twice, 2 once
-    assert asked(cache, rows, 16, 15) == [(0, 4), (0, 8)]  # of block 3 one token is missing on the host
-    assert asked(cache, rows, 16, 16) == [(0, 12)]  # 3 and 1 are the most wanted, 1 is there
-    assert (located(cache, 0, [8, 9], 16) < 0).all()
+    assert asked(cache, rows, 16, 15, 2) == [(0, 4), (0, 8)]  # of block 3 one token is missing on the host
+    assert asked(cache, rows, 16, 16, 2) == [(0, 12)]  # 3 and 1 are the most wanted, 1 is there
+    assert (located(cache, 0, [8, 9], 16, 2) < 0).all()
     for head in (0, 1):
-        found = located(cache, head, [4, 5, 6, 7, 12, 15], 16)
+        found = located(cache, head, [4, 5, 6, 7, 12, 15], 16, 2)
         assert sorted({int(row) // 4 for row in found}) == [0, 1]
         assert [int(row) % 4 for row in found] == [0, 1, 2, 3, 0, 3]
 
 
 def test_ties_go_to_the_earlier_block() -> None:
     cache = BlockCache(CacheOptions(tokens=40, block=4, admit=2), 1, 1, CPU)
-    assert asked(cache, [(0, 21), (0, 9), (0, 2), (0, 17)], 24, 24) == [(0, 0), (0, 8)]
+    assert asked(cache, [(0, 21), (0, 9), (0, 2), (0, 17)], 24, 24, 1) == [(0, 0), (0, 8)]
 
 
 def test_sequences_do_not_share_blocks_and_heads_do_unless_told_otherwise() -> None:
     shared = BlockCache(CacheOptions(tokens=8, block=4), 2, 3, CPU)
-    assert asked(shared, [(0, 1), (2, 6), (4, 9)], 12, 12) == [(0, 0), (0, 4), (3, 8)]
-    assert (located(shared, 1, [0, 5], 12) >= 0).all()
-    assert (located(shared, 3, [0, 5], 12) < 0).all()
+    assert asked(shared, [(0, 1), (2, 6), (4, 9)], 12, 12, 6) == [(0, 0), (0, 4), (3, 8)]
+    assert (located(shared, 1, [0, 5], 12, 6) >= 0).all()
+    assert (located(shared, 3, [0, 5], 12, 6) < 0).all()
     own = BlockCache(CacheOptions(tokens=8, block=4, per_head=True), 2, 3, CPU)
-    assert asked(own, [(0, 1), (2, 6), (4, 9)], 12, 12) == [(0, 0), (2, 4), (4, 8)]
-    assert (located(own, 1, [0, 5], 12) < 0).all()
-    assert located(own, 4, [9], 12).tolist() == [1]
+    assert asked(own, [(0, 1), (2, 6), (4, 9)], 12, 12, 6) == [(0, 0), (2, 4), (4, 8)]
+    assert (located(own, 1, [0, 5], 12, 6) < 0).all()
+    assert located(own, 4, [9], 12, 6).tolist() == [1]
     assert own.rows == shared.rows == 8
 
 
@@ -135,14 +145,14 @@ def test_the_table_follows_the_policy_as_the_context_grows(
             st.lists(st.tuples(st.integers(0, 3), st.integers(0, length - 1)), min_size=1, max_size=30, unique=True)
         )
         on_host = data.draw(st.integers(0, length))
-        asked(cache, rows, length, on_host)
+        asked(cache, rows, length, on_host, batch * heads)
         for owner, model in enumerate(models):
             mine = [p // size for h, p in rows if (h if per_head else h // heads) == owner]
             hits = Counter(block for block in mine if (block + 1) * size <= on_host)
             model.step(sorted(hits, key=lambda block: (-hits[block], block))[:3])
         for head in range(batch * heads):
             resident = models[head if per_head else head // heads].counts
-            found = located(cache, head, list(range(length)), length)
+            found = located(cache, head, list(range(length)), length, batch * heads)
             assert {p // size for p in range(length) if found[p] >= 0} == {b for b in resident if b * size < length}
             held = [int(row) for row in found if row >= 0]
             assert len(set(held)) == len(held)
