@@ -61,7 +61,7 @@ def measured(results: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(results.rglob("records.jsonl")) if path.stat().st_size}
 
 
-METHODS = "full, h2o, infllm, oracle"
+METHODS = "full, h2o, infllm, magicpig, oracle"
 BAD: list[tuple[list[str], list[str]]] = [
     (["method=nope"], ["there is no method 'nope'", METHODS]),
     (["method=[full,nope]"], ["there is no method 'nope'", METHODS]),
