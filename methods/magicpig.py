@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pqbench.kernels import reference
-from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.kernels.sampling import step_seed
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
 
@@ -27,10 +27,10 @@ class MagicPIG(Method):
 
     How many tokens are sampled is up to chance. The budget caps it per KV head: of a larger union over the query group
     a uniform sample of top_k is kept and weighted by what it stands for. Where fewer are sampled, fewer are attended.
-    Keys that are sampled are read twice, for p and for attention; both are counted. The index, 2 bytes a table, is
-    larger than the keys.
+    Keys that are sampled are read twice, for p and for attention; both are counted. The index takes 2 bytes a table.
 
-    Differs from the paper: no layer is left dense; top_k caps the sample; the mean is that of the prompt's middle keys.
+    Differs from the paper: no layer is left dense; top_k caps the sample; the mean is that of the prompt's middle keys,
+    and zero where these are fewer than 16.
 
     Attributes:
         budget: sinks and window always; at most top_k sampled tokens.
@@ -85,15 +85,17 @@ class MagicPIGState(LayerState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         collides = self.collides(q)  # [B, H, G, M]
-        middle = collides.shape[3]
+        middle, self._read = collides.shape[3], 0
         if split.top_k >= middle:
             return Selection()  # the budget holds every token: nothing to sample
         union = collides.any(2)  # [B, H, M]
         generator = torch.Generator().manual_seed(step_seed(self.method.seed, self.geometry.layer, kv.length))
         lots = torch.rand(self.geometry.kv_heads, middle, generator=generator).to(q.device)
-        top = reference.top_k(lots + union, split.top_k)  # sampled tokens first, then padding nobody sees
+        sampled = union.sum(-1)  # [B, H]
+        size = min(split.top_k, int(sampled.max()))  # heads with fewer get padding nobody sees
+        top = reference.top_k(lots + union, size)
         seen = collides.gather(3, top[:, :, None].expand(-1, -1, q.shape[2], -1))
-        kept = (union.sum(-1).float() / max(split.top_k, 1)).clamp(min=1)  # [B, H]: tokens that a kept one stands for
+        kept = (sampled.float() / max(split.top_k, 1)).clamp(min=1)  # [B, H]: tokens that a kept one stands for
         weights = kept.log()[:, :, None, None] - self._log_chance(q, kv, split.sink + top)
         around = (split.sink, split.window)
         return Selection(
@@ -119,8 +121,7 @@ class MagicPIGState(LayerState):
 
     def _log_chance(self, q: Tensor, kv: KV, rows: Tensor) -> Tensor:
         """Log of the chance that a query ``[B, H, G, D]`` samples rows ``[B, H, n]``: ``[B, H, G, n]``."""
-        stored = kv.stored_keys()
-        keys = gather_rows(stored, rows.to(stored.device)).to(q.device)
+        keys = kv.keys_at(rows)
         self._read = keys.nbytes
         directions = functional.normalize(keys.float() - self.mean, dim=-1)
         cosine = functional.normalize(q.float(), dim=-1) @ directions.transpose(2, 3)

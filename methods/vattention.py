@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.sampling import draw_rest, sample_log_weights, sample_sizes, step_seed
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection, Split
 
@@ -97,6 +96,9 @@ class VAttentionState(LayerState):
         super().__init__(geometry)
         self.method = method
         self.base = method.selecting.layer(geometry)
+        if self.base.needs_weights:
+            raise ConfigError(f"vattention.base is {type(method.base).__name__}, which learns from what it attends to: "
+                              "a sample would be mixed in; use a base that only selects")  # fmt: skip
         self._read = 0  # bytes of keys read in the last step to size the sample
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -113,7 +115,7 @@ class VAttentionState(LayerState):
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         # What some query heads alone were to see is fetched for all: it is exact for all, and no padding is needed.
-        chosen = self.base.select(q, kv).indices
+        chosen, self._read = self.base.select(q, kv).indices, 0
         if chosen is None:
             return Selection()
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
@@ -135,8 +137,7 @@ class VAttentionState(LayerState):
     def _sizes(self, q: Tensor, kv: KV, chosen: Tensor, sample: Tensor, epsilon: float) -> Tensor:
         """How many of the sample ``[B, H, n]`` each KV head needs: ``[B, H]``."""
         base, rest = sample[..., : self.method.base_sample], kv.length - chosen.shape[2]
-        stored = kv.stored_keys()
-        keys = gather_rows(stored, torch.cat([chosen, base], dim=2).to(stored.device)).to(q.device)
+        keys = kv.keys_at(torch.cat([chosen, base], dim=2))
         self._read = keys.nbytes
         logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, exact + base]
         exact, seen = logits.split([chosen.shape[2], base.shape[2]], dim=3)

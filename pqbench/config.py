@@ -63,7 +63,7 @@ def check_yamls(folder: Path, methods: Mapping[str, Any]) -> None:
         if path.read_text(encoding="utf-8").partition("\n")[0].rstrip() != wanted:
             raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
     for name, fields in methods.items():
-        if "_target_" not in fields:
+        if "_target_" not in (fields or {}):
             raise ConfigError(f"methods.{name} has fields but no class: name it with method=[..., {name}], or set "
                               f"methods.{name}._target_")  # fmt: skip
 

@@ -121,6 +121,9 @@ class KV(Protocol):
     def bring(self, rows: Tensor) -> Arrival:
         """Ask for a tensor in host memory; it crosses the link while the caller goes on."""
 
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``."""
+
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The same keys where they lie, on the device or in host memory: nothing is moved."""
 

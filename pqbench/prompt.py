@@ -34,7 +34,7 @@ class Setting:
         tier: where KV lives while decoding.
         overlap: with a single method, build each layer's index in the background while the next layers compute, on a
             GPU or on cores that the model's threads leave idle; the tokens are the same without. With several methods
-            nothing overlaps, so that their times stay apart.
+            no index overlaps, so that their times stay apart.
         body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
         calibration: times of this hardware for methods that adapt to it.
     """
@@ -180,6 +180,7 @@ class Prefilled:
         stores = []
         if rows is None or len(self.methods) == 1:
             stores.append(store.after_prefill(rows, self.methods[method].evicts))
+            stores[0].open()
         return Built(rows, now(self.model) - began, stores)
 
 

@@ -9,13 +9,19 @@ import torch
 from transformers import PreTrainedModel
 
 from methods.h2o import H2O
+from methods.magicpig import MagicPIG
 from methods.pqcache import PQCache
+from methods.sparq import SparQ
+from methods.vattention import VAttention
 from pqbench.generation import Generation, decode
 from pqbench.kernels import reference
 from pqbench.method import Budget
 from pqbench.prompt import Setting, prefill
+from pqbench.store.host import HostStore
+from pqbench.store.host_rows import HostPrompt
+from pqbench.store.link_local import LocalLink
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
-from tests.support import prompt_of
+from tests.support import case, prompt_of
 
 PROMPT, NEW = 150, 90  # the ring of window + 4 wraps several times
 GROWING, FIXED = Budget(sink=4, ratio=0.3, minimum=12), Budget(sink=4, window=9, tokens=40, ratio=None)
@@ -81,3 +87,32 @@ def test_an_evicting_method_leaves_nothing_but_its_budget_on_the_device(llama: P
         assert group.store.length == 39  # the next token completes the budget
         assert group.store.host_bytes == 0
         assert group.store.device_bytes == 2 * 39 * 2 * 16 * 4  # K and V, rows, KV heads, D, float32
+
+
+def test_an_index_is_no_traffic_of_decoding(llama: PreTrainedModel) -> None:
+    """SparQ reads every key once to build its index, and afterwards only rows that it selects."""
+    prefilled = prefill(llama, prompt_of(PROMPT), [SparQ(FIXED, rank=4)], setting=Setting(HostTier(link="local")))
+    keys = PROMPT * 2 * 16 * 4  # of two heads
+    stores = [prefilled.built(0, layer, 0).stores[0] for layer in prefilled.layers]
+    assert all(store.bytes_to_device == 0 for store in stores)
+    assert all(store.opening_bytes >= keys for store in stores)
+
+
+def test_keys_that_are_read_to_weigh_a_sample_cross_the_link(llama: PreTrainedModel) -> None:
+    data = case(120, 1)
+    rows = torch.stack([data.keys, data.values], dim=3)[:, :, :120]
+    for method in (MagicPIG(FIXED, bits=1, tables=12), VAttention(SparQ(rank=4), FIXED, epsilon=0.1, base_sample=9)):
+        with LocalLink() as link:
+            prompt = HostPrompt.offload(link, rows[..., 0, :], rows[..., 1, :])
+            store, state = HostStore(prompt, lambda n: FIXED.resolve(n, 120)), method.layer(data.geometry)
+            state.finish_prefill(store)
+            store.open()
+            store.append(data.keys[:, :, 120:], data.values[:, :, 120:])
+            state.append(store)
+            selection = state.select(data.q[:, :, :, 120], store)
+            assert selection.indices is not None
+            weighed = selection.indices if isinstance(method, MagicPIG) else selection.indices[..., : 40 - 13 + 9]
+            away = int(((weighed >= 4) & (weighed < 121 - 9)).sum())  # neither sinks nor window
+            assert away > 0
+            assert store.bytes_to_device == away * 2 * 16 * 4
+            store.settle()

@@ -45,8 +45,8 @@ class PQCachePlus(PQCache):
             tail nor the spread reads every code anyway.
         arranged: store the prompt in the order of the lists: tokens of a cell, which a step takes together, then lie
             side by side in memory. The same tokens are taken (a ``sampled`` tail draws others). The prompt's KV is
-            copied for it when the index is built; where other methods share the prompt it stays held twice. Only with
-            ``search=cells``, not with ``refresh``, which makes new lists.
+            copied for it when the index is built; where it is decoded from once, the first copy is freed then. Only
+            with ``search=cells``, not with ``refresh``, which makes new lists.
         top_p: attend, of the top_k, only to as many as hold this share of the estimated attention with sinks and window
             (at their exact scores): budgets then differ by head and step, and top_k caps them. None for all of top_k;
             not with the tail ``sampled`` or search by cells.

@@ -279,7 +279,7 @@ def find_rows(
     """Where tokens ``[B, H, n]`` lie in a table of ``resident`` rows per head, and which are missing."""
     if not indices.is_cpu or len(local) >= 1 << 32:
         return reference.find_rows(indices, local, resident, where, block, first)
-    (batch, heads, count), rows, held = indices.shape, indices.contiguous(), local.contiguous()
+    (batch, heads, count), rows, held = indices.shape, indices.long().contiguous(), local.contiguous()
     owners, blocks = (1, 0) if where is None else where.shape
     slots, missing = torch.empty_like(rows), torch.empty(rows.numel(), dtype=torch.int64)
     counts = None if where is None else torch.zeros(owners, blocks, dtype=torch.int64)

@@ -68,6 +68,9 @@ def find(
                 asked += 1
                 if where != 0:
                     number = np.int64(np.uint32(position) // np.uint32(block))  # 32 bits are divided faster
+                    if number >= blocks:
+                        valid = False
+                        continue
                     write_i64(counted + number * 8, read_i64(counted + number * 8) + 1)
                     slot = read_i64(table + number * 8)
                     if slot >= 0:

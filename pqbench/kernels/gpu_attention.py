@@ -111,7 +111,7 @@ def attention(
     with launch.on(q):
         attend_part[(batch * heads, parts)](
             q, keys, values, None if indices is None else indices.contiguous(),
-            None if visible is None else visible.contiguous().view(torch.uint8),
+            None if visible is None else visible.expand(shape).contiguous().view(torch.uint8),
             None if log_weights is None else log_weights.float().expand(shape).contiguous(), weights, part, part_lse,
             q.stride()[:3], keys.stride()[:3], values.stride()[:3], heads, count, size, float(scaling),
             group=group, width=width, chunk=launch.chunk_for(width, precision), precision=precision,

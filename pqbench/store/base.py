@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pqbench.kernels.buffers import gather_rows
 from pqbench.method import Arrival
 
 
@@ -28,7 +29,7 @@ class Store(ABC):
     bytes_to_device: int = 0  # moved over the link by decoding
     bytes_to_host: int = 0
     bytes_admitted: int = 0  # of those to the device, blocks that a cache let in
-    opening_bytes: int = 0  # moved to the device once, for the rows it holds from the start
+    opening_bytes: int = 0  # moved to the device once: for the index, and for the rows held from the start
     cache_lookups: int = 0  # rows asked for that neither sinks nor window held, all heads together
     cache_hits: int = 0  # those among them that a device cache held
 
@@ -64,6 +65,12 @@ class Store(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where queries and fetched rows are."""
+
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``; those that are not there cross the link, as for
+        :meth:`fetch`."""
+        keys, _, places = self.fetch(rows)
+        return keys if places is None else gather_rows(keys, places)
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Keys of rows ``start`` to ``stop`` where they lie, ``[B, H, n, D]``; nothing is moved."""
@@ -103,6 +110,10 @@ class Store(ABC):
         if not evicts and rows.shape[2] != self.length:
             raise RuntimeError(f"a method answered {rows.shape[2]} of {self.length} rows: return all, or set evicts")
         return self.keep(rows) if evicts else self.arrange(rows)
+
+    def open(self) -> None:
+        """The index is built: what it has moved so far is no traffic of decoding."""
+        self.opening_bytes, self.bytes_to_device = self.opening_bytes + self.bytes_to_device, 0
 
     def separate(self) -> None:  # noqa: B027 - where only the prompt is shared and nobody writes there
         """Stop sharing memory that another store of the same prompt may write to, so that both go on side by side."""

@@ -195,7 +195,8 @@ class HostStore(Store):
         head, tail = self._rows(0, max(pool.sinks, sinks)), self._rows(low, self._length)
         pool.resize(max(pool.ring, window + self._margin + spare), head, tail, self._length)
         if opening:
-            self.opening_bytes, self.bytes_to_device = self.bytes_to_device - before, before
+            self.opening_bytes += self.bytes_to_device - before
+            self.bytes_to_device = before
 
     def _rows(self, start: int, stop: int, part: slice = _BOTH) -> Tensor:
         """Tokens ``start`` to ``stop`` on the device, ``[B, H, n, 1 or 2, D]``."""
@@ -206,7 +207,7 @@ class HostStore(Store):
 
     def _find(self, indices: Tensor) -> Found:
         """Where the pool holds tokens ``[B, H, n]``."""
-        return self._kernels.find_rows(indices, self._pool.local, self._pool.resident)
+        return self._kernels.find_rows(indices, self._pool.local[: self._length], self._pool.resident)
 
     def _bring(self, indices: Tensor, found: Found) -> None:
         """Bring what the pool does not hold of tokens ``[B, H, n]`` to the device, and note where it is then."""

@@ -37,7 +37,7 @@ class CachedHostStore(HostStore):
     def _find(self, indices: Tensor) -> Found:
         pool, table = self._pool, self._cache.table(self._length)
         size = self._cache.options.block
-        return self._kernels.find_rows(indices, pool.local, pool.resident, table, size, pool.blocks)
+        return self._kernels.find_rows(indices, pool.local[: self._length], pool.resident, table, size, pool.blocks)
 
     def _bring(self, indices: Tensor, found: Found) -> None:
         cache, pool, slots, missing = self._cache, self._pool, found.slots, found.missing

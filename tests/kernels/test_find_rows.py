@@ -59,3 +59,5 @@ def test_every_token_is_found_where_it_was_put(
 def test_a_token_that_does_not_exist_is_an_error(body: ModuleType, token: int) -> None:
     with pytest.raises(IndexError):
         body.find_rows(torch.tensor([[[0, token]]]), torch.zeros(5, dtype=torch.int64), 8)
+    with pytest.raises(IndexError):  # of a block beyond the table
+        body.find_rows(torch.tensor([[[0, token]]]), torch.full((20,), -1), 8, torch.zeros(1, 2, dtype=torch.int64), 2)

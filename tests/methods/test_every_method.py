@@ -56,7 +56,7 @@ SELECTING: dict[str, Any] = {
     "random_tokens": RandomTokens,
     "tova": TOVA,
     "tova per head": lambda budget: TOVA(budget, per_head=True),
-    "magicpig": lambda budget: MagicPIG(budget, bits=3, tables=12),
+    "magicpig": lambda budget: MagicPIG(budget, bits=1, tables=12),  # samples more than the budgets allow
     "vattention": lambda budget: VAttention(SparQ(rank=4), budget),
     "vattention oracle": lambda budget: VAttention(Oracle(), budget, share=0.2),
 }
