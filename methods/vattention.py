@@ -124,14 +124,13 @@ class VAttentionState(LayerState):
         exact, drawn = chosen.shape[2], sample.shape[2]
         if drawn == 0:
             return Selection(chosen)
-        rest = kv.length - exact
+        rest, sizes, shown = kv.length - exact, None, None
         if self.method.epsilon is None or drawn <= self.method.base_sample or drawn == rest:
-            sizes, shown = torch.full(chosen.shape[:2], drawn, device=chosen.device), None
             sample = sample.sort(-1).values  # rows in order are read faster
         else:
             sizes = self._sizes(q, kv, chosen, sample, self.method.epsilon)
             sample, shown = self._first(sample, sizes, exact, q.shape[2])
-        weights = sample_log_weights(exact, sizes, sample.shape[2], rest)
+        weights = sample_log_weights(sample, rest, exact, sizes=sizes)
         return Selection(torch.cat([chosen, sample], dim=2), shown, log_weights=weights)
 
     def _sizes(self, q: Tensor, kv: KV, chosen: Tensor, sample: Tensor, epsilon: float) -> Tensor:

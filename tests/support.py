@@ -118,6 +118,15 @@ class Case:
         q, keys = self.q[:, :, :, length - 1].double().numpy(), self.keys[:, :, :length].double().numpy()
         return softmax(np.einsum("bhgd,bhsd->bhgs", q, keys) * self.scaling)
 
+    def terms(self, length: int) -> np.ndarray:
+        """Exp of the exact logits of the query at ``length - 1``: float64 ``[B, H, G, length]``."""
+        q, keys = self.q[:, :, :, length - 1].double().numpy(), self.keys[:, :, :length].double().numpy()
+        return np.exp(np.einsum("bhgd,bhsd->bhgs", q, keys) * self.scaling)
+
+    def sums(self, length: int) -> np.ndarray:
+        """Exact numerator and denominator of attention at ``length - 1``, float64 ``[B, H, G, D + 1]``."""
+        return _sums(self.terms(length), self.values[:, :, None, :length].double().numpy())
+
     def full(self, length: int) -> np.ndarray:
         """Exact output at ``length - 1``, float64 ``[B, H, G, D]``."""
         return np.einsum("bhgs,bhsd->bhgd", self.probabilities(length), self.values[:, :, :length].double().numpy())
@@ -209,6 +218,31 @@ def _attend(selection: Selection, store: DeviceStore, q: Tensor, data: Case) -> 
 def weights_of(selection: Selection, store: DeviceStore, q: Tensor, data: Case) -> np.ndarray:
     """Attention probabilities over the selected rows, float64 ``[B, H, G, n]``."""
     return softmax(_attend(selection, store, q, data)[0])
+
+
+def _sums(terms: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sums ``[B, H, G, D + 1]`` of values ``[B, H, 1, n, D]`` by terms ``[B, H, G, n]``, and of the terms."""
+    return np.concatenate([(terms[..., None, :] @ values)[..., 0, :], terms.sum(-1, keepdims=True)], -1)
+
+
+def estimate_of(selection: Selection, store: DeviceStore, data: Case) -> np.ndarray:
+    """What a selection's weighted rows make of :meth:`Case.sums`, float64 ``[B, H, G, D + 1]``."""
+    assert selection.log_weights is not None
+    chosen = tokens_of(selection, store).numpy()
+    terms = np.take_along_axis(data.terms(store.seen), chosen[:, :, None].repeat(data.q.shape[2], 2), 3)
+    terms = terms * np.exp(selection.log_weights.double().numpy())
+    if selection.visible is not None:
+        terms = terms * selection.visible.numpy()
+    return _sums(terms, np.take_along_axis(data.values.double().numpy(), chosen[..., None], 2)[:, :, None])
+
+
+def assert_unbiased(drawn: np.ndarray, truth: np.ndarray) -> None:
+    """Estimates ``[n, B, H, G, D + 1]`` by :func:`estimate_of` differ, and average to ``truth`` within 4.5 standard
+    errors."""
+    error = drawn.std(0) / np.sqrt(len(drawn))
+    assert (np.abs(drawn.mean(0) - truth) <= 4.5 * error + 1e-5).all()
+    assert (error[..., -1] < 0.03 * truth[..., -1]).all()  # the bound says something
+    assert (drawn[..., -1].std(0) > 0).all()
 
 
 def output_of(selection: Selection, store: DeviceStore, q: Tensor, data: Case) -> np.ndarray:

@@ -141,11 +141,10 @@ class PQCachePlusState(PQCacheState):
         top, _, _ = self._best(q, kv, replace(split, top_k=split.top_k - wanted))
         sample = draw_rest(top, tokens, wanted, step_seed(self.method.seed, self.geometry.layer, kv.length))
         indices = split.around(split.sink + torch.cat([top, sample.sort(-1).values], dim=2), kv.length)
-        chosen, drawn = top.shape[2], sample.shape[2]
-        if drawn == 0:
+        if sample.shape[2] == 0:
             return Selection(indices)
-        sizes = torch.full(top.shape[:2], drawn, device=top.device)
-        weights = sample_log_weights(split.sink + chosen, sizes, drawn, tokens - chosen, after=split.window)
+        chosen = top.shape[2]
+        weights = sample_log_weights(sample, tokens - chosen, split.sink + chosen, split.window)
         return Selection(indices, log_weights=weights)
 
     def _logits(self, q: Tensor, codes: Tensor) -> Tensor:

@@ -284,13 +284,13 @@ def find_rows(
     slots, missing = torch.empty_like(rows), torch.empty(rows.numel(), dtype=torch.int64)
     counts = None if where is None else torch.zeros(owners, blocks, dtype=torch.int64)
     table = None if where is None else where.contiguous()
-    valid, absent, asked = find(
+    valid, absent = find(
         rows.data_ptr(), batch * heads, count, held.data_ptr(), len(held), resident, _address(table),
         batch * heads // owners, blocks, block, first, slots.data_ptr(), missing.data_ptr(), _address(counts),
     )  # fmt: skip
     if not valid:
         raise IndexError(f"tokens must lie between 0 and {len(local) - 1}")
-    return reference.Found(slots, missing[:absent], counts, asked)
+    return reference.Found(slots, missing[:absent], counts)
 
 
 def use_threads(count: int) -> None:

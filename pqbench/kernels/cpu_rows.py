@@ -48,13 +48,13 @@ def copy_rows(
 def find(
     indices: int, heads: int, count: int, local: int, positions: int, resident: int, where: int, shared: int,
     blocks: int, block: int, first: int, slots: int, missing: int, counts: int,
-) -> tuple[bool, int, int]:  # fmt: skip
+) -> tuple[bool, int]:  # fmt: skip
     """See :func:`pqbench.kernels.reference_rows.find_rows`: ``heads`` are those of all sequences, ``shared`` of them
     have one owner; arrays are addresses of int64 numbers, ``where`` and ``counts`` 0 without blocks.
 
-    Returns whether all tokens exist, how many are missing, and how many of them lie outside ``local``.
+    Returns whether all tokens exist, and how many are missing.
     """
-    valid, absent, asked = True, 0, 0
+    valid, absent = True, 0
     for head in range(heads):
         table = where + head // shared * blocks * 8
         counted = counts + head // shared * blocks * 8
@@ -64,19 +64,17 @@ def find(
                 valid = False
                 continue
             row = read_i64(local + position * 8)
-            if row < 0:
-                asked += 1
-                if where != 0:
-                    number = np.int64(np.uint32(position) // np.uint32(block))  # 32 bits are divided faster
-                    if number >= blocks:
-                        valid = False
-                        continue
-                    write_i64(counted + number * 8, read_i64(counted + number * 8) + 1)
-                    slot = read_i64(table + number * 8)
-                    if slot >= 0:
-                        row = first + slot * block + position - number * block
+            if row < 0 and where != 0:
+                number = np.int64(np.uint32(position) // np.uint32(block))  # 32 bits are divided faster
+                if number >= blocks:
+                    valid = False
+                    continue
+                write_i64(counted + number * 8, read_i64(counted + number * 8) + 1)
+                slot = read_i64(table + number * 8)
+                if slot >= 0:
+                    row = first + slot * block + position - number * block
             if row < 0:
                 write_i64(missing + absent * 8, i)
                 absent += 1
             write_i64(slots + i * 8, row + head * resident if row >= 0 else -1)
-    return valid, absent, asked
+    return valid, absent

@@ -16,13 +16,16 @@ class Found(NamedTuple):
         missing: which are missing, places ``[M]`` among the B * H * n, ascending.
         counts: how many tokens of each block were asked for that lie outside the regions that are always there,
             ``[owners, blocks]``; None without blocks.
-        asked: how many these are, all blocks together.
     """
 
     slots: Tensor
     missing: Tensor
     counts: Tensor | None
-    asked: int
+
+    @property
+    def asked(self) -> int:
+        """How many tokens lie outside those regions, all blocks together."""
+        return len(self.missing) if self.counts is None else int(self.counts.sum())
 
 
 def find_rows(
@@ -43,7 +46,7 @@ def find_rows(
     away = rows < 0
     if where is None:
         missing = away.view(-1).nonzero().view(-1)
-        return Found(torch.where(away, -1, rows + head * resident), missing, None, len(missing))
+        return Found(torch.where(away, -1, rows + head * resident), missing, None)
     owners, blocks = where.shape
     entries = indices // block + head // (batch * heads // owners) * blocks
     slots = where.take(entries)
@@ -51,4 +54,4 @@ def find_rows(
     rows = torch.where(away, cached, rows)
     missing = (rows < 0).view(-1).nonzero().view(-1)
     counts = torch.bincount(entries[away], minlength=owners * blocks).view(owners, blocks)
-    return Found(torch.where(rows < 0, -1, rows + head * resident), missing, counts, int(away.sum()))
+    return Found(torch.where(rows < 0, -1, rows + head * resident), missing, counts)

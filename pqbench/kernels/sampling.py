@@ -23,14 +23,18 @@ def draw_rest(selected: Tensor, tokens: int, count: int, seed: int) -> Tensor:
     return noise.topk(max(0, min(count, tokens - selected.shape[2])), dim=2).indices
 
 
-def sample_log_weights(exact: int, sizes: Tensor, drawn: int, rest: int, after: int = 0) -> Tensor:
-    """Log-weights ``[B, H, 1, exact + drawn + after]`` of a selection: 0 for the rows attended for themselves, and for
-    the ``drawn`` rows between them log of the ``rest / sizes`` tokens that each stands for; ``sizes`` ``[B, H]``.
+def sample_log_weights(
+    sample: Tensor, rest: int, before: int, after: int = 0, sizes: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Log-weights ``[B, H, 1, before + n + after]`` of a selection: 0 for the rows attended for themselves, and for the
+    ``sample`` ``[B, H, n]`` between them log of the ``rest / size`` tokens that each stands for; the size is n, or less
+    by ``sizes`` ``[B, H]``.
 
     Weighted so, numerator and denominator of attention are unbiased (vAttention, arXiv 2510.05688).
     """
-    share = (rest / sizes.float()).log()[:, :, None, None].expand(-1, -1, 1, drawn)
-    return torch.nn.functional.pad(share, (exact, after))
+    sizes = sample.new_full(sample.shape[:2], sample.shape[2]) if sizes is None else sizes
+    share = (rest / sizes.float()).log()[:, :, None, None].expand(-1, -1, 1, sample.shape[2])
+    return torch.nn.functional.pad(share, (before, after))
 
 
 def sample_sizes(exact: Tensor, logits: Tensor, rest: int, epsilon: float, delta: float) -> Tensor:

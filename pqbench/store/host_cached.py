@@ -56,8 +56,9 @@ class CachedHostStore(HostStore):
             first = pool.staging + len(missing)
             slots.put_(leaving, torch.arange(first, first + len(leaving), device=slots.device))
         self._admit(admitted)
-        self.cache_lookups += found.asked
-        self.cache_hits += found.asked - len(missing)
+        asked = found.asked
+        self.cache_lookups += asked
+        self.cache_hits += asked - len(missing)
 
     def _admit(self, admitted: Sequence[Admission]) -> None:
         """Start to copy blocks in; all their tokens have been sent to the host."""

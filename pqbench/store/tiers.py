@@ -56,8 +56,7 @@ class Tier(ABC):
 
     @abstractmethod
     def open(self, device: torch.device, body: str = "auto") -> Placement:
-        """Ready for one prefill on ``device``; ``body`` names the kernels that find and gather
-        rows."""
+        """Ready for one prefill on ``device``; ``body`` names the kernels that find and move rows."""
 
     def check(self, tokens: int, row_bytes: int) -> None:  # noqa: B027 - a tier without limits of its own
         """Raise ConfigError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""

@@ -19,9 +19,9 @@ from methods.random_tokens import RandomTokens
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from methods.vattention import VAttention, VAttentionState
-from pqbench.method import Budget, ConfigError, Method, Selection
+from pqbench.method import Budget, ConfigError, Method
 from pqbench.store.device import DeviceStore
-from tests.support import Case, advance, append, case, output_of, start, tokens_of
+from tests.support import Case, advance, append, assert_unbiased, case, estimate_of, output_of, start, tokens_of
 
 BUDGET = Budget(sink=3, window=6, tokens=33, ratio=None)
 BASES: dict[str, Method] = {
@@ -41,24 +41,6 @@ def started(method: VAttention, data: Case) -> tuple[VAttentionState, DeviceStor
     state, store = start(method, data)
     assert isinstance(state, VAttentionState)
     return state, store
-
-
-def weighted(selection: Selection, store: DeviceStore, exact: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Estimated numerator and denominator of attention, ``[B, H, G, D + 1]``, from exp(logits) ``[B, H, G, S]``."""
-    assert selection.log_weights is not None
-    chosen = tokens_of(selection, store).numpy()
-    kept = np.take_along_axis(exact, chosen[:, :, None].repeat(exact.shape[2], 2), 3)
-    kept = kept * np.exp(selection.log_weights.double().numpy())
-    if selection.visible is not None:
-        kept = kept * selection.visible.numpy()
-    top = np.einsum("bhgn,bhnd->bhgd", kept, np.take_along_axis(values, chosen[..., None], 2))
-    return np.concatenate([top, kept.sum(-1, keepdims=True)], -1)
-
-
-def terms(data: Case, length: int) -> np.ndarray:
-    """Exp of the exact logits of the query at ``length - 1``, float64 ``[B, H, G, length]``."""
-    q, keys = data.q[:, :, :, length - 1].double().numpy(), data.keys[:, :, :length].double().numpy()
-    return np.exp(np.einsum("bhgd,bhsd->bhgs", q, keys) * data.scaling)
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
@@ -100,17 +82,11 @@ def test_numerator_and_denominator_are_unbiased(name: str) -> None:
     """Mean over 1000 seeds within 4.5 standard errors of the truth (136 comparisons)."""
     data = case(80, 1, spread=1.0)
     state, store = started(VAttention(BASES[name], BUDGET), data)
-    q, exact, values = append(state, store, data, 0), terms(data, 81), data.values.double().numpy()
-    drawn = []
+    q, drawn = append(state, store, data, 0), []
     for seed in range(1000):
         state.method = replace(state.method, seed=seed)
-        drawn.append(weighted(state.select(q, store), store, exact, values))
-    every = np.stack(drawn)
-    truth = np.concatenate([np.einsum("bhgs,bhsd->bhgd", exact, values), exact.sum(-1, keepdims=True)], -1)
-    error = every.std(0) / np.sqrt(1000)
-    assert (np.abs(every.mean(0) - truth) <= 4.5 * error + 1e-5).all()
-    assert (error[..., -1] < 0.03 * truth[..., -1]).all()  # the bound says something
-    assert (every[..., -1].std(0) > 0).all()
+        drawn.append(estimate_of(state.select(q, store), store, data))
+    assert_unbiased(np.stack(drawn), data.sums(81))
 
 
 def test_the_denominator_is_rarely_off_by_more_than_epsilon() -> None:
@@ -121,13 +97,13 @@ def test_the_denominator_is_rarely_off_by_more_than_epsilon() -> None:
     budget = Budget(sink=3, window=6, tokens=9 + 2000, ratio=None)
     method = VAttention(BASES["oracle"], budget, share=0.8, epsilon=epsilon, delta=delta, base_sample=100)
     state, store = started(method, data)
-    q, exact, values = append(state, store, data, 0), terms(data, 4001), data.values.double().numpy()
+    q, truth = append(state, store, data, 0), data.sums(4001)[..., -1]
     off, sizes = [], []
     for seed in range(1000):
         state.method = replace(state.method, seed=seed)
         selection = state.select(q, store)
         assert selection.visible is not None
-        off.append(np.abs(weighted(selection, store, exact, values)[..., -1] / exact.sum(-1) - 1) > epsilon)
+        off.append(np.abs(estimate_of(selection, store, data)[..., -1] / truth - 1) > epsilon)
         sizes.append(selection.visible[:, :, 0].sum(-1).numpy() - 9 - 400)
     assert (np.mean(off, 0) <= delta).all()
     assert (np.mean(off, 0) > delta / 5).all()
@@ -139,7 +115,7 @@ def test_sizes_follow_the_bound() -> None:
     data = case(400, 1, group=3)
     budget = Budget(sink=3, window=6, tokens=209, ratio=None)
     state, store = started(VAttention(BASES["oracle"], budget, epsilon=0.06, delta=0.2, base_sample=20), data)
-    q, exact = append(state, store, data, 0), terms(data, 401)
+    q, exact = append(state, store, data, 0), data.terms(401)
     selection = state.select(q, store)
     assert selection.visible is not None
     chosen = tokens_of(selection, store).numpy()
