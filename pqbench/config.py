@@ -51,7 +51,8 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:
     """The source that the group ``model`` of a configuration describes; its ``chat`` concerns prompts alone."""
-    source: ModelSource = instantiate({name: value for name, value in fields.items() if name != "chat"})
+    described = {name: value for name, value in fields.items() if name != "chat"}
+    source: ModelSource = instantiate(described, _convert_="all")
     return source
 
 

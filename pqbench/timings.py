@@ -16,6 +16,7 @@ from pqbench.records import Record
 from pqbench.terminal import plain
 
 DENSE = "full"  # what times are compared with
+RANDOM = "random"  # weights of a model that only has another's shape
 
 AUTO = "four digits"
 # Field of a record -> (heading, factor, format).
@@ -137,6 +138,8 @@ def facts(records: Sequence[Record]) -> str:
         values = sorted({str(record[field]) for record in records if record.get(field) is not None})
         if values:
             parts.append(form.format("/".join(values)))
+    if records and all(record.get("weights") == RANDOM for record in records):
+        parts.append("random weights")
     copy = middle(records, "copy_bandwidth_gbps")
     return ", ".join([*parts, *([f"copy {copy:.1f} GB/s (read and written)"] if copy else [])])
 
@@ -169,6 +172,7 @@ def _attention(records: Sequence[Record]) -> list[Section]:
 
 def _latency(records: Sequence[Record]) -> list[Section]:
     """Times with their range and the ratio to full attention; then where a step's time goes."""
+    records = [record | {"weights": record.get("weights") or "pretrained"} for record in records]
     title = f"latency of {records[0].get('model', '-')}{_over(records)} ({facts(records)})"
     labels = _labels(records)
     times, costs = [], []
@@ -197,7 +201,7 @@ def _over(records: Sequence[Record]) -> str:
 def _labels(records: Sequence[Record]) -> list[str]:
     """Method and budget, and what else tells runs apart."""
     labels = ["method", "budget"]
-    for name in ("link", "kernels", "threads", "dtype", "overlap", "key"):
+    for name in ("weights", "link", "kernels", "threads", "dtype", "overlap", "key"):
         by_method = group_records(records, *labels)
         if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
             labels.append(name)
@@ -205,8 +209,8 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 def _dense(records: Sequence[Record], like: Record) -> list[Record]:
-    """Measurements of full attention at the same context with the same link, kernels, threads and dtype."""
-    alike = ("context", "link", "kernels", "threads", "dtype")
+    """Measurements of full attention at the same context with the same weights, link, kernels, threads and dtype."""
+    alike = ("context", "weights", "link", "kernels", "threads", "dtype")
     return [
         record
         for record in records

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
 from pqbench.cache import layer_types
+from pqbench.devices import available_bytes
 from pqbench.errors import ConfigError
 from pqbench.generation import Generation, decode
 from pqbench.group import PHASES, Rows
@@ -26,6 +27,9 @@ from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_lea
 from pqbench.timing.dense import body_name
 from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
 from pqbench.timing.source import prose_tokens
+
+LAYERS_AWAY = 4  # layers whose keys and values lie on the device while the prefill of a host tier goes on
+INDEX_SHARE = 0.05  # of the bytes of keys and values: 36 to 100 bits beside the 4096 of a row in half precision
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,9 @@ class Latency(Measurement):
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
-        job.setting.tier.check(max(cell.prompt for cell in cells) + self.new_tokens, row_bytes(model, job))
+        longest, row = max(cell.prompt for cell in cells), row_bytes(model, job)
+        job.setting.tier.check(longest + self.new_tokens, row)
+        check_memory(job, model, longest, self.new_tokens, row)
 
     def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
         """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
@@ -146,7 +152,7 @@ class Latency(Measurement):
             "budget": "all" if budget is None else budget.label,
             "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
             "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
-            "overlap": job.setting.overlap, "warmup_s": warm, **roof.facts(),
+            "overlap": job.setting.overlap, "warmup_s": warm, "weights": job.loaded.weights, **roof.facts(),
         }  # fmt: skip
         forget_peak(model.device)
         try:
@@ -248,6 +254,35 @@ def weight_bytes(model: PreTrainedModel) -> int:
     untied = head is not None and embedding.weight is not head.weight
     skipped = {id(embedding.weight)} if untied else set()
     return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
+
+
+def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
+    """Whether prefill and decoding of a prompt fit the device beside the weights that lie there already.
+
+    Counted are the keys and values, ``row`` bytes a token, or of :data:`LAYERS_AWAY` layers where they leave for the
+    host; the index, as a share of them; and what a block of the prefill computes in one layer.
+
+    Raises:
+        ConfigError: they do not; the message has the bytes and the option that lowers them.
+    """
+    config = model.config.get_text_config()
+    layers = max(1, len(layer_types(config)))
+    kept = min(LAYERS_AWAY, layers) / layers if job.setting.tier.offloads else 1.0
+    rows = (prompt + new_tokens) * row
+    block = min(prompt, job.chunk or prompt)
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = 4 * config.hidden_size + 3 * wide + row // (layers * model.dtype.itemsize)
+    parts = {"keys and values": kept * rows, "the index": INDEX_SHARE * rows,
+             "the prefill of a block": float(block * width * model.dtype.itemsize)}  # fmt: skip
+    needed, free = sum(parts.values()), available_bytes(model.device)
+    if needed > free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        chunk = f"chunk={max(1, block // 8)}" if parts["the prefill of a block"] > needed / 4 else ""
+        away = "" if job.setting.tier.offloads or model.device.type == "cpu" else "store=host"
+        remedy = " or ".join(filter(None, (chunk, away, "shorter benchmark.contexts")))
+        raise ConfigError(f"benchmark.contexts has {prompt}: beside its weights the model "
+                          f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
+                          f"use {remedy}")  # fmt: skip
 
 
 def row_bytes(model: PreTrainedModel, job: TimingJob) -> int:

@@ -57,13 +57,17 @@ class Source:
     def last_queries(self, count: int, draw: int = 0) -> Tensor:
         """``[1, H, G, count, D]``, rows picked at random."""
         generator = torch.Generator().manual_seed(self.seed + draw)
-        return self.queries[:, :, :, torch.randint(self.queries.shape[3], (count,), generator=generator)]
+        chosen = torch.randint(self.queries.shape[3], (count,), generator=generator)
+        return self.queries[:, :, :, chosen.to(self.queries.device)]
 
     def _noisy(self, base: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Rows plus other rows, centred and in random order: cheaper than new noise, and alike in every dimension."""
-        other = base[:, :, torch.randperm(base.shape[2], generator=generator)[:count]]
-        sign = torch.randint(2, (count, 1), generator=generator) * 2.0 - 1
-        return base[:, :, :count] + self.noise * sign * (other - base.mean(2, keepdim=True))
+        """Rows plus other rows, centred and in random order: cheaper than new noise, and alike in every dimension.
+
+        What is random is drawn on the CPU, so that the rows are the same on every device, and moved to the rows.
+        """
+        order = torch.randperm(base.shape[2], generator=generator)[:count].to(base.device)
+        sign = (torch.randint(2, (count, 1), generator=generator) * 2.0 - 1).to(base.device)
+        return base[:, :, :count] + self.noise * sign * (base[:, :, order] - base.mean(2, keepdim=True))
 
 
 def synthetic(shape: Shape, seed: int) -> Source:
