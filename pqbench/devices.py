@@ -60,5 +60,5 @@ def check_kernels(body: str, device: torch.device) -> None:
 
 def _check_triton() -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ModelError("kernels on a GPU are written in Triton, which is not installed here: `pip install triton`, or "
-                         "set kernels=reference")  # fmt: skip
+        raise ModelError("kernels on a GPU are written in Triton, which is not installed here: `pip install triton`, "
+                         "or set kernels=reference")  # fmt: skip

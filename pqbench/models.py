@@ -114,7 +114,7 @@ class ModelSource(ABC):
         """Raises ModelError when this model's answers mean nothing; ``use`` is what would be measured of them."""
         if self.stand_in:
             raise ModelError(f"{use} needs the model's own weights, and model.weights=random has only the shape of "
-                             f"{self.name}: time it with benchmark=latency, or set model.weights=pretrained")  # fmt: skip
+                             f"{self.name}: use benchmark=latency, or set model.weights=pretrained")  # fmt: skip
 
     @property
     def placement(self) -> str | dict[str, Any] | None:
@@ -187,8 +187,8 @@ class Published(Pretrained):
     """A model by hub name or local folder, or one of the same shape with random weights.
 
     Attributes:
-        weights: pretrained; or random, which downloads nothing and builds the model in seconds on the device itself. That
-            is all a timing needs; answers mean nothing then and are not scored.
+        weights: pretrained; or random, which downloads nothing and builds the model in seconds on the device itself.
+            A timing needs no more; answers mean nothing then and are not scored.
         shape: the model's own config.json as far as it concerns the shape; what ``weights=random`` builds.
         seed: of the random weights.
     """

@@ -54,7 +54,8 @@ class Attention(Measurement):
     The layer is built alone, directly in a store, so that a million tokens of an 8B model's layer fit a laptop.
     Methods are built and stepped through the same code as in decoding. Full attention is timed with every dense
     kernel there is, as rows of the method ``full``; one that a machine refuses is a row that says why. On a GPU these
-    rows read KV that lies on the device, whatever ``store`` says. Methods that watch the prefill see its last 64 queries only.
+    rows read KV that lies on the device, whatever ``store`` says. Methods that watch the prefill see its last 64
+    queries only.
 
     Attributes:
         geometry: shape of the layer, see :mod:`pqbench.timing.geometries`.
