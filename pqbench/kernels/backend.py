@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch import Tensor
 from pqbench.kernels.reference_rows import Found
 
 BODIES = ("auto", "reference", "cpu", "gpu")
+
+Number: TypeAlias = int | Tensor
+"""A number that changes from step to step: a Python int, or an int32 tensor with one element, which the kernels of a
+GPU read on the device, so that a captured CUDA graph replays with new numbers."""
 
 
 class Kernels(Protocol):
@@ -61,6 +65,12 @@ class Kernels(Protocol):
 
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
+
+    def append_rows(
+        self, keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number,
+        local: Tensor | None = None, sinks: int = 0,
+    ) -> None:  # fmt: skip
+        """Write new rows into buffers; see :mod:`pqbench.kernels.reference_rows`."""
 
     def find_rows(
         self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1,

@@ -24,6 +24,7 @@ from pqbench.kernels.cpu_rows import copy_rows, find
 from pqbench.kernels.cpu_scoring import probabilities
 from pqbench.kernels.cpu_top_k import top_of_rows
 from pqbench.kernels.cpu_vector import BLOCK
+from pqbench.kernels.reference_rows import append_rows as append_rows
 
 _SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
 _LOG2_E = 1.4426950408889634
