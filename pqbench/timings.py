@@ -55,6 +55,16 @@ PHASES: tuple[Column, ...] = (
     ("copy_share", "% of copy", 100, "{:.0f}"),
     ("peak_rss_bytes", "peak GB", 1e-9, "{:.2f}"),
 )
+PROFILE: tuple[Column, ...] = (
+    ("operations", "torch operations", 1, "{:.0f}"),
+    ("launches", "launches", 1, "{:.0f}"),
+    ("synchronisations", "waits", 1, "{:.0f}"),
+    ("host_s", "host ms", 1e3, "{:.2f}"),
+    ("device_s", "device ms", 1e3, "{:.2f}"),
+    ("copied_bytes", "over link MB", 1e-6, "{:.2f}"),
+    ("bytes", "MB", 1e-6, "{:.2f}"),
+    ("memory_s", "MB over bandwidth ms", 1e3, "{:.3f}"),
+)
 TIMES: tuple[Column, ...] = (
     ("ttft_s", "TTFT s", 1, "{:.2f}"),
     ("tt2t_s", "TT2T s", 1, "{:.2f}"),
@@ -190,7 +200,20 @@ def _latency(records: Sequence[Record]) -> list[Section]:
     return [
         Section(f"{title}: medians over repeats", headings, times, 1 + len(labels)),
         Section(f"{title}: a decode step", further, costs, 1 + len(labels), ("attended", "peak GB")),
+        _profiled(records, title, labels),
     ]
+
+
+def _profiled(records: Sequence[Record], title: str, labels: Sequence[str]) -> Section:
+    """What a profiler saw of every phase; prefill, what is watched of it, and the index are those of the whole run."""
+    rows = [
+        [*(str(record.get(name)) for name in ("context", *labels)), phase,
+         *(_shown(found.get(field), factor, form) for field, _, factor, form in PROFILE)]
+        for record in records
+        for phase, found in (record.get("profile") or {}).items()
+    ]  # fmt: skip
+    headings = ["context", *labels, "phase", *(heading for _, heading, _, _ in PROFILE)]
+    return Section(f"{title}: a step under the profiler", headings, rows, 2 + len(labels))
 
 
 def _over(records: Sequence[Record]) -> str:

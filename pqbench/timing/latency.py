@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any, ClassVar
 
@@ -23,10 +24,13 @@ from pqbench.method import Method
 from pqbench.prompt import Prefilled, geometry, prefill
 from pqbench.records import Record
 from pqbench.run import check_alive, check_methods
-from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
+from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
 from pqbench.timing.dense import body_name
 from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
+from pqbench.timing.profile import TOKENS, phases, profile_facts, profiled, read_trace
 from pqbench.timing.source import prose_tokens
+
+log = logging.getLogger(__name__)
 
 LAYERS_AWAY = 4  # layers whose keys and values lie on the device while the prefill of a host tier goes on
 INDEX_SHARE = 0.05  # of the bytes of keys and values: 36 to 100 bits beside the 4096 of a row in half precision
@@ -57,6 +61,8 @@ class Latency(Measurement):
         new_tokens: tokens generated, whatever the model says about the end; at least 3.
         repeats: rounds; each goes through all contexts and methods.
         warmup: runs of every method on the shortest prompt before the first round; kernels are compiled there.
+        profile: run every method once more on every prompt under torch's profiler, which slows it, and record launches,
+            synchronisations and times by phase; the trace lies beside the records, for Perfetto.
         seed: of the prose.
 
     Raises:
@@ -69,12 +75,15 @@ class Latency(Measurement):
     new_tokens: int = 32
     repeats: int = 3
     warmup: int = 1
+    profile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         self.contexts = whole("contexts", self.contexts)
         for field, least in (("new_tokens", 3), ("repeats", 1), ("warmup", 0), ("seed", 0)):
             at_least(field, getattr(self, field), least)
+        if type(self.profile) is not bool:
+            raise ConfigError(f"benchmark.profile is {self.profile!r}: use true or false")
 
     @property
     def needs_model(self) -> bool:
@@ -164,7 +173,25 @@ class Latency(Measurement):
         except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
             ledger.failed(cell.method, cell.sample_id, error, facts)
         else:
-            ledger.ok(cell.method, cell.sample_id, facts | figures)
+            record = facts | figures
+            if self.profile and cell.repeat == 0:
+                record |= self._profile(job, cell, model, prompt, record)
+            ledger.ok(cell.method, cell.sample_id, record)
+
+    def _profile(
+        self, job: TimingJob, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record
+    ) -> Record:  # fmt: skip
+        """The same once more under the profiler, with every part of the work by itself. What fails here is said, and
+        costs no measurement."""
+        setting = replace(job.setting, overlap=False, named=True)
+        apart, path = replace(job, setting=setting), job.files[cell.method].folder / f"trace-{cell.context}.json.gz"
+        tokens = min(TOKENS, self.new_tokens)
+        try:
+            profiled(lambda: run_once(apart, model, job.methods[cell.method], prompt, tokens), path, model.device)
+            return {"profile": profile_facts(phases(read_trace(path)), figures), "trace": path.name}
+        except Exception as error:  # noqa: BLE001 - as above
+            log.warning("no profile of %s on %d tokens: %s", cell.method, cell.prompt, error)
+            return {"profile_error": outcome(error)["error"]}
 
 
 def run_once(
