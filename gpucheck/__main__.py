@@ -132,10 +132,12 @@ def _settled(step: Step, ended: Ended, content: dict[str, Any], options: Options
         empty.write()
         content = read_json(options.folder / step.file)
     content["seconds"] = round(ended.seconds, 2)
+    if content["message"] != CUT:
+        return content  # closed by the step itself
     if ended.code is None:
         content["status"] = "timeout"
-        content["message"] = f"ended after {ended.seconds:.0f} s with {len(content['rows'])} rows; {content['message']}"
-    elif content["message"] == CUT:
+        content["message"] = f"out of time after {ended.seconds:.0f} s with {len(content['rows'])} rows"
+    else:
         content["message"] = f"{CUT}, with exit code {ended.code}: {ended.said[-1500:]}"
     return content
 
