@@ -30,7 +30,7 @@ def run(result: Result, options: Options) -> None:
         result.row("the device", unfit=unfit)
         return
     result.machine = facts(options)
-    result.row("packages", **{name: version for name in PACKAGES if (version := _version(name))})
+    result.row("packages", None, **{name: version for name in PACKAGES if (version := _version(name))})
     memory = psutil.virtual_memory()
     result.row("host memory", total_gib=memory.total / 2**30, available_gib=memory.available / 2**30,
                locked_limit=_locked())  # fmt: skip
@@ -84,7 +84,9 @@ def _card(result: Result, device: torch.device) -> None:
     for _ in range(200):  # one to two seconds of copies
         target.copy_(source, non_blocking=True)
     options = Options(device=str(device))
-    result.row("nvidia-smi", **(_asked(_ASKED, options) or {"error": "there is no nvidia-smi, or it does not answer"}))
+    result.row(
+        "nvidia-smi", None, **(_asked(_ASKED, options) or {"error": "there is no nvidia-smi, or it does not answer"})
+    )
     torch.cuda.synchronize(device)
 
 
