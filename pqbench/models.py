@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -356,6 +355,11 @@ def check_placement(model: PreTrainedModel) -> None:
 
 def cache_folder() -> Path:
     """Where converted models are kept; created when missing."""
-    folder = Path(os.environ.get("PQBENCH_CACHE") or user_cache_path("pqbench"))
+    given = os.environ.get("PQBENCH_CACHE")
+    if not given:
+        from platformdirs import user_cache_path  # only models that are converted need it
+
+        given = str(user_cache_path("pqbench"))
+    folder = Path(given)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -28,7 +28,7 @@ from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_lea
 from pqbench.timing.dense import body_name
 from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
 from pqbench.timing.profile import TOKENS, phases, profile_facts, profiled, read_trace
-from pqbench.timing.source import prose_tokens
+from pqbench.timing.source import timing_tokens
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class Cell:
 
 @dataclass
 class Latency(Measurement):
-    """Greedy decoding of prose by one method at a time, each with a prefill of its own.
+    """Greedy decoding of prose by one method at a time, each with a prefill of its own. Where the package with the
+    prose is missing, made-up words stand in for it; records say which text it was.
 
     Attributes:
         contexts: prompt lengths in tokens. Where prompt and answer together exceed the model, the prompt is cut to what
@@ -106,7 +107,7 @@ class Latency(Measurement):
         if not missing:
             return ledger.close()
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
-        longest = prose_tokens(prompter, max(cell.prompt for cell in missing), self.seed)
+        longest, text = timing_tokens(prompter, max(cell.prompt for cell in missing), self.seed)
         roof = bandwidth(loaded.model.device)
         shortest = longest[: min(cell.prompt for cell in cells)]
         with tracked(self.name, len(missing)) as follow:
@@ -115,7 +116,7 @@ class Latency(Measurement):
             for i, cell in enumerate(missing):
                 if i:
                     follow(f"{cell.prompt} tokens, {cell.method}, round {cell.repeat + 1} of {self.repeats}")
-                self._record(job, ledger, cell, longest[: cell.prompt], roof, warm[cell.method])
+                self._record(job, ledger, cell, longest[: cell.prompt], roof, warm[cell.method], text)
         return ledger.close()
 
     def _cells(self, methods: Mapping[str, Method], max_length: int) -> list[Cell]:
@@ -151,7 +152,7 @@ class Latency(Measurement):
         return total
 
     def _record(
-        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float
+        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
     ) -> None:  # fmt: skip
         if job.loaded is None:
             raise RuntimeError("a latency record without a model")
@@ -161,7 +162,8 @@ class Latency(Measurement):
             "budget": "all" if budget is None else budget.label,
             "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
             "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
-            "overlap": job.setting.overlap, "warmup_s": warm, "weights": job.loaded.weights, **roof.facts(),
+            "overlap": job.setting.overlap, "warmup_s": warm, "weights": job.loaded.weights, "text": text,
+            **roof.facts(),
         }  # fmt: skip
         forget_peak(model.device)
         try:

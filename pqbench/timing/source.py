@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
-from pqbench.benchmarks.prose import prose
+from pqbench.benchmarks.prose import any_text, prose
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting, prefill
@@ -108,10 +108,19 @@ def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
 
 def prose_tokens(prompter: Prompter, count: int, seed: int) -> list[int]:
     """Exactly ``count`` token ids of prose, the tokenizer's leading special token included."""
+    return _tokens(prompter, count, prose(seed))
+
+
+def timing_tokens(prompter: Prompter, count: int, seed: int) -> tuple[list[int], str]:
+    """As :func:`prose_tokens`, of made-up words where the package with the prose is missing; and which text it is."""
+    name, text = any_text(seed)
+    return _tokens(prompter, count, text), name
+
+
+def _tokens(prompter: Prompter, count: int, text: Iterator[str]) -> list[int]:
     ids = list(prompter.frame(chat=False).lead)
-    speeches = prose(seed)
     while len(ids) < count:
-        ids = ids + prompter.encode(" ".join(next(speeches).split()) + "\n\n")
+        ids += prompter.encode(" ".join(next(text).split()) + "\n\n")
     return list(islice(ids, count))
 
 
