@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
-    "timing", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models", "benchmarks",
-    "environment", "batch", "terminal", "timings", "clock",
+    "timing", "devices", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models",
+    "benchmarks", "environment", "batch", "terminal", "timings", "clock",
 }  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
@@ -87,7 +87,8 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("errors", set()),
         ("budget", {"errors"}),
         ("method", {"budget", "errors", "kernels"}),
-        ("models", {"errors"}),
+        ("devices", {"errors"}),
+        ("models", {"errors", "devices"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
         ("clock", set()),
         ("beside", {"clock", "kernels"}),

@@ -164,7 +164,7 @@ class Attention(Measurement):
             if not ledger.missing(subject.name, identity["sample_id"]):
                 continue  # on record, or measured for comparison alone
             if isinstance(subject.error, RefusedError):
-                ledger.refused(subject.name, identity["sample_id"], subject.error, identity)
+                ledger.refused(subject.name, identity["sample_id"], subject.error, identity | machine)
             elif subject.error is not None:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
             else:
