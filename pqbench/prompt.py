@@ -17,8 +17,8 @@ from pqbench.attention import attached, rotary_frequencies
 from pqbench.batch import check_indices, check_logits, check_prompt, group_rows
 from pqbench.beside import Beside, Finished, IdleCores, Pending, SideStream, tensors_of
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
-from pqbench.clock import Clock, Spans, Streams, clock_of, streams_of
-from pqbench.errors import ConfigError
+from pqbench.clock import Clock, CudaStreams, Spans, Streams, clock_of, streams_of
+from pqbench.errors import ConfigError, DeviceError
 from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.backend import kernels
 from pqbench.method import Calibration, Geometry, Method
@@ -47,6 +47,20 @@ class Setting:
     calibration: Calibration | None = None
     streams: Streams | None = None
     named: bool = False
+
+    def device_answers(self) -> bool:
+        """Whether a GPU, if there is one, can go on after an error: after one of memory it can, after an illegal access
+        it cannot."""
+        streams = CudaStreams() if self.streams is None else self.streams
+        return streams.alive()
+
+    def check_device(self, error: object) -> None:
+        """Raises DeviceError when the device answers no more after an error; to be called when that is on record."""
+        if not self.device_answers():
+            raise DeviceError(
+                f"the GPU answers no more after this error: {error}. What was measured before is kept, and the same "
+                "command goes on from there"
+            )
 
 
 @dataclass(frozen=True)
