@@ -42,7 +42,7 @@ class OnGpu:
         steps = {number: content for number, content in found.items() if content.get("machine", {}).get("capability")}
         records = read_all(results) if results.is_dir() else []
         timed = [record for record in records if is_timing(record.get("benchmark"))]
-        return cls(steps, [record for record in timed if record.get("cuda_peak_bytes") is not None])
+        return cls(steps, [record for record in timed if _of_a_gpu(record)])
 
     def status(self, step: Step) -> str:
         """How a step ended: in a word or two, with what was right and wrong where it compared something."""
@@ -93,6 +93,11 @@ def machines(found: OnGpu) -> list[str]:
         named = ", ".join(f"{name} {facts[name]}" for name in MACHINE if facts.get(name))
         latest[named] = max(latest.get(named, ""), str(content.get("finished", "")))
     return [f"{named}; {when}" for named, when in latest.items()] or [f"No GPU: {NOT_YET}."]
+
+
+def _of_a_gpu(record: Record) -> bool:
+    """Whether a GPU made a record: it holds that GPU's memory, or a back-end that exists only there was refused."""
+    return record.get("cuda_peak_bytes") is not None or record["status"] == "refused"
 
 
 def _targets(found: OnGpu) -> list[str]:
