@@ -16,8 +16,8 @@ def run(result: Result, options: Options) -> None:
     context, tokens = (SMALL, 64) if options.tiny else (CONTEXT, 1_024)
     measured = measure(options, "profile host", [
         "benchmark=latency", "method=pqcache", "store=host", f"benchmark.contexts=[{context}]",
-        "benchmark.new_tokens=6", "benchmark.repeats=1", "benchmark.profile=true", f"budget.tokens={tokens}", "budget.ratio=null",
-        *model(options), *small(options, "pqcache"),
+        "benchmark.new_tokens=6", "benchmark.repeats=1", "benchmark.profile=true", f"budget.tokens={tokens}",
+        "budget.ratio=null", *model(options), *small(options, "pqcache"),
     ], result.left - 3)  # fmt: skip
     report(result, measured, "from the host", 1, ("tpot_ms", "trace", "profile_error"), store="host")
     _phases(result, measured)
