@@ -49,8 +49,8 @@ def test_a_comparison_that_ends_its_process_does_not_end_the_others(
         command = [sys.executable, "-c", DIES, str(self._done), str(self._lines)]
         self._process = Running(command, tmp_path / "log")
 
-    monkeypatch.setattr(kernels, "share_of", lambda device, share: [(f"check {i}", 1) for i in range(4)])
-    monkeypatch.setattr(kernels, "label", lambda name, scale: name)
+    monkeypatch.setattr(kernels, "share_of", lambda *_: [(f"check {i}", 1) for i in range(4)])
+    monkeypatch.setattr(kernels, "label", lambda name, *_: name)
     monkeypatch.setattr(kernels.Worker, "_start", start)
     result = Result(STEPS[1], tmp_path)
     worker = kernels.Worker("cpu", "0/1", tmp_path / "any")
