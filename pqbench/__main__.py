@@ -49,6 +49,8 @@ KEYED = (
     "kernels",
     "overlap",
 )  # what a figure depends on besides the method
+# Options that came later: with this value they and what goes with them are left out of keys, which are then as ever.
+LATER = {"profile": (False, ("profile",)), "weights": ("pretrained", ("weights", "shape"))}
 
 
 def main() -> None:
@@ -215,10 +217,16 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
 
 def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str) -> RecordFile:
     """Where a method's records go; the key covers all that can change a figure."""
-    settings = {part: plain[part] for part in KEYED}
+    settings = {part: plain[part] for part in KEYED} | {part: as_ever(plain[part]) for part in ("benchmark", "model")}
     settings["method"] = plain["methods"].get(name)
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     return RecordFile.create(results, benchmark, subject, name, settings)
+
+
+def as_ever(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of the configuration as keys hold it, see :data:`LATER`."""
+    left_out = {name for option, (value, names) in LATER.items() if fields.get(option) == value for name in names}
+    return {name: value for name, value in fields.items() if name not in left_out}
 
 
 def footer(summary: Summary, results: str) -> str:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from methods.full import Full
 from pqbench import generate
+from pqbench.__main__ import as_ever
 from pqbench.config import conf_folder, load_model, model_source
 from pqbench.errors import ModelError
-from pqbench.models import Published, Random, byte_tokenizer, shape_config
+from pqbench.models import Pretrained, Random, byte_tokenizer, shape_config
 from pqbench.records import read_all
 from tests.support import prompt_of
 
@@ -43,7 +44,7 @@ def fields(name: str, **options: Any) -> dict[str, Any]:
 def test_shapes_are_those_of_the_cards(name: str) -> None:
     parameters, heads, kv_heads, layers, width = CARDS[name]
     source = model_source(fields(name, weights="random"))
-    assert isinstance(source, Published)
+    assert isinstance(source, Pretrained)
     config = shape_config(source.shape or {}, byte_tokenizer())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -147,12 +148,12 @@ def command(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def test_no_score_comes_from_random_weights(tmp_path: Path) -> None:
     names = ("needle", "fidelity", "attention_scores")
-    done = command(tmp_path, "--multirun", f"benchmark={','.join(names)}", "hydra.sweep.dir=.")
+    done = command(tmp_path, "--multirun", f"benchmark={','.join(names)}")
     assert done.returncode == 1
     for name in names:
         assert f"error: benchmark={name} needs the model's own weights" in done.stderr
     assert done.stdout.strip() == ""
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["multirun"]  # Hydra's own
 
 
 def test_latency_says_that_its_weights_are_random(tmp_path: Path) -> None:
@@ -164,3 +165,13 @@ def test_latency_says_that_its_weights_are_random(tmp_path: Path) -> None:
     assert record["dtype"] == "bfloat16"
     assert "score" not in record
     assert "random weights" in " ".join(done.stdout.split())
+
+
+def test_keys_of_records_are_as_before_these_options() -> None:
+    """Records made before ``weights``, ``shape`` and ``profile`` existed are found again; with them they are others."""
+    before = {"_target_": "x", "name": "llama31_8b", "path": "p"}
+    assert as_ever({**before, "weights": "pretrained", "shape": {"hidden_size": 1}}) == before
+    random = {**before, "weights": "random", "shape": {"hidden_size": 1}}
+    assert as_ever(random) == random
+    assert as_ever({"contexts": [1], "profile": False}) == {"contexts": [1]}
+    assert as_ever({"contexts": [1], "profile": True}) == {"contexts": [1], "profile": True}
