@@ -24,6 +24,7 @@ from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source, opened
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
+from pqbench.identity import method_code
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.method import Method, compensated
 from pqbench.models import LoadedModel
@@ -111,7 +112,7 @@ def run_config(config: DictConfig) -> list[str]:
 def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benchmark) -> list[str]:
     """Score methods on a benchmark. Returns the failures."""
     model = plain["model"]["name"]
-    files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
+    files = {name: _record_file(plain, methods, name, benchmark.name, model) for name in methods}
     with heartbeat(list(files.values())):
         loaded = _loaded(plain, methods)
         chat, options = plain["model"]["chat"], plain["model"].get("chat_options") or {}
@@ -126,7 +127,7 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
 def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurement) -> list[str]:
     """Time methods. Returns the failures."""
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
-    files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
+    files = {name: _record_file(plain, methods, name, benchmark.name, subject) for name in names}
     with heartbeat(list(files.values())):
         loaded = _loaded(plain, methods) if benchmark.needs_model else None
         job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
@@ -192,10 +193,12 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration)
 
 
-def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str) -> RecordFile:
-    """Where a method's records go; the key covers all that can change a figure."""
+def _record_file(
+    plain: dict[str, Any], methods: Mapping[str, Method], name: str, benchmark: str, subject: str
+) -> RecordFile:  # fmt: skip
+    """Where a method's records go; the key covers all that can change a figure, the method's own code included."""
     settings = {part: plain[part] for part in KEYED}
-    settings["method"] = plain["methods"].get(name)
+    settings |= {"method": plain["methods"].get(name), "code": method_code(methods[name]) if name in methods else None}
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     return RecordFile.create(results, benchmark, subject, name, settings)
 

@@ -207,7 +207,7 @@ def test_records_of_another_version_are_told_once(tmp_path: Path, caplog: pytest
         )
     assert [record["sample_id"] for record in read_all(tmp_path)] == ["c", "c"]
     (message,) = caplog.messages
-    assert "left out 4 record(s) of format version 0, unknown; this pqbench reads version 1" in message
+    assert "left out 4 record(s) of format version 0, unknown; this pqbench reads 1, 2" in message
     assert set(RecordFile(folder).outcomes()) == {"c"}
     assert RecordFile(folder).append(row("a"))
 
