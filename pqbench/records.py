@@ -51,6 +51,7 @@ class RecordFile:
     _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _offset: int = field(default=0, init=False, repr=False)
     _inode: int = field(default=-1, init=False, repr=False)
+    _home: int | None = field(default=None, init=False, repr=False)  # inode of the folder that was made ready
 
     @classmethod
     def create(cls, root: Path, benchmark: str, model: str, method: str, settings: Mapping[str, Any]) -> RecordFile:
@@ -70,6 +71,7 @@ class RecordFile:
                     write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
                 file._note_environment()
                 file.path.open("ab").close()  # better refused now than after the first measurement
+            file._home = file.folder.stat().st_ino
         except OSError as error:
             raise unwritable(file.folder, error) from error
         return file
@@ -118,6 +120,7 @@ class RecordFile:
         if record["status"] != "ok":
             record["code"] = harness_code()
         line = encode(record)
+        self._check_home()
         try:
             with self.lock():
                 self._catch_up()
@@ -135,6 +138,16 @@ class RecordFile:
         except OSError as error:
             raise unwritable(self.folder, error) from error
         return True
+
+    def _check_home(self) -> None:
+        """Raises DataError when the folder was deleted or replaced since it was made ready: what is written now would
+        lie there without its configuration, and what was written is gone."""
+        present = self.folder.stat().st_ino if self.folder.is_dir() else None
+        if self._home is not None and present != self._home:
+            raise DataError(
+                f"{self.folder} was deleted or replaced while this run wrote to it; {len(self._written)} record(s) of "
+                "it are gone: the same command measures them again"
+            )
 
     def _catch_up(self) -> None:
         """Read what the file gained since this object last looked; all of it at first. Call with the lock held."""
