@@ -21,12 +21,12 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
-from pqbench.config import check_yamls, conf_folder, explain, model_source, opened
+from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
 from pqbench.identity import method_code
 from pqbench.kernels.backend import BODIES, kernels
-from pqbench.method import Method, compensated
+from pqbench.method import Budget, Method, compensated
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
@@ -100,6 +100,7 @@ def prepare() -> None:
 def run_config(config: DictConfig) -> list[str]:
     """One job of a composed configuration. Returns the failures, one line each."""
     check_options(config)
+    own_budgets(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -179,6 +180,8 @@ def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:
         value = getattr(method, name)
         if isinstance(value, Method):  # one method around another
             found[name] = whole(given.get(name, {}), value)
+        elif isinstance(value, Budget) and isinstance(given.get(name), Mapping):
+            found[name] = {option: getattr(value, option, was) for option, was in given[name].items()}
         elif name not in given and type(value) in (bool, int, float, str, type(None)):
             found[name] = value
     return found

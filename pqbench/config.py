@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pqbench.errors import ConfigError, PqbenchError
@@ -19,7 +19,8 @@ from pqbench.models import LoadedModel, ModelSource
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
 _FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
 _PROMPTS = ("chat", "chat_options")  # of the group model: what prompts are made with
-_OPEN = ("model.chat_options.",)  # names below these are the user's own
+_OPEN = ("model.chat_options.", "budgets.")  # names below these are the user's own
+_OWN_BUDGET = re.compile(r"^methods\.(\w+)\.budget\.(?=\w+=)")
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
@@ -31,8 +32,33 @@ def conf_folder() -> Path:
 
 
 def opened(arguments: Sequence[str]) -> list[str]:
-    """Command line arguments in the form in which Hydra takes names that no yaml has: ``++`` before them."""
-    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in arguments]
+    """Command line arguments in the form in which Hydra takes names that no yaml has, ``++`` before them. Fields of the
+    budget of one method, which Hydra cannot set inside an interpolation, are collected in ``budgets``."""
+    own = [_OWN_BUDGET.sub(r"budgets.\1.", argument) for argument in arguments]
+    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in own]
+
+
+def own_budgets(config: DictConfig) -> None:
+    """Give every method whose budget has fields of its own the common budget with these fields, in place.
+
+    Raises:
+        ConfigError: fields for a method that is not there, or that has no budget.
+    """
+    fields = dict(config.get("budgets") or {})
+    with open_dict(config):
+        for name, node in config.methods.items():
+            written = OmegaConf.to_container(node, resolve=False).get("budget")
+            own = dict(written) if isinstance(written, dict) and "_target_" not in written else {}
+            own |= fields.pop(name, {})
+            if not own:
+                continue
+            if written is None:
+                raise ConfigError(f"methods.{name} has no budget of its own to set: see its fields with --cfg job")
+            if ("tokens" in own) != ("ratio" in own):  # one of the two counts
+                own["ratio" if "tokens" in own else "tokens"] = None
+            node.budget = OmegaConf.merge(config.budget, own)
+    if fields:
+        raise ConfigError(f"budgets.{next(iter(fields))}: no method of that name runs here")
 
 
 def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:

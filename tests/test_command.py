@@ -72,7 +72,9 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["method=pqcache", "budget.ratio=-0.1"], ["budget.ratio is -0.1", "(0, 1]"]),
     (["method=pqcache", "budget.ratio=1.01"], ["budget.ratio is 1.01", "(0, 1]"]),
     (["method=pqcache", "budget.ratio=abc"], ["budget"]),
-    (["method=pqcache", "budget.tokens=100"], ["exactly one of budget.tokens and budget.ratio"]),
+    (["method=pqcache", "budget.tokens=100", "budget.ratio=0.2"], ["exactly one of budget.tokens and budget.ratio"]),
+    (["method=full", "methods.full.budget.ratio=0.2"], ["methods.full has no budget"]),
+    (["method=full", "methods.h2o.budget.ratio=0.2"], ["budgets.h2o: no method of that name runs here"]),
     (["method=pqcache", "budget.ratio=null", "budget.tokens=20"], ["budget.tokens is 20", "below sink + window"]),
     (["method=h2o", "budget.window=40", "budget.minimum=1"], ["h2o", "is below sink 32 + window 40"]),
     (["method=[full,h2o]", "budget.ratio=null", "budget.tokens=5000"], ["h2o", "5000, above the longest context"]),
@@ -190,6 +192,29 @@ def test_options_of_the_chat_template_reach_it_and_the_key(command: Command, tmp
         assert command(f"model.chat_options.enable_thinking={value}").code == 0
     saved = [yaml.safe_load(path.read_text()) for path in (tmp_path / "results").rglob("config.yaml")]
     assert sorted(config["model"]["chat_options"]["enable_thinking"] for config in saved) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (["methods.h2o.budget.ratio=0.5"], {"h2o": "50 %", "sparq": "25 %"}),
+        (["methods.h2o.budget={ratio: 0.5}"], {"h2o": "50 %", "sparq": "25 %"}),
+        (["methods.h2o.budget.tokens=90"], {"h2o": "90 tokens", "sparq": "25 %"}),
+        (["methods.sparq.budget.sink=4", "methods.h2o.budget.tokens=90"], {"h2o": "90 tokens", "sparq": "25 %"}),
+    ],
+)
+def test_a_method_may_have_a_budget_of_its_own(
+    command: Command, tmp_path: Path, given: list[str], labels: dict[str, str]
+) -> None:
+    assert command("method=[h2o,sparq]", "budget.ratio=0.25", *given).code == 0
+    assert {record["method"]: record["budget"] for record in read_all(tmp_path / "results")} == labels
+
+
+def test_tokens_need_no_ratio_of_null_and_are_the_same_run_with_it(command: Command, tmp_path: Path) -> None:
+    assert command("method=sparq", "budget.tokens=100").code == 0
+    assert "0 measured" in command("method=sparq", "budget.tokens=100", "budget.ratio=null").out
+    (record,) = read_all(tmp_path / "results")
+    assert record["attended_tokens"] == 100
 
 
 def test_only_a_deleted_sample_runs_again(command: Command, tmp_path: Path) -> None:
