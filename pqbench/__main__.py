@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets
 from pqbench.errors import ConfigError
+from pqbench.field_types import check_fields
 from pqbench.heartbeat import heartbeat
 from pqbench.identity import method_code
 from pqbench.kernels.backend import BODIES, kernels
@@ -51,20 +53,26 @@ KEYED = (
 )  # what a figure depends on besides the method
 
 
+MOST_THREADS = 16  # per core; more only wait for each other
+
+
 def main() -> None:
     """Entry point of ``python -m pqbench`` and of the console script. Exits 0, 1 on any failure, 130 on Ctrl-C."""
+    if "--version" in sys.argv[1:]:
+        sys.stdout.write(f"pqbench {version('pqbench')}\n")
+        sys.exit(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through; they are put into one line here
     prepare()
     failures = Failures()
 
     def task(config: DictConfig) -> None:
         prepare()  # launchers run this in processes of their own
-        if config.debug:
+        if config.debug is True:
             log.setLevel(logging.DEBUG)  # a sample that fails is a record, and its traceback a message
         try:
             lines = run_config(config)
         except Exception as error:  # a sweep goes on past any failing cell
-            if config.debug:
+            if config.debug is True:
                 raise
             log.error(explain(error))
             lines = [explain(error)]
@@ -102,6 +110,8 @@ def run_config(config: DictConfig) -> list[str]:
     check_options(config)
     own_budgets(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    for group in ("budget", "store", "model", "benchmark", "methods"):
+        check_fields(plain[group], group)
     if config.threads:
         torch.set_num_threads(config.threads)
     methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
@@ -166,11 +176,21 @@ def check_options(config: DictConfig) -> None:
         raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
+    for option in ("overlap", "retry_failed", "debug"):
+        if type(config[option]) is not bool:
+            raise ConfigError(f"{option} is {config[option]!r}: use true or false")
+    if not isinstance(config.results, str) or not config.results.strip():
+        raise ConfigError("results is empty: name the folder that records go to, e.g. results=results")
     for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
         value, optional = config[option], option != "probe_tokens"
         if not (value is None and optional) and not (type(value) is int and value >= least):
             choices = f"a whole number from {least} up" + (", or null" if optional else "")
             raise ConfigError(f"{option} is {value!r}: use {choices}")
+    most = MOST_THREADS * (os.cpu_count() or 1)
+    if (config.threads or 0) > most:
+        raise ConfigError(
+            f"threads is {config.threads}, but this machine has {os.cpu_count()} cores: use {most} at most"
+        )
 
 
 def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:

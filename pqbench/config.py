@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def check_yamls(folder: Path, methods: Mapping[str, Any]) -> None:
                               f"methods.{name}._target_")  # fmt: skip
 
 
+def meant(name: str, known: Iterable[Any]) -> str:
+    """``, did you mean ...?`` where one of the known names is much like this one."""
+    close = get_close_matches(
+        name, [str(one) for one in (*known, "method", "budget", "model", "store", "benchmark")], 1
+    )
+    return f", did you mean {close[0]}?" if close else ""
+
+
 def explain(error: BaseException) -> str:
     """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -109,7 +118,7 @@ def explain(error: BaseException) -> str:
         if group == "hydra/launcher":
             return f"there is no launcher {name!r} here: `make setup-sweep` installs those of docs/sweeps.md"
         known = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        return f"there is no {group or 'config'} {name!r}: use one of {', '.join(known)}"
+        return f"there is no {group or 'config'} {name!r}{meant(name, known)}: use one of {', '.join(known)}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, PqbenchError):
@@ -118,7 +127,8 @@ def explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     absent, foreign = _ABSENT.match(text), _FOREIGN.search(text)
     if absent:
-        return f"there is no option {absent[1]} here: the same command with `--cfg job` shows those there are"
+        hint = meant(absent[1], OmegaConf.load(conf_folder() / "config.yaml"))
+        return f"there is no option {absent[1]} here{hint}: the same command with `--cfg job` shows those there are"
     if foreign:
         return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists those it has"
     return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def measured(results: Path) -> dict[Path, bytes]:
 
 METHODS = "full, h2o, infllm, magicpig, oracle"
 BAD: list[tuple[list[str], list[str]]] = [
+    (["methd=full"], ["there is no option methd", "did you mean method?"]),
+    (["benchmark=nedle"], ["there is no benchmark 'nedle', did you mean needle?"]),
     (["method=nope"], ["there is no method 'nope'", METHODS]),
     (["method=[full,nope]"], ["there is no method 'nope'", METHODS]),
     (["model=nope"], ["there is no model 'nope'", "smollm2, tiny"]),
@@ -73,6 +76,21 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["method=pqcache", "budget.ratio=1.01"], ["budget.ratio is 1.01", "(0, 1]"]),
     (["method=pqcache", "budget.ratio=abc"], ["budget"]),
     (["method=pqcache", "budget.tokens=100", "budget.ratio=0.2"], ["exactly one of budget.tokens and budget.ratio"]),
+    (["method=pqcache", "budget.ratio=[0.1,0.2]"], ["budget.ratio is [0.1, 0.2]", "use a number or null"]),
+    (["method=pqcache", "budget.ratio=.inf"], ["budget.ratio is '.inf'", "use a number or null"]),
+    (["method=pqcache", "methods.pqcache.m=two"], ["methods.pqcache.m is 'two'", "use a whole number"]),
+    (["method=pqcache", "methods.pqcache.b=2.5"], ["methods.pqcache.b is 2.5", "use a whole number"]),
+    (["method=pqcache", "budget.tokens=1e2"], ["budget.tokens is 100.0", "use a whole number or null"]),
+    (["method=pqcache", "budget.grow=maybe"], ["budget.grow is 'maybe'", "use true or false"]),
+    (["benchmark.seed=abc"], ["benchmark.seed is 'abc'", "use a whole number"]),
+    (["benchmark.max_new_tokens=0"], ["benchmark.max_new_tokens is 0", "at least 1"]),
+    (["benchmark.max_new_tokens=100000"], ["benchmark.max_new_tokens is 100000", "the model takes 4096"]),
+    (["benchmark.per_cell=0"], ["benchmark.per_cell is 0", "at least 1"]),
+    (["overlap=abc"], ["overlap is 'abc'", "use true or false"]),
+    (["retry_failed=1"], ["retry_failed is 1", "use true or false"]),
+    (["debug=7"], ["debug is 7", "use true or false"]),
+    (["threads=1000000"], ["threads is 1000000", "cores: use"]),
+    (["results="], ["results is empty"]),
     (["method=full", "methods.full.budget.ratio=0.2"], ["methods.full has no budget"]),
     (["method=full", "methods.h2o.budget.ratio=0.2"], ["budgets.h2o: no method of that name runs here"]),
     (["method=pqcache", "budget.ratio=null", "budget.tokens=20"], ["budget.tokens is 20", "below sink + window"]),
@@ -215,6 +233,10 @@ def test_tokens_need_no_ratio_of_null_and_are_the_same_run_with_it(command: Comm
     assert "0 measured" in command("method=sparq", "budget.tokens=100", "budget.ratio=null").out
     (record,) = read_all(tmp_path / "results")
     assert record["attended_tokens"] == 100
+
+
+def test_the_version_is_pqbenchs(command: Command) -> None:
+    assert command("--version").out == f"pqbench {version('pqbench')}\n"
 
 
 def test_only_a_deleted_sample_runs_again(command: Command, tmp_path: Path) -> None:
