@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from methods.full import Full
 from pqbench import generate
-from pqbench.__main__ import as_ever
 from pqbench.config import conf_folder, load_model, model_source
 from pqbench.errors import ModelError
 from pqbench.models import Pretrained, Random, byte_tokenizer, shape_config
@@ -165,13 +164,3 @@ def test_latency_says_that_its_weights_are_random(tmp_path: Path) -> None:
     assert record["dtype"] == "bfloat16"
     assert "score" not in record
     assert "random weights" in " ".join(done.stdout.split())
-
-
-def test_keys_of_records_are_as_before_these_options() -> None:
-    """Records made before ``weights``, ``shape`` and ``profile`` existed are found again; with them they are others."""
-    before = {"_target_": "x", "name": "llama31_8b", "path": "p"}
-    assert as_ever({**before, "weights": "pretrained", "shape": {"hidden_size": 1}}) == before
-    random = {**before, "weights": "random", "shape": {"hidden_size": 1}}
-    assert as_ever(random) == random
-    assert as_ever({"contexts": [1], "profile": False}) == {"contexts": [1]}
-    assert as_ever({"contexts": [1], "profile": True}) == {"contexts": [1], "profile": True}
