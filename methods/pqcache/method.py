@@ -146,11 +146,12 @@ class PQCacheState(LayerState):
         if self.codebook is None or self.codes is None:
             return Selection()
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
-        body = self.geometry.kernels
-        codes = self._codes(kv)
-        scores = body.pq_probabilities(q, self.codebook, codes, self.geometry.scaling)  # [B, H, middle]
-        top = body.top_k(scores, split.top_k)
-        return Selection(split.around(split.sink + top, kv.length))
+        first, stop = split.middle(kv.length)
+        indices = self.geometry.kernels.pq_select(
+            q, self.codebook, self._codes(kv), self.geometry.scaling, split.sink, split.top_k, kv.length, stop - first,
+            min(split.total, kv.length),
+        )  # fmt: skip
+        return Selection(indices)
 
     def _cover(self, kv: KV) -> None:
         """Give every middle token a code."""
