@@ -12,7 +12,7 @@ from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu_fetch import copy_tile
 from pqbench.kernels.gpu_launch import blocks as tiles
 from pqbench.kernels.gpu_launch import on, options, power, read
-from pqbench.kernels.gpu_rows import ROWS, WIDTH
+from pqbench.kernels.gpu_rows import tile
 from pqbench.kernels.reference_blocks import Residency
 from pqbench.kernels.reference_rows import Blocks, HostTokens
 
@@ -121,11 +121,11 @@ def vacate_rows(
     """See :func:`pqbench.kernels.reference_rows.vacate_rows`."""
     batch, heads, number = indices.shape
     owners, every = blocks.where.shape
-    width = table.shape[1] * table.shape[2]
+    sizes = tile(table.shape[1] * table.shape[2], table.dtype)
     with on(table):
-        save_rows[(tiles(number, ROWS), batch * heads)](
+        save_rows[(tiles(number, sizes["block_n"]), batch * heads)](
             indices.contiguous(), slots, table, blocks.where, number, resident, staging, batch * heads // owners, every,
-            blocks.size, blocks.first, width=width, block_n=ROWS, block_w=min(power(width), WIDTH), **options(),
+            blocks.size, blocks.first, **sizes, **options(),
         )  # fmt: skip
 
 
@@ -139,9 +139,9 @@ def copy_moved(
 ) -> None:  # fmt: skip
     """A few rows of one block for one head; see :func:`pqbench.kernels.reference_rows.copy_blocks`."""
     pair, move = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    entry = moves + ((pair // shared) * most + move) * 2
-    block, slot = tl.load(entry), tl.load(entry + 1)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    entry = moves + ((pair // shared) * most + move) * 2 + n * 0
+    block, slot = tl.load(entry), tl.load(entry + 1)
     token = block * size + n
     seen = (block >= 0) & (n < size) & (token >= start) & (token < stop)
     place = pair * resident + first + slot * size + n
@@ -152,10 +152,10 @@ def copy_moved(
 def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
     """See :func:`pqbench.kernels.reference_rows.copy_blocks`."""
     owners, most = moves.shape[:2]
-    pairs, width = tokens.rows.shape[0] * tokens.rows.shape[1], table.shape[1] * table.shape[2]
+    pairs = tokens.rows.shape[0] * tokens.rows.shape[1]
+    sizes = tile(table.shape[1] * table.shape[2], table.dtype)
     with on(table):
-        copy_moved[(tiles(blocks.size, ROWS), pairs, most)](
+        copy_moved[(tiles(blocks.size, sizes["block_n"]), pairs, most)](
             moves, tokens.rows, tokens.more, table, most, pairs // owners, resident, tokens.start, tokens.middle,
-            tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], blocks.size, blocks.first, width=width,
-            block_n=ROWS, block_w=min(power(width), WIDTH), **options(),
+            tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], blocks.size, blocks.first, **sizes, **options(),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu_launch import blocks as tiles
 from pqbench.kernels.gpu_launch import dense_rows, on, options, outer, power, read, rows_of
-from pqbench.kernels.gpu_rows import ROWS, WIDTH
+from pqbench.kernels.gpu_rows import tile
 from pqbench.kernels.reference_rows import Blocks, HostTokens
 
 
@@ -116,15 +116,15 @@ def fetch_rows(
     """See :func:`pqbench.kernels.reference_rows.fetch_rows`; tokens that do not exist are not copied."""
     batch, heads, number = indices.shape
     slots = torch.empty(batch, heads, number, dtype=torch.int64, device=indices.device)
-    width, known = table.shape[1] * table.shape[2], blocks is not None
+    sizes, known = tile(table.shape[1] * table.shape[2], table.dtype), blocks is not None
     where, counts = (blocks.where, blocks.counts) if blocks is not None else (slots, slots)
     owners, every = blocks.where.shape if blocks is not None else (1, 0)
     with on(table):
-        find_and_copy[(tiles(number, ROWS), batch * heads)](
+        find_and_copy[(tiles(number, sizes["block_n"]), batch * heads)](
             indices.contiguous(), local, table, slots, tokens.rows, tokens.more, tally, where, counts,
             number if count is None else count, number, len(local), resident, staging, tokens.start, tokens.middle,
             tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], batch * heads // owners, every,
             blocks.size if blocks is not None else 1, blocks.first if blocks is not None else 0, cached=known,
-            width=width, block_n=ROWS, block_w=min(power(width), WIDTH), **options(),
+            **sizes, **options(),
         )  # fmt: skip
     return slots

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pqbench.kernels.gpu_launch import blocks, on, options, outer, power, rows_of
 
-ROWS = 8  # rows that one program copies
-WIDTH = 512  # numbers of a row that are copied at once
+_TILE = 4096  # bytes that one program has on the way at once: two loads of 16 for each of its threads
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -65,13 +65,19 @@ def _copy(source: Tensor, indices: Tensor | None, target: Tensor) -> None:
         return
     (batch, heads, count), width = target.shape[:3], source.shape[3:].numel()
     unit, strides = outer(source, target)
+    sizes = tile(width, target.dtype)
     with on(target, source):
-        copy_rows[(blocks(count, ROWS), batch * heads)](
+        copy_rows[(blocks(count, sizes["block_n"]), batch * heads)](
             source, source if indices is None else indices, target, *strides, heads, count, unit=unit,
             source_row=source.stride(2), source_step=_step(source), target_row=target.stride(2),
-            target_step=_step(target), given=indices is not None, width=width, block_n=ROWS,
-            block_w=min(power(width), WIDTH), **options(),
+            target_step=_step(target), given=indices is not None, **sizes, **options(),
         )  # fmt: skip
+
+
+def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """How rows of ``width`` numbers are copied: ``block_n`` by one program, ``block_w`` numbers of them at a time."""
+    block_w = min(power(width), _TILE // dtype.itemsize)
+    return {"width": width, "block_n": _TILE // (block_w * dtype.itemsize), "block_w": block_w}
 
 
 def _step(rows: Tensor) -> int:

@@ -155,13 +155,11 @@ def admit(frequent: bool, device: torch.device, scale: int) -> None:
         tallies.append(torch.zeros(1, dtype=torch.int64, device=device))
     generator = torch.Generator().manual_seed(3)
     for step in range(25):
-        wishes = (torch.rand(owners, every, generator=generator) * 4).int() * (
-            torch.rand(owners, every, generator=generator) < 0.4
-        )
+        wishes = ((torch.rand(owners, every, generator=generator) * 7).int() - 3).clamp(min=0)
         complete: int | Tensor = min(every, 8 + step)
         if step % 2:
             complete = torch.tensor([complete], dtype=torch.int32, device=device)
-        counts = [wishes.int().to(device), wishes.int().to(device)]
+        counts = [wishes.clone().to(device) for _ in range(2)]
         most = 3 if step % 5 else 9
         moves = [
             each.admit_blocks(counts[i], complete, most, frequent, states[i], tallies[i])
