@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.buffers import GrowingBuffer
-from pqbench.method import KV, Arrival, Budget, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
+from pqbench.method import KV, Arrival, Budget, Check, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
 
 _AHEAD = 16  # tokens encoded at once
 
@@ -127,6 +127,7 @@ class PQCacheState(LayerState):
         self.arriving: Arrival | None = None
         self.ahead = Ahead()
         self.iterations = 0
+        self.finite: Tensor | None = None  # bool [], whether the keys of the codebook were; the device may not know yet
         problems = geometry.batch * geometry.kv_heads * method.m
         known = geometry.calibration if method.needs_calibration else None
         self.fit = None if known is None else known.clustering(problems, geometry.head_dim // method.m, 2**method.b)
@@ -194,10 +195,13 @@ class PQCacheState(LayerState):
         self.codes = GrowingBuffer(codes.to(kv.device if self.method.codes_on == "device" else "cpu"))
 
     def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codebook and codes of keys ``[B, H, S, D]``, made where they lie; raises ConfigError when they are not
-        finite."""
-        if not bool(keys.isfinite().all()):
-            raise ConfigError(f"layer {self.geometry.layer} has keys that are NaN or infinite: try model.dtype=float32")
+        """Codebook and codes of keys ``[B, H, S, D]``, made on their device by the body for it. Keys that are not
+        finite raise ConfigError at once on the CPU; on a GPU, which is not waited for here, see :attr:`checks`."""
+        # NaN is both the smallest and the largest. A mask of isfinite() would be as large as the keys.
+        extremes = torch.stack(keys.aminmax())
+        self.finite = extremes.isfinite().all()
+        if keys.device.type == "cpu" and not bool(self.finite):
+            raise ConfigError(self.checks[0].message)
         method, clusters = self.method, 2**self.method.b
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
@@ -211,6 +215,13 @@ class PQCacheState(LayerState):
         if calibration is None or self.fit is None:
             return 10  # nobody measured this hardware
         return adaptive_iterations(calibration.idle_seconds(self.geometry.prompt), self.fit, points)
+
+    @property
+    def checks(self) -> list[Check]:
+        if self.finite is None:
+            return []
+        layer = self.geometry.layer
+        return [Check(self.finite, f"layer {layer} has keys that are NaN or infinite: try model.dtype=float32")]
 
     @property
     def facts(self) -> dict[str, float]:
