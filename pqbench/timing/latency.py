@@ -22,6 +22,7 @@ from pqbench.method import Method
 from pqbench.prompt import Prefilled, geometry, prefill
 from pqbench.records import Record
 from pqbench.run import check_alive, check_methods
+from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
 from pqbench.timing.dense import body_name
 from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
@@ -122,7 +123,8 @@ class Latency(Measurement):
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
-        job.setting.tier.check(max(cell.prompt for cell in cells) + self.new_tokens, row_bytes(model, job))
+        tokens, need = max(cell.prompt for cell in cells) + self.new_tokens, Need(model.device, reserve=self.new_tokens)
+        job.setting.tier.check(tokens, row_bytes(model, job), need)
 
     def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
         """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
