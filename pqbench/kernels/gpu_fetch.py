@@ -65,13 +65,14 @@ def append_rows(
 def copy_tile(
     rows: tl.tensor, row: tl.tensor, table: tl.tensor, place: tl.tensor, seen: tl.tensor, width: tl.constexpr,
     block_w: tl.constexpr,
-) -> None:  # fmt: skip
-    """Rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` of a dense table, where ``seen``."""
+) -> tl.tensor:  # fmt: skip
+    """Rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` of a dense table, where ``seen``; how many, int64."""
     for start in tl.static_range(0, width, block_w):
         w = start + tl.arange(0, block_w)
         inside = seen[:, None] & (w < width)[None, :]
         moved = tl.load(rows + row[:, None] * width + w[None, :], mask=inside)
         tl.store(table + place[:, None] * width + w[None, :], moved, mask=inside)
+    return tl.sum(seen.to(tl.int64), 0)
 
 
 @triton.jit(do_not_specialize=[
@@ -102,11 +103,12 @@ def find_and_copy(
     missing = here & (row < 0)
     place = staging.to(tl.int64) + pair * number + n
     tl.store(slots + pair * number + n, tl.where(row >= 0, pair * resident + row, place), mask=n < number)
-    copied, asked = tl.sum(missing.to(tl.int64), 0), tl.sum(here.to(tl.int64), 0)
+    early, late = missing & (token < middle), missing & (token >= middle)
+    copied = copy_tile(rows, pair * held + token - start, table, place, early, width, block_w)
+    copied += copy_tile(more, pair * held_more + token - middle, table, place, late, width, block_w)
+    asked = tl.sum(here.to(tl.int64), 0)
     tl.atomic_add(tally, copied, mask=copied > 0)
     tl.atomic_add(tally + 1, asked, mask=asked > 0)
-    copy_tile(rows, pair * held + token - start, table, place, missing & (token < middle), width, block_w)
-    copy_tile(more, pair * held_more + token - middle, table, place, missing & (token >= middle), width, block_w)
 
 
 def fetch_rows(
