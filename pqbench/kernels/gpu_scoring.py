@@ -231,7 +231,7 @@ def scan(
             q, codebook, codes, only, tables, scores, part_lse, counters, q.stride()[:3], codes.stride()[:3], heads,
             given, count, float(scaling), clusters=clusters, parts=parts, group=group, width=width, lanes=lanes,
             block_k=min(launch.power(clusters), max(1, _LOGITS // block_w)), block_w=block_w,
-            block_n=max(64, _LOGITS // lanes), **launch.options(16),
+            block_n=max(64, _LOGITS // (lanes if parts <= 4 else 2 * lanes)), **launch.options(16),
         )  # fmt: skip
     return scores, part_lse, counters
 
@@ -279,7 +279,7 @@ def sum_over_group(
     with launch.on(q):
         sum_group[(batch * heads, pieces_for(batch * heads, q.device))](
             scores, part_lse, only, sums, histograms, given, given if count is None else count, part_lse.shape[2],
-            group=q.shape[2], lanes=lanes, most=launch.MOST_SPLITS, unit=UNIT, block_n=max(64, _LOGITS // lanes),
+            group=q.shape[2], lanes=lanes, most=launch.MOST_SPLITS, unit=UNIT, block_n=max(64, _LOGITS // (2 * lanes)),
             **launch.options(8),
         )  # fmt: skip
     return sums

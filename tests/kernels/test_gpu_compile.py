@@ -69,6 +69,15 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         codes = torch.zeros(1, 2, 640, m, dtype=torch.uint8)
         return body.pq_probabilities(query, random(1, 2, m, 2**b, 128 // m), codes, 0.1)
 
+    def select(m: int, b: int, query: Tensor, tensors: bool, heads: int = 2, tokens: int = 640) -> object:
+        codes, kept = torch.empty(1, heads, tokens, m, dtype=torch.uint8), torch.ones(1, heads, dtype=torch.bool)
+        book = random(1, heads, m, 2**b, 128 // m)
+        if not tensors:
+            return body.pq_select(query, book, codes, 0.1, 4, 64, tokens + 8, tokens, 80)
+        four, many, every, middle = (torch.tensor([n], dtype=torch.int32) for n in (4, 64, tokens + 8, tokens))
+        out = torch.zeros(1, heads, 80, dtype=torch.int64)
+        return body.pq_select(query, book, codes, 0.1, four, many, every, middle, 80, kept, out)
+
     def search(m: int, b: int, query: Tensor) -> object:
         starts, waiting = (
             torch.zeros(1, 2, 2 ** (m * b) + 1, dtype=torch.int32),
@@ -91,6 +100,14 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         "pq_probabilities, m=4": lambda: score(4, 8, q),
         "pq_probabilities, G=1": lambda: score(4, 8, mha),
         "pq_probabilities, G=32": lambda: score(4, 8, random(1, 2, 32, 128, dtype=dtype)),
+        "pq_select, 2x6": lambda: select(2, 6, q, False),
+        "pq_select, 4x8": lambda: select(4, 8, q, False),
+        "pq_select, 4x8, numbers on the device": lambda: select(4, 8, q, True),
+        "pq_select, 2x6, G=1": lambda: select(2, 6, mha, True),
+        "pq_select, 4x8, G=7": lambda: select(4, 8, random(1, 2, 7, 128, dtype=dtype), False),
+        "pq_select, 4x8, G=32": lambda: select(4, 8, random(1, 2, 32, 128, dtype=dtype), False),
+        "pq_select, 8x8": lambda: select(8, 8, q, False),
+        "pq_select, 16x4": lambda: select(16, 4, q, False),
         "best_of_cells, 2x6": lambda: search(2, 6, q),
         "best_of_cells, 2x8, G=1": lambda: search(2, 8, mha),
         "train_codebook, m=2": lambda: body.train_codebook(keys, 2, 64, 1, 0),
