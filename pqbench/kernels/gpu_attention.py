@@ -30,8 +30,8 @@ def attend_part(
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     g, d, lane = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
     queries = q + sequence * q_strides[0] + head * q_strides[1] + g * q_strides[2]
-    first_key = rows_of(keys, key_batch, key_head, pair, heads, unit)
-    first_value = rows_of(values, value_batch, value_head, pair, heads, unit)
+    first_key = rows_of(keys, (key_batch, key_head), pair, heads, unit)
+    first_value = rows_of(values, (value_batch, value_head), pair, heads, unit)
     top = tl.full([block_g], float("-inf"), tl.float32)
     total = tl.zeros([block_g], tl.float32)
     output = tl.zeros([block_g, block_d], tl.float32)
@@ -120,9 +120,10 @@ def attention(
             q, keys, values, None if indices is None else indices.contiguous(),
             None if visible is None else visible.expand(shape).contiguous().view(torch.uint8),
             None if log_weights is None else log_weights.float().expand(shape).contiguous(), weights, part, part_lse,
-            q.stride()[:3], *outer, keys.stride(2), values.stride(2), heads, given, given if count is None else count,
-            float(scaling), unit=unit, group=group, width=width, chunk=launch.chunk_for(width, precision),
-            precision=precision, value_precision="tf32x3" if values.dtype == torch.float32 else "tf32",
+            q.stride()[:3], *outer[0], *outer[1], keys.stride(2), values.stride(2), heads, given,
+            given if count is None else count, float(scaling), unit=unit, group=group, width=width,
+            chunk=launch.chunk_for(width, precision), precision=precision,
+            value_precision="tf32x3" if values.dtype == torch.float32 else "tf32",
             block_g=launch.power(group, 16), block_n=block_n, block_d=block_d, **launch.options(),
         )  # fmt: skip
         merge_parts[(batch * heads, group)](

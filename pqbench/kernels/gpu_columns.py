@@ -33,10 +33,10 @@ def row_lse(
     lane = tl.program_id(1)
     i = tl.program_id(0) * block_q + tl.arange(0, block_q)
     position = total - count + i
-    first_q = rows_of(q, q_batch, q_head, lane // group, heads, q_unit)
+    first_q = rows_of(q, (q_batch, q_head), lane // group, heads, q_unit)
     first_q += (lane % group).to(tl.int64) * q_unit * q_group
     queries = first_q + i.to(tl.int64) * q_row
-    first_key = rows_of(keys, key_batch, key_head, lane // group, heads, key_unit)
+    first_key = rows_of(keys, (key_batch, key_head), lane // group, heads, key_unit)
     top, mass = tl.full([block_q], float("-inf"), tl.float32), tl.zeros([block_q], tl.float32)
     earliest = total - count + tl.program_id(0) * block_q
     begin = tl.maximum(0, earliest - band + 1) // block_k * block_k
@@ -64,11 +64,11 @@ def sum_columns(
     pair = tl.program_id(1)
     first = tl.program_id(0) * block_k
     j = first + tl.arange(0, block_k)
-    rows = rows_of(keys, key_batch, key_head, pair, heads, key_unit) + j.to(tl.int64) * key_row
+    rows = rows_of(keys, (key_batch, key_head), pair, heads, key_unit) + j.to(tl.int64) * key_row
     begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # queries from the first key on,
     end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # until the last key leaves the band
     received = tl.zeros([block_k], tl.float32)
-    first_q = rows_of(q, q_batch, q_head, pair, heads, q_unit)
+    first_q = rows_of(q, (q_batch, q_head), pair, heads, q_unit)
     for g in range(group):
         for start in range(begin, end, block_q):
             i = start + tl.arange(0, block_q)
@@ -92,7 +92,7 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     precision = precision_for(q, keys)
     block_q, block_k = (32 if precision == "tf32x3" else 64), 64
     (q_unit, q_outer), (key_unit, key_outer) = launch.outer(q, axes=3), launch.outer(keys)
-    strides = (*q_outer, *key_outer, q.stride(3), keys.stride(2))
+    strides = (*q_outer[0], *key_outer[0], q.stride(3), keys.stride(2))
     sizes = (heads, group, count, total, total if band is None else min(band, total), float(scaling))
     shape = {
         "q_unit": q_unit, "key_unit": key_unit, "width": width, "chunk": chunk_for(width, precision),

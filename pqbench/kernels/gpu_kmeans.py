@@ -50,7 +50,7 @@ def assign(
     if live != 0:
         pair, part = problem // parts, problem % parts
         n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-        rows = rows_of(points, point_batch, point_head, pair, heads, unit) + part * width + n.to(tl.int64) * point_row
+        rows = rows_of(points, (point_batch, point_head), pair, heads, unit) + part * width + n.to(tl.int64) * point_row
         best, code = tl.full([block_n], float("-inf"), tl.float32), tl.zeros([block_n], tl.int32)
         for start in range(0, clusters, block_k):
             k = start + tl.arange(0, block_k)
@@ -89,7 +89,7 @@ def sum_clusters(
     if tl.load(active + problem) != 0:
         pair, part = problem // parts, problem % parts
         k, w = tl.program_id(1) * block_k + tl.arange(0, block_k), tl.arange(0, block_w)
-        first = rows_of(points, point_batch, point_head, pair, heads, unit) + part * width
+        first = rows_of(points, (point_batch, point_head), pair, heads, unit) + part * width
         total, members = tl.zeros([block_k, block_w], tl.float32), tl.zeros([block_k], tl.float32)
         stop = tl.minimum(count, (number + 1) * size)
         for start in range(number * size, stop, block_n):
@@ -168,7 +168,7 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
     for step in range(iterations):
         with on(keys):
             sum_clusters[(pieces, blocks(clusters, block_k), problems)](
-                keys, codes, active, sums, sizes, *strides, keys.stride(2), heads, count, size, clusters, unit=unit,
+                keys, codes, active, sums, sizes, *strides[0], keys.stride(2), heads, count, size, clusters, unit=unit,
                 parts=parts, width=width, block_n=block_n, block_k=block_k, block_w=block_w,
                 precision=precision_for(keys), **options(warps),
             )  # fmt: skip
@@ -188,7 +188,7 @@ def _assign(
     count, precision, (unit, strides) = keys.shape[2], precision_for(keys, codebook), outer(keys)
     with on(keys):
         assign[(blocks(count, _POINTS), batch * heads * parts)](
-            keys, codebook, codes, active, moved, *strides, keys.stride(2), heads, count, clusters, unit=unit,
+            keys, codebook, codes, active, moved, *strides[0], keys.stride(2), heads, count, clusters, unit=unit,
             parts=parts, width=width, chunk=chunk_for(width, precision), precision=precision, block_n=_POINTS,
             block_k=min(_CLUSTERS, power(clusters, 16)), **options(),
         )  # fmt: skip

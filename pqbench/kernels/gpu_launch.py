@@ -36,12 +36,10 @@ def share(count: tl.tensor, block: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def rows_of(
-    x: tl.tensor, by_sequence: tl.tensor, by_head: tl.tensor, pair: tl.tensor, heads: tl.tensor, unit: tl.constexpr
-) -> tl.tensor:
-    """Where the rows of a pair of sequence and head begin, given the strides of these in units (:func:`outer`)."""
+def rows_of(x: tl.tensor, outer: tl.tensor, pair: tl.tensor, heads: tl.tensor, unit: tl.constexpr) -> tl.tensor:
+    """Where the rows of a pair of sequence and head begin, given the two strides of these in units (:func:`outer`)."""
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    return x + sequence * unit * by_sequence + head * unit * by_head
+    return x + sequence * unit * outer[0] + head * unit * outer[1]
 
 
 @triton.jit
@@ -123,17 +121,19 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def outer(*tensors: Tensor, axes: int = 2) -> tuple[int, tuple[int, ...]]:
-    """A unit and, one tensor after the other, the strides of their first ``axes`` axes in that unit.
+def outer(*tensors: Tensor, axes: int = 2) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """A unit and, for each of the tensors, the strides of its first ``axes`` axes in that unit.
 
-    Those strides grow with a context, so kernels must not be compiled for their values (they are arguments of their
-    own, since Triton specialises what is inside a tuple whatever it is told); yet wide loads need to know that rows
-    begin at multiples of 16. So it is the unit that a kernel is compiled for: 16 elements where the stride of the next
-    axis, which no length changes, is a multiple of 16 and the outer ones are too, else 1.
+    Those strides grow with a context, so kernels must not be compiled for their values; yet wide loads need to know
+    that rows begin at multiples of 16. So it is the unit that a kernel is compiled for: 16 elements where the stride of
+    the next axis, which no length changes, is a multiple of 16 and the outer ones are too, else 1.
+
+    A kernel takes each stride as an argument of its own, named in ``do_not_specialize``: what a tuple holds Triton
+    specialises whatever it is told.
     """
     strides = [x.stride()[: axes + 1] for x in tensors]
     unit = 16 if all(number % 16 == 0 for row in strides for number in row) else 1
-    return unit, tuple(number // unit for row in strides for number in row[:axes])
+    return unit, tuple(tuple(number // unit for number in row[:axes]) for row in strides)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -107,10 +107,10 @@ def score_codes(
     if number == 0:
         tl.store(counters + pair, 0)
     first, stop = share(awake(read(count), only, pair), block_n)
-    first_code = rows_of(codes, code_batch, code_head, pair, heads, 1)
+    first_code = rows_of(codes, (code_batch, code_head), pair, heads, 1)
     own = tables + here * parts * clusters * lanes
     if first < stop:
-        query = rows_of(q, q_strides[0], q_strides[1], pair, heads, 1)
+        query = rows_of(q, q_strides, pair, heads, 1)
         book = codebook + pair * parts * clusters * width
         fill_tables(query, book, own, q_strides[2], scaling, clusters, parts, group, width, lanes, block_k, block_w)
         tl.debug_barrier()  # threads look up what others of their program have written
@@ -147,8 +147,8 @@ def score_keys(
     """The same from keys ``[B, H, S, D]``."""
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, block_g), tl.arange(0, block_n)
-    queries = rows_of(q, q_strides[0], q_strides[1], pair, heads, 1) + g * q_strides[2]
-    first_key = rows_of(keys, key_batch, key_head, pair, heads, unit)
+    queries = rows_of(q, q_strides, pair, heads, 1) + g * q_strides[2]
+    first_key = rows_of(keys, (key_batch, key_head), pair, heads, unit)
     top, total = tl.full([block_g], float("-inf"), tl.float32), tl.zeros([block_g], tl.float32)
     first, stop = share(count, block_n)
     for start in range(first, stop, block_n):
@@ -247,9 +247,9 @@ def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
     precision, (unit, outer) = launch.precision_for(q, keys), launch.outer(keys)
     with launch.on(q):
         score_keys[(batch * heads, pieces)](
-            q, keys, scores, part_lse, q.stride()[:3], *outer, keys.stride(2), heads, count, float(scaling), unit=unit,
-            group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision), precision=precision,
-            block_g=launch.power(group, 16), block_n=block_n, **launch.options(),
+            q, keys, scores, part_lse, q.stride()[:3], *outer[0], keys.stride(2), heads, count, float(scaling),
+            unit=unit, group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision),
+            precision=precision, block_g=launch.power(group, 16), block_n=block_n, **launch.options(),
         )  # fmt: skip
     return sum_over_group(q, scores, part_lse)
 
