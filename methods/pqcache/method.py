@@ -146,13 +146,19 @@ class PQCacheState(LayerState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         if self.codebook is None or self.codes is None:
             return Selection()
+        return self._best_by_scan(q, self.codebook, self._codes(kv), kv)
+
+    def _best_by_scan(self, q: Tensor, codebook: Tensor, codes: Tensor, kv: KV) -> Selection:
+        """Sinks, window, and the middle tokens that ``codes`` ``[B, H, middle, m]`` put first for q
+        ``[B, H, G, D]``."""
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
-        indices = self.geometry.kernels.pq_select(
-            q, self.codebook, self._codes(kv), self.geometry.scaling, split.sink, split.top_k, kv.length, stop - first,
-            min(split.total, kv.length),
-        )  # fmt: skip
-        return Selection(indices)
+        room = min(split.total, kv.length)
+        return Selection(
+            self.geometry.kernels.pq_select(
+                q, codebook, codes, self.geometry.scaling, split.sink, split.top_k, kv.length, stop - first, room
+            )
+        )
 
     def _cover(self, kv: KV) -> None:
         """Give every middle token a code."""
