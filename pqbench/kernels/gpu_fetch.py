@@ -83,8 +83,8 @@ def copy_tile(
 
 
 @triton.jit(do_not_specialize=[
-    "count", "positions", "resident", "staging", "start", "middle", "stop", "held", "held_more", "shared", "every",
-    "size", "first",
+    "count", "number", "positions", "resident", "staging", "start", "middle", "stop", "held", "held_more", "shared",
+    "every", "size", "first",
 ])  # fmt: skip
 def find_and_copy(
     indices: tl.tensor, local: tl.tensor, table: tl.tensor, slots: tl.tensor, rows: tl.tensor, more: tl.tensor,

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pqbench.kernels.reference_rows import Blocks, HostTokens
+
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
 HALF = torch.bfloat16
@@ -35,7 +37,31 @@ def uses(width: int) -> dict[str, Use]:
     def chosen(n: int) -> Tensor:
         return torch.zeros(1, 2, n, dtype=torch.int64)
 
+    table, tally = rows(999, width).view(-1, 2, width)[:500], torch.zeros(3, dtype=torch.int64)
+
+    def fetch(n: int, known: bool) -> object:
+        host, more = rows(2 * n, width).view(1, 2, n, 2, width), rows(2 * n + 14, width).view(1, 2, n + 7, 2, width)
+        where = torch.zeros(1, n + 5, dtype=torch.int64)
+        blocks = Blocks(where, 16, n, torch.zeros(1, n + 5, dtype=torch.int32)) if known else None
+        tokens = HostTokens(n, 2 * n, host, 2 * n - 1, more)
+        indices, local = chosen(n + 3), torch.zeros(2 * n, dtype=torch.int64)
+        slots = gpu.fetch_rows(indices, local, table, n, 3 * n, tokens, tally, blocks, n)
+        if blocks is not None:
+            gpu.vacate_rows(indices, slots, table, n, 3 * n, blocks)
+            gpu.copy_blocks(torch.zeros(1, 4, 2, dtype=torch.int64), tokens, table, n, blocks)
+        return slots
+
+    def append(n: int, local: Tensor | None) -> None:
+        pairs = rows(2 * n, width).view(1, 2, n, 2, width)
+        gpu.append_rows(rows(1, width), rows(1, width), pairs[..., 0, :], pairs[..., 1, :], n, local, n // 3)
+
     return {
+        "append": lambda n: append(n, None),
+        "append to a ring": lambda n: append(n, chosen(n)),
+        "fetch": lambda n: fetch(n, False),
+        "fetch beside blocks": lambda n: fetch(n, True),
+        "gather": lambda n: gpu.gather(rows(n, width), chosen(5), rows(5, width)),
+        "copy": lambda n: gpu.copy(rows(2 * n, width)[:, :, :n], rows(n, width)),
         "attention": lambda n: gpu.attention(q, rows(n, width), rows(n, width), 0.1),
         "attention of rows": lambda n: gpu.attention(q, rows(n, width), rows(n, width), 0.1, chosen(n)),
         "weights": lambda n: gpu.attention(
@@ -57,7 +83,8 @@ def codes_of(note: Callable[[str, Callable[[], object]], list[Any]], use: Use, l
     return {launch.key for launch in note("", lambda: use(length))}
 
 
-NAMES = ["attention", "attention of rows", "weights", "exact_probabilities", "pq_probabilities", "pq_select", "top_k",
+NAMES = ["append", "append to a ring", "fetch", "fetch beside blocks", "gather", "copy", "attention",
+         "attention of rows", "weights", "exact_probabilities", "pq_probabilities", "pq_select", "top_k",
          "noise", "train_codebook", "encode", "column_sums"]  # fmt: skip
 
 
