@@ -166,7 +166,7 @@ CHECKS: dict[str, Check] = {
     "select nothing": partial(select, Selecting(500, 0)),
     "select all": partial(select, Selecting(5000, 5000)),
     "select many": partial(select, Selecting(9000, 900, scaling=2.0)),
-    "select G=17 m=1": partial(select, Selecting(5000, 20, group=17, parts=1, clusters=5)),
+    "select G=17 m=1": partial(select, Selecting(4200, 20, group=17, parts=1, clusters=5)),
     "select G=1 m=8": partial(select, Selecting(9000, 70, group=1, parts=8, clusters=16)),
     "select equal": partial(select, Selecting(9000, 1000, equal=True)),
     "select peaked": partial(select, Selecting(9000, 2000, scaling=20.0)),
