@@ -23,7 +23,7 @@ from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.backend import kernels
 from pqbench.method import Calibration, Geometry, Method
 from pqbench.store.base import Store
-from pqbench.store.tiers import DeviceTier, Placement, Tier
+from pqbench.store.tiers import DeviceTier, Need, Placement, Tier
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,8 @@ def _open(
     if full:
         known = geometry(model, full[0], groups[0], columns, None, setting)
         row = 2 * known.kv_heads * known.head_dim * model.dtype.itemsize * len(full)
-        setting.tier.check((columns + reserve) * len(mask), row)
+        need = Need(model.device, len(full), reserve * len(mask))
+        setting.tier.check((columns + reserve) * len(mask), row, need)
     return prefilled
 
 
