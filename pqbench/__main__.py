@@ -48,6 +48,7 @@ KEYED = (
     "kernels",
     "overlap",
 )  # what a figure depends on besides the method
+KEYED_WHEN_ON = {"graphs": ("graphs",), "select_ahead": ("select_ahead", "correction")}  # else keys are as ever
 
 
 def main() -> None:
@@ -162,6 +163,11 @@ def check_options(config: DictConfig) -> None:
         raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
+    for option in ("graphs", "select_ahead"):
+        if type(config[option]) is not bool:
+            raise ConfigError(f"{option} is {config[option]!r}: use true or false")
+    if type(config.correction) not in (int, float):
+        raise ConfigError(f"correction is {config.correction!r}: use a number from -1 to 1")
     for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
         value, optional = config[option], option != "probe_tokens"
         if not (value is None and optional) and not (type(value) is int and value >= least):
@@ -187,12 +193,14 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     kernels(device, plain["kernels"]).use_threads(torch.get_num_threads())
     wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
     calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
-    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration)
+    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, plain["graphs"],
+                   plain["select_ahead"], plain["correction"])  # fmt: skip
 
 
 def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str) -> RecordFile:
     """Where a method's records go; the key covers all that can change a figure."""
     settings = {part: plain[part] for part in KEYED}
+    settings |= {part: plain[part] for option, parts in KEYED_WHEN_ON.items() if plain[option] for part in parts}
     settings["method"] = plain["methods"].get(name)
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     return RecordFile.create(results, benchmark, subject, name, settings)

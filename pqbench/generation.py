@@ -13,6 +13,7 @@ from pqbench.attention import attached
 from pqbench.batch import check_length, check_logits
 from pqbench.cache import LayeredCache
 from pqbench.errors import ConfigError
+from pqbench.graphs.steps import GraphedSteps
 from pqbench.group import Group, Meter
 from pqbench.method import Method
 from pqbench.prompt import Prefilled, Setting, forward, now, prefill
@@ -104,10 +105,11 @@ def decode(
     done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)
     tokens: list[Tensor] = []
     steps, asked, logits = [], 0.0, prefilled.logits
+    graphed = _graphed(prefilled, cache, len(question) + max_new_tokens - 1)
     with attached(model):
         for known in question:
             token = torch.full_like(done, known, dtype=torch.long)
-            logits, mask, seconds = _step(prefilled, cache, token, mask, position)
+            logits, mask, seconds = _step(prefilled, cache, token, mask, position, graphed)
             position, asked = position + 1, asked + seconds
         while True:
             token = choose(logits, ends if len(tokens) < min_new_tokens else None)
@@ -117,7 +119,7 @@ def decode(
                 done = done | finished(torch.stack(tokens, 1))
             if len(tokens) == max_new_tokens or bool(done.all()):
                 break
-            logits, mask, seconds = _step(prefilled, cache, tokens[-1], mask, position)
+            logits, mask, seconds = _step(prefilled, cache, tokens[-1], mask, position, graphed)
             position = position + 1
             steps.append(seconds)
     check_logits(logits)  # once: NaN in a token's keys stays, since the window holds it
@@ -128,13 +130,28 @@ def decode(
     return Generation(torch.stack(tokens, 1), ttft, steps, observe, build, pending, cache)
 
 
+def _graphed(prefilled: Prefilled, cache: LayeredCache, more: int) -> GraphedSteps | None:
+    """What captures and replays the steps where the setting asks for it, for at most so many."""
+    if not prefilled.graphs:
+        return None
+
+    def logits(cache: LayeredCache, token: Tensor, position: Tensor) -> Tensor:
+        return forward(prefilled.model, token[:, None], cache, None, position)
+
+    return GraphedSteps(cache, logits, more)
+
+
 def _step(
-    prefilled: Prefilled, cache: LayeredCache, token: Tensor, mask: Tensor | None, position: Tensor
-) -> tuple[Tensor, Tensor | None, float]:
+    prefilled: Prefilled, cache: LayeredCache, token: Tensor, mask: Tensor | None, position: Tensor,
+    graphed: GraphedSteps | None,
+) -> tuple[Tensor, Tensor | None, float]:  # fmt: skip
     """One decode step: logits ``[B, V]``, the mask grown by a column, and the seconds it took."""
     began = now(prefilled.model)
     mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
-    logits = forward(prefilled.model, token[:, None], cache, mask, position)
+    if graphed is None:
+        logits = forward(prefilled.model, token[:, None], cache, mask, position)
+    else:
+        logits = graphed.logits(token, position)
     return logits, mask, now(prefilled.model) - began
 
 

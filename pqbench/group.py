@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
-from pqbench.method import LayerState, Selection
+from pqbench.method import LayerState, Plan, Selection
 from pqbench.store.base import Store
 
 Clock = Callable[[], float]
@@ -88,6 +88,7 @@ class Group:
     state: LayerState
     clock: Clock = time.perf_counter
     meter: Meter = field(default_factory=Meter)
+    length: Tensor | None = None  # with a captured step: rows held, int32 with one element on the device
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store the new token ``[B, H, 1, D]`` and tell the method."""
@@ -119,6 +120,18 @@ class Group:
         self.meter.seconds["append"] += self.clock() - attended
         return output
 
+    def attend_captured(self, q: Tensor) -> Tensor:
+        """:meth:`attend` without its host part: work of the device alone, which a CUDA graph can repeat."""
+        selection = self.state.select(q, self.store)
+        keys, values, rows = self.store.fetch(selection.indices, selection.count)
+        return self._attention(q, selection, keys, values, rows)[0]
+
+    def replayed(self, plan: Plan) -> None:
+        """Count a step that a CUDA graph has done."""
+        self.meter.steps += 1
+        self.meter.attended += self.store.length if plan.attended is None else plan.attended
+        self.meter.index_bytes += self.state.index_bytes
+
     def _attention(
         self, q: Tensor, selection: Selection, keys: Tensor, values: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -130,10 +143,11 @@ class Group:
             keys = reference.rotate(keys, selection.key_shift, geometry.inverse_frequencies)
         visible, added, residual = selection.visible, selection.log_weights, selection.residual
         wanted = self.state.needs_weights
+        count = self.length if selection.count is None else selection.count
         if rows is None and visible is None and added is None and residual is None and not wanted:
-            return geometry.kernels.dense_attention(q, keys, values, geometry.scaling), None
+            return geometry.kernels.dense_attention(q, keys, values, geometry.scaling, count), None
         output, lse, weights = geometry.kernels.attention(
-            q, keys, values, geometry.scaling, rows, visible, wanted, added
+            q, keys, values, geometry.scaling, rows, visible, wanted, added, count
         )
         if residual is not None:
             log_weight = residual.log_weight + lse if residual.relative else residual.log_weight

@@ -18,6 +18,7 @@ from pqbench.attention import attached, rotary_frequencies
 from pqbench.batch import check_logits, check_prompt, group_rows
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
 from pqbench.errors import ConfigError
+from pqbench.graphs.check import check_batch_captured, check_captured, check_methods_ahead
 from pqbench.group import Clock, Group, Observer, Rows
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.threads import stay_alone, usable_cores
@@ -37,12 +38,35 @@ class Setting:
             no index overlaps, so that their times stay apart.
         body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
         calibration: times of this hardware for methods that adapt to it.
+        graphs: capture one decode step in a CUDA graph and replay it for every further token (on the CPU a recording
+            stands for the graph); for methods that can, on batches of prompts of one length.
+        select_ahead: select with the query of the step before, while the layer before computes, and again for KV heads
+            whose query has turned since; for methods that can.
+        correction: a query has turned when its cosine with the one before, averaged over the query heads of a KV head,
+            is at most this; 1 corrects always.
+
+    Raises:
+        ConfigError: ``correction`` is no cosine.
     """
 
     tier: Tier = field(default_factory=DeviceTier)
     overlap: bool = True
     body: str = "auto"
     calibration: Calibration | None = None
+    graphs: bool = False
+    select_ahead: bool = False
+    correction: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.correction <= 1:
+            raise ConfigError(f"correction is {self.correction}: it is a cosine, from -1 to 1")
+
+    def check(self, model: PreTrainedModel, methods: Mapping[str, Method]) -> None:
+        """Raises ConfigError when a method or a model cannot do what is asked for here."""
+        if self.graphs:
+            check_captured(model, methods, self.tier.offloads)
+        if self.select_ahead:
+            check_methods_ahead(methods)
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,7 @@ class Prefilled:
     lengths: Tensor  # [B] tokens of each prompt
     placement: Placement
     workers: ThreadPoolExecutor | None = None
+    graphs: bool = False  # see Setting
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, V] after the last prompt token
     seconds: float = 0.0  # dense prefill, observers excluded
     observe_seconds: list[float] = field(default_factory=list)
@@ -200,12 +225,15 @@ def prefill(
 
     Raises:
         ConfigError: an empty prompt, padding that is not on the left, a prompt longer than the model allows, a model
-            that computes NaN, a tier that this machine does not have or that cannot hold the prompt, or a method with a
-            prefill of its own that is not alone.
+            that computes NaN, a tier that this machine does not have or that cannot hold the prompt, a method with a
+            prefill of its own that is not alone, or a setting that the model, a method or the batch cannot follow.
     """
     setting = Setting() if setting is None else setting
+    setting.check(model, {type(method).__name__: method for method in methods})
     mask, columns = check_prompt(model, input_ids, attention_mask, check_own_prefill(methods)), input_ids.shape[1]
     groups = group_rows(mask)
+    if setting.graphs:
+        check_batch_captured(groups, not bool(mask.all()))
     prefilled = _open(model, methods, groups, mask, columns, reserve, setting)
     both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
     cache = LayeredCache([both[i] for i in range(len(both))])
@@ -250,7 +278,7 @@ def _open(
     prefilled = Prefilled(
         model, methods, groups, {}, sliding_layers(model.config.get_text_config()),
         None if bool(mask.all()) else mask, mask.long().sum(-1), placement,
-        _workers(model, setting) if background else None,
+        _workers(model, setting) if background else None, setting.graphs,
     )  # fmt: skip
     for i in full:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
@@ -343,4 +371,5 @@ def geometry(
         scaling=float(attention.scaling), prompt=columns - rows.padding,
         inverse_frequencies=None if rotary is None else rotary.to(device), layers=len(full), rank=full.index(layer),
         body=setting.body, device=device, calibration=setting.calibration,
+        correction=setting.correction if setting.select_ahead else None,
     )  # fmt: skip

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from methods.pqcache.previous import PreviousQuery
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.buffers import GrowingBuffer
-from pqbench.method import KV, Arrival, Budget, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
+from pqbench.method import (
+    KV,
+    Arrival,
+    Budget,
+    ConfigError,
+    Geometry,
+    LayerState,
+    Method,
+    Number,
+    PaperBudget,
+    Plan,
+    Selection,
+)
 
 _AHEAD = 16  # tokens encoded at once
 
@@ -82,6 +95,12 @@ class PQCache(Method):
             raise ConfigError(f"pqcache.m is {self.m}: it must divide the head dimension {geometry.head_dim}")
         return PQCacheState(self, geometry)
 
+    def why_not_captured(self, offloads: bool) -> str | None:
+        return None if self.codes_on == "device" else "brings more codes over in every step: set codes_on=device"
+
+    def why_not_ahead(self) -> str | None:
+        return None if self.codes_on == "device" else "has no codes on the device ahead of a step: set codes_on=device"
+
     def attends_all(self, context: int) -> bool:
         first, stop = self.budget.resolve(context, context).middle(context)
         return stop - first <= self.clusters
@@ -127,6 +146,8 @@ class PQCacheState(LayerState):
         self.arriving: Arrival | None = None
         self.ahead = Ahead()
         self.iterations = 0
+        self.previous = None if geometry.correction is None else PreviousQuery(geometry.correction)
+        self.room = 0  # of a captured step's selection
         problems = geometry.batch * geometry.kv_heads * method.m
         known = geometry.calibration if method.needs_calibration else None
         self.fit = None if known is None else known.clustering(problems, geometry.head_dim // method.m, 2**method.b)
@@ -141,20 +162,81 @@ class PQCacheState(LayerState):
     def prefetch(self, kv: KV) -> None:
         if self.codes is not None and self.method.codes_on == "host":
             self.arriving = kv.bring(self.codes.view())
+        if self.codes is not None and self.previous is not None and self.previous.query is not None:
+            self._choose_ahead(kv, self.previous)
+
+    def reserve(self, kv: KV, rows: int) -> bool:
+        if self.codes is None or (self.previous is not None and self.previous.query is None):
+            return False
+        self.codes.reserve(rows)
+        self.room = max(self._numbers(length)[-1] for length in (kv.length + 1, rows))
+        if self.previous is not None:
+            batch, heads = self.codes.whole.shape[:2]
+            self.previous.chosen = torch.zeros(batch, heads, self.room, dtype=torch.int64, device=kv.device)
+        return True
+
+    def plan(self, kv: KV, length: int) -> Plan:
+        self._reach(kv, length)
+        numbers = self._numbers(length)
+        if numbers[-1] > self.room:
+            raise RuntimeError(f"a step attends to {numbers[-1]} tokens, but was captured for at most {self.room}")
+        if self.previous is not None:
+            self.previous.steps += 1
+        return Plan(numbers, numbers[-1])
+
+    @property
+    def fixed(self) -> list[Tensor]:
+        held = [] if self.codes is None or self.codebook is None else [self.codebook, self.codes.whole]
+        return held + ([] if self.previous is None else self.previous.fixed)
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         if self.codebook is None or self.codes is None:
             return Selection()
-        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
-        body = self.geometry.kernels
-        codes = self._codes(kv)
-        scores = body.pq_probabilities(q, self.codebook, codes, self.geometry.scaling)  # [B, H, middle]
-        top = body.top_k(scores, split.top_k)
-        return Selection(split.around(split.sink + top, kv.length))
+        previous, only = self.previous, None
+        chosen = None if previous is None else previous.arrived()
+        if previous is not None and chosen is not None:
+            only = previous.turned(q)
+        numbers = self.numbers or self._numbers(kv.length)
+        indices = self._choose(q, self._codes(kv), numbers, only, chosen)
+        if previous is not None:
+            previous.follow(q)
+            if self.numbers is None and only is not None:
+                previous.chosen, previous.steps = None, previous.steps + 1
+        return Selection(indices, count=None if self.numbers is None else numbers[-1])
+
+    def _choose_ahead(self, kv: KV, previous: PreviousQuery) -> None:
+        """Select for the coming step with the query of the one before."""
+        if self.numbers is None:
+            self._reach(kv, kv.length + 1)
+        numbers, codes = self.numbers or self._numbers(kv.length + 1), self._codes(kv)
+        previous.choose_ahead(lambda query, chosen: self._choose(query, codes, numbers, None, chosen))
+
+    def _choose(
+        self, q: Tensor, codes: Tensor, numbers: Sequence[Number], only: Tensor | None, chosen: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """Sinks, the best of the middle for q, and the window, by the :meth:`_numbers` of a step: ``[B, H, room]``, the
+        heads that are not among ``only`` as they are in ``chosen``."""
+        if self.codebook is None:
+            raise RuntimeError("no codebook before finish_prefill()")
+        *parts, attended = numbers
+        room = attended if isinstance(attended, int) else self.room
+        return self.geometry.kernels.pq_select(
+            q, self.codebook, codes, self.geometry.scaling, *parts, room, only, chosen
+        )
+
+    def _numbers(self, length: int) -> tuple[int, int, int, int, int]:
+        """Sinks, top_k, length, middle, and tokens attended to, all of a step with ``length`` tokens."""
+        split = self.method.budget.resolve(length, self.geometry.prompt)
+        middle = length - split.sink - split.window
+        return split.sink, split.top_k, length, middle, length - middle + min(split.top_k, middle)
 
     def _cover(self, kv: KV) -> None:
         """Give every middle token a code."""
-        first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
+        self._reach(kv, kv.length)
+
+    def _reach(self, kv: KV, length: int) -> None:
+        """Give every token a code that is in the middle when there are ``length``."""
+        first, stop = self.method.budget.resolve(length, self.geometry.prompt).middle(length)
         if self.codebook is None or self.codes is None:
             if stop - first > self.method.clusters:
                 self._train(kv, first, stop)
@@ -166,6 +248,8 @@ class PQCacheState(LayerState):
         """All codes ``[B, H, middle, m]`` on the device: what was asked for a layer ago, and what has joined since."""
         if self.codes is None:
             raise RuntimeError("no codes before finish_prefill()")
+        if self.numbers is not None:
+            return self.codes.whole  # of which a number counts
         if self.method.codes_on == "device":
             return self.codes.view()
         arrived = (self.arriving or kv.bring(self.codes.view())).wait()
@@ -213,7 +297,10 @@ class PQCacheState(LayerState):
 
     @property
     def facts(self) -> dict[str, float]:
-        return {"iterations": self.iterations}
+        known: dict[str, float] = {"iterations": self.iterations}
+        if self.previous is not None:
+            known["corrected_heads"] = self.previous.share(self.geometry.batch * self.geometry.kv_heads)
+        return known
 
     @property
     def index_bytes(self) -> int:

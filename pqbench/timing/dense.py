@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor
 from torch.nn import functional
 
-from pqbench.kernels.backend import Kernels
+from pqbench.kernels.backend import Kernels, Number
 from pqbench.method import Geometry
 from pqbench.timing.machine import available_bytes
 
@@ -48,7 +48,9 @@ class WithDense:
     def __getattr__(self, name: str) -> object:
         return getattr(self._body, name)
 
-    def dense_attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def dense_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None
+    ) -> Tensor:
         """Attention over all rows; raises MemoryError before it would have to copy K and V into memory that is not
         there."""
         needed = self._kernel.copies * (keys.nbytes + values.nbytes)

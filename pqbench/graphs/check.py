@@ -1,0 +1,57 @@
+"""Who can be captured, said before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel
+
+from pqbench.cache import layer_types
+from pqbench.errors import ConfigError
+from pqbench.method import Method
+
+_LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose frequencies the host chooses by the length
+
+
+def check_captured(model: PreTrainedModel, methods: Mapping[str, Method], offloads: bool) -> None:
+    """Raises ConfigError when a decode step of a method on a model cannot be captured."""
+    check_methods_captured(methods, offloads)
+    check_model_captured(model)
+
+
+def check_methods_captured(methods: Mapping[str, Method], offloads: bool) -> None:
+    """Raises ConfigError when a decode step of a method cannot be captured; ``offloads``: KV lies in host memory."""
+    for name, method in methods.items():
+        reason = method.why_not_captured(offloads)
+        if reason is not None:
+            raise ConfigError(f"graphs=true: {name} {reason}, so that no CUDA graph holds them: use graphs=false for it")
+
+
+def check_methods_ahead(methods: Mapping[str, Method]) -> None:
+    """Raises ConfigError when a method cannot select with the query of the step before."""
+    for name, method in methods.items():
+        reason = method.why_not_ahead()
+        if reason is not None:
+            raise ConfigError(f"select_ahead=true: {name} {reason}: use select_ahead=false for it")
+
+
+def check_model_captured(model: PreTrainedModel) -> None:
+    """Raises ConfigError when a model's decode step cannot be captured."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if "sliding_attention" in layer_types(config):
+        raise ConfigError(f"graphs=true: {name} has layers with sliding windows, whose cache moves in every step: "
+                          "use graphs=false")  # fmt: skip
+    rotary = getattr(config, "rope_parameters", None) or {}
+    by_layer = [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, Mapping)]
+    for kind in {part.get("rope_type") for part in by_layer} & set(_LENGTH_DEPENDENT):
+        raise ConfigError(f"graphs=true: {name} has a rotary embedding that depends on the length ({kind}): "
+                          "use graphs=false")  # fmt: skip
+    if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
+        raise ConfigError(f"graphs=true: {name} is spread over several devices: use a model that fits one GPU")
+
+
+def check_batch_captured(groups: Sequence[object], padded: bool) -> None:
+    """Raises ConfigError when the sequences of a batch are not all equally long."""
+    if padded or len(groups) > 1:
+        raise ConfigError("graphs=true serves batches of prompts of one length: use graphs=false, or a batch of one")
