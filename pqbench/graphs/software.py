@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,7 +22,10 @@ from pqbench.errors import ModelError
 from pqbench.graphs.base import Work
 from pqbench.kernels.backend import Kernels
 
-_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal"}  # of device memory, by the host
+# What makes the host wait for what the device computes; so does indexing with bool, whose result has as many rows as
+# there are hits.
+_READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class SoftwareGraph:
         result = run(*arguments, **options)
         if not self._inside:
             name = str(run.name())  # type: ignore[attr-defined]
-            if name.partition(".")[0] in _READS:
+            if _waits(name.partition(".")[0], arguments):
                 raise ModelError(f"a step that is captured reads on the host what the device computes ({name})")
             self._launches.append(Launch(run, arguments, options, _tensors(result), name))
         return result
@@ -142,6 +146,12 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._record(func, args, kwargs or {})
+
+
+def _waits(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an operation makes the host wait for the device."""
+    hits = name in _INDEXING and any(part is not None and part.dtype == torch.bool for part in arguments[1])
+    return hits or name in _READS
 
 
 def _tensors(result: Any) -> list[Tensor]:
