@@ -75,6 +75,12 @@ class Kernels(Protocol):
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
 
+    def append_rows(
+        self, keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number,
+        local: Tensor | None = None, sinks: int = 0,
+    ) -> None:  # fmt: skip
+        """Write new rows into buffers; see :mod:`pqbench.kernels.reference_rows`."""
+
     def find_rows(
         self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1,
         first: int = 0,

@@ -26,6 +26,7 @@ from pqbench.kernels.cpu_rows import copy_rows, find
 from pqbench.kernels.cpu_scoring import probabilities
 from pqbench.kernels.cpu_top_k import top_of_rows
 from pqbench.kernels.cpu_vector import BLOCK
+from pqbench.kernels.reference_rows import append_rows as append_rows
 from pqbench.kernels.reference_select import check_room, lay_out
 
 _SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
