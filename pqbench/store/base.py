@@ -109,6 +109,11 @@ class Store(ABC):
     def reserve(self, rows: int) -> None:
         """Have room for ``rows`` rows in all, so that no buffer moves before there are more."""
 
+    @property
+    @abstractmethod
+    def fixed(self) -> list[Tensor]:
+        """Buffers that a captured step reads and writes where they are."""
+
     @abstractmethod
     def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Bring rows ``[B, H, n]``, or all of them, to the device; of the n the first ``count``, None for all.

@@ -76,6 +76,10 @@ class DeviceStore(Store):
             if buffer is not None:
                 buffer.reserve(rows)
 
+    @property
+    def fixed(self) -> list[Tensor]:
+        return [self._keys.whole, self._values.whole]
+
     def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.number is not None:  # shapes that do not change
             return self._keys.whole, self._values.whole, indices

@@ -122,6 +122,10 @@ class HostStore(Store):
         self._reserved = max(self._reserved, rows)
         self._pool.cover(rows)
 
+    @property
+    def fixed(self) -> list[Tensor]:
+        return [self._pool.table, self._pool.local]
+
     def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :meth:`Store.fetch`. The rows are those of the pool, the same for every head. None moves all rows that
         neither sinks nor ring hold into a buffer, in the order of positions."""
