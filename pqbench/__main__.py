@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
-from pqbench.config import check_yamls, conf_folder, explain, model_source
+from pqbench.config import check_yamls, conf_folder, explain, model_source, opened
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
@@ -70,6 +70,7 @@ def main() -> None:
             lines = [explain(error)]
         failures.add(lines)
 
+    sys.argv[1:] = opened(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
         entry()
@@ -114,7 +115,8 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
     files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
     with heartbeat(list(files.values())):
         loaded = _loaded(plain, methods)
-        prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
+        chat, options = plain["model"]["chat"], plain["model"].get("chat_options") or {}
+        prompter = Prompter(loaded.tokenizer, loaded.max_length, chat, options)
         job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
                   plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
         summary = run(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from pqbench.models import LoadedModel, ModelSource
 # What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
 _FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
+_PROMPTS = ("chat", "chat_options")  # of the group model: what prompts are made with
+_OPEN = ("model.chat_options.",)  # names below these are the user's own
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
@@ -26,6 +28,11 @@ def conf_folder() -> Path:
     package = Path(__file__).resolve().parent
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else package / "conf"
+
+
+def opened(arguments: Sequence[str]) -> list[str]:
+    """Command line arguments in the form in which Hydra takes names that no yaml has: ``++`` before them."""
+    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in arguments]
 
 
 def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
@@ -50,8 +57,9 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
 
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:
-    """The source that the group ``model`` of a configuration describes; its ``chat`` concerns prompts alone."""
-    source: ModelSource = instantiate({name: value for name, value in fields.items() if name != "chat"})
+    """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
+    alone."""
+    source: ModelSource = instantiate({name: value for name, value in fields.items() if name not in _PROMPTS})
     return source
 
 
