@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ class Generation:
         """Median seconds per decode step after the first."""
         later = sorted(self.steps_s[1:] or self.steps_s)
         return later[len(later) // 2] if later else float("nan")
+
+    @property
+    def corrected_heads(self) -> float | None:
+        """Share of KV heads that selected anew with their own query; None without selection ahead."""
+        facts = [group.state.facts for group in self.groups()]
+        shares = [known["corrected_heads"] for known in facts if "corrected_heads" in known]
+        return fmean(shares) if shares else None
 
     def settle(self) -> None:
         """Wait for every transfer that decoding left under way."""

@@ -61,6 +61,12 @@ class Setting:
         if not -1 <= self.correction <= 1:
             raise ConfigError(f"correction is {self.correction}: it is a cosine, from -1 to 1")
 
+    @property
+    def options(self) -> dict[str, float]:
+        """Those that change how a step runs and are off unless asked for, as far as they are on."""
+        ahead = {"select_ahead": True, "correction": self.correction} if self.select_ahead else {}
+        return {**({"graphs": True} if self.graphs else {}), **ahead}
+
     def check(self, model: PreTrainedModel, methods: Mapping[str, Method]) -> None:
         """Raises ConfigError when a method or a model cannot do what is asked for here."""
         if self.graphs:

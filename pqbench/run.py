@@ -215,6 +215,7 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
         "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts if groups else {},
+        "corrected_heads": generation.corrected_heads,
         "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
         "cache_hit_rate": hits / lookups if lookups else None,
         "device_bytes": sum(group.store.device_bytes for group in groups),

@@ -197,7 +197,7 @@ def _over(records: Sequence[Record]) -> str:
 def _labels(records: Sequence[Record]) -> list[str]:
     """Method and budget, and what else tells runs apart."""
     labels = ["method", "budget"]
-    for name in ("link", "kernels", "threads", "dtype", "overlap", "key"):
+    for name in ("link", "kernels", "threads", "dtype", "overlap", "graphs", "select_ahead", "key"):
         by_method = group_records(records, *labels)
         if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
             labels.append(name)
@@ -205,8 +205,8 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 def _dense(records: Sequence[Record], like: Record) -> list[Record]:
-    """Measurements of full attention at the same context with the same link, kernels, threads and dtype."""
-    alike = ("context", "link", "kernels", "threads", "dtype")
+    """Measurements of full attention at the same context with the same link, kernels, threads, dtype and graphs."""
+    alike = ("context", "link", "kernels", "threads", "dtype", "graphs")
     return [
         record
         for record in records

@@ -218,10 +218,10 @@ class PQCacheState(LayerState):
         heads that are not among ``only`` as they are in ``chosen``."""
         if self.codebook is None:
             raise RuntimeError("no codebook before finish_prefill()")
-        *parts, attended = numbers
+        sink, top_k, length, middle, attended = numbers
         room = attended if isinstance(attended, int) else self.room
         return self.geometry.kernels.pq_select(
-            q, self.codebook, codes, self.geometry.scaling, *parts, room, only, chosen
+            q, self.codebook, codes, self.geometry.scaling, sink, top_k, length, middle, room, only, chosen
         )
 
     def _numbers(self, length: int) -> tuple[int, int, int, int, int]:

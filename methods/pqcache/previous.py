@@ -53,8 +53,8 @@ class PreviousQuery:
             self._query.copy_(q)
 
     def choose_ahead(self, choose: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        """Have ``choose`` make :attr:`chosen` from the previous query, into the tensor that is there already if there is
-        one, beside whatever else a GPU does."""
+        """Have ``choose`` make :attr:`chosen` from the previous query, into the tensor that is there already if one is,
+        beside whatever else a GPU does."""
         if self._query is None:
             raise RuntimeError("there is no step before the first")
         if not self._query.is_cuda:

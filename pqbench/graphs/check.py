@@ -24,7 +24,7 @@ def check_methods_captured(methods: Mapping[str, Method], offloads: bool) -> Non
     for name, method in methods.items():
         reason = method.why_not_captured(offloads)
         if reason is not None:
-            raise ConfigError(f"graphs=true: {name} {reason}, so that no CUDA graph holds them: use graphs=false for it")
+            raise ConfigError(f"graphs=true: {name} {reason}: use graphs=false for it")
 
 
 def check_methods_ahead(methods: Mapping[str, Method]) -> None:

@@ -16,11 +16,11 @@ from pqbench.method import Plan
 def ready(groups: Sequence[Group], rows: int) -> bool:
     """Get groups ready to be captured, with buffers for ``rows`` rows in all; False while some are not of the shape
     that their further steps will have."""
-    if not all([group.state.reserve(group.store, rows) for group in groups]):
-        return False
-    for group in groups:
-        group.store.reserve(rows)
-    return True
+    able = [group.state.reserve(group.store, rows) for group in groups]
+    if all(able):
+        for group in groups:
+            group.store.reserve(rows)
+    return all(able)
 
 
 class Engine:
@@ -96,6 +96,4 @@ class Engine:
 
     def _addresses(self) -> list[int]:
         """Where everything lies that steps share."""
-        return [
-            tensor.data_ptr() for group in self._groups for tensor in (*group.store.fixed, *group.state.fixed)
-        ]
+        return [tensor.data_ptr() for group in self._groups for tensor in (*group.store.fixed, *group.state.fixed)]

@@ -146,7 +146,7 @@ class Latency(Measurement):
             "budget": "all" if budget is None else budget.label,
             "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
             "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
-            "overlap": job.setting.overlap, "warmup_s": warm, **roof.facts(),
+            "overlap": job.setting.overlap, "warmup_s": warm, **roof.facts(), **job.setting.options,
         }  # fmt: skip
         forget_peak(model.device)
         try:
@@ -218,6 +218,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
         "index_bytes": index_bytes,
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts,
+        "corrected_heads": generation.corrected_heads,
         "bandwidth_gbps": rate / 1e9,
         "copy_share": rate / roof.copy,
     }

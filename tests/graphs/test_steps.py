@@ -81,7 +81,8 @@ def test_with_selection_ahead(llama: PreTrainedModel, tier: Tier) -> None:
 def test_a_question_a_batch_and_a_short_context(llama: PreTrainedModel) -> None:
     """Steps before the first answer token are captured too; an index that comes late is waited for step by step."""
     method = PQCache(GROWING, m=2, b=4)
-    for ids, question in ((prompt_of(120, seed=1), 9), (prompt_of(100, seed=2, batch=3), 0), (prompt_of(20, seed=4), 0)):
+    cases = ((prompt_of(120, seed=1), 9), (prompt_of(100, seed=2, batch=3), 0), (prompt_of(20, seed=4), 0))
+    for ids, question in cases:
         same(*(decoded(llama, ids, method, Setting(graphs=on), question) for on in (False, True)))
 
 
