@@ -12,9 +12,10 @@ from pqbench.kernels.gpu_attention import attention, dense_attention
 from pqbench.kernels.gpu_cells import best_of_cells
 from pqbench.kernels.gpu_columns import column_sums
 from pqbench.kernels.gpu_kmeans import encode, train_codebook
-from pqbench.kernels.gpu_rows import gather, top_k
+from pqbench.kernels.gpu_rows import gather
 from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
 from pqbench.kernels.gpu_select import pq_select
+from pqbench.kernels.gpu_top_k import top_k
 from pqbench.kernels.reference_cells import merge_lists
 from pqbench.kernels.reference_rows import append_rows, find_rows
 
