@@ -1,0 +1,181 @@
+"""Triton: new rows go into buffers, selected rows come from page-locked host memory, each in one launch.
+
+Rows are read by the GPU where they lie: the launcher asks the driver for the device address of page-locked memory. A
+program copies a few rows, with loads of 16 bytes a thread, so that many requests are on the link at once. Offsets have
+64 bits. Whoever frees host memory that a kernel reads must wait for it: see :mod:`pqbench.store.held`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pqbench.kernels.backend import Number
+from pqbench.kernels.gpu_launch import blocks as tiles
+from pqbench.kernels.gpu_launch import dense_rows, on, options, power
+from pqbench.kernels.reference_rows import Blocks, HostTokens
+
+_ROWS = 8  # rows that one program copies
+_WIDTH = 512  # numbers of a row that are copied at once
+
+
+@triton.jit(do_not_specialize=["at", "ring", "sinks"])
+def write_rows(
+    keys: tl.tensor, values: tl.tensor, key_rows: tl.tensor, value_rows: tl.tensor, local: tl.tensor, at: tl.tensor,
+    key_strides: tl.tensor, value_strides: tl.tensor, key_row_strides: tl.tensor, value_row_strides: tl.tensor,
+    heads: tl.tensor, ring: tl.tensor, sinks: tl.tensor, width: tl.constexpr, block_w: tl.constexpr,
+    wraps: tl.constexpr,
+) -> None:  # fmt: skip
+    """One new row of one head: to row ``at`` of ``key_rows`` and ``value_rows``, or to its row of the ring."""
+    i, pair = tl.program_id(0), tl.program_id(1)
+    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    if at.dtype.is_ptr():
+        token = tl.load(at).to(tl.int64) + i
+    else:
+        token = at.to(tl.int64) + i
+    row = token
+    if wraps:
+        row = token % ring
+        if pair == 0:
+            tl.store(local + token, sinks.to(tl.int64) + row)
+            tl.store(local + token - ring, -1, mask=token - ring >= sinks)
+    w = tl.arange(0, block_w)
+    key = keys + sequence * key_strides[0] + head * key_strides[1] + i * key_strides[2]
+    value = values + sequence * value_strides[0] + head * value_strides[1] + i * value_strides[2]
+    key_row = key_rows + sequence * key_row_strides[0] + head * key_row_strides[1] + row * key_row_strides[2]
+    value_row = value_rows + sequence * value_row_strides[0] + head * value_row_strides[1] + row * value_row_strides[2]
+    tl.store(key_row + w, tl.load(key + w, mask=w < width), mask=w < width)
+    tl.store(value_row + w, tl.load(value + w, mask=w < width), mask=w < width)
+
+
+def append_rows(
+    keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number, local: Tensor | None = None,
+    sinks: int = 0,
+) -> None:  # fmt: skip
+    """See :func:`pqbench.kernels.reference_rows.append_rows`."""
+    batch, heads, count, width = keys.shape
+    keys, values = dense_rows(keys.to(key_rows.dtype)), dense_rows(values.to(value_rows.dtype))
+    with on(key_rows):
+        write_rows[(count, batch * heads)](
+            keys, values, key_rows, value_rows, key_rows if local is None else local, at, keys.stride()[:3],
+            values.stride()[:3], key_rows.stride()[:3], value_rows.stride()[:3], heads, key_rows.shape[2], sinks,
+            width=width, block_w=power(width), wraps=local is not None, **options(1),
+        )  # fmt: skip
+
+
+@triton.jit
+def copy_tile(
+    rows: tl.tensor, row: tl.tensor, table: tl.tensor, place: tl.tensor, seen: tl.tensor, width: tl.constexpr,
+    block_w: tl.constexpr,
+) -> None:  # fmt: skip
+    """Rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` of a dense table, where ``seen``."""
+    for start in tl.static_range(0, width, block_w):
+        w = start + tl.arange(0, block_w)
+        inside = seen[:, None] & (w < width)[None, :]
+        moved = tl.load(rows + row[:, None] * width + w[None, :], mask=inside)
+        tl.store(table + place[:, None] * width + w[None, :], moved, mask=inside)
+
+
+@triton.jit(do_not_specialize=[
+    "count", "positions", "resident", "staging", "start", "middle", "stop", "held", "held_more", "shared", "every",
+    "size", "first",
+])  # fmt: skip
+def find_and_copy(
+    indices: tl.tensor, local: tl.tensor, table: tl.tensor, slots: tl.tensor, rows: tl.tensor, more: tl.tensor,
+    tally: tl.tensor, where: tl.tensor, counts: tl.tensor, count: tl.tensor, number: tl.tensor, positions: tl.tensor,
+    resident: tl.tensor, staging: tl.tensor, start: tl.tensor, middle: tl.tensor, stop: tl.tensor, held: tl.tensor,
+    held_more: tl.tensor, shared: tl.tensor, every: tl.tensor, size: tl.tensor, first: tl.tensor,
+    cached: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
+) -> None:  # fmt: skip
+    """A few tokens of one head; see :func:`pqbench.kernels.reference_rows.fetch_rows`."""
+    pair = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    if count.dtype.is_ptr():
+        matters = n < tl.minimum(tl.load(count), number)
+    else:
+        matters = n < tl.minimum(count, number)
+    token = tl.load(indices + pair * number + n, mask=matters, other=-1).to(tl.int64)
+    known = matters & (token >= 0) & (token < positions)
+    row = tl.load(local + token, mask=known, other=-1)
+    here = known & (row < 0) & (token >= start) & (token < stop)
+    if cached:
+        entry = pair // shared * every + token // size
+        inside = known & (row < 0) & (token // size < every)
+        slot = tl.load(where + entry, mask=inside, other=-1)
+        row = tl.where(slot >= 0, first + slot * size + token % size, row)
+        tl.atomic_add(counts + entry, 1, mask=here & inside)
+    missing = here & (row < 0)
+    place = staging.to(tl.int64) + pair * number + n
+    tl.store(slots + pair * number + n, tl.where(row >= 0, pair * resident + row, place), mask=n < number)
+    copied, asked = tl.sum(missing.to(tl.int64), 0), tl.sum(here.to(tl.int64), 0)
+    tl.atomic_add(tally, copied, mask=copied > 0)
+    tl.atomic_add(tally + 1, asked, mask=asked > 0)
+    copy_tile(rows, pair * held + token - start, table, place, missing & (token < middle), width, block_w)
+    copy_tile(more, pair * held_more + token - middle, table, place, missing & (token >= middle), width, block_w)
+
+
+def fetch_rows(
+    indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens, tally: Tensor,
+    blocks: Blocks | None = None, count: Number | None = None,
+) -> Tensor:  # fmt: skip
+    """See :func:`pqbench.kernels.reference_rows.fetch_rows`; tokens that do not exist are not copied."""
+    batch, heads, number = indices.shape
+    slots = torch.empty(batch, heads, number, dtype=torch.int64, device=indices.device)
+    width, known = table.shape[1] * table.shape[2], blocks is not None
+    where, counts = (blocks.where, blocks.counts) if blocks is not None else (slots, slots)
+    owners, every = blocks.where.shape if blocks is not None else (1, 0)
+    with on(table):
+        find_and_copy[(tiles(number, _ROWS), batch * heads)](
+            indices.contiguous(), local, table, slots, tokens.rows, tokens.more, tally, where, counts,
+            number if count is None else count, number, len(local), resident, staging, tokens.start, tokens.middle,
+            tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], batch * heads // owners, every,
+            blocks.size if blocks is not None else 1, blocks.first if blocks is not None else 0, cached=known,
+            width=width, block_n=_ROWS, block_w=min(power(width), _WIDTH), **options(),
+        )  # fmt: skip
+    return slots
+
+
+@triton.jit
+def copy_pieces(
+    source: tl.tensor, target: tl.tensor, source_strides: tl.tensor, target_strides: tl.tensor, heads: tl.tensor,
+    count: tl.tensor, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
+) -> None:  # fmt: skip
+    """Rows ``[B, H, n, width]`` of any strides between sequences, heads and rows."""
+    pair = tl.program_id(1)
+    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
+    first = source + sequence * source_strides[0] + head * source_strides[1]
+    goal = target + sequence * target_strides[0] + head * target_strides[1]
+    for start in tl.static_range(0, width, block_w):
+        w = start + tl.arange(0, block_w)
+        inside = (n < count)[:, None] & (w < width)[None, :]
+        row = tl.load(first + n[:, None] * source_strides[2] + w[None, :], mask=inside)
+        tl.store(goal + n[:, None] * target_strides[2] + w[None, :], row, mask=inside)
+
+
+def copy(source: Tensor, target: Tensor) -> None:
+    """See :func:`pqbench.kernels.reference_rows.copy`. Rows ``[B, H, n, ...]`` that are dense take one launch."""
+    if source.numel() == 0:
+        return
+    if source.ndim < 4 or not (_packed(source) and _packed(target)) or source.dtype != target.dtype:
+        target.copy_(source, non_blocking=True)
+        return
+    batch, heads, count = source.shape[:3]
+    width = source.shape[3:].numel()
+    with on(target, source):
+        copy_pieces[(tiles(count, _ROWS), batch * heads)](
+            source, target, source.stride()[:3], target.stride()[:3], heads, count, width=width, block_n=_ROWS,
+            block_w=min(power(width), _WIDTH), **options(),
+        )  # fmt: skip
+
+
+def _packed(rows: Tensor) -> bool:
+    """Whether each row ``[B, H, S, ...]`` lies in one piece."""
+    expected = 1
+    for size, stride in zip(reversed(rows.shape[3:]), reversed(rows.stride()[3:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
