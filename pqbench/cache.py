@@ -148,6 +148,8 @@ class PrefillLayer(OurLayer):
         done, self.on_end = self.on_end, None  # it holds what holds this layer: once called, let go
         if done is not None:
             done()
+        for prompt in self._prompts.values():
+            prompt.let_go()
 
 
 class DecodeLayer(OurLayer):

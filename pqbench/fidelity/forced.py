@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from pqbench.attention import attached
 from pqbench.batch import check_logits
 from pqbench.cache import DecodeLayer, LayeredCache, OurLayer
+from pqbench.clock import Spans
 from pqbench.generation import Generation
 from pqbench.method import Geometry, LayerState, Method
-from pqbench.prompt import Prefilled, forward, now
+from pqbench.prompt import Prefilled, forward
 
 
 @dataclass(frozen=True)
@@ -151,20 +152,20 @@ def _steps(
     visits: Sequence[Callable[[Tensor], None]], failed: dict[int, Exception],
 ) -> list[float]:  # fmt: skip
     """Read the tokens; seconds of every step. ``failed`` takes failures by place in ``caches``."""
-    count, model, seconds = len(caches), prefilled.model, list[float]()
+    count, model, spans = len(caches), prefilled.model, Spans(prefilled.clock, listed=True)
     ours = {n: AbreastLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
     together, position = prefilled.cache(ours), prefilled.lengths[:, None].expand(count, 1)
     for n in prefilled.sliding:
         together.layers[n].batch_repeat_interleave(count)
     with attached(model):
         for step, token in enumerate(tokens):
-            began = now(model)
-            logits = forward(model, torch.full_like(position, token), together, None, position + step)
-            seconds.append(now(model) - began)
+            ids = torch.full_like(position, token)
+            with spans:
+                logits = forward(model, ids, together, None, position + step)
             for i, visit in enumerate(visits):
                 if i not in failed:
                     visit(logits[i])
     for i in range(count):
         with blamed(failed, i):
             check_logits(logits[i : i + 1])  # once: NaN in a token's keys stays, since the window holds it
-    return seconds
+    return spans.each

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.backend import Number, kernels
+from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.reference_rows import Found
 from pqbench.method import Split
 from pqbench.store.base import Store
@@ -81,8 +82,11 @@ class HostStore(Store):
         return self._half(start, stop, _VALUES)
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys ``[B, H, n, D]`` where they lie on the host; a view where one chunk holds them all."""
+        """Keys ``[B, H, n, D]`` where they lie on the host, a view where one chunk holds them all. Those of a GPU's
+        model are read on the GPU, which makes an index of them in a small part of the time that the host takes."""
         stop = self._length if stop is None else stop
+        if self._link.pinned:
+            return self.keys(start, stop)
         self._export(stop)
         pieces = [piece.rows[..., 0, :] for piece in self._host.pieces(start, stop)]
         return pieces[0] if len(pieces) == 1 else torch.cat([self._prompt.rows[:, :, :0, 0], *pieces], 2)
@@ -145,6 +149,10 @@ class HostStore(Store):
 
     def keep(self, indices: Tensor) -> KeptRows:
         """Fetch rows ``[B, H, n]`` over the link; their bytes open the new store."""
+        near = self._prompt.near
+        if near is not None and self._order is None:
+            keys, values = (gather_rows(rows, indices) for rows in near)
+            return KeptRows(keys, values, indices, self._length, moved=0)
         self._export(self._length)
         return KeptRows.fetched(self._host, indices, self._length)
 
@@ -183,6 +191,9 @@ class HostStore(Store):
     def _half(self, start: int, stop: int | None, part: slice) -> Tensor:
         """Keys or values of some rows on the device: a view of the ring where it can be one."""
         stop = self._length if stop is None else stop
+        near = self._prompt.near
+        if near is not None and stop <= self._prompt.length and self._order is None:
+            return near[part.start][:, :, start:stop]
         if self._pool.low <= start < stop:
             pieces = list(self._pool.ring_pieces(start, stop))
             if len(pieces) == 1:

@@ -37,6 +37,9 @@ class HostPrompt:
         self.device = like.device
         self.link = link
         self.length = 0
+        # Keys and values [B, H, S, D] where prefill left them, while an index is made of them. Only a GPU's: a host has
+        # them twice for nothing.
+        self.near: tuple[Tensor, Tensor] | None = None
         self._transfers: list[Transfer] = []
 
     @classmethod
@@ -44,6 +47,8 @@ class HostPrompt:
         """Start copying a whole prompt ``[B, H, S, D]``."""
         prompt = cls(keys.shape[2], keys, link)
         prompt.extend(keys, values)
+        if link.pinned:
+            prompt.near = keys, values
         return prompt
 
     def extend(self, keys: Tensor, values: Tensor) -> None:

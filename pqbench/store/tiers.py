@@ -34,6 +34,13 @@ class Prompt(ABC):
         """A new store. ``split`` gives sinks and window at a context length, None (or a None result) for a method that
         attends to everything."""
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The rows that are on the device now."""
+        return []
+
+    def let_go(self) -> None:  # noqa: B027 - where rows stay on the device anyway
+        """Every index that is built beside the prefill has been: free what was held on the device for that alone."""
+
 
 class Placement(ABC):
     """A tier opened for one device and one prefill; it owns the link, if there is one."""
@@ -69,6 +76,9 @@ class DevicePrompt(Prompt):
         self._keys, self._values, self._body = keys, values, body
         self._lease: list[DeviceStore] = []
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [self._keys.view(), self._values.view()]
+
     def store(self, split: Callable[[int], Split | None] | None) -> DeviceStore:
         return DeviceStore(self._keys.fork(), self._values.fork(), self._lease, self._body)
 
@@ -96,6 +106,12 @@ class OffloadedPrompt(Prompt):
 
     def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, body: str) -> None:
         self._rows, self._tier, self._scratch, self._body = rows, tier, scratch, body
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [] if self._rows.near is None else list(self._rows.near)
+
+    def let_go(self) -> None:
+        self._rows.near = None
 
     def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
         tier, split = self._tier, _everything if split is None else split
