@@ -195,8 +195,8 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     kernels(device, plain["kernels"]).use_threads(torch.get_num_threads())
     wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
     calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
-    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, plain["graphs"],
-                   plain["select_ahead"], plain["correction"])  # fmt: skip
+    options = {name: plain[name] for name in ("graphs", "select_ahead", "correction")}
+    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, **options)
 
 
 def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str) -> RecordFile:

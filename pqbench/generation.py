@@ -35,6 +35,7 @@ class Generation:
         pending_s: seconds between first token and first step: the index, unless it was built in the background.
         phased: which of the steps had their phases timed although that costs time itself, see
             :class:`pqbench.clock.EventClock`; none where it costs nothing.
+        replays: with ``graphs``, the steps that replayed a captured one; None without.
     """
 
     tokens: Tensor
@@ -45,11 +46,14 @@ class Generation:
     pending_s: float
     cache: LayeredCache
     phased: frozenset[int] = field(default_factory=frozenset)
+    replays: frozenset[int] | None = None
 
     @property
     def usual_steps_s(self) -> list[float]:
-        """Seconds of the steps that are like any other: not the first, and not those that were slowed by timing their
-        phases, as long as there are others."""
+        """Seconds of the steps that are like any other: not the first, not those that were slowed by timing their
+        phases, and with ``graphs`` none but the replays, as long as there are any."""
+        if self.replays:
+            return [self.steps_s[i] for i in sorted(self.replays)]
         later = list(enumerate(self.steps_s))[1:] or list(enumerate(self.steps_s))
         return [seconds for i, seconds in later if i not in self.phased] or [seconds for _, seconds in later]
 
@@ -144,7 +148,8 @@ def decode(
     ttft, seconds = prefilled.seconds + observe, steps.spans.each
     if len(question):
         ttft, pending = ttft + pending + steps.asked.total, 0.0
-    return Generation(torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased)
+    return Generation(torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased,
+                      steps.replays)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,8 +214,17 @@ class Steps:
     def phased(self) -> frozenset[int]:
         """Which of :attr:`spans` had their phases timed at the cost of time: see :class:`Generation`."""
         clock = self._prefilled.clock
+        if self._graphed is not None:
+            return frozenset()
         steps = range(self._count - self._given) if clock.every > 1 else ()
         return frozenset(step for step in steps if clock.samples(self._given + step))
+
+    @property
+    def replays(self) -> frozenset[int] | None:
+        """Which of :attr:`spans` replayed a captured step: see :class:`Generation`."""
+        if self._graphed is None:
+            return None
+        return frozenset(step - self._given for step in self._graphed.replays if step >= self._given)
 
     def _forward(self, token: Tensor) -> Tensor:
         if self._mask is not None:

@@ -41,6 +41,11 @@ class Engine:
         self._result: Tensor | None = None
         self._places: list[int] = []
 
+    @property
+    def captured(self) -> bool:
+        """Whether the next step is nothing but a replay."""
+        return self._result is not None
+
     def step(self) -> Tensor:
         """Do a step; what the work takes must be in its place. The next step overwrites the result.
 

@@ -34,6 +34,7 @@ class GraphedSteps:
         self._engine: Engine | None = None
         self._token = self._position = torch.empty(0)
         self._steps = 0
+        self.replays: list[int] = []  # which steps replayed one captured before, counted from 0
 
     def logits(self, token: Tensor, position: Tensor) -> Tensor:
         """One step: logits ``[B, V]`` after tokens ``[B]`` at positions ``[B, 1]``; the next step overwrites them.
@@ -46,6 +47,8 @@ class GraphedSteps:
             self._engine = self._opened(token, position)
         if self._engine is None:
             return self._forward(self._cache, token, position)
+        if self._engine.captured:
+            self.replays.append(self._steps - 1)
         self._token.copy_(token)
         self._position.copy_(position)
         logits = self._engine.step()
