@@ -22,6 +22,7 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source, opened
+from pqbench.devices import check_device, check_kernels
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
@@ -66,8 +67,9 @@ def main() -> None:
         except Exception as error:  # a sweep goes on past any failing cell
             if config.debug:
                 raise
-            log.error(explain(error))
             lines = [explain(error)]
+            if lines not in failures.runs:  # what stops every run of a sweep is said once
+                log.error(lines[0])
         failures.add(lines)
 
     sys.argv[1:] = opened(sys.argv[1:])
@@ -85,7 +87,7 @@ def main() -> None:
     failed = [line for lines in failures.runs for line in lines]
     if failed and len(failures.runs) > 1:
         log.error("%d failures in %d runs:", len(failed), len(failures.runs))
-        for line in failed:
+        for line in dict.fromkeys(failed):
             log.error(line)
     sys.exit(1 if failed else 0)
 
@@ -106,6 +108,7 @@ def run_config(config: DictConfig) -> list[str]:
     methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
     plain["methods"] = {name: whole(plain["methods"][name], method) for name, method in methods.items()}
     benchmark = instantiate(config.benchmark)
+    check_start(plain, benchmark)
     return (_time if isinstance(benchmark, Measurement) else _evaluate)(plain, methods, benchmark)
 
 
@@ -175,6 +178,22 @@ def check_options(config: DictConfig) -> None:
         if not (value is None and optional) and not (type(value) is int and value >= least):
             choices = f"a whole number from {least} up" + (", or null" if optional else "")
             raise ConfigError(f"{option} is {value!r}: use {choices}")
+
+
+def check_start(plain: dict[str, Any], benchmark: Benchmark | Measurement) -> None:
+    """Raises ModelError when the configured model or this machine cannot serve the benchmark; nothing was loaded then,
+    and no file made."""
+    timing = benchmark if isinstance(benchmark, Measurement) else None
+    device: str = getattr(benchmark, "device", None) or "cpu"
+    if timing is None or timing.needs_model:
+        source = model_source(plain["model"])
+        if timing is None or timing.needs_answers:
+            source.check_answers(f"benchmark={benchmark.name}")
+        if source.placement is not None:
+            return  # devices are known once the layers are spread; the run checks them
+        device = getattr(benchmark, "device", None) or source.device
+    check_device(device)
+    check_kernels(plain["kernels"], torch.device(device))
 
 
 def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:

@@ -192,7 +192,8 @@ class Steps:
 
     def __init__(self, prefilled: Prefilled, cache: LayeredCache, given: int, most: int) -> None:
         """At most so many steps, whose first ``given`` tokens are the question's."""
-        self.asked, self.spans = Spans(prefilled.clock), Spans(prefilled.clock, listed=True)
+        self.asked = prefilled.clock.spans("question")
+        self.spans = prefilled.clock.spans("step", listed=True)
         self._prefilled, self._cache = prefilled, cache
         # Methods know by their groups what is padding. Transformers' own layers do not, and it would look at the mask
         # in every step.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pqbench.clock import Clock, HostClock, Spans
+from pqbench.clock import Clock, HostClock
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
 from pqbench.method import LayerState, Plan, Selection
@@ -38,7 +38,7 @@ class Observer:
     clock: Clock = field(default_factory=HostClock)
 
     def __post_init__(self) -> None:
-        self._spans = Spans(self.clock)
+        self._spans = self.clock.spans("observe")
 
     @property
     def seconds(self) -> float:
@@ -80,7 +80,7 @@ class Meter:
         self._clock, self._sampled = clock, False
         self._attended = 0.0
         self._ragged: Tensor | None = None  # float64 [], tokens of selections whose size only the device knows
-        self._phases = {phase: Spans(clock) for phase in PHASES}
+        self._phases = {phase: clock.spans(phase) for phase in PHASES}
 
     def begin(self) -> None:
         """A step begins."""

@@ -39,6 +39,7 @@ class Setting:
         body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
         calibration: times of this hardware for methods that adapt to it.
         streams: the queues of the device; None for CUDA's on a GPU and for none on the CPU.
+        named: the phases of the work bear their names in what a torch profiler records.
         graphs: capture one decode step in a CUDA graph and replay it for every further token (on the CPU a recording
             stands for the graph); for methods that can, on batches of prompts of one length.
         select_ahead: select with the query of the step before, while the layer before computes, and again for KV heads
@@ -55,6 +56,7 @@ class Setting:
     body: str = "auto"
     calibration: Calibration | None = None
     streams: Streams | None = None
+    named: bool = False
     graphs: bool = False
     select_ahead: bool = False
     correction: float = 0.9
@@ -106,6 +108,7 @@ class Prefilled:
     lengths: Tensor  # [B] tokens of each prompt
     placement: Placement
     streams: Streams | None = None  # of the device, see Setting
+    named: bool = False  # see Setting
     beside: Beside | None = None  # where indices are built while the next layers compute
     graphs: bool = False  # see Setting
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, V] after the last prompt token
@@ -209,7 +212,7 @@ class Prefilled:
     @property
     def clock(self) -> Clock:
         """Of whole steps: of the device that the model begins and ends on."""
-        return clock_of(self.model.device, self.streams)
+        return clock_of(self.model.device, self.streams, named=self.named)
 
     def close(self) -> None:
         """End what runs in the background; stores over this prompt are of no use afterwards.
@@ -227,7 +230,7 @@ class Prefilled:
     @torch.inference_mode()
     def _build(self, method: int, layer: int, group: int) -> Built:
         store, observer = self.store(layer, group, method), self.observer(method, layer, group)
-        took, stores = Spans(observer.clock), []
+        took, stores = observer.clock.spans("index"), []
         with took:
             rows = observer.state.finish_prefill(store)
             if rows is None or len(self.methods) == 1:
@@ -267,7 +270,7 @@ def prefill(
     both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
     cache = LayeredCache([both[i] for i in range(len(both))])
     positions, chunk = (mask.long().cumsum(-1) - 1).clamp(min=0), chunk or columns
-    took = Spans(prefilled.clock)
+    took = prefilled.clock.spans("prefill")
     with attached(model), took:
         for start in range(0, columns, chunk):
             seen = None if prefilled.mask is None else mask[:, : start + chunk]
@@ -309,13 +312,14 @@ def _open(
         beside = IdleCores.of(body) if streams is None else SideStream(streams)
     prefilled = Prefilled(
         model, methods, groups, {}, sliding_layers(model.config.get_text_config()),
-        None if bool(mask.all()) else mask, mask.long().sum(-1), placement, streams, beside, setting.graphs,
+        None if bool(mask.all()) else mask, mask.long().sum(-1), placement, streams, setting.named, beside,
+        setting.graphs,
     )  # fmt: skip
     for i in full:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
         layer.own = any(method.own_prefill for method in methods)
         layer.observers = [
-            _observer(method, geometry(model, i, rows, columns, rotary, setting), rows, streams)
+            _observer(method, geometry(model, i, rows, columns, rotary, setting), rows, setting)
             for method in methods
             for rows in groups
         ]
@@ -327,8 +331,9 @@ def _open(
     return prefilled
 
 
-def _observer(method: Method, known: Geometry, rows: Rows, streams: Streams | None) -> Observer:
-    return Observer(rows, method.layer(known), clock_of(known.device, streams))
+def _observer(method: Method, known: Geometry, rows: Rows, setting: Setting) -> Observer:
+    streams = streams_of(known.device, setting.streams)
+    return Observer(rows, method.layer(known), clock_of(known.device, streams, named=setting.named))
 
 
 def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Group]:

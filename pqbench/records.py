@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of the record format; part of every key, so that formats never mix in one file
 Record = dict[str, Any]
+# What a record may say that is no failure: a measurement, or that this machine does not offer what was to be measured.
+FINISHED = ("ok", "refused")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -96,8 +98,8 @@ class RecordFile:
         return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
 
     def outcomes(self) -> dict[str, str | None]:
-        """What went wrong with each sample that has a record; None when it has a prediction."""
-        return {r["sample_id"]: None if r["status"] == "ok" else str(r.get("error")) for r in self.read()}
+        """What went wrong with each sample that has a record; None when nothing did."""
+        return {r["sample_id"]: None if r["status"] in FINISHED else str(r.get("error")) for r in self.read()}
 
     def append(self, record: Record) -> bool:
         """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has

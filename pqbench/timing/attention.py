@@ -9,20 +9,21 @@ from typing import Any, ClassVar
 import torch
 
 from pqbench.benchmarks.grid import whole
+from pqbench.devices import available_bytes, check_device, check_kernels
 from pqbench.errors import ConfigError, ModelError
 from pqbench.group import PHASES
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
-from pqbench.models import check_device, check_kernels, torch_dtype
+from pqbench.models import torch_dtype
 from pqbench.records import Record
+from pqbench.store.tiers import DeviceTier
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
 from pqbench.timing.budgets import budgets_of, dtypes_of, selects, with_budget
-from pqbench.timing.dense import body_name, dense_kernels
+from pqbench.timing.dense import RefusedError, body_name, dense_kernels
 from pqbench.timing.geometries import Shape, shape_of
 from pqbench.timing.machine import (
     Bandwidth,
     Sweeper,
-    available_bytes,
     bandwidth,
     device_name,
     forget_peak,
@@ -52,7 +53,9 @@ class Attention(Measurement):
 
     The layer is built alone, directly in a store, so that a million tokens of an 8B model's layer fit a laptop.
     Methods are built and stepped through the same code as in decoding. Full attention is timed with every dense
-    kernel there is, as rows of the method ``full``. Methods that watch the prefill see its last 64 queries only.
+    kernel there is, as rows of the method ``full``; one that a machine refuses is a row that says why. On a GPU these
+    rows read KV that lies on the device, whatever ``store`` says. Methods that watch the prefill see its last 64
+    queries only.
 
     Attributes:
         geometry: shape of the layer, see :mod:`pqbench.timing.geometries`.
@@ -153,12 +156,16 @@ class Attention(Measurement):
             for subject in subjects:
                 subject.error = error
         machine = roof.facts() | {"device": device_name(device), "peak_rss_bytes": peak_rss(), **peak_device(device)}
-        fastest = min((median_total(s) for s in subjects if s.method is None and s.error is None), default=None)
+        machine["weights"] = None if job.loaded is None else job.loaded.weights
+        dense = [subject for subject in subjects if subject.method is None and subject.error is None]
+        fastest = min(dense, key=median_total, default=None)
         for subject in subjects:
             identity = self._facts(cell, subject)
             if not ledger.missing(subject.name, identity["sample_id"]):
                 continue  # on record, or measured for comparison alone
-            if subject.error is not None:
+            if isinstance(subject.error, RefusedError):
+                ledger.refused(subject.name, identity["sample_id"], subject.error, identity)
+            elif subject.error is not None:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
             else:
                 figures = self._times(subject, fastest, roof) | machine
@@ -167,8 +174,10 @@ class Attention(Measurement):
             subject.close()
 
     def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
-        for kernel in dense_kernels(body, self.shape.group):
-            yield Subject(DENSE, kernel.name, "all", dense=kernel)
+        device = self._device(job)
+        tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
+        for kernel in dense_kernels(body, self.shape.group, device):
+            yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=tier)
         for name in names:
             if name != DENSE:
                 method = with_budget(job.methods[name], cell.budget)
@@ -202,8 +211,9 @@ class Attention(Measurement):
             },
         }
 
-    def _times(self, subject: Subject, fastest: float | None, roof: Bandwidth) -> Record:
-        """Times of one subject; bandwidth counts the rows of keys and values attended to."""
+    def _times(self, subject: Subject, fastest: Subject | None, roof: Bandwidth) -> Record:
+        """Times of one subject, compared with the ``fastest`` dense kernel; bandwidth counts the rows of keys and
+        values attended to."""
         if subject.group is None:
             raise RuntimeError("times of a subject that was never built")
         count, group = len(subject.steps), subject.group
@@ -232,7 +242,8 @@ class Attention(Measurement):
             "emulated": link is not None and link.emulated,
             "bandwidth_gbps": rate / 1e9,
             "copy_share": rate / roof.copy,
-            "dense_ratio": None if fastest is None else fastest / figures["total_s"],
+            "dense_ratio": None if fastest is None else median_total(fastest) / figures["total_s"],
+            "fastest_dense": None if fastest is None else fastest.kernel,
             "steps": {phase: [round(s, 9) for s in seconds] for phase, seconds in by_phase.items()},
         }
 
@@ -251,7 +262,10 @@ class Attention(Measurement):
     def _check(self, job: TimingJob, cells: Sequence[Cell], device: torch.device) -> None:
         free = available_bytes(device)
         for cell in cells:
-            needed = SLACK * cell.context * self.shape.row_bytes(torch_dtype(cell.dtype))
+            row = self.shape.row_bytes(torch_dtype(cell.dtype))
+            if job.setting.tier.offloads:  # every method keeps a copy on the host
+                job.setting.tier.check(cell.context, row * max(1, len(job.methods)))
+            needed = SLACK * cell.context * row
             if needed > free:
                 raise ConfigError(
                     f"benchmark.contexts has {cell.context}: {cell.dtype} keys and values of one {self.geometry} layer "

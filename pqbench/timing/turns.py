@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,10 +17,10 @@ from pqbench.group import PHASES, Group, Rows
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.prompt import Setting
-from pqbench.store.tiers import Placement
+from pqbench.store.tiers import Placement, Tier
 from pqbench.timing.dense import DenseGeometry, DenseKernel
 from pqbench.timing.geometries import Shape
-from pqbench.timing.machine import Sweeper, clock
+from pqbench.timing.machine import Sweeper, clock, undisturbed
 from pqbench.timing.source import Source, on
 
 OBSERVED = 64  # last prompt queries that methods which watch the prefill are shown
@@ -86,13 +87,14 @@ def geometry_of(
 @dataclass
 class Subject:
     """A method, or full attention by one dense kernel, in one layer. ``steps`` holds the seconds of each timed step by
-    phase, and their total."""
+    phase, and their total; ``tier`` is where its rows lie, None for where the setting says."""
 
     name: str
     kernel: str
     budget: str
     method: Method | None = None
     dense: DenseKernel | None = None
+    tier: Tier | None = None
     group: Group | None = None
     placement: Placement | None = None
     build_s: float = 0.0
@@ -113,7 +115,10 @@ class Subject:
         geometry = geometry_of(layer.shape, layer.context, layer.device, layer.setting, self.dense)
         state = LayerState(geometry) if self.method is None else self.method.layer(geometry)
         self.close()
-        placement = self.placement = layer.setting.tier.open(layer.device, layer.setting.body)
+        if self.dense is not None:
+            self.dense.check(layer.token(0)[2], layer.keys.view(), layer.values.view(), geometry.scaling)
+        tier = layer.setting.tier if self.tier is None else self.tier
+        placement = self.placement = tier.open(layer.device, layer.setting.body)
         method = self.method
         store = placement.prompt(layer.keys.fork(), layer.values.fork()).store(
             None if method is None else lambda length: method.split(length, layer.context)
@@ -150,17 +155,22 @@ class Subject:
             raise RuntimeError("step() before build()")
         key, value, q = layer.token(number)
         asking, whole, before = Spans(layer.clock), Spans(layer.clock), self.group.meter.seconds
-        layer.now()
-        with asking:
-            self.group.state.prefetch(self.group.store)
-        layer_before()
-        layer.now()
-        with whole:
-            self.group.append(key, value)
-            self.group.attend(q)
-        asked, total = asking.total, whole.total
+        with self._chosen(), undisturbed():
+            layer.now()
+            with asking:
+                self.group.state.prefetch(self.group.store)
+            layer_before()
+            layer.now()
+            with whole:
+                self.group.append(key, value)
+                self.group.attend(q)
+            asked, total = asking.total, whole.total
         phases = {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES}
         return phases | {"select": phases["select"] + asked, "total": total + asked}
+
+    def _chosen(self) -> AbstractContextManager[None]:
+        """What must hold while a dense kernel computes; it is entered before the clock starts."""
+        return nullcontext() if self.dense is None else self.dense.chosen()
 
     def take_turn(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> None:
         """One step that counts."""
