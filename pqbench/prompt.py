@@ -71,10 +71,10 @@ class Setting:
         ahead = {"select_ahead": True, "correction": self.correction} if self.select_ahead else {}
         return {**({"graphs": True} if self.graphs else {}), **ahead}
 
-    def check(self, model: PreTrainedModel, methods: Mapping[str, Method]) -> None:
-        """Raises ConfigError when a method or a model cannot do what is asked for here."""
+    def check(self, methods: Mapping[str, Method], model: PreTrainedModel | None = None) -> None:
+        """Raises ConfigError when a method, or a model, cannot do what is asked for here."""
         if self.graphs:
-            check_captured(model, methods, self.tier.offloads)
+            check_captured(methods, self.tier.offloads, model)
         if self.select_ahead:
             check_methods_ahead(methods)
 
@@ -261,7 +261,7 @@ def prefill(
             prefill of its own that is not alone, or a setting that the model, a method or the batch cannot follow.
     """
     setting = Setting() if setting is None else setting
-    setting.check(model, {type(method).__name__: method for method in methods})
+    setting.check({type(method).__name__: method for method in methods}, model)
     mask, columns = check_prompt(model, input_ids, attention_mask, check_own_prefill(methods)), input_ids.shape[1]
     groups = group_rows(mask)
     if setting.graphs:

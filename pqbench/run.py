@@ -273,7 +273,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
 def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting: Setting) -> None:
     """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
     check_kernels(setting.body, model.device)
-    setting.check(model, methods)
+    setting.check(methods, model)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
         log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))
     types = layer_types(model.config.get_text_config())

@@ -13,18 +13,15 @@ from pqbench.method import Method
 _LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose frequencies the host chooses by the length
 
 
-def check_captured(model: PreTrainedModel, methods: Mapping[str, Method], offloads: bool) -> None:
-    """Raises ConfigError when a decode step of a method on a model cannot be captured."""
-    check_methods_captured(methods, offloads)
-    check_model_captured(model)
-
-
-def check_methods_captured(methods: Mapping[str, Method], offloads: bool) -> None:
-    """Raises ConfigError when a decode step of a method cannot be captured; ``offloads``: KV lies in host memory."""
+def check_captured(methods: Mapping[str, Method], offloads: bool, model: PreTrainedModel | None = None) -> None:
+    """Raises ConfigError when a decode step of a method, or of a model, cannot be captured; ``offloads``: KV lies in
+    host memory."""
     for name, method in methods.items():
         reason = method.why_not_captured(offloads)
         if reason is not None:
             raise ConfigError(f"graphs=true: {name} {reason}: use graphs=false for it")
+    if model is not None:
+        _check_model(model)
 
 
 def check_methods_ahead(methods: Mapping[str, Method]) -> None:
@@ -35,8 +32,7 @@ def check_methods_ahead(methods: Mapping[str, Method]) -> None:
             raise ConfigError(f"select_ahead=true: {name} {reason}: use select_ahead=false for it")
 
 
-def check_model_captured(model: PreTrainedModel) -> None:
-    """Raises ConfigError when a model's decode step cannot be captured."""
+def _check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = type(model).__name__
     if "sliding_attention" in layer_types(config):

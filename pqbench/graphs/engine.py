@@ -10,6 +10,7 @@ from pqbench.errors import ModelError, PqbenchError
 from pqbench.graphs.base import Graph, Work, graph
 from pqbench.graphs.numbers import Numbers
 from pqbench.group import Group
+from pqbench.kernels.backend import kernels
 from pqbench.method import Plan
 
 
@@ -35,7 +36,8 @@ class Engine:
         """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Store.write` and
         :meth:`pqbench.group.Group.attend_captured` of every group."""
         self._groups, self._work = groups, work
-        self._graph: Graph = graph(groups[0].store.device, groups[0].state.geometry.kernels)
+        device = groups[0].store.device
+        self._graph: Graph = graph(device, kernels(device, groups[0].state.geometry.body))
         self._numbers: Numbers | None = None
         self._rehearsed = False
         self._result: Tensor | None = None

@@ -232,8 +232,8 @@ def times(generation: Generation) -> Record:
 
 
 def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
-    """Where the time of a step goes, means in seconds over the steps whose phases were timed; and the bytes a step reads
-    against what memory can do."""
+    """Where the time of a step goes, means in seconds over the steps whose phases were timed; and the bytes a step
+    reads against what memory can do."""
     groups, meters = generation.groups(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
     spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]

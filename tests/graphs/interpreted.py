@@ -1,5 +1,5 @@
-"""``python -m tests.graphs.interpreted FILE``: decoding by Triton's kernels in its interpreter from a captured step whose
-launches are frozen, and by the reference. Writes the tokens of both as JSON.
+"""``python -m tests.graphs.interpreted FILE``: decoding by Triton's kernels in its interpreter, from a captured step
+whose launches are frozen, and by the reference. Writes the tokens of both as JSON.
 
 A process of its own, because Triton reads ``TRITON_INTERPRET`` when it is imported.
 """
@@ -53,8 +53,7 @@ def main() -> None:
     """Run all cases."""
     torch.set_num_threads(1)
     results = {
-        name: {"reference": tokens(name, "reference", False), "captured": tokens(name, "gpu", True)}
-        for name in CASES
+        name: {"reference": tokens(name, "reference", False), "captured": tokens(name, "gpu", True)} for name in CASES
     }
     Path(sys.argv[1]).write_text(json.dumps(results), encoding="utf-8")
 
