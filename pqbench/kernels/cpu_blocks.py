@@ -11,7 +11,7 @@ _LAST = np.int64(1) << 62
 
 
 @njit(**OPTIONS)
-def _next_wanted(counts: int, blocks: int, count: int, block: int) -> tuple[int, int]:
+def _next_wanted(counts: int, blocks: int, count: int, block: int) -> tuple[np.int64, np.int64]:
     """Count and number of the block that follows one of ``count`` and number ``block`` in the order of wishes."""
     best, found = np.int64(0), np.int64(-1)
     for i in range(blocks):
@@ -22,7 +22,7 @@ def _next_wanted(counts: int, blocks: int, count: int, block: int) -> tuple[int,
 
 
 @njit(**OPTIONS)
-def _vacant(held: int, uses: int, since: int, before: int, capacity: int, frequent: bool, leaves: bool) -> int:
+def _vacant(held: int, uses: int, since: int, before: int, capacity: int, frequent: bool, leaves: bool) -> np.int64:
     """The slot that the next block enters: of a resident not promoted since ``before``, or a free one."""
     chosen, fewest, oldest = np.int64(-1), _LAST, _LAST
     for slot in range(capacity):

@@ -12,9 +12,9 @@ from pqbench.kernels.gpu_attention import attention, dense_attention
 from pqbench.kernels.gpu_blocks import admit_blocks, copy_blocks, vacate_rows
 from pqbench.kernels.gpu_cells import best_of_cells
 from pqbench.kernels.gpu_columns import column_sums
-from pqbench.kernels.gpu_fetch import append_rows, copy, fetch_rows
+from pqbench.kernels.gpu_fetch import append_rows, fetch_rows
 from pqbench.kernels.gpu_kmeans import encode, train_codebook
-from pqbench.kernels.gpu_rows import gather
+from pqbench.kernels.gpu_rows import copy, gather
 from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
 from pqbench.kernels.gpu_select import pq_select
 from pqbench.kernels.gpu_top_k import top_k

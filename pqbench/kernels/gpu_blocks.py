@@ -9,9 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pqbench.kernels.backend import Number
-from pqbench.kernels.gpu_fetch import _ROWS, _WIDTH, copy_tile
+from pqbench.kernels.gpu_fetch import copy_tile
 from pqbench.kernels.gpu_launch import blocks as tiles
-from pqbench.kernels.gpu_launch import on, options, power
+from pqbench.kernels.gpu_launch import on, options, power, read
+from pqbench.kernels.gpu_rows import tile
 from pqbench.kernels.reference_blocks import Residency
 from pqbench.kernels.reference_rows import Blocks, HostTokens
 
@@ -26,10 +27,7 @@ def choose_blocks(
     registers, a number of a list is read by a sum in which all others are zero."""
     owner = tl.program_id(0).to(tl.int64)
     b, c, a = tl.arange(0, block_b), tl.arange(0, block_c), tl.arange(0, block_a)
-    if complete.dtype.is_ptr():
-        eligible = b < tl.minimum(tl.load(complete), every)
-    else:
-        eligible = b < tl.minimum(complete, every)
+    eligible = b < tl.minimum(read(complete), every)
     asked = tl.load(counts + owner * every + b, mask=b < every, other=0).to(tl.int64)
     tl.store(counts + owner * every + b, 0, mask=b < every)
     wish = tl.where(eligible & (asked > 0), asked * block_b + (block_b - 1 - b), -1)  # ties go to the earlier block
@@ -39,7 +37,7 @@ def choose_blocks(
     when = tl.load(since + owner * capacity + c, mask=exists, other=0)
     now = tl.load(clock + owner)
     wanted = tl.full([block_a], -1, tl.int64)  # blocks that are to enter, by rank
-    absent = 0
+    absent = tl.sum(c * 0, 0)
     for rank in range(most):  # promoted first, so that no wanted block is taken for one that may leave
         best = tl.max(wish, 0)
         number = block_b - 1 - best % block_b
@@ -51,6 +49,7 @@ def choose_blocks(
         enters = (best >= 0) & (present == 0)
         wanted = tl.where((a == rank) & enters, number, wanted)
         absent += enters.to(tl.int32)
+    entered = absent.to(tl.int64)
     leave = absent - tl.sum((exists & (block < 0)).to(tl.int32), 0)
     for rank in range(most):
         number = tl.sum(tl.where(a == rank, wanted + 1, 0), 0) - 1
@@ -77,7 +76,7 @@ def choose_blocks(
     tl.store(uses + owner * capacity + c, used, mask=exists)
     tl.store(since + owner * capacity + c, when, mask=exists)
     tl.store(clock + owner, now + most)
-    tl.atomic_add(tally, absent.to(tl.int64))
+    tl.atomic_add(tally, entered)
 
 
 def admit_blocks(
@@ -122,11 +121,11 @@ def vacate_rows(
     """See :func:`pqbench.kernels.reference_rows.vacate_rows`."""
     batch, heads, number = indices.shape
     owners, every = blocks.where.shape
-    width = table.shape[1] * table.shape[2]
+    sizes = tile(table.shape[1] * table.shape[2], table.dtype)
     with on(table):
-        save_rows[(tiles(number, _ROWS), batch * heads)](
+        save_rows[(tiles(number, sizes["block_n"]), batch * heads)](
             indices.contiguous(), slots, table, blocks.where, number, resident, staging, batch * heads // owners, every,
-            blocks.size, blocks.first, width=width, block_n=_ROWS, block_w=min(power(width), _WIDTH), **options(),
+            blocks.size, blocks.first, **sizes, **options(),
         )  # fmt: skip
 
 
@@ -140,9 +139,9 @@ def copy_moved(
 ) -> None:  # fmt: skip
     """A few rows of one block for one head; see :func:`pqbench.kernels.reference_rows.copy_blocks`."""
     pair, move = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    entry = moves + ((pair // shared) * most + move) * 2
-    block, slot = tl.load(entry), tl.load(entry + 1)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    entry = moves + ((pair // shared) * most + move) * 2 + n * 0
+    block, slot = tl.load(entry), tl.load(entry + 1)
     token = block * size + n
     seen = (block >= 0) & (n < size) & (token >= start) & (token < stop)
     place = pair * resident + first + slot * size + n
@@ -153,10 +152,10 @@ def copy_moved(
 def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
     """See :func:`pqbench.kernels.reference_rows.copy_blocks`."""
     owners, most = moves.shape[:2]
-    pairs, width = tokens.rows.shape[0] * tokens.rows.shape[1], table.shape[1] * table.shape[2]
+    pairs = tokens.rows.shape[0] * tokens.rows.shape[1]
+    sizes = tile(table.shape[1] * table.shape[2], table.dtype)
     with on(table):
-        copy_moved[(tiles(blocks.size, _ROWS), pairs, most)](
+        copy_moved[(tiles(blocks.size, sizes["block_n"]), pairs, most)](
             moves, tokens.rows, tokens.more, table, most, pairs // owners, resident, tokens.start, tokens.middle,
-            tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], blocks.size, blocks.first, width=width,
-            block_n=_ROWS, block_w=min(power(width), _WIDTH), **options(),
+            tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], blocks.size, blocks.first, **sizes, **options(),
         )  # fmt: skip

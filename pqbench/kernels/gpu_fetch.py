@@ -14,27 +14,22 @@ from torch import Tensor
 
 from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu_launch import blocks as tiles
-from pqbench.kernels.gpu_launch import dense_rows, on, options, power
+from pqbench.kernels.gpu_launch import dense_rows, on, options, outer, power, read, rows_of
+from pqbench.kernels.gpu_rows import tile
 from pqbench.kernels.reference_rows import Blocks, HostTokens
-
-_ROWS = 8  # rows that one program copies
-_WIDTH = 512  # numbers of a row that are copied at once
 
 
 @triton.jit(do_not_specialize=["at", "ring", "sinks"])
 def write_rows(
     keys: tl.tensor, values: tl.tensor, key_rows: tl.tensor, value_rows: tl.tensor, local: tl.tensor, at: tl.tensor,
-    key_strides: tl.tensor, value_strides: tl.tensor, key_row_strides: tl.tensor, value_row_strides: tl.tensor,
-    heads: tl.tensor, ring: tl.tensor, sinks: tl.tensor, width: tl.constexpr, block_w: tl.constexpr,
-    wraps: tl.constexpr,
+    key_outer: tl.tensor, value_outer: tl.tensor, key_row_outer: tl.tensor, value_row_outer: tl.tensor,
+    heads: tl.tensor, ring: tl.tensor, sinks: tl.tensor, unit: tl.constexpr, row_unit: tl.constexpr,
+    key_step: tl.constexpr, value_step: tl.constexpr, key_row_step: tl.constexpr, value_row_step: tl.constexpr,
+    width: tl.constexpr, block_w: tl.constexpr, wraps: tl.constexpr,
 ) -> None:  # fmt: skip
     """One new row of one head: to row ``at`` of ``key_rows`` and ``value_rows``, or to its row of the ring."""
     i, pair = tl.program_id(0), tl.program_id(1)
-    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    if at.dtype.is_ptr():
-        token = tl.load(at).to(tl.int64) + i
-    else:
-        token = at.to(tl.int64) + i
+    token = (read(at) + i).to(tl.int64)
     row = token
     if wraps:
         row = token % ring
@@ -42,12 +37,11 @@ def write_rows(
             tl.store(local + token, sinks.to(tl.int64) + row)
             tl.store(local + token - ring, -1, mask=token - ring >= sinks)
     w = tl.arange(0, block_w)
-    key = keys + sequence * key_strides[0] + head * key_strides[1] + i * key_strides[2]
-    value = values + sequence * value_strides[0] + head * value_strides[1] + i * value_strides[2]
-    key_row = key_rows + sequence * key_row_strides[0] + head * key_row_strides[1] + row * key_row_strides[2]
-    value_row = value_rows + sequence * value_row_strides[0] + head * value_row_strides[1] + row * value_row_strides[2]
-    tl.store(key_row + w, tl.load(key + w, mask=w < width), mask=w < width)
-    tl.store(value_row + w, tl.load(value + w, mask=w < width), mask=w < width)
+    key = tl.load(rows_of(keys, key_outer, pair, heads, unit) + i * key_step + w, mask=w < width)
+    tl.store(rows_of(key_rows, key_row_outer, pair, heads, row_unit) + row * key_row_step + w, key, mask=w < width)
+    value = tl.load(rows_of(values, value_outer, pair, heads, unit) + i * value_step + w, mask=w < width)
+    target = rows_of(value_rows, value_row_outer, pair, heads, row_unit) + row * value_row_step + w
+    tl.store(target, value, mask=w < width)
 
 
 def append_rows(
@@ -57,10 +51,12 @@ def append_rows(
     """See :func:`pqbench.kernels.reference_rows.append_rows`."""
     batch, heads, count, width = keys.shape
     keys, values = dense_rows(keys.to(key_rows.dtype)), dense_rows(values.to(value_rows.dtype))
+    (unit, new), (row_unit, old) = outer(keys, values), outer(key_rows, value_rows)
     with on(key_rows):
         write_rows[(count, batch * heads)](
-            keys, values, key_rows, value_rows, key_rows if local is None else local, at, keys.stride()[:3],
-            values.stride()[:3], key_rows.stride()[:3], value_rows.stride()[:3], heads, key_rows.shape[2], sinks,
+            keys, values, key_rows, value_rows, key_rows if local is None else local, at, *new, *old, heads,
+            key_rows.shape[2], sinks, unit=unit, row_unit=row_unit, key_step=keys.stride(2),
+            value_step=values.stride(2), key_row_step=key_rows.stride(2), value_row_step=value_rows.stride(2),
             width=width, block_w=power(width), wraps=local is not None, **options(1),
         )  # fmt: skip
 
@@ -92,10 +88,7 @@ def find_and_copy(
     """A few tokens of one head; see :func:`pqbench.kernels.reference_rows.fetch_rows`."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    if count.dtype.is_ptr():
-        matters = n < tl.minimum(tl.load(count), number)
-    else:
-        matters = n < tl.minimum(count, number)
+    matters = n < tl.minimum(read(count), number)
     token = tl.load(indices + pair * number + n, mask=matters, other=-1).to(tl.int64)
     known = matters & (token >= 0) & (token < positions)
     row = tl.load(local + token, mask=known, other=-1)
@@ -123,59 +116,15 @@ def fetch_rows(
     """See :func:`pqbench.kernels.reference_rows.fetch_rows`; tokens that do not exist are not copied."""
     batch, heads, number = indices.shape
     slots = torch.empty(batch, heads, number, dtype=torch.int64, device=indices.device)
-    width, known = table.shape[1] * table.shape[2], blocks is not None
+    sizes, known = tile(table.shape[1] * table.shape[2], table.dtype), blocks is not None
     where, counts = (blocks.where, blocks.counts) if blocks is not None else (slots, slots)
     owners, every = blocks.where.shape if blocks is not None else (1, 0)
     with on(table):
-        find_and_copy[(tiles(number, _ROWS), batch * heads)](
+        find_and_copy[(tiles(number, sizes["block_n"]), batch * heads)](
             indices.contiguous(), local, table, slots, tokens.rows, tokens.more, tally, where, counts,
             number if count is None else count, number, len(local), resident, staging, tokens.start, tokens.middle,
             tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], batch * heads // owners, every,
             blocks.size if blocks is not None else 1, blocks.first if blocks is not None else 0, cached=known,
-            width=width, block_n=_ROWS, block_w=min(power(width), _WIDTH), **options(),
+            **sizes, **options(),
         )  # fmt: skip
     return slots
-
-
-@triton.jit
-def copy_pieces(
-    source: tl.tensor, target: tl.tensor, source_strides: tl.tensor, target_strides: tl.tensor, heads: tl.tensor,
-    count: tl.tensor, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
-) -> None:  # fmt: skip
-    """Rows ``[B, H, n, width]`` of any strides between sequences, heads and rows."""
-    pair = tl.program_id(1)
-    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
-    first = source + sequence * source_strides[0] + head * source_strides[1]
-    goal = target + sequence * target_strides[0] + head * target_strides[1]
-    for start in tl.static_range(0, width, block_w):
-        w = start + tl.arange(0, block_w)
-        inside = (n < count)[:, None] & (w < width)[None, :]
-        row = tl.load(first + n[:, None] * source_strides[2] + w[None, :], mask=inside)
-        tl.store(goal + n[:, None] * target_strides[2] + w[None, :], row, mask=inside)
-
-
-def copy(source: Tensor, target: Tensor) -> None:
-    """See :func:`pqbench.kernels.reference_rows.copy`. Rows ``[B, H, n, ...]`` that are dense take one launch."""
-    if source.numel() == 0:
-        return
-    if source.ndim < 4 or not (_packed(source) and _packed(target)) or source.dtype != target.dtype:
-        target.copy_(source, non_blocking=True)
-        return
-    batch, heads, count = source.shape[:3]
-    width = source.shape[3:].numel()
-    with on(target, source):
-        copy_pieces[(tiles(count, _ROWS), batch * heads)](
-            source, target, source.stride()[:3], target.stride()[:3], heads, count, width=width, block_n=_ROWS,
-            block_w=min(power(width), _WIDTH), **options(),
-        )  # fmt: skip
-
-
-def _packed(rows: Tensor) -> bool:
-    """Whether each row ``[B, H, S, ...]`` lies in one piece."""
-    expected = 1
-    for size, stride in zip(reversed(rows.shape[3:]), reversed(rows.stride()[3:]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True

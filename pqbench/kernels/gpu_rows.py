@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.gpu_launch import blocks, on, options, power
+from pqbench.kernels.gpu_launch import blocks, on, options, outer, power, rows_of
 
-_ROWS = 16  # rows of a tile to copy
+_TILE = 4096  # bytes that one program has on the way at once: two loads of 16 for each of its threads
 
 
 @triton.jit(do_not_specialize=["count"])
 def copy_rows(
-    source: tl.tensor, indices: tl.tensor, target: tl.tensor, source_strides: tl.tensor, target_strides: tl.tensor,
-    heads: tl.tensor, count: tl.tensor, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
+    source: tl.tensor, indices: tl.tensor, target: tl.tensor, source_outer: tl.tensor, target_outer: tl.tensor,
+    heads: tl.tensor, count: tl.tensor, unit: tl.constexpr, source_row: tl.constexpr, source_step: tl.constexpr,
+    target_row: tl.constexpr, target_step: tl.constexpr, given: tl.constexpr, width: tl.constexpr,
+    block_n: tl.constexpr, block_w: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Rows ``indices`` ``[B*H, n]`` of ``source`` ``[B, H, S, width]`` into ``target`` ``[B, H, n, width]``."""
+    """Rows ``indices`` ``[B*H, n]`` of ``source`` ``[B, H, S, width]``, or the first n, into ``target``
+    ``[B, H, n, width]``."""
     pair = tl.program_id(1)
-    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    rows = tl.load(indices + pair.to(tl.int64) * count + n, mask=n < count, other=0).to(tl.int64)
-    first = source + sequence * source_strides[0] + head * source_strides[1]
-    goal = target + sequence * target_strides[0] + head * target_strides[1]
+    n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
+    rows = n
+    if given:
+        rows = tl.load(indices + pair.to(tl.int64) * count + n, mask=n < count, other=0).to(tl.int64)
+    first = rows_of(source, source_outer, pair, heads, unit)
+    goal = rows_of(target, target_outer, pair, heads, unit)
     for start in tl.static_range(0, width, block_w):
         w = start + tl.arange(0, block_w)
         inside = (n < count)[:, None] & (w < width)[None, :]
-        row = tl.load(first + rows[:, None] * source_strides[2] + w[None, :] * source_strides[3], mask=inside)
-        cell = n.to(tl.int64)[:, None] * target_strides[2] + w[None, :] * target_strides[3]
-        tl.store(goal + cell, row, mask=inside)
+        row = tl.load(first + rows[:, None] * source_row + w[None, :] * source_step, mask=inside)
+        tl.store(goal + n[:, None] * target_row + w[None, :] * target_step, row, mask=inside)
 
 
 def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
     """See :func:`pqbench.kernels.reference.gather`.
 
-    ``source`` or ``target`` may be pinned host memory: the launcher asks the driver for the address under which the GPU
-    sees it, and rows cross the link straight from where they are. The kernel runs on the current stream; whoever reuses
-    or frees host memory must wait for it first. ``indices`` are on the GPU or pinned as well.
+    ``source`` or ``target`` may be page-locked host memory: the launcher asks the driver for the address under which
+    the GPU sees it, and rows cross the link straight from where they are. The kernel runs on the current stream;
+    whoever reuses or frees host memory must wait for it first, see :mod:`pqbench.store.held`. ``indices`` are on the
+    GPU or page-locked as well.
     """
+    _copy(source, indices.contiguous(), target)
+
+
+def copy(source: Tensor, target: Tensor) -> None:
+    """See :func:`pqbench.kernels.reference_rows.copy`. Rows ``[B, H, n, ...]``, each of them in one piece, take one
+    launch."""
+    if source.ndim < 4 or source.dtype != target.dtype or not (_packed(source) and _packed(target)):
+        target.copy_(source, non_blocking=True)
+    elif source.numel():
+        _copy(source, None, target)
+
+
+def _copy(source: Tensor, indices: Tensor | None, target: Tensor) -> None:
+    """Copy the rows given, or all."""
     if source.ndim == 3:
         source, target = source[..., None], target[..., None]
     if source.ndim > 4 and not (_packed(source) and _packed(target)):
         for i in range(source.shape[3]):
-            gather(source[:, :, :, i], indices, target[:, :, :, i])
+            _copy(source[:, :, :, i], indices, target[:, :, :, i])
         return
-    batch, heads, count = indices.shape
-    width = source.shape[3:].numel()
-    block_w = min(256, power(width))
+    (batch, heads, count), width = target.shape[:3], source.shape[3:].numel()
+    unit, strides = outer(source, target)
+    sizes = tile(width, target.dtype)
     with on(target, source):
-        copy_rows[(blocks(count, _ROWS), batch * heads)](
-            source, indices.contiguous(), target, _strides(source), _strides(target), heads, count, width=width,
-            block_n=_ROWS, block_w=block_w, **options(),
+        copy_rows[(blocks(count, sizes["block_n"]), batch * heads)](
+            source, source if indices is None else indices, target, *strides, heads, count, unit=unit,
+            source_row=source.stride(2), source_step=_step(source), target_row=target.stride(2),
+            target_step=_step(target), given=indices is not None, **sizes, **options(),
         )  # fmt: skip
 
 
-def _strides(rows: Tensor) -> tuple[int, ...]:
-    """Strides of sequences, heads, rows, and elements of a row."""
-    return (*rows.stride()[:3], rows.stride(3) if rows.ndim == 4 else 1)
+def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
+    """How rows of ``width`` numbers are copied: ``block_n`` by one program, ``block_w`` numbers of them at a time."""
+    block_w = min(power(width), _TILE // dtype.itemsize)
+    return {"width": width, "block_n": _TILE // (block_w * dtype.itemsize), "block_w": block_w}
+
+
+def _step(rows: Tensor) -> int:
+    """Elements between the numbers of a row."""
+    return rows.stride(3) if rows.ndim == 4 else 1
 
 
 def _packed(rows: Tensor) -> bool:

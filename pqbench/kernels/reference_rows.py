@@ -139,16 +139,16 @@ def fetch_rows(
         owners, every = blocks.where.shape
         owner = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1) // (batch * heads // owners)
         entries = (wanted // blocks.size + owner * every)[here]
-        blocks.counts += torch.bincount(entries, minlength=owners * every).view(owners, every)
+        blocks.counts.add_(torch.bincount(entries, minlength=owners * every).view(owners, every))
     return torch.where(counted & (slots >= 0), slots, place)
 
 
 def vacate_rows(
     indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
 ) -> None:  # fmt: skip
-    """After blocks have come and gone: rows that ``slots`` ``[B, H, n]`` of tokens ``indices`` says are in a block
-    which is not there any more are copied to their places from row ``staging`` on, see :func:`fetch_rows`, and ``slots``
-    is brought up to date. For tables whose blocks are about to be overwritten."""
+    """After blocks have come and gone: rows that ``slots`` ``[B, H, n]`` of tokens ``indices`` say are in a block which
+    is not there any more are copied to their places from row ``staging`` on, see :func:`fetch_rows`, and ``slots`` are
+    brought up to date. For tables whose blocks are about to be overwritten."""
     batch, heads, number = indices.shape
     owners, every = blocks.where.shape
     pair = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1)
@@ -162,21 +162,19 @@ def vacate_rows(
 
 
 def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
-    """Copy blocks ``moves`` int64 ``[owners, A, 2]``, each a block and the slot it goes to, or -1 for none, into a table
-    ``[R, 2, D]``: those of their tokens that are among the ``tokens`` given, for every head of the owner."""
+    """Copy blocks ``moves`` int64 ``[owners, A, 2]``, each a block and the slot it goes to, or -1 for none, into a
+    table ``[R, 2, D]``: those of their tokens that are among the ``tokens`` given, for every head of the owner."""
     pairs = tokens.rows.shape[0] * tokens.rows.shape[1]
     shared, size = pairs // len(moves), blocks.size
     for owner, made in enumerate(moves.tolist()):
-        for block, slot in made:
-            for token in range(
-                max(block * size, tokens.start), min(block * size + size, tokens.stop) if block >= 0 else 0
-            ):
-                rows, at = (tokens.rows, token - tokens.start)
-                if token >= tokens.middle:
-                    rows, at = tokens.more, token - tokens.middle
-                heads = torch.arange(owner * shared, (owner + 1) * shared)
-                target = heads * resident + blocks.first + slot * size + token - block * size
-                table[target.to(table.device)] = rows.flatten(0, 1)[heads, at].to(table.device)
+        heads = torch.arange(owner * shared, (owner + 1) * shared)
+        for first, slot in ((block * size, slot) for block, slot in made if block >= 0):
+            for token in range(max(first, tokens.start), min(first + size, tokens.stop)):
+                late = token >= tokens.middle
+                rows = (tokens.more if late else tokens.rows).flatten(0, 1)
+                row = rows[heads, token - (tokens.middle if late else tokens.start)]
+                place = heads * resident + blocks.first + slot * size + token - first
+                table[place.to(table.device)] = row.to(table.device)
 
 
 def copy(source: Tensor, target: Tensor) -> None:

@@ -133,6 +133,11 @@ class LocalLink(Link):
         lane.put(task, urgent)
         return lane, task
 
+    def _launch(self, work: Callable[[], None], direction: Direction) -> Transfer:
+        lane, task = self._lanes[direction], Task(work)
+        lane.put(task)
+        return LocalTransfer(self.meters, lane, task)
+
     def close(self) -> None:
         self._ended()
         super().close()

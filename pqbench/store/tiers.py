@@ -46,9 +46,9 @@ class Placement(ABC):
     """A tier opened for one device and one prefill; it owns the link, if there is one."""
 
     @abstractmethod
-    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> Prompt:
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> Prompt:
         """Take over the rows ``[B, H, S, D]`` of one layer and group when its prefill is complete; a host tier starts
-        moving them and returns at once."""
+        moving them and returns at once. For ``reserve`` more tokens there is memory before decoding starts."""
 
     def close(self) -> None:  # noqa: B027 - nothing to end without a link
         """End the link once every store has settled. Raises OrderingError where a debugged link found transfers that
@@ -89,7 +89,9 @@ class DevicePlacement(Placement):
     def __init__(self, body: str = "auto") -> None:
         self._body = body
 
-    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> DevicePrompt:
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> DevicePrompt:
+        for buffer in (keys, values):
+            buffer.reserve(len(buffer) + reserve)
         return DevicePrompt(keys, values, self._body)
 
 
@@ -104,8 +106,8 @@ class DeviceTier(Tier):
 class OffloadedPrompt(Prompt):
     """Rows on the host, or on their way there; stores share them."""
 
-    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, body: str) -> None:
-        self._rows, self._tier, self._scratch, self._body = rows, tier, scratch, body
+    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, body: str, reserve: int) -> None:
+        self._rows, self._tier, self._scratch, self._body, self._reserve = rows, tier, scratch, body, reserve
 
     def tensors(self) -> list[torch.Tensor]:
         return [] if self._rows.near is None else list(self._rows.near)
@@ -116,8 +118,12 @@ class OffloadedPrompt(Prompt):
     def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
         tier, split = self._tier, _everything if split is None else split
         if tier.cache is None:
-            return HostStore(self._rows, split, tier.margin, tier.background, self._scratch, body=self._body)
-        return CachedHostStore(self._rows, split, tier.cache, tier.margin, tier.background, self._scratch, self._body)
+            return HostStore(
+                self._rows, split, tier.margin, tier.background, self._scratch, body=self._body, reserve=self._reserve
+            )
+        return CachedHostStore(
+            self._rows, split, tier.cache, tier.margin, tier.background, self._scratch, self._body, self._reserve
+        )
 
 
 class HostPlacement(Placement):
@@ -127,11 +133,11 @@ class HostPlacement(Placement):
         self.tier, self.link, self.body = tier, link, body
         self._scratch = Scratch()
 
-    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> OffloadedPrompt:
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> OffloadedPrompt:
         rows = HostPrompt.offload(self.link, keys.view(), values.view())
         if not self.tier.background:
             rows.wait()
-        return OffloadedPrompt(rows, self.tier, self._scratch, self.body)
+        return OffloadedPrompt(rows, self.tier, self._scratch, self.body, reserve)
 
     def close(self) -> None:
         self.link.close()

@@ -20,6 +20,7 @@ from methods.pqcache.cells import cell_numbers
 from pqbench.kernels import reference, reference_cells
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+from tests.kernels.gpu_row_checks import ROW_CHECKS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Check = Callable[[torch.device, int], None]
@@ -271,6 +272,7 @@ CHECKS: dict[str, Check] = {
     "columns band of one": partial(columns, 1, 1, 128, BF16),
     "columns wide": partial(columns, 80, 1, 200, F32),
     **{f"gather {str(dtype)[6:]}": partial(gather, dtype) for dtype in (F32, BF16, torch.uint8, torch.int64)},
+    **ROW_CHECKS,
 }  # fmt: skip
 
 

@@ -19,6 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pqbench.kernels.reference_blocks import Residency
+from pqbench.kernels.reference_rows import Blocks, HostTokens
+
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one block may use
@@ -106,6 +109,39 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
     }
 
 
+def row_calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """How a step on the host tier writes, finds and copies rows, and how blocks come and go."""
+    rows, table = random(1, 2, 640, 2, 128, dtype=dtype), random(1000, 2, 128, dtype=dtype)
+    new, indices, known = random(1, 2, 1, 128, dtype=dtype), torch.zeros(1, 2, 96, dtype=torch.int64), torch.zeros(700)
+    local, tally, at = known.long(), torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    tokens = HostTokens(0, 650, rows, 640, rows[:, :, :64])
+    blocks = Blocks(torch.zeros(1, 1024).long(), 128, 80, torch.zeros(1, 1024).int())
+    residency = Residency.empty(1, 64, known.device)._replace(where=blocks.where)
+    pairs, slots = (rows[..., 0, :], rows[..., 1, :]), torch.zeros_like(indices)
+
+    def fetch(blocks: Blocks | None, count: int | Tensor | None) -> object:
+        return body.fetch_rows(indices, local, table, 300, 600, tokens, tally, blocks, count)
+
+    return {
+        "append": lambda: body.append_rows(new, new, *pairs, 600),
+        "append, number on the device": lambda: body.append_rows(new, new, *pairs, at),
+        "append to a ring": lambda: body.append_rows(new, new, *pairs, 600, local, 4),
+        "append to a ring, number on the device": lambda: body.append_rows(new, new, *pairs, at, local, 4),
+        "copy": lambda: body.copy(rows[:, :, :100, :1], random(1, 2, 100, 1, 128, dtype=dtype)),
+        "fetch": lambda: fetch(None, None),
+        "fetch, number on the device": lambda: fetch(None, at),
+        "fetch beside blocks": lambda: fetch(blocks, None),
+        "admit, lfu": lambda: body.admit_blocks(blocks.counts, 900, 32, True, residency, tally),
+        "admit, lru": lambda: body.admit_blocks(blocks.counts, at, 32, False, residency, tally),
+        "admit, 1M tokens": lambda: body.admit_blocks(
+            torch.zeros(1, 8192).int(), 8000, 64, True,
+            Residency.empty(1, 1024, known.device)._replace(where=torch.zeros(1, 8192).long()), tally,
+        ),
+        "vacate": lambda: body.vacate_rows(indices, slots, table, 300, 600, blocks),
+        "copy blocks": lambda: body.copy_blocks(torch.zeros(1, 32, 2).long(), tokens, table, 300, blocks),
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Launch]]:
     """Everything that the calls would compile, by name; the cache is empty and temporary."""
@@ -117,7 +153,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Lau
         triton.runtime.driver.set_active(Target())
         try:
             for dtype in (HALF, torch.float32):
-                for name, call in calls(gpu, dtype).items():
+                for name, call in {**calls(gpu, dtype), **row_calls(gpu, dtype)}.items():
                     triton.knobs.runtime.jit_cache_hook = Recorder(f"{name}, {str(dtype).split('.')[1]}", noted)
                     call()
             triton.knobs.runtime.jit_cache_hook = None
