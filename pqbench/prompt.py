@@ -74,7 +74,7 @@ class Setting:
     def check(self, methods: Mapping[str, Method], model: PreTrainedModel | None = None) -> None:
         """Raises ConfigError when a method, or a model, cannot do what is asked for here."""
         if self.graphs:
-            check_captured(methods, self.tier.offloads, model)
+            check_captured(methods, self.tier, model)
         if self.select_ahead:
             check_methods_ahead(methods)
 

@@ -71,7 +71,7 @@ def uses(path: Path, package: str) -> bool:
         ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors", "costs", "cost_fit"}),
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
-        ("pqbench/graphs", {"graphs", "group", "cache", "kernels"} | CORE),
+        ("pqbench/graphs", {"graphs", "group", "cache", "kernels", "store"} | CORE),
         ("pqbench/benchmarks", {"benchmarks", "errors", "models"}),
         ("pqbench/timing", TIMING),
         ("pqbench/fidelity", TIMING | {"fidelity", "attention", "probe", "summaries"}),

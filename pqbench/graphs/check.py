@@ -9,15 +9,18 @@ from transformers import PreTrainedModel
 from pqbench.cache import layer_types
 from pqbench.errors import ConfigError
 from pqbench.method import Method
+from pqbench.store.tiers import Tier
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose frequencies the host chooses by the length
 
 
-def check_captured(methods: Mapping[str, Method], offloads: bool, model: PreTrainedModel | None = None) -> None:
-    """Raises ConfigError when a decode step of a method, or of a model, cannot be captured; ``offloads``: KV lies in
-    host memory."""
+def check_captured(methods: Mapping[str, Method], tier: Tier, model: PreTrainedModel | None = None) -> None:
+    """Raises ConfigError when a decode step of a method over a tier, or of a model, cannot be captured."""
+    obstacle = tier.why_not_captured()
+    if obstacle is not None:
+        raise ConfigError(f"graphs=true: {obstacle}")
     for name, method in methods.items():
-        reason = method.why_not_captured(offloads)
+        reason = method.why_not_captured(tier.offloads)
         if reason is not None:
             raise ConfigError(f"graphs=true: {name} {reason}: use graphs=false for it")
     if model is not None:

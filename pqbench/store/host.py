@@ -67,8 +67,12 @@ class HostStore(Store):
         """Go on with these rows on the host."""
         self._host = host
         self._outbox = Outbox(host, self._pool, self._length, self._traffic)
-        direct = DirectRows(host, self._pool, self._kernels, self._cache)
-        self._direct = direct if self._link.direct else None
+        self._by_kernels = DirectRows(host, self._pool, self._kernels, self._cache)
+
+    @property
+    def _direct(self) -> DirectRows | None:
+        """Where kernels bring rows. In a captured step they do so over any link: no thread of a link is part of it."""
+        return self._by_kernels if self._link.direct or self.number is not None else None
 
     @property
     def bytes_to_device(self) -> int:
@@ -160,7 +164,7 @@ class HostStore(Store):
 
     @property
     def fixed(self) -> list[Tensor]:
-        return [self._pool.table, self._pool.local]
+        return [self._pool.table, self._pool.local, *self._by_kernels.fixed]
 
     def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :meth:`Store.fetch`. The rows are those of the pool, the same for every head. None moves all rows that
@@ -284,11 +288,16 @@ class HostStore(Store):
         self._read(start, stop, rows, part)
         return rows
 
+    @property
+    def _most(self) -> int:
+        """Tokens that a selection may name: those held; in a captured step those it may ever hold."""
+        return self._length if self.number is None else self._reserved
+
     def _slots(self, indices: Tensor, count: Number | None) -> Tensor:
         """Rows of the pool's table that hold tokens ``[B, H, n]``; those it does not hold are brought there first."""
         if self._direct is not None:
             self._outbox.land(self._pool.low)
-            return self._direct.fetch(indices, self._length, count)
+            return self._direct.fetch(indices, self._most, count)
         found = self._find(indices)
         if found.asked:
             self._bring(indices, found)

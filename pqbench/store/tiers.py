@@ -65,6 +65,10 @@ class Tier(ABC):
     def open(self, device: torch.device, body: str = "auto") -> Placement:
         """Ready for one prefill on ``device``; ``body`` names the kernels that find and move rows."""
 
+    def why_not_captured(self) -> str | None:
+        """Why no CUDA graph can hold a decode step over this tier, and what to set instead; None where one can."""
+        return None
+
     def check(self, tokens: int, row_bytes: int) -> None:  # noqa: B027 - a tier without limits of its own
         """Raise ConfigError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
 
@@ -196,6 +200,11 @@ class HostTier(Tier):
         return CacheOptions(
             self.cache_tokens, self.cache_block, self.cache_policy, self.cache_admit, self.cache_per_head
         )
+
+    def why_not_captured(self) -> str | None:
+        if self.link not in ("auto", "local", "cuda"):
+            return f"store.link={self.link} is emulated, and nothing in a captured step takes its time: use auto"
+        return None
 
     def check(self, tokens: int, row_bytes: int) -> None:
         if self.cache_tokens > tokens:

@@ -28,7 +28,12 @@ BUDGETS = {
     "tokens": Budget(sink=3, window=5, tokens=40, ratio=None),
     "paper": PaperBudget(4, ratio=0.3),
 }
-TIERS: dict[str, Tier] = {"device": DeviceTier(), "host": HostTier(link="local", margin=16)}
+TIERS: dict[str, Tier] = {
+    "device": DeviceTier(),
+    "host": HostTier(link="local", margin=16),
+    "host, poisoned": HostTier(link="local", margin=8, debug=True),
+    "host, cache": HostTier(link="local", margin=16, cache_tokens=64, cache_block=16, cache_admit=2),
+}
 
 
 def decoded(model: PreTrainedModel, ids: Tensor, method: Method, setting: Setting, question: int = 0) -> Generation:
