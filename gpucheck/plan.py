@@ -40,15 +40,15 @@ class Step:
 
 
 STEPS = (
-    Step(0, "machine", "versions, card, driver, PCIe link, free memory", 40, 10, 1),
-    Step(1, "kernels", "every kernel against its definition", 80, 30, 2),
-    Step(2, "stores", "host stores over the link against the device store", 40, 20, 5),
-    Step(3, "tokens", "the same tokens over every tier, with and without overlap, by every body", 50, 25, 4),
-    Step(4, "bandwidth", "kernel times against bytes over bandwidth; gather from host memory", 55, 30, 6, proves=False),
-    Step(5, "attention", "one layer's decode step", 70, 35, 7, proves=False),
-    Step(6, "latency", "seconds per token of a model of 8B shape", 190, 60, 3, proves=False, elastic=True),
-    Step(7, "profile", "launches, synchronisations and host time of three host steps", 35, 20, 8, proves=False),
-    Step(8, "memcheck", "compute-sanitizer memcheck on six kernels", 40, 15, 9),
+    Step(0, "machine", "versions, card, driver, PCIe link, free memory", 60, 10, 1),
+    Step(1, "kernels", "every kernel against its definition", 70, 30, 2),
+    Step(2, "stores", "host stores over the link against the device store", 35, 20, 5),
+    Step(3, "tokens", "the same tokens over every tier, with and without overlap, by every body", 45, 25, 4),
+    Step(4, "bandwidth", "kernel times against bytes over bandwidth; gather from host memory", 50, 30, 6, proves=False),
+    Step(5, "attention", "one layer's decode step", 65, 35, 7, proves=False),
+    Step(6, "latency", "seconds per token of a model of 8B shape", 185, 60, 3, proves=False, elastic=True),
+    Step(7, "profile", "launches, synchronisations and host time of three host steps", 30, 20, 8, proves=False),
+    Step(8, "memcheck", "compute-sanitizer memcheck on six kernels", 25, 15, 9),
 )
 
 

@@ -45,7 +45,7 @@ def summarise(folder: Path) -> Summary:
 def errors_of(content: Mapping[str, Any]) -> list[str]:
     """What is wrong in one result. A step that only measures and ran out of time has shown nothing wrong."""
     label = f"step {content['step']} {content['name']}"
-    found = [f"{label}: {row['name']}: {row.get('error') or _figures_of(row)}" for row in content["rows"]
+    found = [f"{label}: {row['name']}: {row.get('error') or figures_of(row)}" for row in content["rows"]
              if row["ok"] is False]  # fmt: skip
     proves = next(step.proves for step in STEPS if step.number == content["step"])
     if not found and (content["status"] == "failed" or (content["status"] == "timeout" and proves)):
@@ -88,14 +88,14 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The figures of every step, a line each."""
     lines = []
     for content in results:
-        rows = [row for row in content["rows"] if row["ok"] is None and _figures_of(row)]
+        rows = [row for row in content["rows"] if row["ok"] is None and figures_of(row)]
         if rows:
             lines += [f"## Step {content['step']}: {content['title']}", ""]
-            lines += [f"- {_cell(row['name'])}: {_figures_of(row)}" for row in rows] + [""]
+            lines += [f"- {_cell(row['name'])}: {figures_of(row)}" for row in rows] + [""]
     return lines
 
 
-def _figures_of(row: Mapping[str, Any]) -> str:
+def figures_of(row: Mapping[str, Any]) -> str:
     """What the summary shows of a row: the figures that it names in ``shown``, else all that are short."""
     named = row.get("shown")
     hidden = {"name", "ok", "shown", "traceback", "facts"}

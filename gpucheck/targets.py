@@ -48,9 +48,9 @@ class Target:
         return Verdict(self.name, wanted, f"{value:.3g} {self.unit}", met)
 
 
-def best(rows: Iterable[Row], figure: str, **wanted: Any) -> float | None:
+def best(found: Iterable[Row], figure: str, **wanted: Any) -> float | None:
     """The smallest figure among the rows that have all the wanted values."""
-    fitting = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+    fitting = [row for row in found if all(row.get(name) == value for name, value in wanted.items())]
     return min((row[figure] for row in fitting if row.get(figure) is not None), default=None)
 
 

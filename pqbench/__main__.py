@@ -23,7 +23,7 @@ from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source, opened
 from pqbench.devices import check_device, check_kernels
-from pqbench.errors import ConfigError
+from pqbench.errors import ConfigError, DeviceError
 from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.method import Method, compensated
@@ -64,6 +64,8 @@ def main() -> None:
             log.setLevel(logging.DEBUG)  # a sample that fails is a record, and its traceback a message
         try:
             lines = run_config(config)
+        except DeviceError:
+            raise  # no further cell could be measured in this process
         except Exception as error:  # a sweep goes on past any failing cell
             if config.debug:
                 raise

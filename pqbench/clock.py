@@ -259,9 +259,7 @@ def streams_of(device: torch.device, given: Streams | None = None) -> Streams | 
     return CudaStreams() if given is None and device.type == "cuda" else given
 
 
-def clock_of(
-    device: torch.device, streams: Streams | None = None, every: int = SAMPLED, named: bool = False
-) -> Clock:
+def clock_of(device: torch.device, streams: Streams | None = None, every: int = SAMPLED, named: bool = False) -> Clock:
     """The clock of a device whose streams are :func:`streams_of` it; ``named`` for a run under a torch profiler."""
     clock = HostClock() if streams is None else EventClock(streams, device, every)
     return NamedClock(clock) if named else clock

@@ -36,6 +36,7 @@ ATTENTION: tuple[Column, ...] = (
     ("build_s", "build s", 1, "{:.2f}"),
     ("index_bytes", "index MB", 1e-6, "{:.2f}"),
     ("peak_rss_bytes", "peak GB", 1e-9, "{:.1f}"),
+    ("timed_steps", "n", 1, "{:.0f}"),
 )
 PHASES: tuple[Column, ...] = (
     ("dense_step_s", "model ms", 1e3, "{:.1f}"),
@@ -177,7 +178,7 @@ def _attention(records: Sequence[Record]) -> list[Section]:
             rows.append([*named, record["status"], *["-"] * (len(ATTENTION) - 1)])
     title = f"one {records[0].get('model', '-')} attention layer{_over(records)}, median decode step ({facts(records)})"
     headings = [*labels, *(heading for _, heading, _, _ in ATTENTION)]
-    return [Section(title, headings, rows, len(labels), ("min", "attended", "peak GB"))]
+    return [Section(title, headings, rows, len(labels), ("min", "attended", "peak GB", "n"))]
 
 
 def _latency(records: Sequence[Record]) -> list[Section]:

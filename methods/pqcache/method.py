@@ -16,6 +16,7 @@ from pqbench.method import (
     KV,
     Arrival,
     Budget,
+    Check,
     ConfigError,
     Geometry,
     LayerState,
@@ -146,6 +147,7 @@ class PQCacheState(LayerState):
         self.arriving: Arrival | None = None
         self.ahead = Ahead()
         self.iterations = 0
+        self.finite: Tensor | None = None  # bool [], whether the keys of the codebook were; the device may not know yet
         self.previous = None if geometry.correction is None else PreviousQuery(geometry.correction)
         self.room = 0  # of a captured step's selection
         problems = geometry.batch * geometry.kv_heads * method.m
@@ -277,10 +279,13 @@ class PQCacheState(LayerState):
         self.codes = GrowingBuffer(codes.to(kv.device if self.method.codes_on == "device" else "cpu"))
 
     def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codebook and codes of keys ``[B, H, S, D]``, made where they lie; raises ConfigError when they are not
-        finite."""
-        if not bool(keys.isfinite().all()):
-            raise ConfigError(f"layer {self.geometry.layer} has keys that are NaN or infinite: try model.dtype=float32")
+        """Codebook and codes of keys ``[B, H, S, D]``, made on their device by the body for it. Keys that are not
+        finite raise ConfigError at once on the CPU; on a GPU, which is not waited for here, see :attr:`checks`."""
+        # NaN is both the smallest and the largest. A mask of isfinite() would be as large as the keys.
+        extremes = torch.stack(keys.aminmax())
+        self.finite = extremes.isfinite().all()
+        if keys.device.type == "cpu" and not bool(self.finite):
+            raise ConfigError(self.checks[0].message)
         method, clusters = self.method, 2**self.method.b
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
@@ -294,6 +299,13 @@ class PQCacheState(LayerState):
         if calibration is None or self.fit is None:
             return 10  # nobody measured this hardware
         return adaptive_iterations(calibration.idle_seconds(self.geometry.prompt), self.fit, points)
+
+    @property
+    def checks(self) -> list[Check]:
+        if self.finite is None:
+            return []
+        layer = self.geometry.layer
+        return [Check(self.finite, f"layer {layer} has keys that are NaN or infinite: try model.dtype=float32")]
 
     @property
     def facts(self) -> dict[str, float]:

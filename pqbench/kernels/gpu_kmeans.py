@@ -1,10 +1,13 @@
 """Triton: K-Means per head and sub-space, with the initial rows, the empty clusters and the results of the reference.
 
 Nothing here waits for the GPU: every problem is launched to the last iteration, but one that has settled leaves its
-kernels at once. Sums are ordered, so results do not depend on timing.
+kernels at once. Which ones have is compared on the GPU, and the rows that are drawn on the host come from page-locked
+memory. Sums are ordered, so results do not depend on timing.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -140,13 +143,22 @@ def train_codebook(
     """See :func:`pqbench.kernels.reference.train_codebook` and the module's docstring."""
     keys = dense_rows(keys)
     batch, heads, count, dimension = keys.shape
-    drawn = upload(draw(count, seed)[: max(clusters, min(sample or 0, count))], keys.device)
+    kept = max(clusters, min(sample or 0, count))
+    drawn = upload(_first_drawn(count, seed, kept, keys.device.type == "cuda"), keys.device)
     start = keys[:, :, drawn[:clusters]].float().view(batch, heads, clusters, parts, dimension // parts)
     codebook = start.transpose(2, 3).contiguous()  # [B, H, m, K, D/m]
     if sample is not None and sample < count:
         _lloyd(keys[:, :, drawn], codebook, iterations, tolerance)
         iterations = min(iterations, 1)
     return codebook, _lloyd(keys, codebook, iterations, tolerance)
+
+
+@lru_cache(maxsize=4)
+def _first_drawn(count: int, seed: int, kept: int, pinned: bool) -> Tensor:
+    """The first rows of the draw ``[kept]`` on the host, page-locked on request. All layers of a prompt draw alike,
+    and to shuffle 131072 numbers takes the host a millisecond that the prefill would wait for. Nobody writes to it."""
+    rows = draw(count, seed)[:kept].clone()  # a view would hold the whole draw
+    return rows.pin_memory() if pinned else rows
 
 
 def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) -> Tensor:

@@ -134,7 +134,13 @@ def outer(*tensors: Tensor, axes: int = 2) -> tuple[int, tuple[tuple[int, ...], 
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` from the host on ``device``, without waiting for work under way there."""
+    """``x`` from the host on ``device``, without waiting for work under way there.
+
+    The page-locked block may be freed before the copy has read it: ``to`` leaves an event of the copy's stream with
+    torch's allocator of such memory, which gives the block to nobody before that has passed. The allocator knows
+    nothing of kernels that read a block by its address; for them the tensor must be kept. Of ``x`` that is page-locked
+    already no block is made.
+    """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pqbench.benchmarks.grid import whole
 from pqbench.devices import available_bytes, check_device, check_kernels
-from pqbench.errors import ConfigError, ModelError
+from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.group import PHASES
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
@@ -154,6 +154,9 @@ class Attention(Measurement):
             ]
             take_turns(subjects, *layers, self.repeats, self.steps, warmup, Sweeper(self.sweep_mb, device),
                        self.seed)  # fmt: skip
+        except DeviceError:
+            self._put_failures(ledger, cell, subjects)
+            raise
         except Exception as error:  # noqa: BLE001 - a layer that cannot be made is a row of every method
             for subject in subjects:
                 subject.error = error
@@ -161,19 +164,25 @@ class Attention(Measurement):
         machine["weights"] = None if job.loaded is None else job.loaded.weights
         dense = [subject for subject in subjects if subject.method is None and subject.error is None]
         fastest = min(dense, key=median_total, default=None)
+        self._put_failures(ledger, cell, subjects)
+        for subject in (subject for subject in subjects if subject.error is None):
+            identity = self._facts(cell, subject)
+            if ledger.missing(subject.name, identity["sample_id"]):  # else on record, or measured for comparison alone
+                ledger.ok(subject.name, identity["sample_id"], identity | self._times(subject, fastest, roof) | machine)
+        for subject in subjects:
+            job.setting.check_device(subject.error)
+            subject.close()
+
+    def _put_failures(self, ledger: Ledger, cell: Cell, subjects: Sequence[Subject]) -> None:
+        """Record the subjects that failed, and those that this machine does not offer."""
         for subject in subjects:
             identity = self._facts(cell, subject)
-            if not ledger.missing(subject.name, identity["sample_id"]):
-                continue  # on record, or measured for comparison alone
+            if subject.error is None or not ledger.missing(subject.name, identity["sample_id"]):
+                continue
             if isinstance(subject.error, RefusedError):
                 ledger.refused(subject.name, identity["sample_id"], subject.error, identity)
-            elif subject.error is not None:
-                ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
             else:
-                figures = self._times(subject, fastest, roof) | machine
-                ledger.ok(subject.name, identity["sample_id"], identity | figures)
-        for subject in subjects:
-            subject.close()
+                ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
 
     def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
         device = self._device(job)

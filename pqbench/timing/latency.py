@@ -174,6 +174,7 @@ class Latency(Measurement):
             figures["built_beside"] = prefilled.beside is not None
         except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
             ledger.failed(cell.method, cell.sample_id, error, facts)
+            job.setting.check_device(error)
         else:
             record = facts | figures
             if self.profile and cell.repeat == 0:
@@ -232,7 +233,7 @@ def times(generation: Generation) -> Record:
 
 
 def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
-    """Where the time of a step goes, means in seconds over the steps whose phases were timed; and the bytes a step
+    """Where a step's time goes, means in seconds over the steps whose phases were timed; and the bytes that a step
     reads against what memory can do."""
     groups, meters = generation.groups(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))

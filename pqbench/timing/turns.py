@@ -214,10 +214,13 @@ def take_turns(
     Subjects take turns step by step, so that a drift of the machine hits all alike; each of the ``repeats`` rounds of
     ``steps`` steps has an order of its own. One that is slow has its turns in the first round alone. A subject that
     fails keeps its error and leaves the others alone.
+
+    Raises:
+        DeviceError: a GPU answers no more after the error that a subject keeps.
     """
     for subject in subjects:
         follow(f"{subject.name}: building its index")
-        _guarded(subject, partial(_prepare, subject, layer, small, warmup))
+        _guarded(subject, layer, partial(_prepare, subject, layer, small, warmup))
     order = random.Random(seed)
     for repeat in range(repeats):
         follow(f"round {repeat + 1} of {repeats}")
@@ -225,7 +228,7 @@ def take_turns(
         for step in range(steps):
             for subject in [subject for subject in present if subject.error is None and not (repeat and subject.slow)]:
                 number = warmup + repeat * steps + step
-                _guarded(subject, partial(subject.take_turn, layer, number, sweeper.sweep))
+                _guarded(subject, layer, partial(subject.take_turn, layer, number, sweeper.sweep))
 
 
 def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
@@ -240,8 +243,9 @@ def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
     subject.warmup_s = rehearsed + layer.now() - began
 
 
-def _guarded(subject: Subject, work: Callable[[], None]) -> None:
+def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
     try:
         work()
     except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others go on
         subject.error, subject.group = error, None
+        layer.setting.check_device(error)
