@@ -25,7 +25,7 @@ from pqbench.kernels.backend import kernels
 from pqbench.method import Geometry, Method
 from pqbench.setting import Setting as Setting
 from pqbench.store.base import Store
-from pqbench.store.tiers import Placement
+from pqbench.store.tiers import Need, Placement
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ def _open(
     if full:
         known = geometry(model, full[0], groups[0], columns, None, setting)
         row = 2 * known.kv_heads * known.head_dim * model.dtype.itemsize * len(full)
-        setting.tier.check((columns + reserve) * len(mask), row)
+        need = Need(model.device, len(full), reserve * len(mask))
+        setting.tier.check((columns + reserve) * len(mask), row, need)
     return prefilled
 
 

@@ -67,11 +67,12 @@ class DirectRows:
         self._kernels.vacate_rows(indices, slots, pool.table, pool.resident, pool.staging, blocks)
         work = partial(self._enter, moves, blocks)
         if aside:
-            return [self._host.link.launch(work, Direction.TO_DEVICE, "blocks")]
+            return [self._host.link.launch(work, Direction.TO_DEVICE, "blocks", [moves, pool.table])]
         work()
         return []
 
     def _enter(self, moves: Tensor, blocks: Blocks) -> None:
+        self._host.link.reads()
         for tokens in self._host.tokens():
             self._kernels.copy_blocks(moves, tokens, self._pool.table, self._pool.resident, blocks)
 

@@ -176,12 +176,14 @@ class Link(ABC):
         inner = self._start([], direction, size, urgent)
         return GuardedTransfer(inner, copies, f"{name} {direction.value}", self._unwaited)
 
-    def launch(self, work: Callable[[], None], direction: Direction, name: str = "copy") -> Transfer:
-        """Have kernels of the caller's own do a transfer beside what it does next. They count the bytes, if anybody
-        does. With ``debug`` the work is done in the wait."""
+    def launch(
+        self, work: Callable[[], None], direction: Direction, name: str = "copy", uses: Sequence[Tensor] = ()
+    ) -> Transfer:  # fmt: skip
+        """Have kernels of the caller's own do a transfer beside what it does next; ``uses`` are tensors that they read
+        or write. They count the bytes, if anybody does. With ``debug`` the work is done in the wait."""
         if self.debug:
             return DeferredTransfer(work, f"{name} {direction.value}", self._unwaited)
-        return self._launch(work, direction)
+        return self._launch(work, direction, uses)
 
     def reads(self) -> None:  # noqa: B027 - without a device that reads by itself, nothing is under way unnoticed
         """Kernels on the current stream read host buffers by themselves."""
@@ -229,7 +231,7 @@ class Link(ABC):
         """Begin to move ``size`` bytes; with debug there are no copies to do, only time to take."""
 
     @abstractmethod
-    def _launch(self, work: Callable[[], None], direction: Direction) -> Transfer:
+    def _launch(self, work: Callable[[], None], direction: Direction, uses: Sequence[Tensor]) -> Transfer:
         """Begin a transfer that kernels do."""
 
 

@@ -96,8 +96,8 @@ class CudaLink(Link):
 
         return self._queue(move, direction, buffers)
 
-    def _launch(self, work: Callable[[], None], direction: Direction) -> Transfer:
-        return self._queue(work, direction, [])
+    def _launch(self, work: Callable[[], None], direction: Direction, uses: Sequence[Tensor]) -> Transfer:
+        return self._queue(work, direction, uses)
 
     def _queue(self, work: Callable[[], None], direction: Direction, buffers: Sequence[Tensor]) -> Transfer:
         """Do something on the stream of a direction."""

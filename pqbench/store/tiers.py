@@ -56,6 +56,42 @@ class Placement(ABC):
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a check of memory should know besides rows and bytes.
+
+    Attributes:
+        device: where the model runs.
+        layers: number of layers that the rows are those of.
+        reserve: tokens, among those checked, that decoding adds.
+    """
+
+    device: torch.device
+    layers: int = 1
+    reserve: int = 0
+
+    def page_locked(self, tokens: int, row_bytes: int) -> int:
+        """Bytes that buffers for prompt and reserve take: torch takes page-locked memory in powers of two."""
+        parts = (part * row_bytes // self.layers for part in (tokens - self.reserve, self.reserve))
+        return self.layers * sum(1 << max(size - 1, 0).bit_length() for size in parts if size > 0)
+
+    def free(self) -> int | None:
+        """Bytes of memory that the device still gives, None where it has none of its own."""
+        if self.device.type != "cuda":
+            return None
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + kept
+
+    def check_device(self, tokens: int, needed: int, advice: str) -> None:
+        """Raises ConfigError when ``needed`` bytes for ``tokens`` tokens are not to be had on the device."""
+        free = self.free()
+        if free is not None and needed > free:
+            raise ConfigError(
+                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of memory on {self.device} and "
+                f"{free / 2**30:.1f} GiB are free: {advice}"
+            )
+
+
+@dataclass(frozen=True)
 class Tier(ABC):
     """Base of the tiers that conf/store/*.yaml names."""
 
@@ -69,7 +105,7 @@ class Tier(ABC):
         """Why no CUDA graph can hold a decode step over this tier, and what to set instead; None where one can."""
         return None
 
-    def check(self, tokens: int, row_bytes: int) -> None:  # noqa: B027 - a tier without limits of its own
+    def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:  # noqa: B027 - see the subclasses
         """Raise ConfigError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
 
 
@@ -102,6 +138,11 @@ class DevicePlacement(Placement):
 @dataclass(frozen=True)
 class DeviceTier(Tier):
     """All KV on the accelerator."""
+
+    def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
+        if need is not None:
+            advice = "use store=host, a shorter context, a smaller batch or a smaller dtype"
+            need.check_device(tokens, tokens * row_bytes, advice)
 
     def open(self, device: torch.device, body: str = "auto") -> DevicePlacement:
         return DevicePlacement(body)
@@ -206,17 +247,25 @@ class HostTier(Tier):
             return f"store.link={self.link} is emulated, and nothing in a captured step takes its time: use auto"
         return None
 
-    def check(self, tokens: int, row_bytes: int) -> None:
+    def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
         if self.cache_tokens > tokens:
             raise ConfigError(
                 f"store.cache_tokens is {self.cache_tokens}, a cache larger than the context of {tokens} tokens: "
                 "lower it, or use store=device"
             )
-        needed, free = tokens * row_bytes, psutil.virtual_memory().available
+        needed, kind = tokens * row_bytes, "host memory"
+        advice = "use a shorter context, a smaller batch or a smaller dtype"
+        if need is not None and need.device.type == "cuda":
+            needed, kind = need.page_locked(tokens, row_bytes), "page-locked host memory (taken in powers of two)"
+            layer = (
+                tokens * row_bytes // need.layers
+            )  # that the prefill is at: its rows, and key and value side by side
+            need.check_device(tokens, 2 * layer, advice)
+        free = psutil.virtual_memory().available
         if needed > free:
             raise ConfigError(
-                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are "
-                "available: use a shorter context, a smaller batch or a smaller dtype"
+                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of {kind} and {free / 2**30:.1f} GiB are "
+                f"available: {advice}"
             )
 
     def open(self, device: torch.device, body: str = "auto") -> HostPlacement:

@@ -24,6 +24,7 @@ from pqbench.method import Method
 from pqbench.prompt import Prefilled, geometry, prefill
 from pqbench.records import Record
 from pqbench.run import check_alive, check_methods
+from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
 from pqbench.timing.dense import body_name
 from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
@@ -137,7 +138,8 @@ class Latency(Measurement):
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
         longest, row = max(cell.prompt for cell in cells), row_bytes(model, job)
-        job.setting.tier.check(longest + self.new_tokens, row)
+        need = Need(model.device, reserve=self.new_tokens)
+        job.setting.tier.check(longest + self.new_tokens, row, need)
         check_memory(job, model, longest, self.new_tokens, row)
 
     def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
