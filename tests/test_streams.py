@@ -230,3 +230,11 @@ def test_ends_are_noticed_in_the_step_they_come(llama: PreTrainedModel) -> None:
             tokens = decode(prefilled, 0, NEW, least, config=config).tokens[0].tolist()
             if least <= free.index(token):
                 assert tokens == free[: free.index(token) + 1]
+
+
+def test_codes_in_host_memory_come_over_without_the_host(llama: PreTrainedModel) -> None:
+    method = PQCache(Budget(sink=4, tokens=40, ratio=None), m=2, b=4, codes_on="host")
+    setting = Setting(body="cpu", overlap=False, streams=Streams())
+    prefilled = prefill(llama, prompt_of(120, 2), [method], setting=setting)
+    decode(prefilled, 0, 2)
+    assert reads_of_a_step(prefilled) == 0

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from methods.pqcache.host_codes import HostCodes
 from methods.pqcache.previous import PreviousQuery
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.buffers import GrowingBuffer
@@ -51,8 +52,8 @@ class PQCache(Method):
         seed: of the initial centroids, a draw of middle keys shared by all heads.
         sample: keys per centroid that the iterations run on, None for all.
         tolerance: K-Means stops early once at most this share of the keys changes cluster.
-        codes_on: ``device`` keeps codes beside the accelerator; ``host`` brings them over for every step, asked for
-            while the layer before computes, as in the paper.
+        codes_on: ``device`` keeps codes beside the accelerator; ``host`` brings those of the prompt over for every
+            step, asked for while the layer before computes, as in the paper.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -143,7 +144,7 @@ class PQCacheState(LayerState):
         super().__init__(geometry)
         self.method = method
         self.codebook: Tensor | None = None
-        self.codes: GrowingBuffer | None = None  # in host memory with codes_on=host
+        self.codes: GrowingBuffer | HostCodes | None = None
         self.arriving: Arrival | None = None
         self.ahead = Ahead()
         self.iterations = 0
@@ -163,17 +164,17 @@ class PQCacheState(LayerState):
 
     def prefetch(self, kv: KV) -> None:
         if self.codes is not None and self.method.codes_on == "host":
-            self.arriving = kv.bring(self.codes.view())
+            self.arriving = self._on_host(self.codes).ask(kv)
         if self.codes is not None and self.previous is not None and self.previous.query is not None:
             self._choose_ahead(kv, self.previous)
 
     def reserve(self, kv: KV, rows: int) -> bool:
         if self.codes is None or (self.previous is not None and self.previous.query is None):
             return False
-        self.codes.reserve(rows)
+        self._on_device.reserve(rows)
         self.room = max(self._numbers(length)[-1] for length in (kv.length + 1, rows))
         if self.previous is not None:
-            batch, heads = self.codes.whole.shape[:2]
+            batch, heads = self._on_device.whole.shape[:2]
             self.previous.chosen = torch.zeros(batch, heads, self.room, dtype=torch.int64, device=kv.device)
         return True
 
@@ -188,7 +189,7 @@ class PQCacheState(LayerState):
 
     @property
     def fixed(self) -> list[Tensor]:
-        held = [] if self.codes is None or self.codebook is None else [self.codebook, self.codes.whole]
+        held = [] if self.codes is None or self.codebook is None else [self.codebook, self._on_device.whole]
         return held + ([] if self.previous is None else self.previous.fixed)
 
     def select(self, q: Tensor, kv: KV) -> Selection:
@@ -248,16 +249,34 @@ class PQCacheState(LayerState):
 
     def _codes(self, kv: KV) -> Tensor:
         """All codes ``[B, H, middle, m]`` on the device: what was asked for a layer ago, and what has joined since."""
+        if self.numbers is not None:
+            return self._on_device.whole  # of which a number counts
+        if self.method.codes_on == "device":
+            return self._known.view()
+        codes = self._on_host(self._known)
+        arrived = (self.arriving or codes.ask(kv)).wait()
+        self.arriving = None
+        return codes.all(arrived)
+
+    @property
+    def _known(self) -> GrowingBuffer | HostCodes:
+        """The codes, which there must be."""
         if self.codes is None:
             raise RuntimeError("no codes before finish_prefill()")
-        if self.numbers is not None:
-            return self.codes.whole  # of which a number counts
-        if self.method.codes_on == "device":
-            return self.codes.view()
-        arrived = (self.arriving or kv.bring(self.codes.view())).wait()
-        self.arriving = None
-        joined = self.codes.view(arrived.shape[2]).to(arrived.device)  # encoded after the codes were asked for
-        return torch.cat([arrived, joined], dim=2)
+        return self.codes
+
+    def _on_host(self, codes: GrowingBuffer | HostCodes) -> HostCodes:
+        """The codes, moved to the host by the first step: until then they are still being worked on."""
+        moved = self.codes = HostCodes(codes.view()) if isinstance(codes, GrowingBuffer) else codes
+        return moved
+
+    @property
+    def _on_device(self) -> GrowingBuffer:
+        """The codes, which must lie on the device."""
+        codes = self._known
+        if not isinstance(codes, GrowingBuffer):
+            raise RuntimeError("codes that have moved to the host have no place on the device")
+        return codes
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
         """What the index says of rows ``start`` to ``stop``: codes ``[B, H, n, m]``."""
@@ -267,16 +286,14 @@ class PQCacheState(LayerState):
 
     def _admit(self, kv: KV, start: int, stop: int, encoded: Tensor) -> None:
         """Rows ``start`` to ``stop`` have left the window, with what :meth:`_encode` says of them."""
-        if self.codes is None:
-            raise RuntimeError("no codes before finish_prefill()")
-        self.codes.append(encoded.to(self.codes.view().device))
+        self._known.append(encoded)
 
     def _train(self, kv: KV, start: int, stop: int) -> None:
         """Make the codebook from rows ``start`` to ``stop``, and their codes."""
         codebook, codes = self._clustered(kv.stored_keys(start, stop))
         self.ahead = Ahead()
         self.codebook = codebook.to(kv.device)
-        self.codes = GrowingBuffer(codes.to(kv.device if self.method.codes_on == "device" else "cpu"))
+        self.codes, self.arriving = GrowingBuffer(codes.to(kv.device)), None  # others may be on their way
 
     def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Codebook and codes of keys ``[B, H, S, D]``, made on their device by the body for it. Keys that are not
