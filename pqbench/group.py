@@ -148,7 +148,7 @@ class Group:
     def answer(self, q: Tensor, selection: Selection) -> Tensor:
         """Attend to a selection and let an evicting method drop rows."""
         with self.meter.phase("fetch"):
-            keys, values, rows = self.store.fetch(selection.indices)
+            keys, values, rows = self.store.fetch(selection.indices, anew=selection.anew)
         with self.meter.phase("attend"):
             output, weights = self._attention(q, selection, keys, values, rows)
         with self.meter.phase("append"):
@@ -160,7 +160,7 @@ class Group:
     def attend_captured(self, q: Tensor) -> Tensor:
         """:meth:`attend` without its host part: work of the device alone, which a CUDA graph can repeat."""
         selection = self.state.select(q, self.store)
-        keys, values, rows = self.store.fetch(selection.indices, selection.count)
+        keys, values, rows = self.store.fetch(selection.indices, selection.count, selection.anew)
         return self._attention(q, selection, keys, values, rows)[0]
 
     def replayed(self, plan: Plan) -> None:

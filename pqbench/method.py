@@ -128,6 +128,10 @@ class KV(Protocol):
     def bring(self, rows: Tensor) -> Arrival:
         """Ask for a tensor in host memory; it crosses the link while the caller goes on."""
 
+    def fetch_ahead(self, rows: Tensor, count: Number) -> None:
+        """Bring the first ``count`` of rows ``[B, H, n]`` to the device, which the coming step will ask for at these
+        places of its selection, but for heads that it names in :attr:`Selection.anew`."""
+
     def keys_at(self, rows: Tensor) -> Tensor:
         """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``."""
 
@@ -166,6 +170,7 @@ class Selection:
             stands for, where rows are a sample of more.
         count: how many of the n rows count, from the first on; None means all. Those behind may be anything. A step
             that is captured selects into the same room always, and says so how much of it this step fills.
+        anew: bool ``[B, H]``, after :meth:`KV.fetch_ahead`: heads whose rows are others than those asked for ahead.
     """
 
     indices: Tensor | None = None
@@ -174,6 +179,7 @@ class Selection:
     residual: Residual | None = None
     log_weights: Tensor | None = None
     count: Number | None = None
+    anew: Tensor | None = None
 
 
 @dataclass(frozen=True)

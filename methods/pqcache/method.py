@@ -172,7 +172,7 @@ class PQCacheState(LayerState):
         if self.codes is None or (self.previous is not None and self.previous.query is None):
             return False
         self._on_device.reserve(rows)
-        self.room = max(self._numbers(length)[-1] for length in (kv.length + 1, rows))
+        self.room = max(self._numbers(length)[4] for length in (kv.length + 1, rows))
         if self.previous is not None:
             batch, heads = self._on_device.whole.shape[:2]
             self.previous.chosen = torch.zeros(batch, heads, self.room, dtype=torch.int64, device=kv.device)
@@ -181,11 +181,12 @@ class PQCacheState(LayerState):
     def plan(self, kv: KV, length: int) -> Plan:
         self._reach(kv, length)
         numbers = self._numbers(length)
-        if numbers[-1] > self.room:
-            raise RuntimeError(f"a step attends to {numbers[-1]} tokens, but was captured for at most {self.room}")
+        attended = numbers[4]
+        if attended > self.room:
+            raise RuntimeError(f"a step attends to {attended} tokens, but was captured for at most {self.room}")
         if self.previous is not None:
             self.previous.steps += 1
-        return Plan(numbers, numbers[-1])
+        return Plan(numbers, attended)
 
     @property
     def fixed(self) -> list[Tensor]:
@@ -205,14 +206,20 @@ class PQCacheState(LayerState):
             previous.follow(q)
             if self.numbers is None and only is not None:
                 previous.chosen, previous.steps = None, previous.steps + 1
-        return Selection(indices, count=None if self.numbers is None else numbers[-1])
+        return Selection(indices, count=None if self.numbers is None else numbers[4], anew=only)
 
     def _choose_ahead(self, kv: KV, previous: PreviousQuery) -> None:
         """Select for the coming step with the query of the one before."""
         if self.numbers is None:
             self._reach(kv, kv.length + 1)
         numbers, codes = self.numbers or self._numbers(kv.length + 1), self._codes(kv)
-        previous.choose_ahead(lambda query, chosen: self._choose(query, codes, numbers, None, chosen))
+
+        def choose(query: Tensor, chosen: Tensor | None) -> Tensor:
+            rows = self._choose(query, codes, numbers, None, chosen)
+            kv.fetch_ahead(rows, numbers[-1])
+            return rows
+
+        previous.choose_ahead(choose)
 
     def _choose(
         self, q: Tensor, codes: Tensor, numbers: Sequence[Number], only: Tensor | None, chosen: Tensor | None
@@ -221,17 +228,19 @@ class PQCacheState(LayerState):
         heads that are not among ``only`` as they are in ``chosen``."""
         if self.codebook is None:
             raise RuntimeError("no codebook before finish_prefill()")
-        sink, top_k, length, middle, attended = numbers
+        sink, top_k, length, middle, attended, _ = numbers
         room = attended if isinstance(attended, int) else self.room
         return self.geometry.kernels.pq_select(
             q, self.codebook, codes, self.geometry.scaling, sink, top_k, length, middle, room, only, chosen
         )
 
-    def _numbers(self, length: int) -> tuple[int, int, int, int, int]:
-        """Sinks, top_k, length, middle, and tokens attended to, all of a step with ``length`` tokens."""
+    def _numbers(self, length: int) -> tuple[int, int, int, int, int, int]:
+        """Sinks, top_k, length, middle, tokens attended to, and those among them that are no window, all of a step with
+        ``length`` tokens."""
         split = self.method.budget.resolve(length, self.geometry.prompt)
         middle = length - split.sink - split.window
-        return split.sink, split.top_k, length, middle, length - middle + min(split.top_k, middle)
+        found = split.sink + min(split.top_k, middle)
+        return split.sink, split.top_k, length, middle, found + split.window, found
 
     def _cover(self, kv: KV) -> None:
         """Give every middle token a code."""

@@ -80,7 +80,9 @@ class DeviceStore(Store):
     def fixed(self) -> list[Tensor]:
         return [self._keys.whole, self._values.whole]
 
-    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def fetch(
+        self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.number is not None:  # shapes that do not change
             return self._keys.whole, self._values.whole, indices
         return self.keys(), self.values(), indices

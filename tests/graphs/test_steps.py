@@ -117,8 +117,8 @@ class FrozenState(PQCacheState):
         if self.numbers is not None and fault.fault == "all":
             self.numbers = self._numbers(kv.length + 1)
         if self.numbers is not None and fault.fault == "attended":
-            attended = torch.tensor([self._numbers(kv.length + 1)[-1]], dtype=torch.int32)
-            self.numbers = (*self.numbers[:-1], attended)
+            attended = torch.tensor([self._numbers(kv.length + 1)[4]], dtype=torch.int32)
+            self.numbers = (*self.numbers[:4], attended, self.numbers[5])
         if self.numbers is not None and fault.fault == "read":
             q = q * float(q.abs().max() > 0)
         return super().select(q, kv)
