@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pqbench.attention import attached
-from pqbench.config import conf_folder, explain, model_source
+from pqbench.config import conf_folder, explain, model_source, opened, own_budgets
 from pqbench.custom_generate import stopping
 from pqbench.errors import ConfigError, DataError, PqbenchError
 from pqbench.generation import decode
@@ -188,7 +188,9 @@ def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = compose("config", [f"{group}={choice}" for group, choice in groups.items()])
         for name, value in values.items():
-            OmegaConf.update(config, name, value)
+            given = opened([f"{name}="])[0].rstrip("=")
+            OmegaConf.update(config, given.lstrip("+"), value, force_add=given.startswith("+"))
+        own_budgets(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"model_args: {explain(error)}") from error
     return config

@@ -306,8 +306,8 @@ class HostStore(Store):
     def _completed(
         self, indices: Tensor, count: Number | None, anew: Tensor, ahead: Tensor, asked: Number
     ) -> Tensor:  # fmt: skip
-        """:meth:`_slots` where the first ``asked`` of every head that is not ``anew`` have been brought to ``ahead``. The
-        token whose place in the ring the newest has taken since is asked for again."""
+        """:meth:`_slots` where the first ``asked`` of every head that is not ``anew`` have been brought to ``ahead``.
+        The token whose place in the ring the newest has taken since is asked for again."""
         newest = self._length - 1 if self.number is None else self.number.long()  # which lies on the device
         places = torch.arange(indices.shape[2], device=indices.device)
         kept = ~anew[:, :, None] & (places < asked) & (indices != newest - self._pool.ring)
