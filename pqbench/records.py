@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the record format; part of every key, so that formats never mix in one file
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
-# What a record may say that is no failure: a measurement, or that this machine does not offer what was to be measured.
-FINISHED = ("ok", "refused")
+FINISHED = ("ok", "refused")  # measured, or not offered by this machine: no failure
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
