@@ -53,8 +53,6 @@ KEYED = (
     "overlap",
 )  # what a figure depends on besides the method
 KEYED_WHEN_ON = {"graphs": ("graphs",), "select_ahead": ("select_ahead", "correction")}  # else keys are as ever
-
-
 MOST_THREADS = 16  # per core; more only wait for each other
 
 

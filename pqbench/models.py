@@ -129,11 +129,39 @@ class ModelSource(ABC):
 
 @dataclass(frozen=True)
 class Pretrained(ModelSource):
-    """A model by hub name or local folder; ``path`` is either."""
+    """A model by hub name or local folder; or one of the same shape with random weights.
+
+    Attributes:
+        path: hub name or folder.
+        weights: pretrained; or random, which downloads nothing and builds the model in seconds on the device itself.
+            A timing needs no more; answers mean nothing then and are not scored.
+        shape: the model's own config.json as far as it concerns the shape; what ``weights=random`` builds.
+        seed: of the random weights.
+    """
 
     path: str = ""
+    weights: str = "pretrained"
+    shape: Mapping[str, Any] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("pretrained", "random"):
+            raise ModelError(f"model.weights is {self.weights!r}: use pretrained or random")
+        if self.stand_in and not self.shape:
+            raise ModelError("model.weights=random needs model.shape, the fields of the model's config.json")
+
+    @property
+    def origin(self) -> str:
+        return self.weights
+
+    @property
+    def stand_in(self) -> bool:
+        return self.weights == "random"
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.stand_in:
+            tokenizer = byte_tokenizer()
+            return random_model(self, shape_config(self.shape or {}, tokenizer), dtype, self.seed), tokenizer
         if not self.path:
             raise ModelError(
                 "model.path is empty: set it to a local folder or a hub name, e.g. model.path=/models/llama"
@@ -179,42 +207,6 @@ class PackagedGGUF(ModelSource):
         clean.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "complete").touch()  # last, so that an interrupted conversion is made again
-
-
-@dataclass(frozen=True)
-class Published(Pretrained):
-    """A model by hub name or local folder, or one of the same shape with random weights.
-
-    Attributes:
-        weights: pretrained; or random, which downloads nothing and builds the model in seconds on the device itself.
-            A timing needs no more; answers mean nothing then and are not scored.
-        shape: the model's own config.json as far as it concerns the shape; what ``weights=random`` builds.
-        seed: of the random weights.
-    """
-
-    weights: str = "pretrained"
-    shape: Mapping[str, Any] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.weights not in ("pretrained", "random"):
-            raise ModelError(f"model.weights is {self.weights!r}: use pretrained or random")
-        if self.stand_in and not self.shape:
-            raise ModelError("model.weights=random needs model.shape, the fields of the model's config.json")
-
-    @property
-    def origin(self) -> str:
-        return self.weights
-
-    @property
-    def stand_in(self) -> bool:
-        return self.weights == "random"
-
-    def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if not self.stand_in:
-            return super()._load(dtype)
-        tokenizer = byte_tokenizer()
-        return random_model(self, shape_config(self.shape or {}, tokenizer), dtype, self.seed), tokenizer
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the record format; part of every key, so that formats never mix in one file
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
-FINISHED = ("ok", "refused")  # measured, or not offered by this machine: no failure
+FINISHED = ("ok", "refused")  # statuses that are no failure; refused: this machine lacks what was to be measured
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -102,8 +102,8 @@ class RecordFile:
         return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
 
     def outcomes(self) -> dict[str, str | None]:
-        """What went wrong with each sample that has a record; None when nothing did. A failure of other code than this
-        is none: the sample runs again."""
+        """What went wrong with each sample that has a record; None when nothing did. A failure of other code
+        than this is none: the sample runs again."""
         return {
             record["sample_id"]: None if record["status"] in FINISHED else str(record.get("error"))
             for record in self.read()

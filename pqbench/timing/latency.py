@@ -27,7 +27,16 @@ from pqbench.run import check_alive, check_methods
 from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
 from pqbench.timing.dense import body_name
-from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
+from pqbench.timing.machine import (
+    Bandwidth,
+    bandwidth,
+    device_name,
+    forget_peak,
+    peak_device,
+    peak_rss,
+    spread,
+    undisturbed,
+)  # fmt: skip
 from pqbench.timing.profile import TOKENS, phases, profile_facts, profiled, read_trace
 from pqbench.timing.source import timing_tokens
 
@@ -207,7 +216,8 @@ def run_once(
     ids = torch.tensor([prompt], device=model.device)
     prefilled = prefill(model, ids, [method], None, job.chunk, new_tokens, job.setting)
     try:
-        generation = decode(prefilled, 0, new_tokens, min_new_tokens=new_tokens, spend=True)
+        with undisturbed():
+            generation = decode(prefilled, 0, new_tokens, min_new_tokens=new_tokens, spend=True)
         generation.settle()
     finally:
         prefilled.close()
