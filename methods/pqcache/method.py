@@ -201,37 +201,43 @@ class PQCacheState(LayerState):
         if previous is not None and chosen is not None:
             only = previous.turned(q)
         numbers = self.numbers or self._numbers(kv.length)
-        indices = self._choose(q, self._codes(kv), numbers, only, chosen)
+        indices = self._choose(q, self.codebook, self._codes(kv), numbers, only, chosen)
         if previous is not None:
             previous.follow(q)
             if self.numbers is None and only is not None:
                 previous.chosen, previous.steps = None, previous.steps + 1
         return Selection(indices, count=None if self.numbers is None else numbers[4], anew=only)
 
+    def _best_by_scan(self, q: Tensor, codebook: Tensor, codes: Tensor, kv: KV) -> Selection:
+        """Sinks, window, and the middle tokens that ``codes`` ``[B, H, middle, m]`` put first for q
+        ``[B, H, G, D]``."""
+        return Selection(self._choose(q, codebook, codes, self._numbers(kv.length)))
+
     def _choose_ahead(self, kv: KV, previous: PreviousQuery) -> None:
         """Select for the coming step with the query of the one before."""
         if self.numbers is None:
             self._reach(kv, kv.length + 1)
-        numbers, codes = self.numbers or self._numbers(kv.length + 1), self._codes(kv)
+        numbers, codes, codebook = self.numbers or self._numbers(kv.length + 1), self._codes(kv), self.codebook
+        if codebook is None:
+            raise RuntimeError("no codebook before finish_prefill()")
 
         def choose(query: Tensor, chosen: Tensor | None) -> Tensor:
-            rows = self._choose(query, codes, numbers, None, chosen)
+            rows = self._choose(query, codebook, codes, numbers, None, chosen)
             kv.fetch_ahead(rows, numbers[-1])
             return rows
 
         previous.choose_ahead(choose)
 
     def _choose(
-        self, q: Tensor, codes: Tensor, numbers: Sequence[Number], only: Tensor | None, chosen: Tensor | None
+        self, q: Tensor, codebook: Tensor, codes: Tensor, numbers: Sequence[Number], only: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Sinks, the best of the middle for q, and the window, by the :meth:`_numbers` of a step: ``[B, H, room]``, the
         heads that are not among ``only`` as they are in ``chosen``."""
-        if self.codebook is None:
-            raise RuntimeError("no codebook before finish_prefill()")
         sink, top_k, length, middle, attended, _ = numbers
         room = attended if isinstance(attended, int) else self.room
         return self.geometry.kernels.pq_select(
-            q, self.codebook, codes, self.geometry.scaling, sink, top_k, length, middle, room, only, chosen
+            q, codebook, codes, self.geometry.scaling, sink, top_k, length, middle, room, only, chosen
         )
 
     def _numbers(self, length: int) -> tuple[int, int, int, int, int, int]:

@@ -78,6 +78,9 @@ class PQCachePlusState(PQCacheState):
             self.queries.add(q[:, :, :, None], kv.length - 1)
         if self.codebook is None or self.codes is None:
             return Selection()
+        if self._scans_only:
+            codes = self._key_codes(self._codes(kv))
+            return self._best_by_scan(self.map.queries(q), self.codebook, codes, kv)
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         if self.method.tail == "sampled":
             return self._with_sample(q, kv, split)
@@ -259,6 +262,11 @@ class PQCachePlusState(PQCacheState):
     def _scores_all(self) -> bool:
         """Whether a step scores every token whatever the search."""
         return self.method.tail == "pq" or self.method.spread or self.method.top_p is not None
+
+    @property
+    def _scans_only(self) -> bool:
+        """Whether a step needs nothing but the best tokens by codes."""
+        return self.lists is None and self.method.tail == "none" and not self._scores_all
 
     @property
     def _reads_codes(self) -> bool:

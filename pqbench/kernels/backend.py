@@ -73,6 +73,9 @@ class Kernels(Protocol):
     def column_sums(self, q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
         """Attention each key received from a block of prompt queries."""
 
+    def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+        """Random numbers int32 ``[H, S]``, the same in every body; see :mod:`pqbench.kernels.reference_noise`."""
+
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
 

@@ -23,6 +23,7 @@ from pqbench.kernels.cpu_blocks import choose
 from pqbench.kernels.cpu_cells import merge, search
 from pqbench.kernels.cpu_columns import sum_columns
 from pqbench.kernels.cpu_kmeans import encode_keys, train
+from pqbench.kernels.cpu_noise import fill_noise
 from pqbench.kernels.cpu_rows import copy_rows, find
 from pqbench.kernels.cpu_scoring import probabilities
 from pqbench.kernels.cpu_top_k import top_of_rows
@@ -278,6 +279,15 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     return sums
 
 
+def noise(heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+    """Random numbers int32 ``[H, S]``; see :func:`pqbench.kernels.reference_noise.noise`."""
+    if device.type != "cpu":
+        return reference.noise(heads, tokens, seed, device)
+    numbers = torch.empty(heads, tokens, dtype=torch.int32)
+    fill_noise(numbers.numpy(), seed & 0xFFFFFFFF, seed >> 32)
+    return numbers
+
+
 def _row_bytes(x: Tensor) -> int:
     """Bytes of a row ``[...]`` of ``x`` ``[B, H, S, ...]``, or 0 where its numbers do not follow each other."""
     expected = 1
@@ -360,6 +370,7 @@ def warm_up() -> float:
     best_of_cells(q, codebook, *merge_lists(lists, lists[:, :, :0], lists[:, :, :1]), lists[:, :, :0], 1, 1.0)
     attention(q, keys, keys, 1.0, top)
     gather(keys, top, torch.empty_like(keys[:, :, :16]))
+    noise(1, 32, 0, q.device)
     find_rows(top, torch.zeros(32, dtype=torch.int64), 32)
     residency = Residency.empty(1, 1, q.device)._replace(where=torch.full((1, 1), -1))
     admit_blocks(torch.ones(1, 1, dtype=torch.int64), 1, 1, True, residency, torch.zeros(1, dtype=torch.int64))

@@ -14,6 +14,7 @@ from pqbench.kernels.gpu_cells import best_of_cells
 from pqbench.kernels.gpu_columns import column_sums
 from pqbench.kernels.gpu_fetch import append_rows, fetch_rows
 from pqbench.kernels.gpu_kmeans import encode, train_codebook
+from pqbench.kernels.gpu_noise import noise
 from pqbench.kernels.gpu_rows import copy, gather
 from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
 from pqbench.kernels.gpu_select import pq_select
@@ -24,7 +25,7 @@ from pqbench.kernels.reference_rows import find_rows
 __all__ = [
     "admit_blocks", "append_rows", "attention", "best_of_cells", "column_sums", "copy", "copy_blocks",
     "dense_attention", "encode", "exact_probabilities", "fetch_rows", "find_rows", "gather", "merge_lists",
-    "pq_probabilities", "pq_select", "top_k", "train_codebook", "use_threads", "vacate_rows",
+    "noise", "pq_probabilities", "pq_select", "top_k", "train_codebook", "use_threads", "vacate_rows",
 ]  # fmt: skip
 
 

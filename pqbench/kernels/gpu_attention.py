@@ -13,14 +13,14 @@ from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu_launch import product, read, row_products, rows_of, share
 
 
-@triton.jit(do_not_specialize=["key_outer", "value_outer", "given", "count"])
+@triton.jit(do_not_specialize=["key_batch", "key_head", "value_batch", "value_head", "given", "count"])
 def attend_part(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, indices: tl.tensor, visible: tl.tensor, added: tl.tensor,
-    logits: tl.tensor, part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_outer: tl.tensor,
-    value_outer: tl.tensor, key_row: tl.tensor, value_row: tl.tensor, heads: tl.tensor, given: tl.tensor,
-    count: tl.tensor, scaling: tl.tensor, unit: tl.constexpr, group: tl.constexpr, width: tl.constexpr,
-    chunk: tl.constexpr, precision: tl.constexpr, value_precision: tl.constexpr, block_g: tl.constexpr,
-    block_n: tl.constexpr, block_d: tl.constexpr,
+    logits: tl.tensor, part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_batch: tl.tensor,
+    key_head: tl.tensor, value_batch: tl.tensor, value_head: tl.tensor, key_row: tl.tensor, value_row: tl.tensor,
+    heads: tl.tensor, given: tl.tensor, count: tl.tensor, scaling: tl.tensor, unit: tl.constexpr, group: tl.constexpr,
+    width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, value_precision: tl.constexpr,
+    block_g: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     """One KV head and one part of its rows: output ``part`` ``[B*H, parts, G, D]`` over these rows alone and its
     log-sum-exp ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]`` on the way, and ``logits``
@@ -30,8 +30,8 @@ def attend_part(
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     g, d, lane = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
     queries = q + sequence * q_strides[0] + head * q_strides[1] + g * q_strides[2]
-    first_key = rows_of(keys, key_outer, pair, heads, unit)
-    first_value = rows_of(values, value_outer, pair, heads, unit)
+    first_key = rows_of(keys, (key_batch, key_head), pair, heads, unit)
+    first_value = rows_of(values, (value_batch, value_head), pair, heads, unit)
     top = tl.full([block_g], float("-inf"), tl.float32)
     total = tl.zeros([block_g], tl.float32)
     output = tl.zeros([block_g, block_d], tl.float32)
@@ -120,9 +120,10 @@ def attention(
             q, keys, values, None if indices is None else indices.contiguous(),
             None if visible is None else visible.expand(shape).contiguous().view(torch.uint8),
             None if log_weights is None else log_weights.float().expand(shape).contiguous(), weights, part, part_lse,
-            q.stride()[:3], *outer, keys.stride(2), values.stride(2), heads, given, given if count is None else count,
-            float(scaling), unit=unit, group=group, width=width, chunk=launch.chunk_for(width, precision),
-            precision=precision, value_precision="tf32x3" if values.dtype == torch.float32 else "tf32",
+            q.stride()[:3], *outer[0], *outer[1], keys.stride(2), values.stride(2), heads, given,
+            given if count is None else count, float(scaling), unit=unit, group=group, width=width,
+            chunk=launch.chunk_for(width, precision), precision=precision,
+            value_precision="tf32x3" if values.dtype == torch.float32 else "tf32",
             block_g=launch.power(group, 16), block_n=block_n, block_d=block_d, **launch.options(),
         )  # fmt: skip
         merge_parts[(batch * heads, group)](

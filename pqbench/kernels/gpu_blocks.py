@@ -95,7 +95,7 @@ def admit_blocks(
     return moves
 
 
-@triton.jit(do_not_specialize=["resident", "staging", "shared", "every", "size", "first"])
+@triton.jit(do_not_specialize=["number", "resident", "staging", "shared", "every", "size", "first"])
 def save_rows(
     indices: tl.tensor, slots: tl.tensor, table: tl.tensor, where: tl.tensor, number: tl.tensor, resident: tl.tensor,
     staging: tl.tensor, shared: tl.tensor, every: tl.tensor, size: tl.tensor, first: tl.tensor, width: tl.constexpr,

@@ -21,21 +21,22 @@ def sees(query: tl.tensor, key: tl.tensor, total: tl.tensor, band: tl.tensor) ->
     return (key <= query) & (key > query - band) & (query < total)
 
 
-@triton.jit(do_not_specialize=["q_outer", "key_outer", "count", "total", "band"])
+@triton.jit(do_not_specialize=["q_batch", "q_head", "q_group", "key_batch", "key_head", "count", "total", "band"])
 def row_lse(
-    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, q_outer: tl.tensor, key_outer: tl.tensor, q_row: tl.tensor,
-    key_row: tl.tensor, heads: tl.tensor, group: tl.tensor, count: tl.tensor, total: tl.tensor, band: tl.tensor,
-    scaling: tl.tensor, q_unit: tl.constexpr, key_unit: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr,
-    precision: tl.constexpr, block_q: tl.constexpr, block_k: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, q_batch: tl.tensor, q_head: tl.tensor, q_group: tl.tensor,
+    key_batch: tl.tensor, key_head: tl.tensor, q_row: tl.tensor, key_row: tl.tensor, heads: tl.tensor, group: tl.tensor,
+    count: tl.tensor, total: tl.tensor, band: tl.tensor, scaling: tl.tensor, q_unit: tl.constexpr,
+    key_unit: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, block_q: tl.constexpr,
+    block_k: tl.constexpr,
 ) -> None:  # fmt: skip
     """Log-sum-exp ``[B*H*G, n]`` of the logits of a block of the last n queries."""
     lane = tl.program_id(1)
     i = tl.program_id(0) * block_q + tl.arange(0, block_q)
     position = total - count + i
-    first_q = rows_of(q, q_outer, lane // group, heads, q_unit)
-    first_q += (lane % group).to(tl.int64) * q_unit * q_outer[2]
+    first_q = rows_of(q, (q_batch, q_head), lane // group, heads, q_unit)
+    first_q += (lane % group).to(tl.int64) * q_unit * q_group
     queries = first_q + i.to(tl.int64) * q_row
-    first_key = rows_of(keys, key_outer, lane // group, heads, key_unit)
+    first_key = rows_of(keys, (key_batch, key_head), lane // group, heads, key_unit)
     top, mass = tl.full([block_q], float("-inf"), tl.float32), tl.zeros([block_q], tl.float32)
     earliest = total - count + tl.program_id(0) * block_q
     begin = tl.maximum(0, earliest - band + 1) // block_k * block_k
@@ -51,22 +52,23 @@ def row_lse(
     tl.store(lse + lane.to(tl.int64) * count + i, top + tl.log(mass), mask=i < count)
 
 
-@triton.jit(do_not_specialize=["q_outer", "key_outer", "count", "total", "band"])
+@triton.jit(do_not_specialize=["q_batch", "q_head", "q_group", "key_batch", "key_head", "count", "total", "band"])
 def sum_columns(
-    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, sums: tl.tensor, q_outer: tl.tensor, key_outer: tl.tensor,
-    q_row: tl.tensor, key_row: tl.tensor, heads: tl.tensor, group: tl.tensor, count: tl.tensor, total: tl.tensor,
-    band: tl.tensor, scaling: tl.tensor, q_unit: tl.constexpr, key_unit: tl.constexpr, width: tl.constexpr,
-    chunk: tl.constexpr, precision: tl.constexpr, block_q: tl.constexpr, block_k: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, sums: tl.tensor, q_batch: tl.tensor, q_head: tl.tensor,
+    q_group: tl.tensor, key_batch: tl.tensor, key_head: tl.tensor, q_row: tl.tensor, key_row: tl.tensor,
+    heads: tl.tensor, group: tl.tensor, count: tl.tensor, total: tl.tensor, band: tl.tensor, scaling: tl.tensor,
+    q_unit: tl.constexpr, key_unit: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
+    block_q: tl.constexpr, block_k: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sums ``[B*H, S]`` over the queries of the group of the probabilities of a block of keys."""
     pair = tl.program_id(1)
     first = tl.program_id(0) * block_k
     j = first + tl.arange(0, block_k)
-    rows = rows_of(keys, key_outer, pair, heads, key_unit) + j.to(tl.int64) * key_row
+    rows = rows_of(keys, (key_batch, key_head), pair, heads, key_unit) + j.to(tl.int64) * key_row
     begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # queries from the first key on,
     end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # until the last key leaves the band
     received = tl.zeros([block_k], tl.float32)
-    first_q = rows_of(q, q_outer, pair, heads, q_unit)
+    first_q = rows_of(q, (q_batch, q_head), pair, heads, q_unit)
     for g in range(group):
         for start in range(begin, end, block_q):
             i = start + tl.arange(0, block_q)
@@ -75,7 +77,7 @@ def sum_columns(
             score = row_products(queries, rows, i < count, j < total, width, chunk, precision) * scaling
             seen = sees((total - count + i)[:, None], j[None, :], total, band)
             received += tl.sum(tl.where(seen, tl.exp(score - whole[:, None]), 0.0), 0)
-        first_q += tl.full([], q_unit, tl.int64) * q_outer[2]
+        first_q += tl.full([], q_unit, tl.int64) * q_group
     tl.store(sums + pair.to(tl.int64) * total + j, received, mask=j < total)
 
 
@@ -90,7 +92,7 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     precision = precision_for(q, keys)
     block_q, block_k = (32 if precision == "tf32x3" else 64), 64
     (q_unit, q_outer), (key_unit, key_outer) = launch.outer(q, axes=3), launch.outer(keys)
-    strides = (*q_outer, *key_outer, q.stride(3), keys.stride(2))
+    strides = (*q_outer[0], *key_outer[0], q.stride(3), keys.stride(2))
     sizes = (heads, group, count, total, total if band is None else min(band, total), float(scaling))
     shape = {
         "q_unit": q_unit, "key_unit": key_unit, "width": width, "chunk": chunk_for(width, precision),

@@ -19,10 +19,14 @@ from pqbench.kernels.gpu_rows import tile
 from pqbench.kernels.reference_rows import Blocks, HostTokens
 
 
-@triton.jit(do_not_specialize=["at", "ring", "sinks"])
+@triton.jit(do_not_specialize=[
+    "at", "ring", "sinks", "key_batch", "key_head", "value_batch", "value_head", "key_row_batch", "key_row_head",
+    "value_row_batch", "value_row_head",
+])  # fmt: skip
 def write_rows(
     keys: tl.tensor, values: tl.tensor, key_rows: tl.tensor, value_rows: tl.tensor, local: tl.tensor, at: tl.tensor,
-    key_outer: tl.tensor, value_outer: tl.tensor, key_row_outer: tl.tensor, value_row_outer: tl.tensor,
+    key_batch: tl.tensor, key_head: tl.tensor, value_batch: tl.tensor, value_head: tl.tensor,
+    key_row_batch: tl.tensor, key_row_head: tl.tensor, value_row_batch: tl.tensor, value_row_head: tl.tensor,
     heads: tl.tensor, ring: tl.tensor, sinks: tl.tensor, unit: tl.constexpr, row_unit: tl.constexpr,
     key_step: tl.constexpr, value_step: tl.constexpr, key_row_step: tl.constexpr, value_row_step: tl.constexpr,
     width: tl.constexpr, block_w: tl.constexpr, wraps: tl.constexpr,
@@ -37,11 +41,13 @@ def write_rows(
             tl.store(local + token, sinks.to(tl.int64) + row)
             tl.store(local + token - ring, -1, mask=token - ring >= sinks)
     w = tl.arange(0, block_w)
-    key = tl.load(rows_of(keys, key_outer, pair, heads, unit) + i * key_step + w, mask=w < width)
-    tl.store(rows_of(key_rows, key_row_outer, pair, heads, row_unit) + row * key_row_step + w, key, mask=w < width)
-    value = tl.load(rows_of(values, value_outer, pair, heads, unit) + i * value_step + w, mask=w < width)
-    target = rows_of(value_rows, value_row_outer, pair, heads, row_unit) + row * value_row_step + w
-    tl.store(target, value, mask=w < width)
+    inside = w < width
+    key = tl.load(rows_of(keys, (key_batch, key_head), pair, heads, unit) + i * key_step + w, mask=inside)
+    value = tl.load(rows_of(values, (value_batch, value_head), pair, heads, unit) + i * value_step + w, mask=inside)
+    key_goal = rows_of(key_rows, (key_row_batch, key_row_head), pair, heads, row_unit)
+    value_goal = rows_of(value_rows, (value_row_batch, value_row_head), pair, heads, row_unit)
+    tl.store(key_goal + row * key_row_step + w, key, mask=inside)
+    tl.store(value_goal + row * value_row_step + w, value, mask=inside)
 
 
 def append_rows(
@@ -54,7 +60,8 @@ def append_rows(
     (unit, new), (row_unit, old) = outer(keys, values), outer(key_rows, value_rows)
     with on(key_rows):
         write_rows[(count, batch * heads)](
-            keys, values, key_rows, value_rows, key_rows if local is None else local, at, *new, *old, heads,
+            keys, values, key_rows, value_rows, key_rows if local is None else local, at, *new[0], *new[1], *old[0],
+            *old[1], heads,
             key_rows.shape[2], sinks, unit=unit, row_unit=row_unit, key_step=keys.stride(2),
             value_step=values.stride(2), key_row_step=key_rows.stride(2), value_row_step=value_rows.stride(2),
             width=width, block_w=power(width), wraps=local is not None, **options(1),
@@ -65,18 +72,19 @@ def append_rows(
 def copy_tile(
     rows: tl.tensor, row: tl.tensor, table: tl.tensor, place: tl.tensor, seen: tl.tensor, width: tl.constexpr,
     block_w: tl.constexpr,
-) -> None:  # fmt: skip
-    """Rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` of a dense table, where ``seen``."""
+) -> tl.tensor:  # fmt: skip
+    """Rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` of a dense table, where ``seen``; how many, int64."""
     for start in tl.static_range(0, width, block_w):
         w = start + tl.arange(0, block_w)
         inside = seen[:, None] & (w < width)[None, :]
         moved = tl.load(rows + row[:, None] * width + w[None, :], mask=inside)
         tl.store(table + place[:, None] * width + w[None, :], moved, mask=inside)
+    return tl.sum(seen.to(tl.int64), 0)
 
 
 @triton.jit(do_not_specialize=[
-    "count", "positions", "resident", "staging", "start", "middle", "stop", "held", "held_more", "shared", "every",
-    "size", "first",
+    "count", "number", "positions", "resident", "staging", "start", "middle", "stop", "held", "held_more", "shared",
+    "every", "size", "first",
 ])  # fmt: skip
 def find_and_copy(
     indices: tl.tensor, local: tl.tensor, table: tl.tensor, slots: tl.tensor, rows: tl.tensor, more: tl.tensor,
@@ -102,11 +110,12 @@ def find_and_copy(
     missing = here & (row < 0)
     place = staging.to(tl.int64) + pair * number + n
     tl.store(slots + pair * number + n, tl.where(row >= 0, pair * resident + row, place), mask=n < number)
-    copied, asked = tl.sum(missing.to(tl.int64), 0), tl.sum(here.to(tl.int64), 0)
+    early, late = missing & (token < middle), missing & (token >= middle)
+    copied = copy_tile(rows, pair * held + token - start, table, place, early, width, block_w)
+    copied += copy_tile(more, pair * held_more + token - middle, table, place, late, width, block_w)
+    asked = tl.sum(here.to(tl.int64), 0)
     tl.atomic_add(tally, copied, mask=copied > 0)
     tl.atomic_add(tally + 1, asked, mask=asked > 0)
-    copy_tile(rows, pair * held + token - start, table, place, missing & (token < middle), width, block_w)
-    copy_tile(more, pair * held_more + token - middle, table, place, missing & (token >= middle), width, block_w)
 
 
 def fetch_rows(

@@ -34,12 +34,12 @@ _POINTS = 64  # of a tile
 _CLUSTERS = 64
 
 
-@triton.jit(do_not_specialize=["point_outer", "count"])
+@triton.jit(do_not_specialize=["point_batch", "point_head", "count"])
 def assign(
     points: tl.tensor, centroids: tl.tensor, codes: tl.tensor, active: tl.tensor, moved: tl.tensor,
-    point_outer: tl.tensor, point_row: tl.tensor, heads: tl.tensor, count: tl.tensor, clusters: tl.tensor,
-    unit: tl.constexpr, parts: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr,
+    point_batch: tl.tensor, point_head: tl.tensor, point_row: tl.tensor, heads: tl.tensor, count: tl.tensor,
+    clusters: tl.tensor, unit: tl.constexpr, parts: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr,
+    precision: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ) -> None:  # fmt: skip
     """Nearest centroid, the lowest index on ties, of a block of one problem's points: codes ``[B*H, N, m]``.
 
@@ -53,7 +53,7 @@ def assign(
     if live != 0:
         pair, part = problem // parts, problem % parts
         n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-        rows = rows_of(points, point_outer, pair, heads, unit) + part * width + n.to(tl.int64) * point_row
+        rows = rows_of(points, (point_batch, point_head), pair, heads, unit) + part * width + n.to(tl.int64) * point_row
         best, code = tl.full([block_n], float("-inf"), tl.float32), tl.zeros([block_n], tl.int32)
         for start in range(0, clusters, block_k):
             k = start + tl.arange(0, block_k)
@@ -79,12 +79,12 @@ def assign(
         tl.store(codes + cell, code.to(tl.uint8), mask=n < count)
 
 
-@triton.jit(do_not_specialize=["point_outer", "count", "size"])
+@triton.jit(do_not_specialize=["point_batch", "point_head", "count", "size"])
 def sum_clusters(
-    points: tl.tensor, codes: tl.tensor, active: tl.tensor, sums: tl.tensor, sizes: tl.tensor, point_outer: tl.tensor,
-    point_row: tl.tensor, heads: tl.tensor, count: tl.tensor, size: tl.tensor, clusters: tl.tensor, unit: tl.constexpr,
-    parts: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, block_w: tl.constexpr,
-    precision: tl.constexpr,
+    points: tl.tensor, codes: tl.tensor, active: tl.tensor, sums: tl.tensor, sizes: tl.tensor, point_batch: tl.tensor,
+    point_head: tl.tensor, point_row: tl.tensor, heads: tl.tensor, count: tl.tensor, size: tl.tensor,
+    clusters: tl.tensor, unit: tl.constexpr, parts: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr, block_w: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sums ``[B*H*m, pieces, K, D/m]`` and sizes ``[B*H*m, pieces, K]`` of a block of clusters within one piece of the
     points, as a product with the one-hot matrix of their codes: no atomics."""
@@ -92,7 +92,7 @@ def sum_clusters(
     if tl.load(active + problem) != 0:
         pair, part = problem // parts, problem % parts
         k, w = tl.program_id(1) * block_k + tl.arange(0, block_k), tl.arange(0, block_w)
-        first = rows_of(points, point_outer, pair, heads, unit) + part * width
+        first = rows_of(points, (point_batch, point_head), pair, heads, unit) + part * width
         total, members = tl.zeros([block_k, block_w], tl.float32), tl.zeros([block_k], tl.float32)
         stop = tl.minimum(count, (number + 1) * size)
         for start in range(number * size, stop, block_n):
@@ -180,7 +180,7 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
     for step in range(iterations):
         with on(keys):
             sum_clusters[(pieces, blocks(clusters, block_k), problems)](
-                keys, codes, active, sums, sizes, *strides, keys.stride(2), heads, count, size, clusters, unit=unit,
+                keys, codes, active, sums, sizes, *strides[0], keys.stride(2), heads, count, size, clusters, unit=unit,
                 parts=parts, width=width, block_n=block_n, block_k=block_k, block_w=block_w,
                 precision=precision_for(keys), **options(warps),
             )  # fmt: skip
@@ -200,7 +200,7 @@ def _assign(
     count, precision, (unit, strides) = keys.shape[2], precision_for(keys, codebook), outer(keys)
     with on(keys):
         assign[(blocks(count, _POINTS), batch * heads * parts)](
-            keys, codebook, codes, active, moved, *strides, keys.stride(2), heads, count, clusters, unit=unit,
+            keys, codebook, codes, active, moved, *strides[0], keys.stride(2), heads, count, clusters, unit=unit,
             parts=parts, width=width, chunk=chunk_for(width, precision), precision=precision, block_n=_POINTS,
             block_k=min(_CLUSTERS, power(clusters, 16)), **options(),
         )  # fmt: skip

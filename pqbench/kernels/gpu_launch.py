@@ -37,7 +37,7 @@ def share(count: tl.tensor, block: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def rows_of(x: tl.tensor, outer: tl.tensor, pair: tl.tensor, heads: tl.tensor, unit: tl.constexpr) -> tl.tensor:
-    """Where the rows of a pair of sequence and head begin; ``outer`` holds strides in units, as :func:`outer` gives."""
+    """Where the rows of a pair of sequence and head begin, given the two strides of these in units (:func:`outer`)."""
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     return x + sequence * unit * outer[0] + head * unit * outer[1]
 
@@ -125,8 +125,11 @@ def outer(*tensors: Tensor, axes: int = 2) -> tuple[int, tuple[tuple[int, ...], 
     """A unit and, for each of the tensors, the strides of its first ``axes`` axes in that unit.
 
     Those strides grow with a context, so kernels must not be compiled for their values; yet wide loads need to know
-    that every row begins at a multiple of 16. So it is the unit that a kernel is compiled for: 16 elements where the
-    stride of the next axis, which no length changes, is a multiple of 16 and the outer ones are too, else 1.
+    that rows begin at multiples of 16. So it is the unit that a kernel is compiled for: 16 elements where the stride of
+    the next axis, which no length changes, is a multiple of 16 and the outer ones are too, else 1.
+
+    A kernel takes each stride as an argument of its own, named in ``do_not_specialize``: what a tuple holds Triton
+    specialises whatever it is told.
     """
     strides = [x.stride()[: axes + 1] for x in tensors]
     unit = 16 if all(number % 16 == 0 for row in strides for number in row) else 1

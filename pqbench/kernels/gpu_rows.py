@@ -12,12 +12,12 @@ from pqbench.kernels.gpu_launch import blocks, on, options, outer, power, rows_o
 _TILE = 4096  # bytes that one program has on the way at once: two loads of 16 for each of its threads
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "source_batch", "source_head", "target_batch", "target_head"])
 def copy_rows(
-    source: tl.tensor, indices: tl.tensor, target: tl.tensor, source_outer: tl.tensor, target_outer: tl.tensor,
-    heads: tl.tensor, count: tl.tensor, unit: tl.constexpr, source_row: tl.constexpr, source_step: tl.constexpr,
-    target_row: tl.constexpr, target_step: tl.constexpr, given: tl.constexpr, width: tl.constexpr,
-    block_n: tl.constexpr, block_w: tl.constexpr,
+    source: tl.tensor, indices: tl.tensor, target: tl.tensor, source_batch: tl.tensor, source_head: tl.tensor,
+    target_batch: tl.tensor, target_head: tl.tensor, heads: tl.tensor, count: tl.tensor, unit: tl.constexpr,
+    source_row: tl.constexpr, source_step: tl.constexpr, target_row: tl.constexpr, target_step: tl.constexpr,
+    given: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rows ``indices`` ``[B*H, n]`` of ``source`` ``[B, H, S, width]``, or the first n, into ``target``
     ``[B, H, n, width]``."""
@@ -26,8 +26,8 @@ def copy_rows(
     rows = n
     if given:
         rows = tl.load(indices + pair.to(tl.int64) * count + n, mask=n < count, other=0).to(tl.int64)
-    first = rows_of(source, source_outer, pair, heads, unit)
-    goal = rows_of(target, target_outer, pair, heads, unit)
+    first = rows_of(source, (source_batch, source_head), pair, heads, unit)
+    goal = rows_of(target, (target_batch, target_head), pair, heads, unit)
     for start in tl.static_range(0, width, block_w):
         w = start + tl.arange(0, block_w)
         inside = (n < count)[:, None] & (w < width)[None, :]
@@ -68,7 +68,7 @@ def _copy(source: Tensor, indices: Tensor | None, target: Tensor) -> None:
     sizes = tile(width, target.dtype)
     with on(target, source):
         copy_rows[(blocks(count, sizes["block_n"]), batch * heads)](
-            source, source if indices is None else indices, target, *strides, heads, count, unit=unit,
+            source, source if indices is None else indices, target, *strides[0], *strides[1], heads, count, unit=unit,
             source_row=source.stride(2), source_step=_step(source), target_row=target.stride(2),
             target_step=_step(target), given=indices is not None, **sizes, **options(),
         )  # fmt: skip

@@ -90,13 +90,13 @@ def fill_tables(
     return tl.full([], parts * clusters, tl.int32)
 
 
-@triton.jit(do_not_specialize=["code_strides", "given", "count"])
+@triton.jit(do_not_specialize=["code_batch", "code_head", "given", "count"])
 def score_codes(
     q: tl.tensor, codebook: tl.tensor, codes: tl.tensor, only: tl.tensor, tables: tl.tensor, scores: tl.tensor,
-    part_lse: tl.tensor, counters: tl.tensor, q_strides: tl.tensor, code_strides: tl.tensor, heads: tl.tensor,
-    given: tl.tensor, count: tl.tensor, scaling: tl.tensor, clusters: tl.constexpr, parts: tl.constexpr,
-    group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block_k: tl.constexpr, block_w: tl.constexpr,
-    block_n: tl.constexpr,
+    part_lse: tl.tensor, counters: tl.tensor, q_strides: tl.tensor, code_batch: tl.tensor, code_head: tl.tensor,
+    code_row: tl.tensor, heads: tl.tensor, given: tl.tensor, count: tl.tensor, scaling: tl.tensor,
+    clusters: tl.constexpr, parts: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr,
+    block_k: tl.constexpr, block_w: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
     """Logits ``scores`` ``[B*H, S, L]`` of one part of the tokens by table look-up of uint8 codes ``[B, H, S, m]``,
     with their log-sum-exp ``[B*H, pieces, L]``. Of the ``given`` S tokens the first ``count`` count, and none where
@@ -107,7 +107,7 @@ def score_codes(
     if number == 0:
         tl.store(counters + pair, 0)
     first, stop = share(awake(read(count), only, pair), block_n)
-    first_code = rows_of(codes, code_strides, pair, heads, 1)
+    first_code = rows_of(codes, (code_batch, code_head), pair, heads, 1)
     own = tables + here * parts * clusters * lanes
     if first < stop:
         query = rows_of(q, q_strides, pair, heads, 1)
@@ -120,7 +120,7 @@ def score_codes(
         seen = n < stop
         score = tl.zeros([block_n, lanes], tl.float32)
         for part in tl.static_range(parts):
-            code = tl.load(first_code + n.to(tl.int64) * code_strides[2] + part, mask=seen, other=0).to(tl.int32)
+            code = tl.load(first_code + n.to(tl.int64) * code_row + part, mask=seen, other=0).to(tl.int32)
             entry = (part * clusters + code)[:, None] * lanes + g[None, :]  # one vector per token: the group is inner
             score += tl.load(own + entry, mask=seen[:, None], other=0.0)
         tl.store(scores + (pair * given + n)[:, None] * lanes + g[None, :], score, mask=seen[:, None])
@@ -137,18 +137,18 @@ def awake(count: tl.tensor, only: tl.tensor, pair: tl.tensor) -> tl.tensor:
     return count
 
 
-@triton.jit(do_not_specialize=["key_outer", "count"])
+@triton.jit(do_not_specialize=["key_batch", "key_head", "count"])
 def score_keys(
-    q: tl.tensor, keys: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_outer: tl.tensor,
-    key_row: tl.tensor, heads: tl.tensor, count: tl.tensor, scaling: tl.tensor, unit: tl.constexpr,
-    group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
-    block_g: tl.constexpr, block_n: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_batch: tl.tensor,
+    key_head: tl.tensor, key_row: tl.tensor, heads: tl.tensor, count: tl.tensor, scaling: tl.tensor,
+    unit: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, chunk: tl.constexpr,
+    precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
     """The same from keys ``[B, H, S, D]``."""
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, block_g), tl.arange(0, block_n)
     queries = rows_of(q, q_strides, pair, heads, 1) + g * q_strides[2]
-    first_key = rows_of(keys, key_outer, pair, heads, unit)
+    first_key = rows_of(keys, (key_batch, key_head), pair, heads, unit)
     top, total = tl.full([block_g], float("-inf"), tl.float32), tl.zeros([block_g], tl.float32)
     first, stop = share(count, block_n)
     for start in range(first, stop, block_n):
@@ -228,10 +228,10 @@ def scan(
     counters = q.new_empty(batch, heads, dtype=torch.int32)
     with launch.on(q):
         score_codes[(batch * heads, pieces)](
-            q, codebook, codes, only, tables, scores, part_lse, counters, q.stride()[:3], codes.stride()[:3], heads,
+            q, codebook, codes, only, tables, scores, part_lse, counters, q.stride()[:3], *codes.stride()[:3], heads,
             given, count, float(scaling), clusters=clusters, parts=parts, group=group, width=width, lanes=lanes,
             block_k=min(launch.power(clusters), max(1, _LOGITS // block_w)), block_w=block_w,
-            block_n=max(64, _LOGITS // lanes), **launch.options(16),
+            block_n=max(64, _LOGITS // (lanes if parts <= 4 else 2 * lanes)), **launch.options(16),
         )  # fmt: skip
     return scores, part_lse, counters
 
@@ -247,9 +247,9 @@ def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
     precision, (unit, outer) = launch.precision_for(q, keys), launch.outer(keys)
     with launch.on(q):
         score_keys[(batch * heads, pieces)](
-            q, keys, scores, part_lse, q.stride()[:3], *outer, keys.stride(2), heads, count, float(scaling), unit=unit,
-            group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision), precision=precision,
-            block_g=launch.power(group, 16), block_n=block_n, **launch.options(),
+            q, keys, scores, part_lse, q.stride()[:3], *outer[0], keys.stride(2), heads, count, float(scaling),
+            unit=unit, group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision),
+            precision=precision, block_g=launch.power(group, 16), block_n=block_n, **launch.options(),
         )  # fmt: skip
     return sum_over_group(q, scores, part_lse)
 
@@ -279,7 +279,7 @@ def sum_over_group(
     with launch.on(q):
         sum_group[(batch * heads, pieces_for(batch * heads, q.device))](
             scores, part_lse, only, sums, histograms, given, given if count is None else count, part_lse.shape[2],
-            group=q.shape[2], lanes=lanes, most=launch.MOST_SPLITS, unit=UNIT, block_n=max(64, _LOGITS // lanes),
+            group=q.shape[2], lanes=lanes, most=launch.MOST_SPLITS, unit=UNIT, block_n=max(64, _LOGITS // (2 * lanes)),
             **launch.options(8),
         )  # fmt: skip
     return sums

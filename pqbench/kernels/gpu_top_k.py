@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.gpu_launch import MOST_SPLITS, blocks, dense_rows, on, options, power, processors, share
+from pqbench.kernels import gpu_launch as launch
+from pqbench.kernels.gpu_launch import MOST_SPLITS, blocks, dense_rows, on, options, power, share
 
 _WHOLE = 4096  # scores that one program holds
 _CHUNK = 4096  # scores of a tile where a row is split
@@ -164,7 +165,7 @@ def top_k(scores: Tensor, count: int) -> Tensor:
 def _split_top_k(scores: Tensor, indices: Tensor, count: int) -> None:
     """Rows longer than one program holds."""
     rows, total = scores.shape
-    wanted = min(MOST_SPLITS, blocks(2 * processors(scores.device), rows))
+    wanted = min(MOST_SPLITS, blocks(2 * launch.processors(scores.device), rows))
     parts = min(wanted, blocks(total, _CHUNK))
     histograms = torch.empty(4, rows, parts, 256, dtype=torch.int32, device=scores.device)
     state = torch.empty(4, rows, 2, dtype=torch.int32, device=scores.device)

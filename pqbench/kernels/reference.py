@@ -15,6 +15,7 @@ from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.reference_blocks import admit_blocks as admit_blocks
 from pqbench.kernels.reference_cells import best_of_cells as best_of_cells
 from pqbench.kernels.reference_cells import merge_lists as merge_lists
+from pqbench.kernels.reference_noise import noise as noise
 from pqbench.kernels.reference_rows import Found as Found
 from pqbench.kernels.reference_rows import append_rows as append_rows
 from pqbench.kernels.reference_rows import copy as copy

@@ -100,7 +100,7 @@ class Store(ABC):
 
     def bring(self, rows: Tensor) -> Arrival:
         """Ask for a tensor in host memory; it crosses the link, if there is one, while the caller goes on."""
-        return Present(rows.to(self.device))
+        return Present(rows.to(self.device, non_blocking=True))  # what is page-locked is not waited for
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows ``[B, H, n, D]``."""

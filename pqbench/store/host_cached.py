@@ -28,6 +28,7 @@ class CachedHostStore(HostStore):
         """See :class:`HostStore`."""
         batch, heads, device = prompt.rows.shape[0], prompt.rows.shape[1], prompt.device
         self._blocks = BlockCache(options, batch, heads, device, kernels(device, body))
+        self._blocks.table(prompt.length + reserve)  # so that it does not grow, nor its kernel change, while decoding
         super().__init__(prompt, split, margin, overlap, scratch, self._blocks, body, reserve)
         self._entering: list[Transfer] = []
         self._asked = self._hits = self._admitted = 0

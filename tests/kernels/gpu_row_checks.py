@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from pqbench.kernels import reference
-from pqbench.kernels.backend import Kernels, kernels
+from pqbench.kernels.backend import Kernels
 from pqbench.kernels.reference_blocks import Residency
 from pqbench.kernels.reference_rows import Blocks, HostTokens
+from tests.kernels.gpu_inputs import Check, body
 
 F32, BF16 = torch.float32, torch.bfloat16
 BATCH, HEADS, SIZE = 2, 3, 4
-Check = Callable[[torch.device, int], None]
-
-
-def body() -> Kernels:
-    """The body under test."""
-    return kernels(torch.device("cpu"), "gpu")
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

@@ -118,14 +118,12 @@ def test_page_locked_memory_is_counted_as_it_is_taken() -> None:
     assert Need(torch.device("cuda")).page_locked(100, 3) == 512
     free = psutil.virtual_memory().available
     with pytest.raises(ConfigError, match=r"page-locked host memory \(taken in powers of two\)"):
-        HostTier().check(3, free // 4, Need(torch.device("cuda"), layers=1 << 30))
+        HostTier().check(3, free // 2, Card(torch.device("cuda"), layers=1 << 10))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver that gives it")
 def test_page_locked_memory_that_the_driver_refuses_is_one_clear_line() -> None:
-    with pytest.raises(
-        ConfigError, match=r"0\.00 GiB of page-locked host memory cannot be had \(.+\): use a shorter"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"GiB of page-locked host memory cannot be had \(.+\): use a") as error:
         page_locked((2, 3), torch.float32)
     assert "\n" not in str(error.value)
 
