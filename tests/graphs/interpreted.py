@@ -29,7 +29,7 @@ CASES: dict[str, tuple[Method, Tier, bool]] = {
     "full": (Full(), DeviceTier(), False),
     "pqcache on the device": (PQ, DeviceTier(), False),
     "pqcache on the host": (PQ, HOST, False),
-    "pqcache ahead": (PQ, DeviceTier(), True),
+    "pqcache ahead": (PQ, HOST, True),
 }
 
 
