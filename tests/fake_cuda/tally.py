@@ -1,0 +1,108 @@
+"""What a run on fake CUDA tensors did: launches, copies, synchronisations and faults, each with the line that caused it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = (f"{ROOT}/pqbench/", f"{ROOT}/methods/")
+TRITON, TORCH, COPY, SYNC = "triton launch", "torch launch", "memcpy", "synchronisation"
+KINDS = (TRITON, TORCH, COPY, SYNC)
+
+
+MOST = 4000  # copies of one part of a run; beyond, something moves row by row
+
+
+class RunawayError(Exception):
+    """So many copies in one part of a run that to go on would take minutes."""
+
+
+def caller() -> str:
+    """The innermost line of the project that is at work, as ``pqbench/group.py:94``; ``model`` inside transformers,
+    ``test`` where nobody of these is."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(OURS):
+            return f"{name.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+        if "/transformers/" in name:
+            return "model"
+        frame = frame.f_back
+    return "test"
+
+
+@dataclass
+class Counts:
+    """How often each thing was done, by kind, place and name. What the model itself does is counted apart."""
+
+    events: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # kind, place, what
+    copies: int = 0
+
+    def of(self, *kinds: str, within: str = "") -> int:
+        """Events of these kinds in our code, in files whose path begins with ``within``."""
+        return sum(
+            count
+            for (kind, place, _), count in self.events.items()
+            if kind in kinds and place != "model" and place.startswith(within)
+        )
+
+    @property
+    def launches(self) -> int:
+        """Kernels that the GPU was given by our code, Triton's and torch's."""
+        return self.of(TRITON, TORCH)
+
+    def listed(self, *kinds: str) -> str:
+        """One line for each place, for the message of an assertion."""
+        found = sorted((k, p, w, n) for (k, p, w), n in self.events.items() if k in kinds and p != "model")
+        return "\n".join(f"  {kind} at {place}: {what} x {count}" for kind, place, what, count in found)
+
+
+@dataclass
+class Tally:
+    """Counts of the part of a run that is at work, and the faults of the whole run.
+
+    Attributes:
+        faults: what would fail or go wrong on a real GPU, and how often.
+        host_work: operations on large tensors in host memory, with the number of elements of the largest.
+        keys: of each kernel, the specialisations that it was launched with.
+        streams: launches by the name of the stream they were given to.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+    faults: Counter[str] = field(default_factory=Counter)
+    host_work: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, set[object]] = field(default_factory=dict)
+    streams: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, what: str) -> None:
+        """Count one event where the project is at work."""
+        self.counts.events[kind, caller(), what] += 1
+        self.counts.copies += kind == COPY
+        if self.counts.copies > MOST:
+            self.fault(f"more than {MOST} copies at once")
+            raise RunawayError(f"more than {MOST} copies at {caller()}")
+
+    def fault(self, what: str) -> None:
+        """Note something that a GPU would not do."""
+        self.faults[f"{caller()}: {what}"] += 1
+
+    def on_host(self, what: str, size: int) -> None:
+        """Note an operation of ``size`` elements in host memory."""
+        name = f"{caller()}: {what}"
+        self.host_work[name] = max(size, self.host_work.get(name, 0))
+
+    @contextmanager
+    def part(self) -> Iterator[Counts]:
+        """Count what is done inside apart from the rest."""
+        before, self.counts = self.counts, Counts()
+        try:
+            yield self.counts
+        finally:
+            before.events.update(self.counts.events)
+            self.counts = before
