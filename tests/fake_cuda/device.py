@@ -55,25 +55,28 @@ class FakeStream:
 
 
 class FakeEvent:
-    """An event; waiting for it on the host is counted."""
+    """An event; waiting for it on the host is counted, unless the host has been told that it has passed."""
 
     def __init__(self, *flags: bool, tally: Tally | None = None, **options: bool) -> None:
-        self.tally = tally
+        self.tally, self.known = tally, False
 
     def record(self, stream: object = None) -> None:
-        """Nothing to record."""
+        """The event is to come again."""
+        self.known = False
 
     def wait(self, stream: object = None) -> None:
         """Orders streams; the host goes on."""
 
     def query(self) -> bool:
         """Whether it has passed."""
+        self.known = True
         return True
 
     def synchronize(self) -> None:
         """Wait on the host."""
-        if self.tally is not None:
+        if self.tally is not None and not self.known:
             self.tally.add(SYNC, "event.synchronize")
+        self.known = True
 
     def elapsed_time(self, other: FakeEvent) -> float:
         """Milliseconds."""
