@@ -168,13 +168,15 @@ def _tolist(tally: Tally) -> Any:
     def tolist(self: Tensor) -> Any:
         if self.is_cuda:
             tally.add(SYNC, "tolist")
-        return torch.Size(self.shape) and _numbers(list(self.shape), iter(range(self.numel())))
+        numbers = range(self.numel())
+        truth = getattr(self, "truth", True)
+        return _nested(list(self.shape), iter([truth] * len(numbers) if self.dtype is torch.bool else numbers))
 
     return tolist
 
 
-def _numbers(shape: list[int], numbers: Iterator[int]) -> Any:
-    return [_numbers(shape[1:], numbers) for _ in range(shape[0])] if shape else next(numbers)
+def _nested(shape: list[int], numbers: Iterator[int]) -> Any:
+    return [_nested(shape[1:], numbers) for _ in range(shape[0])] if shape else next(numbers)
 
 
 def _host_kernel(tally: Tally, name: str) -> Any:

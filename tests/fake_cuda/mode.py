@@ -26,7 +26,8 @@ ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
              "empty_permuted", "_unsafe_view", "detach_", "lift", "set_"}  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 TRUE, FALSE = {"ones", "ones_like", "new_ones", "isfinite"}, {"zeros", "zeros_like", "isnan", "isinf", "isin"}
-KEEPS = {"_to_copy", "view", "expand", "all", "any", "clone", "ne", "slice", "select", "unsqueeze", "constant_pad_nd"}
+KEEPS = {"_to_copy", "view", "expand", "all", "any", "clone", "ne", "slice", "select", "unsqueeze", "constant_pad_nd",
+         "stack", "cat"}  # fmt: skip
 
 
 class FakeCuda(FakeTensorMode):
