@@ -49,12 +49,14 @@ class Decode:
         building: counts of making the index.
         steps: counts of every step.
         late: kernels that would have been compiled after the first steps, with the step in which they were launched so.
+        host_work: operations on large host tensors in the steps.
     """
 
     tally: Tally
     building: Counts
     steps: list[Counts] = field(default_factory=list)
     late: dict[str, int] = field(default_factory=dict)
+    host_work: dict[str, int] = field(default_factory=dict)
 
     @property
     def launches(self) -> int:
@@ -84,7 +86,7 @@ def decode_layer(
         subject = Subject("subject", "gpu", "budget", method)
         with tally.part() as building:
             group = subject.build(layer)
-        decode, known = Decode(tally, building), {}
+        decode, known, before = Decode(tally, building), {}, dict(tally.host_work)
         for number in range(steps):
             key, value, q = layer.token(number)
             with tally.part() as counts:
@@ -99,5 +101,6 @@ def decode_layer(
             if number >= FIRST:
                 decode.late |= {name: number for name, keys in now.items() if keys != known.get(name, 0)}
             known = now
+        decode.host_work = {what: size for what, size in tally.host_work.items() if what not in before}
         subject.close()
     return decode

@@ -91,7 +91,7 @@ class Counting(TorchDispatchMode):
     def launched(self, kind: str, name: str) -> None:
         """Count work given to the current stream."""
         self.tally.add(kind, name)
-        self.tally.streams[self.stream] += 1
+        self.tally.streams[self.stream, name] += 1
 
     def _on_one_device(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments on the device if some are there; a host tensor among them is a fault, a single number is not."""

@@ -44,12 +44,12 @@ class Counts:
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # kind, place, what
     copies: int = 0
 
-    def of(self, *kinds: str, within: str = "") -> int:
-        """Events of these kinds in our code, in files whose path begins with ``within``."""
+    def of(self, *kinds: str, without: tuple[str, ...] = ()) -> int:
+        """Events of these kinds in our code, but not in files whose paths begin with one of ``without``."""
         return sum(
             count
             for (kind, place, _), count in self.events.items()
-            if kind in kinds and place != "model" and place.startswith(within)
+            if kind in kinds and place != "model" and not place.startswith(without)
         )
 
     @property
@@ -71,14 +71,14 @@ class Tally:
         faults: what would fail or go wrong on a real GPU, and how often.
         host_work: operations on large tensors in host memory, with the number of elements of the largest.
         keys: of each kernel, the specialisations that it was launched with.
-        streams: launches by the name of the stream they were given to.
+        streams: launches by the name of the stream they were given to, and their own.
     """
 
     counts: Counts = field(default_factory=Counts)
     faults: Counter[str] = field(default_factory=Counter)
     host_work: dict[str, int] = field(default_factory=dict)
     keys: dict[str, set[object]] = field(default_factory=dict)
-    streams: Counter[str] = field(default_factory=Counter)
+    streams: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, kind: str, what: str) -> None:
         """Count one event where the project is at work."""

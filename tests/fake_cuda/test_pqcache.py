@@ -20,6 +20,7 @@ def test_a_decode_stays_within_its_budget(
     method = method_of("pqcache", ratio, codes_on=codes_on)
     decode = decode_layer(monkeypatch, method, TIERS[tier], context)
     assert not decode.tally.faults
+    assert not decode.host_work
     assert not decode.late, "these would be compiled in mid-decode"
     assert not COSTS["pqcache"][list(TIERS).index(tier)].exceeded(decode)
 
