@@ -191,7 +191,7 @@ def _host_kernel(tally: Tally, name: str) -> Any:
     return run
 
 
-class NoGuards(Exception):
+class NoGuardsError(Exception):
     """This build of torch does not show where it keeps its device guards."""
 
 
@@ -203,7 +203,7 @@ def _device_guard() -> Iterator[None]:
     try:
         guards = (ctypes.c_void_p * 20).in_dll(ctypes.CDLL(str(libraries[0])), _GUARDS)
     except (IndexError, OSError, ValueError) as error:
-        raise NoGuards from error
+        raise NoGuardsError from error
     before = guards[_CUDA]
     if not before:
         guards[_CUDA] = guards[_META]
@@ -211,6 +211,10 @@ def _device_guard() -> Iterator[None]:
         yield
     finally:
         guards[_CUDA] = before
+
+
+def _nothing(*args: object) -> None:
+    """Stands for a call that orders or keeps something alive."""
 
 
 class Device:
@@ -225,11 +229,12 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
     """Inside, ``cuda:0`` exists and nothing is computed. ``patch`` is undone by its owner.
 
     Raises:
-        NoGuards: see there.
+        NoGuardsError: see there.
     """
+    from triton.runtime.jit import JITFunction
+
     import pqbench.prompt
     from pqbench.kernels import cpu, gpu
-    from triton.runtime.jit import JITFunction
 
     tally, pinned = Tally(), Pinned()
     with _device_guard(), fake_cuda_mode(tally, pinned) as counting, patch.context() as own:
@@ -238,7 +243,7 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
             own.setattr(torch.cuda, name, replacement)
         own.setattr(JITFunction, "run", lambda kernel, *args, **options: launcher.launch(kernel, *args, **options))
         own.setattr(torch, "Generator", FakeGenerator)
-        own.setattr(Tensor, "record_stream", lambda self, stream: None)
+        own.setattr(Tensor, "record_stream", _nothing)
         own.setattr(FakeTensor, "tolist", _tolist(tally))
         own.setattr(pages, "_LEAST", 1 << 62)  # memory maps hold real bytes
         own.setattr(pqbench.prompt, "ThreadPoolExecutor", AtOnce, raising=False)

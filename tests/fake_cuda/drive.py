@@ -86,7 +86,8 @@ def decode_layer(
         subject = Subject("subject", "gpu", "budget", method)
         with tally.part() as building:
             group = subject.build(layer)
-        decode, known, before = Decode(tally, building), {}, dict(tally.host_work)
+        decode, before = Decode(tally, building), dict(tally.host_work)
+        known: dict[str, int] = {}
         for number in range(steps):
             key, value, q = layer.token(number)
             with tally.part() as counts:

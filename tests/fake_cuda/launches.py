@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tests.fake_cuda.memory import Pinned
@@ -73,5 +72,3 @@ def _kind(param: Any, value: Any) -> object:
 
 def _flat(value: Any) -> list[Any]:
     return [part for each in value for part in _flat(each)] if isinstance(value, tuple | list) else [value]
-
-

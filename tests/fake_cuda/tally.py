@@ -1,4 +1,4 @@
-"""What a run on fake CUDA tensors did: launches, copies, synchronisations and faults, each with the line that caused it."""
+"""What a run on fake CUDA tensors did: launches, copies, synchronisations and faults, each with its line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Counts:
     """How often each thing was done, by kind, place and name. What the model itself does is counted apart."""
 
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # kind, place, what
-    copies: int = 0
+    copies: int = 0  # those of the model included
 
     def of(self, *kinds: str, without: tuple[str, ...] = ()) -> int:
         """Events of these kinds in our code, but not in files whose paths begin with one of ``without``."""

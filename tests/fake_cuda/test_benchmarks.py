@@ -11,18 +11,18 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-from pqbench.prompt import Setting  # noqa: E402
-from pqbench.records import RecordFile  # noqa: E402
-from pqbench.store.link import Copy, Direction  # noqa: E402
-from pqbench.store.link_cuda import CudaLink  # noqa: E402
-from pqbench.timing import machine  # noqa: E402
-from pqbench.timing.attention import Attention  # noqa: E402
-from pqbench.timing.base import TimingJob  # noqa: E402
-from pqbench.timing.geometries import shape_of  # noqa: E402
-from pqbench.timing.source import on, synthetic  # noqa: E402
-from tests.fake_cuda.device import CUDA, Device, fake_device  # noqa: E402
-from tests.fake_cuda.drive import TIERS, method_of  # noqa: E402
-from tests.fake_cuda.tally import COPY, SYNC, TRITON  # noqa: E402
+from pqbench.prompt import Setting
+from pqbench.records import RecordFile
+from pqbench.store.link import Copy, Direction
+from pqbench.store.link_cuda import CudaLink
+from pqbench.timing import machine
+from pqbench.timing.attention import Attention
+from pqbench.timing.base import TimingJob
+from pqbench.timing.geometries import shape_of
+from pqbench.timing.source import on, synthetic
+from tests.fake_cuda.device import CUDA, Device, fake_device
+from tests.fake_cuda.drive import TIERS, method_of
+from tests.fake_cuda.tally import COPY, SYNC, TRITON
 
 OPTIONS: dict[str, Any] = {
     "contexts": [4096], "budgets": [1024], "dtypes": ["bfloat16"], "device": "cuda:0", "repeats": 1, "steps": 2,

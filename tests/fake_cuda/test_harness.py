@@ -61,7 +61,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "int": lambda x: int(x.sum()),
     "tolist": lambda x: x.tolist(),
     "cpu": lambda x: x.cpu(),
-    "to": lambda x: torch.ones(3).to(CUDA),
+    "to": lambda _: torch.ones(3).to(CUDA),
     "pageable, told not to block": lambda x: x.copy_(torch.ones(3), non_blocking=True),
     "pinned, not told": lambda x: x.copy_(torch.ones(3).pin_memory()),
     "mask": lambda x: x[x > 0],
@@ -70,13 +70,13 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "index from the host": lambda x: x[torch.tensor([0, 1])],
     "list as an index": lambda x: x[[0, 1]],
     "a number into one place": lambda x: x.__setitem__(0, 5.0),
-    "tensor of a list": lambda x: torch.tensor([1.0, 2.0], device=CUDA),
+    "tensor of a list": lambda _: torch.tensor([1.0, 2.0], device=CUDA),
     "bincount": lambda x: torch.bincount(x.int()),
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
-    "synchronize": lambda x: torch.cuda.synchronize(),
-    "event": lambda x: torch.cuda.Event().synchronize(),
-    "stream": lambda x: torch.cuda.Stream().synchronize(),
+    "synchronize": lambda _: torch.cuda.synchronize(),
+    "event": lambda _: torch.cuda.Event().synchronize(),
+    "stream": lambda _: torch.cuda.Stream().synchronize(),
 }
 
 
@@ -168,8 +168,7 @@ def test_a_grid_that_is_too_large_is_found(device: Device) -> None:
 def test_copies_row_by_row_end_a_run(device: Device) -> None:
     x, pinned = ones(MOST + 1, 3), torch.empty(MOST + 1, 3, pin_memory=True)
     with pytest.raises(RunawayError):
-        for row, target in zip(pinned, x, strict=True):
-            target.copy_(row, non_blocking=True)
+        [target.copy_(row, non_blocking=True) for row, target in zip(pinned, x, strict=True)]
     assert "copies at once" in str(device.tally.faults)
 
 

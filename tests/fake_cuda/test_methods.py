@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-from tests.fake_cuda.budgets import COSTS  # noqa: E402
-from tests.fake_cuda.drive import METHODS, TIERS, decode_layer, method_of  # noqa: E402
+from tests.fake_cuda.budgets import COSTS
+from tests.fake_cuda.drive import METHODS, TIERS, decode_layer, method_of
 
 
 def test_every_method_has_a_budget() -> None:

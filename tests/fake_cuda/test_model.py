@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-from pqbench.generation import decode  # noqa: E402
-from pqbench.prompt import Setting, prefill  # noqa: E402
-from tests.fake_cuda.device import CUDA, Device, fake_device  # noqa: E402
-from tests.fake_cuda.drive import METHODS, TIERS, method_of  # noqa: E402
-from tests.fake_cuda.tally import COPY, SYNC, Counts  # noqa: E402
+from pqbench.generation import decode
+from pqbench.prompt import Setting, prefill
+from tests.fake_cuda.device import CUDA, Device, fake_device
+from tests.fake_cuda.drive import METHODS, TIERS, method_of
+from tests.fake_cuda.tally import COPY, SYNC, Counts
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,

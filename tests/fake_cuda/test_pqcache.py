@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-from tests.fake_cuda.budgets import COSTS  # noqa: E402
-from tests.fake_cuda.drive import TIERS, decode_layer, method_of  # noqa: E402
-from tests.fake_cuda.tally import SYNC  # noqa: E402
+from tests.fake_cuda.budgets import COSTS
+from tests.fake_cuda.drive import TIERS, decode_layer, method_of
+from tests.fake_cuda.tally import SYNC
 
 
 @pytest.mark.parametrize("codes_on", ["device", "host"])
