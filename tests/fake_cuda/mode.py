@@ -94,7 +94,7 @@ class Counting(TorchDispatchMode):
         self.tally.streams[self.stream, name] += 1
 
     def _on_one_device(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments, on the device if some are there: a host tensor among them is a fault, a single number is not."""
+        """The arguments on one device: beside tensors on it, a host tensor is a fault and a single number is not."""
         tensors = _tensors((args, kwargs))
         if not any(tensor.is_cuda for tensor in tensors):
             return args, kwargs
