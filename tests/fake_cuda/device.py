@@ -19,7 +19,7 @@ from pqbench.kernels import pages, reference
 from tests.fake_cuda.launches import Launcher
 from tests.fake_cuda.memory import Pinned
 from tests.fake_cuda.mode import Counting, fake_cuda_mode
-from tests.fake_cuda.tally import SYNC, Tally
+from tests.fake_cuda.tally import Tally
 
 CUDA = torch.device("cuda", 0)
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry, by type of device
@@ -31,7 +31,7 @@ class FakeStream:
 
     cuda_stream = 0
 
-    def __init__(self, device: object = None, priority: int = 0, tally: Tally | None = None, name: str = "") -> None:
+    def __init__(self, tally: Tally, name: str = "") -> None:
         self.device, self.tally, self.name = CUDA, tally, name or f"side {id(self)}"
 
     def wait_stream(self, other: FakeStream) -> None:
@@ -42,41 +42,41 @@ class FakeStream:
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
         """An event at the end of what the stream was given."""
-        return event or FakeEvent(tally=self.tally)
+        event = event or FakeEvent(self.tally)
+        event.record(self)
+        return event
 
     def query(self) -> bool:
         """Whether all is done."""
+        self.tally.known(self.name, self.tally.record())
         return True
 
     def synchronize(self) -> None:
         """Wait on the host."""
-        if self.tally is not None:
-            self.tally.add(SYNC, "stream.synchronize")
+        self.tally.wait("stream.synchronize", self.name)
 
 
 class FakeEvent:
-    """An event; waiting for it on the host is counted, unless the host has been told that it has passed."""
+    """An event; waiting for it on the host is counted, unless the host knows that it has passed."""
 
-    def __init__(self, *flags: bool, tally: Tally | None = None, **options: bool) -> None:
-        self.tally, self.known = tally, False
+    def __init__(self, tally: Tally) -> None:
+        self.tally, self.stream, self.number = tally, "", 0
 
-    def record(self, stream: object = None) -> None:
-        """The event is to come again."""
-        self.known = False
+    def record(self, stream: FakeStream | None = None) -> None:
+        """The event comes after what the stream was given."""
+        self.stream, self.number = self.tally.stream if stream is None else stream.name, self.tally.record()
 
     def wait(self, stream: object = None) -> None:
         """Orders streams; the host goes on."""
 
     def query(self) -> bool:
         """Whether it has passed."""
-        self.known = True
+        self.tally.known(self.stream, self.number)
         return True
 
     def synchronize(self) -> None:
         """Wait on the host."""
-        if self.tally is not None and not self.known:
-            self.tally.add(SYNC, "event.synchronize")
-        self.known = True
+        self.tally.wait("event.synchronize", self.stream, self.number)
 
     def elapsed_time(self, other: FakeEvent) -> float:
         """Milliseconds."""
@@ -123,29 +123,29 @@ class AtOnce:
         """Nothing is left to do."""
 
 
-def _cuda(tally: Tally, counting: Counting) -> dict[str, Any]:
+def _cuda(tally: Tally) -> dict[str, Any]:
     """Replacements of functions of torch.cuda."""
-    default = FakeStream(tally=tally, name="default")
+    default = FakeStream(tally, "default")
     streams = [default]
 
     def synchronize(*args: object) -> None:
-        tally.add(SYNC, "torch.cuda.synchronize")
+        tally.wait_for_all("torch.cuda.synchronize")
 
     @contextmanager
     def stream(chosen: FakeStream | None) -> Iterator[None]:
         streams.append(chosen or streams[-1])
-        counting.stream = streams[-1].name
+        tally.stream = streams[-1].name
         try:
             yield
         finally:
             streams.pop()
-            counting.stream = streams[-1].name
+            tally.stream = streams[-1].name
 
     def make_stream(*args: Any, **options: Any) -> FakeStream:
-        return FakeStream(tally=tally)
+        return FakeStream(tally)
 
     def make_event(*args: Any, **options: Any) -> FakeEvent:
-        return FakeEvent(tally=tally)
+        return FakeEvent(tally)
 
     facts = SimpleNamespace(
         name="fake", multi_processor_count=132, total_memory=80 << 30, major=9, minor=0, warp_size=32,
@@ -167,7 +167,7 @@ def _cuda(tally: Tally, counting: Counting) -> dict[str, Any]:
 def _tolist(tally: Tally) -> Any:
     def tolist(self: Tensor) -> Any:
         if self.is_cuda:
-            tally.add(SYNC, "tolist")
+            tally.wait("tolist")
         numbers = range(self.numel())
         truth = getattr(self, "truth", True)
         return _nested(list(self.shape), iter([truth] * len(numbers) if self.dtype is torch.bool else numbers))
@@ -239,7 +239,7 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
     tally, pinned = Tally(), Pinned()
     with _device_guard(), fake_cuda_mode(tally, pinned) as counting, patch.context() as own:
         launcher = Launcher(tally, pinned, counting)
-        for name, replacement in _cuda(tally, counting).items():
+        for name, replacement in _cuda(tally).items():
             own.setattr(torch.cuda, name, replacement)
         own.setattr(JITFunction, "run", lambda kernel, *args, **options: launcher.launch(kernel, *args, **options))
         own.setattr(torch, "Generator", FakeGenerator)

@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pqbench.kernels import reference
 from tests.fake_cuda.memory import Pinned, dense
-from tests.fake_cuda.tally import COPY, SYNC, TORCH, Tally
+from tests.fake_cuda.tally import COPY, TORCH, Tally
 
 LARGE = 1 << 16  # elements of host work worth a line
 aten = torch.ops.aten
 # Operations that read from the device how large their result is, and so wait for it.
 SIZED = {"nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim", "unique_consecutive", "equal",
-         "repeat_interleave", "_linalg_eigh", "_linalg_svd", "linalg_qr", "_linalg_check_errors"}  # fmt: skip
+         "allclose", "repeat_interleave", "_linalg_eigh", "_linalg_svd", "linalg_qr", "_linalg_check_errors"}  # fmt: skip
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "resize_",
              "empty_permuted", "_unsafe_view", "detach_", "lift", "set_"}  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -44,7 +44,6 @@ class Counting(TorchDispatchMode):
     def __init__(self, tally: Tally, pinned: Pinned) -> None:
         super().__init__()
         self.tally, self.pinned = tally, pinned
-        self.stream = "default"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -91,7 +90,7 @@ class Counting(TorchDispatchMode):
     def launched(self, kind: str, name: str) -> None:
         """Count work given to the current stream."""
         self.tally.add(kind, name)
-        self.tally.streams[self.stream, name] += 1
+        self.tally.streams[self.tally.stream, name] += 1
 
     def _on_one_device(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments on one device: beside tensors on it, a host tensor is a fault and a single number is not."""
@@ -113,13 +112,13 @@ class Counting(TorchDispatchMode):
         for index in indices:
             if index is not None and not index.is_cuda and index.dim():
                 self.tally.add(COPY, "index from the host")
-                self.tally.add(SYNC, "index from the host")
+                self.tally.wait("index from the host")
                 index = index.to("cuda:0")  # noqa: PLW2901
             if index is not None and index.dtype in (torch.bool, torch.uint8):
                 if rest and rest[0].numel() == 1 and len([i for i in indices if i is not None]) == 1:
                     changed.append(index)  # torch fills by the mask
                     continue
-                self.tally.add(SYNC, "index by a mask")
+                self.tally.wait("index by a mask")
                 self.launched(TORCH, "nonzero")
                 count = max(1, index.numel() // 2)
                 changed += [index.new_empty(count, dtype=torch.int64) for _ in range(index.dim())]
@@ -131,7 +130,7 @@ class Counting(TorchDispatchMode):
         """The result of an operation that waits to know how large it is, of a plausible size."""
         first: Tensor = args[0]
         if first.is_cuda:
-            self.tally.add(SYNC, name)
+            self.tally.wait(name)
         count = _found_by_top_k() or max(1, first.numel() // 2)
         if name == "nonzero":
             return first.new_empty(count, first.dim(), dtype=torch.int64)
@@ -143,7 +142,7 @@ class Counting(TorchDispatchMode):
             return first.new_empty(kwargs.get("output_size") or count, dtype=torch.int64)
         if "unique" in name:
             return first.new_empty(count), first.new_empty(first.shape).long(), first.new_empty(count).long()
-        if name == "equal":
+        if name in ("equal", "allclose"):
             return True
         return func(*args, **kwargs)
 
@@ -162,7 +161,7 @@ class Counting(TorchDispatchMode):
 
     def _do__local_scalar_dense(self, func: Any, x: Tensor) -> Any:
         if x.is_cuda:
-            self.tally.add(SYNC, "item")
+            self.tally.wait("item")
         else:
             try:
                 return func(x)
@@ -205,7 +204,7 @@ class Counting(TorchDispatchMode):
             self.launched(TORCH, "copy_")
         if not non_blocking or host not in self.pinned or through_host or source.dtype != target.dtype:
             why = "blocking" if not non_blocking else "not pinned" if host not in self.pinned else "strided"
-            self.tally.add(SYNC, f"{why} copy {way}")
+            self.tally.wait(f"{why} copy {way}")
 
     def _do_scaled_dot_product_attention(
         self, func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any

@@ -72,6 +72,7 @@ class Tally:
         host_work: operations on large tensors in host memory, with the number of elements of the largest.
         keys: of each kernel, the specialisations that it was launched with.
         streams: launches by the name of the stream they were given to, and their own.
+        stream: the name of the current stream.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -79,6 +80,10 @@ class Tally:
     host_work: dict[str, int] = field(default_factory=dict)
     keys: dict[str, set[object]] = field(default_factory=dict)
     streams: Counter[tuple[str, str]] = field(default_factory=Counter)
+    stream: str = "default"
+    _recorded: int = 0  # events so far
+    _all_reached: int = 0  # events that have passed, whatever their stream
+    _reached: dict[str, int] = field(default_factory=dict)  # in each stream, the last event known to have passed
 
     def add(self, kind: str, what: str) -> None:
         """Count one event where the project is at work."""
@@ -87,6 +92,28 @@ class Tally:
         if self.counts.copies > MOST:
             self.fault(f"more than {MOST} copies at once")
             raise RunawayError(f"more than {MOST} copies at {caller()}")
+
+    def wait(self, what: str, stream: str | None = None, event: int | None = None) -> None:
+        """Count a wait of the host for an event of a stream, by default for all that the current stream was given. What
+        the host knows to have passed is not waited for."""
+        stream, last = stream or self.stream, self._recorded if event is None else event
+        if event is None or last > max(self._reached.get(stream, 0), self._all_reached):
+            self.add(SYNC, what)
+            self._reached[stream] = last
+
+    def wait_for_all(self, what: str) -> None:
+        """Count a wait of the host for all streams."""
+        self.add(SYNC, what)
+        self._all_reached = self._recorded
+
+    def record(self) -> int:
+        """The number of an event that is recorded now; numbers grow."""
+        self._recorded += 1
+        return self._recorded
+
+    def known(self, stream: str, event: int) -> None:
+        """The host has learnt that an event has passed."""
+        self._reached[stream] = max(event, self._reached.get(stream, 0))
 
     def fault(self, what: str) -> None:
         """Note something that a GPU would not do."""

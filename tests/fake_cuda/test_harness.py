@@ -75,7 +75,7 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
     "synchronize": lambda _: torch.cuda.synchronize(),
-    "event": lambda _: torch.cuda.Event().synchronize(),
+    "event": lambda _: torch.cuda.current_stream().record_event().synchronize(),
     "stream": lambda _: torch.cuda.Stream().synchronize(),
 }
 
@@ -101,6 +101,29 @@ def test_what_does_not_wait_is_not_counted(device: Device) -> None:
         torch.ones(3)[torch.tensor([0, 1])].tolist()
     assert counts.of(SYNC) == 0, counts.listed(SYNC)
     assert counts.of(COPY) == 2
+
+
+def test_what_is_known_to_have_passed_is_not_waited_for(device: Device) -> None:
+    first, last, elsewhere = (torch.cuda.Event() for _ in range(3))
+    first.record()
+    elsewhere.record(torch.cuda.Stream())
+    last.record()
+    with device.tally.part() as counts:
+        last.synchronize()
+        first.synchronize()
+        last.synchronize()
+    assert counts.of(SYNC) == 1
+    with device.tally.part() as counts:
+        elsewhere.synchronize()
+        first.record()
+        first.synchronize()
+        first.record()
+        first.query()
+        first.synchronize()
+        last.record()
+        ones(1).item()
+        last.synchronize()
+    assert counts.of(SYNC) == 3, counts.listed(SYNC)
 
 
 def test_launches_are_counted_and_views_are_not(device: Device) -> None:
