@@ -21,7 +21,7 @@ LARGE = 1 << 16  # elements of host work worth a line
 aten = torch.ops.aten
 # Operations that read from the device how large their result is, and so wait for it.
 SIZED = {"nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim", "unique_consecutive", "equal",
-         "allclose", "repeat_interleave", "_linalg_eigh", "_linalg_svd", "linalg_qr", "_linalg_check_errors"}  # fmt: skip
+         "allclose", "repeat_interleave", "_linalg_eigh", "_linalg_svd", "linalg_qr"}  # fmt: skip
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "resize_",
              "empty_permuted", "_unsafe_view", "detach_", "lift", "set_"}  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
