@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pqbench.kernels import reference
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
 
 _RULES = ("kv_head", "query_head", "top_p")
@@ -63,7 +62,7 @@ class OracleState(LayerState):
         probabilities = logits.softmax(-1)
         middle = probabilities[..., first:stop]
         if self.method.rule == "query_head":
-            chosen = _member(reference.top_k(middle, split.top_k), middle)  # [B, H, G, M]
+            chosen = _member(self.geometry.kernels.top_k(middle, split.top_k), middle)  # [B, H, G, M]
             return _ragged(chosen, split.around, first, kv.length)
         outside = probabilities[..., :first].sum(-1) + probabilities[..., stop:].sum(-1)  # [B, H, G]
         chosen = _smallest_set(middle.mean(2), self.method.top_p - outside.mean(2))  # [B, H, M]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pqbench.errors import ConfigError
 from pqbench.group import Rows
+from pqbench.method import Check
 
 
 def check_prompt(
@@ -48,6 +51,16 @@ def check_logits(logits: Tensor) -> None:
     """Raises ConfigError when the model or a method's attention computed NaN: its tokens would look like an answer."""
     if bool(logits.isnan().any()):
         raise ConfigError("the model's logits are NaN: weights or keys are not finite, try model.dtype=float32")
+
+
+def check_indices(checks: Sequence[Check]) -> None:
+    """Raises ConfigError with the message of the first check that does not hold; waits for the device once."""
+    if not checks:
+        return
+    first = checks[0].holds.device
+    for check, holds in zip(checks, torch.stack([c.holds.to(first) for c in checks]).tolist(), strict=True):
+        if not holds:
+            raise ConfigError(check.message)
 
 
 def group_rows(mask: Tensor) -> list[Rows]:

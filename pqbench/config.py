@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models import LoadedModel, ModelSource
 
+log = logging.getLogger("pqbench")
+
 # What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
 _FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
+_PROMPTS = ("chat", "chat_options")  # of the group model: what prompts are made with
+_OPEN = ("model.chat_options.", "budgets.")  # names below these are the user's own
+_OWN_BUDGET = re.compile(r"^methods\.(\w+)\.budget\.(?=\w+=)")
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
@@ -26,6 +33,36 @@ def conf_folder() -> Path:
     package = Path(__file__).resolve().parent
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else package / "conf"
+
+
+def opened(arguments: Sequence[str]) -> list[str]:
+    """Command line arguments in the form in which Hydra takes names that no yaml has, ``++`` before them. Fields of the
+    budget of one method, which Hydra cannot set inside an interpolation, are collected in ``budgets``."""
+    own = [_OWN_BUDGET.sub(r"budgets.\1.", argument) for argument in arguments]
+    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in own]
+
+
+def own_budgets(config: DictConfig) -> None:
+    """Give every method whose budget has fields of its own the common budget with these fields, in place.
+
+    Raises:
+        ConfigError: fields for a method that is not there, or that has no budget.
+    """
+    fields = dict(config.get("budgets") or {})
+    with open_dict(config):
+        for name, node in config.methods.items():
+            written = OmegaConf.to_container(node, resolve=False).get("budget")
+            own = dict(written) if isinstance(written, dict) and "_target_" not in written else {}
+            own |= fields.pop(name, {})
+            if not own:
+                continue
+            if written is None:
+                raise ConfigError(f"methods.{name} has no budget of its own to set: see its fields with --cfg job")
+            if ("tokens" in own) != ("ratio" in own):  # one of the two counts
+                own["ratio" if "tokens" in own else "tokens"] = None
+            node.budget = OmegaConf.merge(config.budget, own)
+    if fields:
+        raise ConfigError(f"budgets.{next(iter(fields))}: no method of that name runs here")
 
 
 def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
@@ -50,22 +87,41 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
 
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:
-    """The source that the group ``model`` of a configuration describes; its ``chat`` concerns prompts alone."""
-    source: ModelSource = instantiate({name: value for name, value in fields.items() if name != "chat"})
+    """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
+    alone."""
+    source: ModelSource = instantiate({name: value for name, value in fields.items() if name not in _PROMPTS})
     return source
 
 
-def check_yamls(folder: Path, methods: Mapping[str, Any]) -> None:
-    """Raises ConfigError when a method would be left out silently: a yaml under ``folder``/method that does not say by
-    its first line where its fields go, or fields of a method whose yaml was not named."""
+def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, Any] | None = None) -> None:
+    """Look for method yamls under ``folder``/method that do not say by their first line where their fields go. One that
+    nothing here uses is named in a warning.
+
+    Args:
+        methods: the methods of the run.
+        stray: fields that a used yaml without that line has left outside ``methods``.
+
+    Raises:
+        ConfigError: a method of this run would be left out silently, for such a yaml, or for fields without a class.
+    """
     for path in sorted((folder / "method").glob("*.yaml")):
         wanted = f"# @package methods.{path.stem}"
-        if path.read_text(encoding="utf-8").partition("\n")[0].rstrip() != wanted:
-            raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
+        if path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].rstrip() != wanted:
+            if stray:
+                raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
+            log.warning("%s: its first line must be `%s`; nothing here uses it", path, wanted)
     for name, fields in methods.items():
         if "_target_" not in (fields or {}):
             raise ConfigError(f"methods.{name} has fields but no class: name it with method=[..., {name}], or set "
                               f"methods.{name}._target_")  # fmt: skip
+
+
+def meant(name: str, known: Iterable[Any]) -> str:
+    """``, did you mean ...?`` where one of the known names is much like this one."""
+    close = get_close_matches(
+        name, [str(one) for one in (*known, "method", "budget", "model", "store", "benchmark")], 1
+    )
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def explain(error: BaseException) -> str:
@@ -75,7 +131,7 @@ def explain(error: BaseException) -> str:
         if group == "hydra/launcher":
             return f"there is no launcher {name!r} here: `make setup-sweep` installs those of docs/sweeps.md"
         known = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        return f"there is no {group or 'config'} {name!r}: use one of {', '.join(known)}"
+        return f"there is no {group or 'config'} {name!r}{meant(name, known)}: use one of {', '.join(known)}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, PqbenchError):
@@ -84,7 +140,8 @@ def explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     absent, foreign = _ABSENT.match(text), _FOREIGN.search(text)
     if absent:
-        return f"there is no option {absent[1]} here: the same command with `--cfg job` shows those there are"
+        hint = meant(absent[1], OmegaConf.load(conf_folder() / "config.yaml"))
+        return f"there is no option {absent[1]} here{hint}: the same command with `--cfg job` shows those there are"
     if foreign:
         return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists those it has"
     return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pqbench.attention import attached
-from pqbench.config import conf_folder, explain, model_source
+from pqbench.config import conf_folder, explain, model_source, opened, own_budgets
 from pqbench.custom_generate import stopping
-from pqbench.errors import ConfigError, PqbenchError
+from pqbench.errors import ConfigError, DataError, PqbenchError
 from pqbench.generation import decode
 from pqbench.lm_eval_plugin import register
 from pqbench.method import compensated
@@ -107,7 +107,12 @@ class PqbenchLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood and greediness of every continuation; one prefill serves all continuations of a context."""
+        """Log-likelihood and greediness of every continuation; one prefill serves all continuations of a context.
+
+        Raises:
+            DataError: a continuation without tokens, or longer than the model; lm-eval's ``hf`` refuses these too.
+        """
+        check_continuations(requests, self.max_length)
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             whole = (context + continuation)[
@@ -129,20 +134,39 @@ class PqbenchLM(HFLM):
         return [answers[i] for i in range(len(requests))]
 
 
+def check_continuations(requests: Sequence[Request], longest: int) -> None:
+    """Raises DataError when a request cannot be scored: its continuation merges with the last token of the context, so
+    that it has no tokens of its own, or it is longer than the model."""
+    for texts, context, continuation in requests:
+        shown = "" if texts is None else f" {texts[1][:60]!r}"
+        if not continuation:
+            raise DataError(
+                f"the continuation{shown} has no tokens of its own behind its context: it is empty, or the "
+                "tokenizer merges it with the end of the context; put a blank before it in the task"
+            )
+        if not context:
+            raise DataError(f"the continuation{shown} has no context, not even a token that begins a text")
+        if len(continuation) > longest:
+            raise DataError(
+                f"the continuation{shown} has {len(continuation)} tokens, but the model takes {longest}: "
+                "use a model with a longer context, or a task with shorter answers"
+            )
+
+
 @torch.inference_mode()
 def likelihood(prefilled: Prefilled, continuation: Sequence[int]) -> tuple[float, bool]:
     """Log-probability of the tokens after a prompt, read one by one through its first method, and whether greedy
     decoding would have chosen each of them."""
     cache, logits, position = prefilled.fork(0), prefilled.logits, prefilled.lengths[:, None]
-    total, greedy = 0.0, True
+    told: list[Tensor] = []  # log-probability, and whether the token is the likeliest: read once, at the end
     with attached(prefilled.model):
         for step, token in enumerate(continuation):
             if step:
                 ids = torch.full_like(position, continuation[step - 1])
                 logits = forward(prefilled.model, ids, cache, None, position + step - 1)
-            total += float(torch.log_softmax(logits[0].float(), -1)[token])
-            greedy = greedy and int(logits[0].argmax()) == token
-    return total, greedy
+            told.append(torch.stack([torch.log_softmax(logits[0].float(), -1)[token], logits[0].argmax() == token]))
+    rows = torch.stack(told).tolist() if told else []
+    return sum((row[0] for row in rows), 0.0), all(row[1] for row in rows)
 
 
 def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig:
@@ -162,7 +186,9 @@ def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = compose("config", [f"{group}={choice}" for group, choice in groups.items()])
         for name, value in values.items():
-            OmegaConf.update(config, name, value)
+            given = opened([f"{name}="])[0].rstrip("=")
+            OmegaConf.update(config, given.lstrip("+"), value, force_add=given.startswith("+"))
+        own_budgets(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"model_args: {explain(error)}") from error
     return config

@@ -14,7 +14,7 @@ METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
     "timing", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models", "benchmarks",
-    "environment", "batch", "terminal", "timings",
+    "environment", "batch", "terminal", "timings", "clock",
 }  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
@@ -89,11 +89,13 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("method", {"budget", "errors", "kernels"}),
         ("models", {"errors"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
-        ("group", CORE | {"kernels", "store"}),
+        ("clock", set()),
+        ("beside", {"clock", "kernels"}),
+        ("group", CORE | {"kernels", "store", "clock"}),
         ("cache", CORE | {"kernels", "store", "attention", "group"}),
         ("batch", CORE | {"group"}),
-        ("prompt", CORE | {"attention", "cache", "batch", "group", "kernels", "store"}),
-        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt"}),
+        ("prompt", CORE | {"attention", "cache", "batch", "group", "kernels", "store", "clock", "beside"}),
+        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt", "clock"}),
         ("custom_generate", CORE | {"generation", "prompt"}),
         ("probe", CORE | {"attention", "cache", "batch", "group", "prompt", "kernels", "store"}),
     ],

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pqbench.benchmarks import ruler_data
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
-from pqbench.benchmarks.grid import fits, named, whole
+from pqbench.benchmarks.grid import at_least_one, fits, named, whole
 from pqbench.benchmarks.recall import string_recall, string_recall_any
 from pqbench.benchmarks.ruler_tasks import DATA_TASKS, GROUPS, TASKS, Draft, Draw, Request, largest
 from pqbench.errors import ConfigError
@@ -74,7 +74,7 @@ class Ruler(Benchmark):
             )
         self.tasks = chosen
         self.lengths = whole("lengths", self.lengths)
-        whole("per_cell", [self.per_cell])
+        at_least_one("per_cell", self.per_cell)
 
     def samples(self, prompter: Prompter) -> Iterator[Sample]:
         """Samples by task, then length, then number.
@@ -144,9 +144,8 @@ class Ruler(Benchmark):
 
     def _prompt(self, prompter: Prompter, draft: Draft) -> tuple[list[int], int]:
         """The whole prompt, and how many of its tokens follow the context."""
-        before, after = prompter.template(chat=self.chat)
-        if not after:  # a plain text, which the lead-in simply continues
-            body, tail = f"{draft.text} {draft.lead_in}", f"{draft.question} {draft.lead_in}"
-            return before + prompter.encode(body), len(prompter.encode(tail))
-        answer = after + prompter.encode(draft.lead_in)
-        return before + prompter.encode(draft.text) + answer, len(prompter.encode(draft.question)) + len(answer)
+        frame = prompter.frame(chat=self.chat)
+        # A plain text is simply continued by the lead-in.
+        lead_in = draft.lead_in if frame.after else f" {draft.lead_in}"
+        tail = prompter.continued(draft.question + frame.after + lead_in)
+        return prompter.framed(frame, draft.text, lead_in), len(tail)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from pqbench.kernels.reference_rows import Found
+from pqbench.kernels.reference_blocks import Residency
+from pqbench.kernels.reference_rows import Blocks, Found, HostTokens
 
 BODIES = ("auto", "reference", "cpu", "gpu")
+
+Number: TypeAlias = int | Tensor
+"""A number that changes from step to step: a Python int, or an int32 tensor with one element, which the kernels of a
+GPU read on the device, so that a captured CUDA graph replays with new numbers."""
 
 
 class Kernels(Protocol):
@@ -23,14 +28,23 @@ class Kernels(Protocol):
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
         visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+        count: Number | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Exact attention over given rows, or over all."""
+        """Exact attention over given rows, or over all; over the first ``count`` of them where that is given."""
 
-    def dense_attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Exact attention over all rows, by the fastest kernel there is."""
+    def dense_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None
+    ) -> Tensor:
+        """Exact attention over all rows, or the first ``count``, by the fastest kernel there is."""
 
     def pq_probabilities(self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
         """Approximate attention each token would receive."""
+
+    def pq_select(
+        self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
+        middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Sinks, the tokens of the middle with the largest approximate attention, and the window."""
 
     def best_of_cells(
         self, q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
@@ -59,14 +73,47 @@ class Kernels(Protocol):
     def column_sums(self, q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
         """Attention each key received from a block of prompt queries."""
 
+    def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+        """Random numbers int32 ``[H, S]``, the same in every body; see :mod:`pqbench.kernels.reference_noise`."""
+
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
+
+    def append_rows(
+        self, keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number,
+        local: Tensor | None = None, sinks: int = 0,
+    ) -> None:  # fmt: skip
+        """Write new rows into buffers; see :mod:`pqbench.kernels.reference_rows`."""
 
     def find_rows(
         self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1,
         first: int = 0,
     ) -> Found:  # fmt: skip
         """Where tokens lie on the device, and which do not; see :mod:`pqbench.kernels.reference_rows`."""
+
+    def fetch_rows(
+        self, indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens,
+        tally: Tensor, blocks: Blocks | None = None, count: Number | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Where tokens lie on the device, those that did not copied there from the host, all in one."""
+
+    def vacate_rows(
+        self, indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
+    ) -> None:  # fmt: skip
+        """Copy rows out of blocks that are about to be overwritten."""
+
+    def copy_blocks(
+        self, moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks
+    ) -> None:  # fmt: skip
+        """Copy blocks from the host to their slots."""
+
+    def admit_blocks(
+        self, counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
+    ) -> Tensor:  # fmt: skip
+        """Which blocks a cache lets in, and where; see :mod:`pqbench.kernels.reference_blocks`."""
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy between strided tensors, also of host memory."""
 
     def use_threads(self, count: int) -> None:
         """Threads of this body in the calling thread."""

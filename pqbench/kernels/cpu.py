@@ -14,16 +14,27 @@ from contextlib import contextmanager
 import numba
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pqbench.kernels import reference
+from pqbench.kernels.backend import Number
 from pqbench.kernels.cpu_attention import attend
+from pqbench.kernels.cpu_blocks import choose
 from pqbench.kernels.cpu_cells import merge, search
 from pqbench.kernels.cpu_columns import sum_columns
 from pqbench.kernels.cpu_kmeans import encode_keys, train
+from pqbench.kernels.cpu_noise import fill_noise
 from pqbench.kernels.cpu_rows import copy_rows, find
 from pqbench.kernels.cpu_scoring import probabilities
 from pqbench.kernels.cpu_top_k import top_of_rows
 from pqbench.kernels.cpu_vector import BLOCK
+from pqbench.kernels.reference_blocks import Residency
+from pqbench.kernels.reference_rows import append_rows as append_rows
+from pqbench.kernels.reference_rows import copy as copy
+from pqbench.kernels.reference_rows import copy_blocks as copy_blocks
+from pqbench.kernels.reference_rows import fetch_rows as fetch_rows
+from pqbench.kernels.reference_rows import vacate_rows as vacate_rows
+from pqbench.kernels.reference_select import check_room, lay_out
 
 _SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
 _LOG2_E = 1.4426950408889634
@@ -67,13 +78,20 @@ def _check_rows(valid: bool, x: Tensor) -> None:
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
     visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+    count: Number | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
-    over all: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights ``[B, H, G, n]``."""
-    count = keys.shape[2] if indices is None else indices.shape[2]
-    if not (_fits(keys) and _fits(values) and keys.dtype == values.dtype and count and keys.shape[3] % BLOCK == 0):
-        return reference.attention(q, keys, values, scaling, indices, visible, need_weights, log_weights)
-    return _attend(q, keys, values, scaling, indices, visible, need_weights, log_weights)
+    over all, or the first ``count`` of them: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights
+    ``[B, H, G, n]``."""
+    given = keys.shape[2] if indices is None else indices.shape[2]
+    used = given if count is None else min(given, int(count))
+    if not (_fits(keys) and _fits(values) and keys.dtype == values.dtype and used and keys.shape[3] % BLOCK == 0):
+        return reference.attention(q, keys, values, scaling, indices, visible, need_weights, log_weights, count)
+    if used < given:
+        keys, values = (keys[:, :, :used], values[:, :, :used]) if indices is None else (keys, values)
+        indices, visible, log_weights = (None if x is None else x[..., :used] for x in (indices, visible, log_weights))
+    output, lse, weights = _attend(q, keys, values, scaling, indices, visible, need_weights, log_weights)
+    return output, lse, weights if weights is None or used == given else pad(weights, (0, given - used))
 
 
 def _attend(
@@ -102,9 +120,9 @@ def _attend(
     return output.to(q.dtype), lse, weights
 
 
-def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of one query per head over all rows: ``[B, H, G, D]``."""
-    return attention(q, keys, values, scaling)[0]
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None) -> Tensor:
+    """Attention of one query per head over all rows, or the first ``count``: ``[B, H, G, D]``."""
+    return attention(q, keys, values, scaling, count=count)[0]
 
 
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -132,6 +150,21 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
             heads, group, count, dims, parts, clusters,
         )  # fmt: skip
     return output
+
+
+def pq_select(
+    q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
+    middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sinks, the best ``top_k`` tokens of the middle by approximate attention, and the window: int64
+    ``[B, H, room]``."""
+    check_room(codes, sink, top_k, length, middle, room, only, out)
+    best = _best_of_codes(q, codebook, codes[:, :, : int(middle)], scaling, int(top_k))
+    return lay_out(best, int(sink), int(length), int(middle), room, only, out)
+
+
+def _best_of_codes(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, wanted: int) -> Tensor:
+    return top_k(pq_probabilities(q, codebook, codes, scaling), wanted)
 
 
 def best_of_cells(
@@ -246,6 +279,15 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     return sums
 
 
+def noise(heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+    """Random numbers int32 ``[H, S]``; see :func:`pqbench.kernels.reference_noise.noise`."""
+    if device.type != "cpu":
+        return reference.noise(heads, tokens, seed, device)
+    numbers = torch.empty(heads, tokens, dtype=torch.int32)
+    fill_noise(numbers.numpy(), seed & 0xFFFFFFFF, seed >> 32)
+    return numbers
+
+
 def _row_bytes(x: Tensor) -> int:
     """Bytes of a row ``[...]`` of ``x`` ``[B, H, S, ...]``, or 0 where its numbers do not follow each other."""
     expected = 1
@@ -293,6 +335,22 @@ def find_rows(
     return reference.Found(slots, missing[:absent], counts)
 
 
+def admit_blocks(
+    counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
+) -> Tensor:  # fmt: skip
+    """Which blocks a cache lets in, and where; see :func:`pqbench.kernels.reference_blocks.admit_blocks`."""
+    (owners, every), capacity = counts.shape, residency.held.shape[1]
+    most = min(admit, capacity)
+    moves = torch.full((owners, most, 2), -1, dtype=torch.int64)
+    asked = counts.long().contiguous()
+    tally[0] += choose(
+        asked.data_ptr(), every, min(int(complete), every), most, frequent, *(part.data_ptr() for part in residency),
+        moves.data_ptr(), owners, capacity,
+    )  # fmt: skip
+    counts.zero_()
+    return moves
+
+
 def use_threads(count: int) -> None:
     """Threads of this body in the calling thread. Torch keeps its number: numba sets it to that of all cores when it
     starts its threads, since both count OpenMP's."""
@@ -312,6 +370,9 @@ def warm_up() -> float:
     best_of_cells(q, codebook, *merge_lists(lists, lists[:, :, :0], lists[:, :, :1]), lists[:, :, :0], 1, 1.0)
     attention(q, keys, keys, 1.0, top)
     gather(keys, top, torch.empty_like(keys[:, :, :16]))
+    noise(1, 32, 0, q.device)
     find_rows(top, torch.zeros(32, dtype=torch.int64), 32)
+    residency = Residency.empty(1, 1, q.device)._replace(where=torch.full((1, 1), -1))
+    admit_blocks(torch.ones(1, 1, dtype=torch.int64), 1, 1, True, residency, torch.zeros(1, dtype=torch.int64))
     column_sums(q[:, :, :, None], keys, 1.0)
     return time.perf_counter() - start

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pqbench.kernels.backend import Number
 from pqbench.kernels.buffers import gather_rows
 from pqbench.method import Arrival
 
@@ -26,12 +27,33 @@ class Present:
 class Store(ABC):
     """Keys and values of one layer for sequences of equal length; satisfies :class:`pqbench.method.KV`."""
 
-    bytes_to_device: int = 0  # moved over the link by decoding
-    bytes_to_host: int = 0
-    bytes_admitted: int = 0  # of those to the device, blocks that a cache let in
     opening_bytes: int = 0  # moved to the device once: for the index, and for the rows held from the start
-    cache_lookups: int = 0  # rows asked for that neither sinks nor window held, all heads together
-    cache_hits: int = 0  # those among them that a device cache held
+    number: Tensor | None = None  # see :meth:`write`
+
+    @property
+    def bytes_to_device(self) -> int:
+        """Bytes that decoding has moved over the link. Like the other sums, it may wait for a device that counts."""
+        return 0
+
+    @property
+    def bytes_to_host(self) -> int:
+        """The same in the other direction."""
+        return 0
+
+    @property
+    def bytes_admitted(self) -> int:
+        """Of those to the device, blocks that a cache let in."""
+        return 0
+
+    @property
+    def cache_lookups(self) -> int:
+        """Rows asked for that neither sinks nor window held, all heads together, where there is a cache."""
+        return 0
+
+    @property
+    def cache_hits(self) -> int:
+        """Those among them that the cache held."""
+        return 0
 
     @property
     def link_bytes(self) -> int:
@@ -78,19 +100,43 @@ class Store(ABC):
 
     def bring(self, rows: Tensor) -> Arrival:
         """Ask for a tensor in host memory; it crosses the link, if there is one, while the caller goes on."""
-        return Present(rows.to(self.device))
+        return Present(rows.to(self.device, non_blocking=True))  # what is page-locked is not waited for
 
-    @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows ``[B, H, n, D]``."""
+        self.prepare(keys.shape[2])
+        self.write(keys, values)
+        self.written(keys.shape[2])
 
     @abstractmethod
-    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Bring rows ``[B, H, n]``, or all of them, to the device.
+    def prepare(self, count: int) -> None:
+        """Before ``count`` rows are written: make room for them, and wait for what still reads that room."""
+
+    @abstractmethod
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Write rows ``[B, H, n, D]`` behind those held: work of the device alone, which a CUDA graph can repeat.
+
+        The first of them is number :attr:`length`, or, where :attr:`number` is set, what that holds when the work is
+        done: an int32 tensor with one element on the device, the tokens held before the write. A graph is captured
+        with it, and replayed between :meth:`prepare` and :meth:`written`.
+        """
+
+    @abstractmethod
+    def written(self, count: int) -> None:
+        """``count`` rows were written: count them, and start what is due now and then."""
+
+    @abstractmethod
+    def reserve(self, rows: int) -> None:
+        """Have room for ``rows`` rows in all, so that no buffer moves before there are more."""
+
+    @abstractmethod
+    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring rows ``[B, H, n]``, or all of them, to the device; of the n the first ``count``, None for all.
 
         Returns:
             keys and values ``[B, H, R, D]`` on the device, and which rows of these are the ones asked for, in the order
-            asked for: ``[B, H, n]``, None for all R. Valid until the next call.
+            asked for: ``[B, H, n]``, None for all R, or for as many as are held where :attr:`number` is set and R is
+            the room there is. Valid until the next call.
         """
 
     @abstractmethod
@@ -111,9 +157,8 @@ class Store(ABC):
             raise RuntimeError(f"a method answered {rows.shape[2]} of {self.length} rows: return all, or set evicts")
         return self.keep(rows) if evicts else self.arrange(rows)
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 - a store without transfers has counted nothing
         """The index is built: what it has moved so far is no traffic of decoding."""
-        self.opening_bytes, self.bytes_to_device = self.opening_bytes + self.bytes_to_device, 0
 
     def separate(self) -> None:  # noqa: B027 - where only the prompt is shared and nobody writes there
         """Stop sharing memory that another store of the same prompt may write to, so that both go on side by side."""
