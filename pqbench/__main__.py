@@ -52,6 +52,7 @@ KEYED = (
     "kernels",
     "overlap",
 )  # what a figure depends on besides the method
+KEYED_WHEN_ON = {"graphs": ("graphs",), "select_ahead": ("select_ahead", "correction")}  # else keys are as ever
 MOST_THREADS = 16  # per core; more only wait for each other
 
 
@@ -179,9 +180,11 @@ def check_options(config: DictConfig) -> None:
         raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
-    for option in ("overlap", "retry_failed", "debug"):
+    for option in ("overlap", "retry_failed", "debug", "graphs", "select_ahead"):
         if type(config[option]) is not bool:
             raise ConfigError(f"{option} is {config[option]!r}: use true or false")
+    if type(config.correction) not in (int, float):
+        raise ConfigError(f"correction is {config.correction!r}: use a number from -1 to 1")
     if not isinstance(config.results, str) or not config.results.strip():
         raise ConfigError("results is empty: name the folder that records go to, e.g. results=results")
     for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
@@ -232,7 +235,8 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     kernels(device, plain["kernels"]).use_threads(torch.get_num_threads())
     wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
     calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
-    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration)
+    options = {name: plain[name] for name in ("graphs", "select_ahead", "correction")}
+    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, **options)
 
 
 def _record_file(
@@ -240,6 +244,7 @@ def _record_file(
 ) -> RecordFile:  # fmt: skip
     """Where a method's records go; the key covers all that can change a figure, the method's own code included."""
     settings = {part: plain[part] for part in KEYED}
+    settings |= {part: plain[part] for option, parts in KEYED_WHEN_ON.items() if plain[option] for part in parts}
     settings |= {"method": plain["methods"].get(name), "code": method_code(methods[name]) if name in methods else None}
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     return RecordFile.create(results, benchmark, subject, name, settings)

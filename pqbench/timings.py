@@ -225,7 +225,7 @@ def _over(records: Sequence[Record]) -> str:
 def _labels(records: Sequence[Record]) -> list[str]:
     """Method and budget, and what else tells runs apart."""
     labels = ["method", "budget"]
-    for name in ("weights", "link", "kernels", "threads", "dtype", "overlap", "key"):
+    for name in ("weights", "link", "kernels", "threads", "dtype", "overlap", "graphs", "select_ahead", "key"):
         by_method = group_records(records, *labels)
         if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
             labels.append(name)
@@ -233,8 +233,9 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 def _dense(records: Sequence[Record], like: Record) -> list[Record]:
-    """Measurements of full attention at the same context with the same weights, link, kernels, threads and dtype."""
-    alike = ("context", "weights", "link", "kernels", "threads", "dtype")
+    """Measurements of full attention at the same context with the same weights, link, kernels, threads, dtype, and
+    graphs or none."""
+    alike = ("context", "weights", "link", "kernels", "threads", "dtype", "graphs")
     return [
         record
         for record in records

@@ -14,7 +14,7 @@ METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
     "timing", "devices", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models",
-    "benchmarks", "environment", "batch", "terminal", "timings", "clock",
+    "benchmarks", "environment", "batch", "terminal", "timings", "clock", "graphs",
 }  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
@@ -71,6 +71,7 @@ def uses(path: Path, package: str) -> bool:
         ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors", "costs", "cost_fit"}),
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
+        ("pqbench/graphs", {"graphs", "group", "cache", "kernels", "store"} | CORE),
         ("pqbench/benchmarks", {"benchmarks", "errors", "models"}),
         ("pqbench/timing", TIMING),
         ("pqbench/fidelity", TIMING | {"fidelity", "attention", "probe", "summaries"}),
@@ -95,8 +96,12 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("group", CORE | {"kernels", "store", "clock"}),
         ("cache", CORE | {"kernels", "store", "attention", "group"}),
         ("batch", CORE | {"group"}),
-        ("prompt", CORE | {"attention", "cache", "batch", "group", "kernels", "store", "clock", "beside"}),
-        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt", "clock"}),
+        ("setting", CORE | {"store", "clock", "graphs"}),
+        (
+            "prompt",
+            CORE | {"setting", "attention", "cache", "batch", "group", "kernels", "store", "clock", "beside", "graphs"},
+        ),
+        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt", "clock", "graphs"}),
         ("custom_generate", CORE | {"generation", "prompt"}),
         ("probe", CORE | {"attention", "cache", "batch", "group", "prompt", "kernels", "store"}),
     ],

@@ -19,7 +19,8 @@ from pqbench.records import Record
 from pqbench.store.tiers import DeviceTier
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
 from pqbench.timing.budgets import budgets_of, dtypes_of, selects, with_budget
-from pqbench.timing.dense import RefusedError, body_name, dense_kernels
+from pqbench.timing.captured import STEPS as CAPTURING
+from pqbench.timing.dense import RefusedError, body_name, captured_kernel, dense_kernels
 from pqbench.timing.geometries import Shape, shape_of
 from pqbench.timing.machine import (
     Bandwidth,
@@ -142,7 +143,8 @@ class Attention(Measurement):
     ) -> None:  # fmt: skip
         """Time the methods ``names`` and all dense kernels in turns, and append their records."""
         subjects = list(self._subjects(job, cell, names, body))
-        count = self.warmup + self.repeats * self.steps
+        warmup = max(self.warmup, CAPTURING) if job.setting.graphs else self.warmup
+        count = warmup + self.repeats * self.steps
         forget_peak(device)
         small = self._rehearsal([s.method for s in subjects if s.method], cell)
         try:
@@ -150,7 +152,7 @@ class Attention(Measurement):
                 Layer(self.shape, torch_dtype(cell.dtype), length, count, source, device, job.setting)
                 for length in (cell.context, small)
             ]
-            take_turns(subjects, *layers, self.repeats, self.steps, self.warmup, Sweeper(self.sweep_mb, device),
+            take_turns(subjects, *layers, self.repeats, self.steps, warmup, Sweeper(self.sweep_mb, device),
                        self.seed)  # fmt: skip
         except DeviceError:
             self._put_failures(ledger, cell, subjects)
@@ -185,8 +187,9 @@ class Attention(Measurement):
     def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
         device = self._device(job)
         tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
-        for kernel in dense_kernels(body, self.shape.group, device):
-            yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=tier)
+        dense = dense_kernels(body, self.shape.group, device)
+        for kernel in [*dense, *([captured_kernel(body)] if job.setting.graphs else [])]:
+            yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=DeviceTier() if kernel.captured else tier)
         for name in names:
             if name != DENSE:
                 method = with_budget(job.methods[name], cell.budget)
@@ -227,14 +230,17 @@ class Attention(Measurement):
             raise RuntimeError("times of a subject that was never built")
         count, group = len(subject.steps), subject.group
         link: Any = getattr(subject.placement, "link", None)
-        by_phase = {phase: [step[phase] for step in subject.steps] for phase in (*PHASES, "total")}
+        phases = [phase for phase in (*PHASES, "total") if all(phase in step for step in subject.steps)]
+        by_phase = {phase: [step[phase] for step in subject.steps] for phase in phases}
         figures: Record = {}
         for phase, seconds in by_phase.items():
             figures |= spread(phase, seconds)
         attended = subject.attended / count
         moved = attended * self.shape.row_bytes(group.store.keys(0, 1).dtype)
-        rate = moved / max(1e-12, figures["fetch_s"] + figures["attend_s"])
+        reading = figures["fetch_s"] + figures["attend_s"] if "fetch_s" in figures else figures["total_s"]
+        rate = moved / max(1e-12, reading)
         return figures | {
+            **({"graphs": True} if subject.captured else {}),
             "build_s": subject.build_s,
             "observe_s": subject.observe_s,
             "warmup_s": subject.warmup_s,
@@ -269,6 +275,8 @@ class Attention(Measurement):
         return min(length, cell.context)
 
     def _check(self, job: TimingJob, cells: Sequence[Cell], device: torch.device) -> None:
+        # Rows of full attention are those of the dense kernels, wherever the methods keep theirs.
+        job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
         free = available_bytes(device)
         for cell in cells:
             row = self.shape.row_bytes(torch_dtype(cell.dtype))

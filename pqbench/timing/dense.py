@@ -57,12 +57,14 @@ class DenseKernel:
         name: what tables call it.
         copies: how often it copies K and V.
         backend: the SDPA back-end that must compute it; None leaves the choice to torch.
+        captured: its step is replayed from a graph where the setting asks for graphs.
     """
 
     name: str
     run: Dense
     copies: int = 0
     backend: SDPBackend | None = None
+    captured: bool = False
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
@@ -143,6 +145,11 @@ def dense_kernels(body: Kernels, group: int, device: torch.device) -> list[Dense
     if name != "reference":
         found.append(DenseKernel(f"{name} dense", body.dense_attention))
     return found
+
+
+def captured_kernel(body: Kernels) -> DenseKernel:
+    """The body's own kernel in a captured step; it alone reads on the device how many rows there are."""
+    return DenseKernel(f"{body_name(body)} dense captured", body.dense_attention, captured=True)
 
 
 def body_name(body: Kernels) -> str:

@@ -173,7 +173,7 @@ class Latency(Measurement):
             "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
             "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
             "overlap": job.setting.overlap, "warmup_s": warm, "weights": job.loaded.weights, "text": text,
-            **roof.facts(),
+            **roof.facts(), **job.setting.options,
         }  # fmt: skip
         forget_peak(model.device)
         try:
@@ -249,7 +249,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     groups, meters = generation.groups(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
     spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
-    phases = {phase: sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
+    phases = {f"{phase}_step_s": sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
     first, *later = generation.steps_s
     usual = median(generation.usual_steps_s)
     every = [min(first, usual), *later]  # without the wait for the index
@@ -260,15 +260,16 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     kv_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * model.dtype.itemsize
     weights = weight_bytes(model)
     rate = (weights + kv_bytes + index_bytes) / usual
+    phases["dense_step_s"] = max(0.0, mean - sum(phases.values()))
     return {
-        **{f"{phase}_step_s": seconds for phase, seconds in phases.items()},
-        "dense_step_s": max(0.0, mean - sum(phases.values())),
+        **(phases if generation.replays is None else {}),  # nobody can time the phases of a captured step
         "attended_tokens": attended,
         "weight_bytes": weights,
         "attended_bytes": kv_bytes,
         "index_bytes": index_bytes,
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts,
+        "corrected_heads": generation.corrected_heads,
         "bandwidth_gbps": rate / 1e9,
         "copy_share": rate / roof.copy,
     }

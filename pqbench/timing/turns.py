@@ -18,6 +18,7 @@ from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.prompt import Setting
 from pqbench.store.tiers import Placement, Tier
+from pqbench.timing.captured import CapturedSteps
 from pqbench.timing.dense import DenseGeometry, DenseKernel
 from pqbench.timing.geometries import Shape
 from pqbench.timing.machine import Sweeper, clock, undisturbed
@@ -81,6 +82,7 @@ def geometry_of(
         layer=0, batch=1, kv_heads=shape.kv_heads, group=shape.group, head_dim=shape.head_dim,
         scaling=shape.head_dim**-0.5, prompt=context, inverse_frequencies=shape.frequencies(device),
         body=setting.body, device=device, calibration=setting.calibration, dense=dense,
+        correction=setting.correction if setting.select_ahead else None,
     )  # fmt: skip
 
 
@@ -104,6 +106,7 @@ class Subject:
     steps: list[dict[str, float]] = field(default_factory=list)
     attended: float = 0.0  # tokens per KV head over the timed steps
     index_bytes: int = 0  # read over the timed steps
+    captured: CapturedSteps | None = None  # where the setting asks for graphs, once the steps are replays
 
     @property
     def slow(self) -> bool:
@@ -131,12 +134,13 @@ class Subject:
         store = store.after_prefill(rows, method is not None and method.evicts)
         self.observe_s, self.build_s = observed - began, layer.now() - observed
         check_indices(state.checks)
-        self.group = Group(Rows(slice(None), 0, 1), store, state, layer.clock)
+        self.group, self.captured = Group(Rows(slice(None), 0, 1), store, state, layer.clock), None
         return self.group
 
     def close(self) -> None:
         """Let go of the layer's rows, and end the link if there is one."""
         group, placement, self.group, self.placement = self.group, self.placement, None, None
+        self.captured = None
         if group is not None:
             group.store.settle()
         if placement is not None:
@@ -149,10 +153,15 @@ class Subject:
         idle, so that what the host takes to queue it shows.
 
         ``layer_before`` stands for the layer before, which is not timed: what a method asks for while that one computes
-        may arrive meanwhile. Asking is timed, as part of the selection.
+        may arrive meanwhile. Asking is timed, as part of the selection. A step from a graph has a total alone.
         """
         if self.group is None:
             raise RuntimeError("step() before build()")
+        captures = layer.setting.graphs and (self.dense is None or self.dense.captured)
+        if captures and self.captured is None and self.group.meter.steps:
+            self.captured = CapturedSteps.of(self.group, layer.context + layer.steps, layer.token(number))
+        if self.captured is not None:
+            return self._replay(self.captured, layer, number, layer_before)
         key, value, q = layer.token(number)
         asking, whole, before = Spans(layer.clock), Spans(layer.clock), self.group.meter.seconds
         with self._chosen(), undisturbed():
@@ -167,6 +176,18 @@ class Subject:
             asked, total = asking.total, whole.total
         phases = {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES}
         return phases | {"select": phases["select"] + asked, "total": total + asked}
+
+    def _replay(
+        self, captured: CapturedSteps, layer: Layer, number: int, layer_before: Callable[[], None]
+    ) -> dict[str, float]:  # fmt: skip
+        captured.place(layer.token(number))
+        whole = Spans(layer.clock)
+        with undisturbed():
+            layer_before()
+            layer.now()
+            with whole:
+                captured.step()
+            return {"total": whole.total}
 
     def _chosen(self) -> AbstractContextManager[None]:
         """What must hold while a dense kernel computes; it is entered before the clock starts."""
