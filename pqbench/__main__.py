@@ -173,7 +173,7 @@ def _show(table: Table, below: str, failures: Sequence[str]) -> None:
 
 def check_options(config: DictConfig) -> None:
     """Raises ConfigError when an option of the run itself cannot work."""
-    check_yamls(conf_folder(), config.get("methods") or {})
+    check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"))
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
     if config.kernels not in BODIES:
