@@ -147,8 +147,7 @@ class Latency(Measurement):
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
         longest, row = max(cell.prompt for cell in cells), row_bytes(model, job)
-        need = Need(model.device, reserve=self.new_tokens)
-        job.setting.tier.check(longest + self.new_tokens, row, need)
+        job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
         check_memory(job, model, longest, self.new_tokens, row)
 
     def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
