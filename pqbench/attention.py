@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,6 +41,8 @@ def attention_forward(
             raise ModelError(f"layer {module.layer_idx} uses {meaning} ({name}), which pqbench does not support")
     layer = None if kv is None else kv.selective.get(int(module.layer_idx))  # type: ignore[arg-type]
     if layer is None:
+        if mask is None and 1 < q.shape[2] < k.shape[2]:
+            return causal_block(q, k, v, scaling), None
         output, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)
         return output, None
     factor = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -46,8 +51,40 @@ def attention_forward(
 
 def dense_prefill(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Exact causal attention of a prompt block: ``[B, n, Hq, D]``."""
+    if mask is None and 1 < q.shape[2] < k.shape[2]:
+        return causal_block(q, k, v, scaling)
     output: Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)[0]
     return output
+
+
+def causal_block(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of a block of queries ``[B, Hq, n, D]`` at the end of keys ``[B, H, S, D]``: ``[B, n, Hq, D]``.
+
+    Torch's ``is_causal`` lets the first query see the first key, and a mask ``[n, S]`` keeps flash attention from
+    serving the call; this bias says the same without either.
+    """
+    bias: Any = _lower_right(q.shape[2], k.shape[2])
+    output = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _lower_right(count: int, total: int) -> Tensor:
+    """The bias of a block; every layer asks for the same one."""
+    return causal_lower_right(count, total)
+
+
+def block_mask(**options: Any) -> Tensor | None:
+    """The mask that transformers gives its SDPA layers; none where on a GPU it would say nothing but "causal", which
+    :func:`causal_block` knows. ``options`` are those of :func:`transformers.masking_utils.sdpa_mask`."""
+    causal = options.get("attention_mask") is None and options.get("local_size") is None
+    on_gpu = torch.device(options.get("device", "cpu")).type == "cuda"
+    if causal and on_gpu and options.get("allow_is_causal_skip", True):
+        return None
+    mask: Tensor | None = sdpa_mask(**options)
+    return mask
 
 
 @contextmanager
@@ -56,7 +93,7 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
     after an exception."""
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, block_mask)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise ModelError(f"{type(model).__name__} does not let its attention be replaced: use a model that follows the "

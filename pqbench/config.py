@@ -89,7 +89,8 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
 def model_source(fields: Mapping[str, Any]) -> ModelSource:
     """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
     alone."""
-    source: ModelSource = instantiate({name: value for name, value in fields.items() if name not in _PROMPTS})
+    described = {name: value for name, value in fields.items() if name not in _PROMPTS}
+    source: ModelSource = instantiate(described, _convert_="all")
     return source
 
 

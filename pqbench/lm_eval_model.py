@@ -80,7 +80,9 @@ class PqbenchLM(HFLM):
         if config.threads:
             torch.set_num_threads(config.threads)
         self.method = compensated(instantiate(config.methods[method]))
-        loaded = model_source(config.model).load()
+        source = model_source(config.model)
+        source.check_answers("lm-eval")
+        loaded = source.load()
         loaded.check_reach([] if self.method.own_prefill else [method])
         self.chunk: int | None = config.chunk
         super().__init__(

@@ -1,0 +1,73 @@
+"""The comparisons of the steps notice what they are there to notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpucheck.options import Options
+from gpucheck.plan import STEPS
+from gpucheck.result import Result
+from gpucheck.steps import stores, tokens
+from methods.full import Full
+from pqbench.prompt import Setting
+from pqbench.store.host import HostStore
+from pqbench.store.link import GuardedTransfer
+from pqbench.store.tiers import HostTier
+
+CPU = torch.device("cpu")
+TINY = Options("cpu", "tiny")
+
+
+def test_a_host_store_that_is_right_passes() -> None:
+    found = stores.compared(HostTier(margin=4, debug=True), CPU, torch.float32, 400, 16)
+    assert found["ok"] is True
+
+
+def test_a_wait_that_is_left_out_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GuardedTransfer, "_finish", lambda self: self._unwaited.discard(self))
+    found = stores.compared(HostTier(margin=4, debug=True), CPU, torch.float32, 400, 16)
+    assert found["ok"] is False
+    assert found["wrong_selections"] > 0
+
+
+def test_a_row_of_another_token_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = HostStore.fetch
+
+    def shifted(self: HostStore, indices: Tensor | None, *more: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        return fetch(self, indices if indices is None else (indices - 1).clamp(min=0), *more)
+
+    monkeypatch.setattr(HostStore, "fetch", shifted)
+    found = stores.compared(HostTier(), CPU, torch.float32, 400, 16)
+    assert (found["wrong_selections"], found["wrong_contexts"]) == (stores.STEPS, 0)
+
+
+def test_other_tokens_over_a_tier_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tokens.made(TINY, torch.float32), torch.arange(1, 41)[None]
+    result = Result(STEPS[3], tmp_path)
+    tokens._tiers(result, model, ids, "full", Full(), False)
+    assert [row["ok"] for row in result.rows] == [True, True, True]
+    assert len(set(tokens.generate(model, ids, Full(), max_new_tokens=20)[0].tolist())) > 5  # tokens that say something
+    fetch = HostStore.fetch
+
+    def halved(self: HostStore, *given: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys, values, rows = fetch(self, *given)
+        return keys, values / 2, rows
+
+    monkeypatch.setattr(HostStore, "fetch", halved)
+    result.rows.clear()
+    tokens._tiers(result, model, ids, "full", Full(), False)
+    assert [row["ok"] for row in result.rows] == [True, False, False]
+
+
+def test_forced_logits_are_those_of_transformers() -> None:
+    model, ids = tokens.made(TINY, torch.float32), torch.arange(1, 41)[None]
+    following = torch.tensor([[3, 1, 4, 1, 5]])
+    got = tokens.forced(model, ids, Full(), Setting(body="reference"), following)
+    with torch.inference_mode():
+        expected = model(torch.cat([ids, following], 1)).logits[0, -following.shape[1] :]
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
