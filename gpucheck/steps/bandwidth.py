@@ -215,8 +215,7 @@ def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: flo
     """What a decode step asks of a host store without a cache: find the selected rows and bring them over."""
     split = Split(sink=32, window=32, top_k=count)
     placement = HostTier().open(case.device)
-    buffers = [GrowingBuffer(x) for x in (case.keys, case.values)]
-    store = placement.prompt(*buffers).store(lambda _: split)
+    store = placement.prompt(GrowingBuffer(case.keys), GrowingBuffer(case.values)).store(lambda _: split)
     store.settle()
     store.open()
     first, stop = split.middle(case.shape.tokens)

@@ -114,8 +114,8 @@ class Case:
 
     def store(self, placement: Placement) -> Store:
         """A store of the prompt, in memory of its own."""
-        prompt = [GrowingBuffer(x[:, :, : self.length].clone()) for x in (self._keys, self._values)]
-        return placement.prompt(*prompt).store(self.split)
+        keys, values = (GrowingBuffer(x[:, :, : self.length].clone()) for x in (self._keys, self._values))
+        return placement.prompt(keys, values).store(self.split)
 
     def token(self, step: int) -> tuple[Tensor, Tensor]:
         """Key and value ``[1, H, 1, D]`` of a decoded token."""
