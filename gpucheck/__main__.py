@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -91,7 +91,7 @@ def _in_order(waiting: list[Step], options: Options, environment: Mapping[str, s
     """Run steps as long as those of more importance keep their time. Returns those passed over."""
     passed = []
     for i, step in enumerate(waiting):
-        seconds = granted(step, waiting[i + 1 :], end - time.monotonic())
+        seconds = _share(step, waiting[i + 1 :], options, end)
         if seconds:
             say(line_of(_run(step, seconds, options, environment, time.monotonic() + seconds)))
         else:
@@ -104,12 +104,19 @@ def _postponed(passed: list[Step], options: Options, environment: Mapping[str, s
     those that still did not fit."""
     left_out = []
     for step in sorted(passed, key=lambda step: step.importance):
-        seconds = granted(step, (), end - time.monotonic())
+        seconds = _share(step, (), options, end)
         if seconds:
             say(line_of(_run(step, seconds, options, environment, time.monotonic() + seconds)))
         else:
             left_out.append(step)
     return left_out
+
+
+def _share(step: Step, later: Sequence[Step], options: Options, end: float) -> float:
+    """Seconds that a step may take. The limits of the steps are for a GPU: on the CPU all that is left is there for
+    each."""
+    left = end - time.monotonic()
+    return granted(step, later, left) if options.on_gpu else max(0.0, left)
 
 
 def _run(

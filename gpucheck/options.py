@@ -25,7 +25,7 @@ class Options:
     """One run.
 
     Attributes:
-        device: cuda, cuda:N, or cpu, where Triton's interpreter and a link within host memory stand in for a GPU.
+        device: cuda:N, or cpu, where Triton's interpreter and a link within host memory stand in for a GPU.
         size: ``full`` for the shapes whose figures count, ``tiny`` for the same code in seconds.
         limit: seconds after which nothing runs any more; the least important steps are skipped for it.
         steps: the numbers of the steps to run; step 0 always runs, since it says what the machine is.
@@ -33,7 +33,7 @@ class Options:
         wheels: folder with the packages that the image lacks.
     """
 
-    device: str = "cuda"
+    device: str = "cuda:0"
     size: str = "full"
     limit: float = LIMIT
     steps: tuple[int, ...] = tuple(step.number for step in STEPS)
@@ -42,7 +42,7 @@ class Options:
 
     def __post_init__(self) -> None:
         kind, _, index = self.device.partition(":")
-        if not (self.device == "cpu" or (kind == "cuda" and (index.isdigit() or self.device == "cuda"))):
+        if self.device != "cpu" and not (kind == "cuda" and index.isdigit()):
             raise UsageError(f"DEVICE is {self.device!r}: use cuda, cuda:N or cpu")
         if self.size not in SIZES:
             raise UsageError(f"SIZE is {self.size!r}: use {' or '.join(SIZES)}")
@@ -96,7 +96,8 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--results", default=Options.results, help="folder of the results")
     parser.add_argument("--wheels", default=Options.wheels, help="folder made by make gpu-wheels")
     given = parser.parse_args(arguments)
-    return Options(given.device, given.size, given.limit, numbers(given.steps), given.results, given.wheels)
+    device = "cuda:0" if given.device == "cuda" else given.device
+    return Options(device, given.size, given.limit, numbers(given.steps), given.results, given.wheels)
 
 
 def numbers(text: str) -> tuple[int, ...]:

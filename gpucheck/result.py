@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -61,8 +62,10 @@ class Result:
             yield
         except Skipped as reason:
             self.row(name, None, skipped=str(reason))
-        except Exception as error:  # noqa: BLE001 - whatever fails is a finding, and the others still count
+        except Exception as error:
             self.row(name, False, error=one_line(error), traceback=traceback.format_exc()[-2000:])
+            if device_is_lost():
+                raise  # whatever followed would only say so again
 
     def close(self, status: str | None = None, message: str = "") -> None:
         """Settle the status: ``failed`` when a row is wrong, else ``ok``, or the one given."""
@@ -80,6 +83,18 @@ class Result:
             "machine": self.machine, "rows": self.rows, "message": self.message,
         }  # fmt: skip
         write_json(self.folder / self.step.file, content)
+
+
+def device_is_lost() -> bool:
+    """Whether the GPU refuses all further work of this process, as it does after an access outside its memory."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def one_line(error: BaseException) -> str:

@@ -22,6 +22,9 @@ from gpucheck.options import Options
 from gpucheck.result import Result
 from pqbench.kernels import reference
 from pqbench.kernels.backend import Kernels, kernels
+from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.method import Split
+from pqbench.store.tiers import HostTier
 from pqbench.timing.machine import bandwidth
 
 HBM = {"H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.04e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12, "B200": 8.0e12}
@@ -114,8 +117,10 @@ def run(result: Result, options: Options) -> None:
                        copy_share=rate / roof.copy, bound=timed.bound(most), selects=timed.selects, tokens=shape.tokens,
                        shown=["microseconds", "gbps", "hbm_share", "bound"])  # fmt: skip
     _backends(result, case, watch, most)
-    del case
-    _link(result, device, watch, options)
+    rate = _link(result, device, watch, options)
+    for count in case.counts():
+        with result.guarded(f"fetch {count} rows a head by the host store"):
+            _fetched(result, case, watch, count, rate)
 
 
 class Case:
@@ -197,7 +202,7 @@ def _backends(result: Result, case: Case, watch: Stopwatch, most: float) -> None
             label = f"sdpa {name} {way}"
             try:
                 with sdpa_kernel(backend):
-                    error = float((call().view_as(q).float() - expected).abs().max() / expected.abs().max())
+                    error = float((call().reshape(q.shape).float() - expected).abs().max() / expected.abs().max())
                     seconds = watch.seconds(call)
             except RuntimeError as reason:  # not every back-end takes every shape
                 result.row(label, skipped=" ".join(str(reason).split())[:200])
@@ -206,8 +211,27 @@ def _backends(result: Result, case: Case, watch: Stopwatch, most: float) -> None
                        hbm_share=2 * keys.nbytes / seconds / most)  # fmt: skip
 
 
-def _link(result: Result, device: torch.device, watch: Stopwatch, options: Options) -> None:
-    """Page-locking, copies, and rows gathered by a kernel that reads host memory."""
+def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: float) -> None:
+    """What a decode step asks of a host store without a cache: find the selected rows and bring them over."""
+    split = Split(sink=32, window=32, top_k=count)
+    placement = HostTier().open(case.device)
+    store = placement.prompt(GrowingBuffer(case.keys), GrowingBuffer(case.values)).store(lambda _: split)
+    store.settle()
+    store.open()
+    first, stop = split.middle(case.shape.tokens)
+    chosen = case.order[case.order.ge(first) & case.order.lt(stop)].view(1, case.shape.heads, -1)[:, :, :count]
+    indices = split.around(chosen.sort(-1).values, case.shape.tokens)
+    seconds = watch.seconds(partial(store.fetch, indices))
+    moved = 2 * case.shape.heads * count * case.shape.row
+    result.row(f"fetch {count} rows a head by the host store", microseconds=seconds * 1e6, gbps=moved / seconds / 1e9,
+               memcpy_share=moved / seconds / rate if rate else None)  # fmt: skip
+    store.settle()
+    placement.close()
+
+
+def _link(result: Result, device: torch.device, watch: Stopwatch, options: Options) -> float:
+    """Page-locking, copies, and rows gathered by a kernel that reads host memory. Returns bytes per second of a copy to
+    the device."""
     body, pinned = kernels(torch.device("cpu"), "gpu"), options.on_gpu
     rows = 8 * 262_144 if not options.tiny else 2_048  # of 512 bytes: a GiB
     with result.guarded("page-locking"):
@@ -233,3 +257,4 @@ def _link(result: Result, device: torch.device, watch: Stopwatch, options: Optio
             got = target.nbytes / seconds
             result.row(name, None if same else False, gbps=got / 1e9, memcpy_share=got / rate if rate else None,
                        microseconds=seconds * 1e6, rows=count)  # fmt: skip
+    return rate

@@ -9,76 +9,107 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from gpucheck.options import Options
 from gpucheck.process import Running
-from gpucheck.result import Result, one_line
+from gpucheck.result import Result, device_is_lost, one_line
 from tests.kernels.gpu_checks import CHECKS
 
 PROCESSES = 6
 SCALES = (1, 29)  # of the shapes in the checks
-TESTS = ("-m", "pytest", "tests/gpu", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-x",
+TESTS = ("-m", "pytest", "tests/gpu", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q",
          "-k", "not test_triton_equals_the_reference")  # fmt: skip
+END = 3  # seconds that are kept for the end
 
 
 def run(result: Result, options: Options) -> None:
     """Start all processes, gather their rows as they come, and say which checks never came to an end."""
-    shares = 2 if options.tiny else PROCESSES - 1
+    # The tests beside them are the sixth process. In the interpreter two processes do half of the comparisons.
+    shares = ["0/4", "2/4"] if options.tiny else [f"{i}/{PROCESSES - 1}" for i in range(PROCESSES - 1)]
     folder = options.folder / "logs"
-    files = [folder / f"kernels-{i}.jsonl" for i in range(shares)]
-    workers = []
-    for i, file in enumerate(files):
-        file.unlink(missing_ok=True)
-        command = [sys.executable, "-W", "ignore", "-m", __name__, options.device, f"{i}/{shares}", str(file)]
-        workers.append(Running(command, folder / f"kernels-{i}.log"))
+    workers = [Worker(options.device, share, folder / f"kernels-{i}") for i, share in enumerate(shares)]
     tests = [Running([sys.executable, *TESTS], folder / "kernels-tests.log")] if options.on_gpu else []
-    read = [0] * shares
-    while any(process.running for process in (*workers, *tests)) and result.left > 3:
+    while any([*(worker.going_on(result) for worker in workers), *(tested.running for tested in tests)]):
+        if result.left < END:
+            break
         time.sleep(0.5)
-        _gather(result, files, read)
-    for process in tests:
-        _report(result, process)
-    said = " ".join(worker.wait(0).said for worker in workers)
-    _gather(result, files, read)
-    done = {row["name"] for row in result.rows}
-    missing = [label for name, scale in _all(options.device) if (label := f"{name} x{scale}") not in done]
+    for tested in tests:
+        ended = tested.wait(0)
+        error = {} if ended.code == 0 else {"error": f"exit code {ended.code}: {ended.said[-1500:]}"}
+        result.row("tests/gpu", ended.code == 0, **error)
+    missing = [name for worker in workers for name in worker.end(result)]
     if missing:
-        result.row("checks that came to no end", False, error=f"{', '.join(missing)} {said}"[:2000])
+        result.row("comparisons without an end", False, error=f"out of time before {', '.join(missing)}")
 
 
-def _report(result: Result, process: Running) -> None:
-    """The row of the tests of tests/gpu."""
-    ended = process.wait(0)
-    error = {} if ended.code == 0 else {"error": f"exit code {ended.code}: {ended.said[-1500:]}"}
-    result.row("tests/gpu", ended.code == 0, **error)
+class Worker:
+    """A process with its share of the comparisons. It is started again behind a comparison that ends it, or after which
+    the GPU refuses further work."""
 
+    def __init__(self, device: str, share: str, path: Path) -> None:
+        self._names = [label(name, scale) for name, scale in share_of(device, share)]
+        self._device, self._share, self._path = device, share, path
+        self._done = 0
+        self._start()
 
-def _gather(result: Result, files: Sequence[Path], read: list[int]) -> None:
-    """Take over the rows that the workers have written since the last time."""
-    for i, file in enumerate(files):
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        for line in whole[read[i] :]:
+    def going_on(self, result: Result) -> bool:
+        """Take over the rows that were written since the last time. Whether there are more to come."""
+        running = self._process.running  # asked first: what a process wrote before its end is then read
+        self._gather(result)
+        if self._done == len(self._names):
+            return running
+        if not running:
+            ended = self._process.wait(0)
+            if self._started == self._done:  # no row since the start: this comparison takes the process with it
+                result.row(self._names[self._done], False, error=f"exit code {ended.code}: {ended.said[-500:]}")
+                self._done += 1
+            if self._done < len(self._names):
+                self._start()
+        return self._done < len(self._names)
+
+    def end(self, result: Result) -> list[str]:
+        """End the process. Returns the comparisons that it did not get to."""
+        self._process.wait(0)
+        self._gather(result)
+        return self._names[self._done :]
+
+    def _start(self) -> None:
+        self._started = self._done
+        self._lines = self._path.with_name(f"{self._path.name}-from-{self._done}.jsonl")
+        self._lines.unlink(missing_ok=True)
+        command = [sys.executable, "-W", "ignore", "-m", __name__, self._device, self._share, str(self._done)]
+        self._process = Running([*command, str(self._lines)], self._lines.with_suffix(".log"))
+
+    def _gather(self, result: Result) -> None:
+        text = self._lines.read_text(encoding="utf-8") if self._lines.exists() else ""
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        for line in whole[self._done - self._started :]:
             row = json.loads(line)
             result.row(row.pop("name"), row.pop("ok"), **row)
-        read[i] = len(whole)
+            self._done += 1
 
 
-def _all(device: str) -> list[tuple[str, int]]:
-    """Every comparison: a check and the scale of its shapes."""
-    return [(name, scale) for scale in (SCALES if device != "cpu" else SCALES[:1]) for name in CHECKS]
-
-
-def work(device: str, share: str, file: Path) -> None:
-    """A worker: every n-th comparison, a line of JSON for each as soon as it is done."""
+def share_of(device: str, share: str) -> list[tuple[str, int]]:
+    """Every n-th comparison, from ``i/n``: a check and the scale of its shapes."""
     number, _, count = share.partition("/")
+    everything = [(name, scale) for scale in (SCALES if device != "cpu" else SCALES[:1]) for name in CHECKS]
+    return everything[int(number) :: int(count)]
+
+
+def label(name: str, scale: int) -> str:
+    """What a row is called."""
+    return f"{name} x{scale}"
+
+
+def work(device: str, share: str, done: int, file: Path) -> None:
+    """The process of a worker: its comparisons behind the first ``done``, a line of JSON for each as soon as it is
+    made."""
     with file.open("a", encoding="utf-8") as lines:
-        for name, scale in _all(device)[int(number) :: int(count)]:
-            began, row = time.perf_counter(), {"name": f"{name} x{scale}", "ok": True}
+        for name, scale in share_of(device, share)[done:]:
+            began, row = time.perf_counter(), {"name": label(name, scale), "ok": True}
             try:
                 with torch.inference_mode():
                     CHECKS[name](torch.device(device), scale)
@@ -87,8 +118,10 @@ def work(device: str, share: str, file: Path) -> None:
             row["seconds"] = round(time.perf_counter() - began, 3)
             lines.write(json.dumps(row) + "\n")
             lines.flush()
+            if not row["ok"] and device_is_lost():
+                return
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    work(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    work(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

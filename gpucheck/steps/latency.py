@@ -17,13 +17,14 @@ from gpucheck.targets import MILLION
 
 FIGURES = ("tpot_ms", "ttft_s", "tt2t_s", "select_step_s", "fetch_step_s", "attend_step_s", "append_step_s",
            "dense_step_s", "link_bytes_step", "kernels", "text", "weights")  # fmt: skip
-LEAST = 12  # seconds with which a case is still begun
+LEAST, MOST = 12, 75  # seconds with which a case is still begun, and that it may take when others wait behind it
 ROW = 131_072  # bytes of a token's keys and values in all layers, bfloat16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One process. ``budget``: tokens, or a share of the context."""
+    """One process. ``budget``: tokens, or a share of the context. ``graphs`` and ``select_ahead`` are options of the
+    run."""
 
     method: str
     store: str
@@ -53,10 +54,16 @@ CASES = (
 )  # fmt: skip
 
 
+TINY = (
+    Case("full", "device", 64), Case("pqcache", "device", 64), Case("pqcache", "host", 64),
+    Case("pqcache", "host", 64, graphs=True, select_ahead=True),
+)  # fmt: skip
+
+
 def run(result: Result, options: Options) -> None:
     """The cases in the order of what they settle, each as soon as there is time for it; a million tokens last."""
     contexts = (256, 512) if options.tiny else (16_384, 131_072)
-    for case in CASES[:3] if options.tiny else CASES:
+    for case in TINY if options.tiny else CASES:
         if not all(offered("config.yaml", option) for option in case.needs):
             result.row(case.label, skipped=f"there is no option {', '.join(sorted(case.needs))}")
         elif result.left < LEAST:
@@ -76,15 +83,13 @@ def _case(result: Result, options: Options, case: Case, contexts: tuple[int, ...
         f"budget.tokens={tokens}", f"budget.ratio={ratio}",
         *model(options), *(f"{name}=true" for name in sorted(case.needs)), *small(options, case.method),
         *([f"store.cache_tokens={case.cache_tokens}"] if case.cache_tokens else []), *more,
-    ], result.left - 3)  # fmt: skip
+    ], min(result.left - 3, max(result.left / 2, MOST)))  # fmt: skip
     report(result, measured, case.label, len(contexts), FIGURES, store=case.store, wanted_budget=case.budget,
            graphs=case.graphs, select_ahead=case.select_ahead, cache_tokens=case.cache_tokens)  # fmt: skip
 
 
 def model(options: Options) -> list[str]:
     """The overrides that build the model on the device that was asked for."""
-    if not offered("model/llama31_8b.yaml", "weights"):
-        return ["model=tiny"]
     found = ["model=llama31_8b", "model.weights=random", f"model.device={options.device}"]
     tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}  # fmt: skip
@@ -95,7 +100,7 @@ def model(options: Options) -> list[str]:
 
 def small(options: Options, method: str) -> list[str]:
     """What makes a run tiny."""
-    own = ["methods.pqcache.b=4", "methods.pqcache.m=2", "budget.tokens=64"] if method == "pqcache" else []
+    own = ["methods.pqcache.b=4", "methods.pqcache.m=2"] if method == "pqcache" else []
     return own if options.tiny else []
 
 

@@ -85,12 +85,20 @@ def record(folder: Path, number: int, rows: list[dict[str, Any]], status: str = 
 
 def test_only_what_is_wrong_counts_as_wrong(tmp_path: Path) -> None:
     record(tmp_path, 0, [{"name": "packages", "ok": None, "torch": "2.11"}], device="a card", counts=True)
-    record(tmp_path, 5, [{"name": "layer", "ok": None, "total_ms": 1.0}], "timeout")  # measures: nothing shown wrong
-    record(tmp_path, 6, [], "skipped")
+    record(
+        tmp_path, 5, [{"name": "layer", "ok": None, "total_ms": 1.0}], "timeout", counts=True
+    )  # measures: nothing shown wrong
+    record(tmp_path, 6, [], "skipped", counts=True)
     assert summarise(tmp_path).wrong == []
-    record(tmp_path, 3, [], "timeout")  # proves: it has not
+    record(tmp_path, 3, [], "timeout", counts=True)  # proves: it has not
     record(tmp_path, 1, [{"name": "top_k", "ok": False, "error": "IndexError: 7"}], "failed")
     assert summarise(tmp_path).wrong == ["step 1 kernels: top_k: IndexError: 7", "step 3 tokens: as told"]
+
+
+def test_where_figures_do_not_count_every_step_must_come_to_its_end(tmp_path: Path) -> None:
+    for status in ("timeout", "skipped"):
+        record(tmp_path, 5, [{"name": "layer", "ok": None, "total_ms": 1.0}], status, counts=False)
+        assert summarise(tmp_path).wrong == ["step 5 attention: as told"]
 
 
 def test_targets_are_judged_by_what_was_measured(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from gpucheck.options import Options
 from gpucheck.plan import STEPS
+from gpucheck.process import Running
 from gpucheck.result import Result
-from gpucheck.steps import stores, tokens
+from gpucheck.steps import kernels, stores, tokens
 from methods.full import Full
 from pqbench.prompt import Setting
 from pqbench.store.host import HostStore
@@ -21,6 +24,43 @@ from pqbench.store.tiers import HostTier
 
 CPU = torch.device("cpu")
 TINY = Options("cpu", "tiny")
+
+
+DIES = """
+import json, os, sys
+for number in range(int(sys.argv[1]), 4):
+    if number == 1:
+        os._exit(7)
+    with open(sys.argv[2], "a") as lines:
+        lines.write(json.dumps({"name": f"check {number}", "ok": number != 2}) + "\\n")
+    if number == 2:
+        break
+"""
+
+
+def test_a_comparison_that_ends_its_process_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """One that dies without a word, and one that is wrong and leaves the device unusable, so that its process stops."""
+
+    def start(self: kernels.Worker) -> None:
+        self._started = self._done
+        self._lines = tmp_path / f"lines-{self._done}"
+        command = [sys.executable, "-c", DIES, str(self._done), str(self._lines)]
+        self._process = Running(command, tmp_path / "log")
+
+    monkeypatch.setattr(kernels, "share_of", lambda *_: [(f"check {i}", 1) for i in range(4)])
+    monkeypatch.setattr(kernels, "label", lambda name, *_: name)
+    monkeypatch.setattr(kernels.Worker, "_start", start)
+    result = Result(STEPS[1], tmp_path)
+    worker = kernels.Worker("cpu", "0/1", tmp_path / "any")
+    while worker.going_on(result):
+        time.sleep(0.05)
+    assert worker.end(result) == []
+    assert [(row["name"], row["ok"]) for row in result.rows] == [
+        ("check 0", True), ("check 1", False), ("check 2", False), ("check 3", True),
+    ]  # fmt: skip
+    assert "exit code 7" in result.rows[1]["error"]
 
 
 def test_a_host_store_that_is_right_passes() -> None:
