@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
-from pqbench.cache import layer_types
 from pqbench.errors import ConfigError
 from pqbench.generation import Generation, decode
-from pqbench.group import PHASES, Rows
+from pqbench.group import PHASES
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
-from pqbench.prompt import Prefilled, geometry, prefill
+from pqbench.prompt import Prefilled, prefill
 from pqbench.records import Record
+from pqbench.rehearsal import profile
 from pqbench.run import check_alive, check_methods
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
 from pqbench.timing.dense import body_name
@@ -122,7 +122,7 @@ class Latency(Measurement):
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
-        job.setting.tier.check(max(cell.prompt for cell in cells) + self.new_tokens, row_bytes(model, job))
+        job.setting.tier.check(max(cell.prompt for cell in cells) + self.new_tokens, row_bytes(model))
 
     def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
         """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
@@ -250,11 +250,6 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
 
 
-def row_bytes(model: PreTrainedModel, job: TimingJob) -> int:
+def row_bytes(model: PreTrainedModel) -> int:
     """Bytes of the keys and values of one token in all full-attention layers."""
-    types = layer_types(model.config.get_text_config())
-    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-    if not full:
-        return 0
-    known = geometry(model, full[0], Rows(slice(None), 0, 1), 1, None, job.setting)
-    return 2 * known.kv_heads * known.head_dim * model.dtype.itemsize * len(full)
+    return profile(model).row_numbers * model.dtype.itemsize
