@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -107,7 +107,7 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tens
     Raises:
         ModelError: some layer computed attention elsewhere, or did not use its cache.
     """
-    known = _parameters(type(model))
+    known = _parameters(type(model).forward)
     options = {"position_ids": positions, "logits_to_keep": 1}
     cache.begin()
     token = _RUNNING.set(cache)
@@ -124,14 +124,14 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tens
 
 
 @lru_cache
-def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
     """Names of the parameters that a model's forward pass takes."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the caller tells the model the positions of its tokens; others count them by themselves."""
-    return "position_ids" in _parameters(type(model))
+    return "position_ids" in _parameters(type(model).forward)
 
 
 @contextmanager

@@ -94,8 +94,8 @@ def rehearse(model: PreTrainedModel) -> Profile:
     check_config(config)
     types = layer_types(config)
     if "full_attention" not in types:
-        raise ModelError(f"all its {len(types)} layers have sliding windows, so that no method has a layer to serve; with "
-                         "sliding_window null in the model's config.json they attend to everything")  # fmt: skip
+        raise ModelError(f"all its {len(types)} layers have sliding windows, so that no method has a layer to serve; "
+                         "with sliding_window null in the model's config.json they attend to everything")  # fmt: skip
     ids, mask = _batch(model, config)
     expected, token = _by_transformers(model, ids, mask)
     ours, shapes = _by_layers(model, config, types, ids, mask, token)
@@ -104,8 +104,8 @@ def rehearse(model: PreTrainedModel) -> Profile:
         difference = float((mine - theirs).norm() / theirs.norm())
         if bool(theirs.isfinite().all()) and not difference <= limit:  # NaN is reported where the prompt runs
             where = "a prompt" if step == 0 else "a decoded token"
-            raise ModelError(f"the logits after {where} differ from those of transformers by {difference:.1%}, so it uses "
-                             "keys or positions in a way that pqbench does not know")  # fmt: skip
+            raise ModelError(f"the logits after {where} differ from those of transformers by {difference:.1%}, so it "
+                             "uses keys or positions in a way that pqbench does not know")  # fmt: skip
     return Profile(shapes)
 
 
@@ -169,9 +169,8 @@ def _decoding(layer: PrefillLayer, index: int, shape: Shape, rows: list[Rows]) -
     """A layer that goes on from the prompt with full attention."""
 
     def groups() -> list[Group]:
-        return [
-            Group(part, layer.prompt(part).store(None), LayerState(geometry_of(shape, index, part))) for part in rows
-        ]
+        states = [LayerState(geometry_of(shape, index, part)) for part in rows]
+        return [Group(part, layer.prompt(part).store(None), state) for part, state in zip(rows, states, strict=True)]
 
     return DecodeLayer(groups, layer.seen)
 
