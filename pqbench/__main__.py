@@ -22,6 +22,7 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source
+from pqbench.config import loaded as loaded_model
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
@@ -104,7 +105,9 @@ def run_config(config: DictConfig) -> list[str]:
     methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
     plain["methods"] = {name: whole(plain["methods"][name], method) for name, method in methods.items()}
     benchmark = instantiate(config.benchmark)
-    return (_time if isinstance(benchmark, Measurement) else _evaluate)(plain, methods, benchmark)
+    timed = isinstance(benchmark, Measurement)
+    plain["weights"] = model_source(plain["model"]).fingerprint if not timed or benchmark.needs_model else None
+    return (_time if timed else _evaluate)(plain, methods, benchmark)
 
 
 def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benchmark) -> list[str]:
@@ -112,7 +115,7 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
     model = plain["model"]["name"]
     files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
     with heartbeat(list(files.values())):
-        loaded = _loaded(plain, methods)
+        loaded = loaded_model(model_source(plain["model"]))
         prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
         job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
                   plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
@@ -126,18 +129,11 @@ def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurem
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
     files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
     with heartbeat(list(files.values())):
-        loaded = _loaded(plain, methods) if benchmark.needs_model else None
+        loaded = loaded_model(model_source(plain["model"])) if benchmark.needs_model else None
         job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
         done = benchmark.measure(job)
     _show(benchmark.table(_records(files)), benchmark.footer(done, plain["results"]), done.failures)
     return done.failures
-
-
-def _loaded(plain: dict[str, Any], methods: Mapping[str, Method]) -> LoadedModel:
-    """The model, checked against the methods that will run it."""
-    loaded = model_source(plain["model"]).load()
-    loaded.check_reach(name for name, method in methods.items() if not method.own_prefill)
-    return loaded
 
 
 def _records(files: Mapping[str, RecordFile]) -> list[Record]:
@@ -187,13 +183,16 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     kernels(device, plain["kernels"]).use_threads(torch.get_num_threads())
     wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
     calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
-    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration)
+    reach = None if loaded is None else loaded.max_length
+    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, reach)
 
 
 def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str) -> RecordFile:
     """Where a method's records go; the key covers all that can change a figure."""
     settings = {part: plain[part] for part in KEYED}
     settings["method"] = plain["methods"].get(name)
+    if plain["weights"] is not None:
+        settings["weights"] = plain["weights"]
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     return RecordFile.create(results, benchmark, subject, name, settings)
 

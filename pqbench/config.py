@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models import LoadedModel, ModelSource
+from pqbench.rehearsal import profile
 
 # What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
@@ -46,7 +47,18 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
     foreign = sorted(set(options) - set(fields))
     if foreign:
         raise ConfigError(f"model {name} has no field {', '.join(foreign)}: it has {', '.join(map(str, fields))}")
-    return model_source({**fields, **options}).load()
+    return loaded(model_source({**fields, **options}))
+
+
+def loaded(source: ModelSource) -> LoadedModel:
+    """The model of a source, rehearsed: see :mod:`pqbench.rehearsal`.
+
+    Raises:
+        ModelError: it cannot be loaded, or no method can serve it exactly.
+    """
+    found = source.load()
+    profile(found.model)
+    return found
 
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:

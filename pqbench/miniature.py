@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 128
@@ -26,12 +26,14 @@ _SIZES: dict[str, Any] = {
                      "decoder_ffn_dim", "encoder_ffn_dim", "dense_intermediate_size", "intermediate_size_mlp",
                      "moe_dense_intermediate_size", "block_ffn_dim_multiplier", "ffn_embed_dim"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
-                     "shared_intermediate_size", "moe_shared_expert_intermediate_size", "expert_intermediate_size"), 32),
+                     "shared_intermediate_size", "moe_shared_expert_intermediate_size",
+                     "expert_intermediate_size"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
                      "num_decoder_layers", "num_encoder_layers"), _LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads",
                      "num_decoder_attention_heads", "num_encoder_attention_heads", "num_heads"), _HEADS),
-    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads",
+                     "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "global_head_dim", "swa_head_dim", "d_kv", "kv_channels", "dim_head",
                      "attention_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), 512),
@@ -55,8 +57,10 @@ _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 _BOTH = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 96}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 96}},
     "falcon_h1": {"mamba_n_heads": 4},
     "gemma3n_text": {"layer_types": _BOTH, "num_kv_shared_layers": 2, "intermediate_size": 96,
                      "activation_sparsity_pattern": [0.0] * _LAYERS},
@@ -119,5 +123,5 @@ def small_model(kind: str, seed: int = 0, **own: Any) -> PreTrainedModel:
             torch.nn.init.normal_(parameter, 0.0, 0.2)
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.1)
-    model.generation_config.eos_token_id = None  # nothing ends a comparison early
+    model.generation_config = GenerationConfig(pad_token_id=0)  # nothing ends or changes a continuation
     return model.eval()

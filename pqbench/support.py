@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import torch
 import transformers
@@ -55,10 +56,11 @@ _SECONDS = 120  # for one type
 _INTRODUCTION = """# Model types
 
 Made by `python -m pqbench.support --all > docs/models.md` with transformers {version}: every causal model type, built
-small and random, compared with transformers' own `generate`. *Exact* means the same tokens with {methods}
-at a budget that holds everything, for prompts of {lengths} tokens, for a left-padded batch of three, and prefilled in
-blocks of {chunk}. *Refused* means one line before anything runs. A model that is loaded goes through the same comparison
-on a few tokens (`pqbench/rehearsal.py`), so that options of its configuration that no default has are noticed as well.
+small and random, compared with transformers' own `generate`. *Exact* means the same tokens with
+{methods} at a budget that holds everything, for prompts of {lengths} tokens, for a
+left-padded batch of three, and prefilled in blocks of {chunk}. *Refused* means one line before anything runs. A model
+that is loaded goes through the same comparison on a few tokens (`pqbench/rehearsal.py`), so that options of its
+configuration that no default has are noticed as well.
 
 {counts}
 
@@ -102,8 +104,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
     results = [outcome.result for outcome in outcomes]
     counts = ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(sorted(results)))
     head = _INTRODUCTION.format(
-        version=transformers.__version__, methods=", ".join(METHODS), lengths=", ".join(map(str, LENGTHS)), chunk=_CHUNK,
-        counts=f"{len(outcomes)} types: {counts}.",
+        version=transformers.__version__, methods=", ".join(METHODS), lengths=", ".join(map(str, LENGTHS)),
+        chunk=_CHUNK, counts=f"{len(outcomes)} types: {counts}.",
     )  # fmt: skip
     rows = [f"| `{one.kind}` | {one.result} | {one.note.replace('|', '/')} |" for one in outcomes]
     return "\n".join([head, *rows]) + "\n"
@@ -112,12 +114,12 @@ def page(outcomes: Sequence[Outcome]) -> str:
 def tried(kinds: Sequence[str], jobs: int = 1, seconds: float = _SECONDS) -> Iterator[Outcome]:
     """The outcome of each type, in the order in which they end, each from a process of its own."""
     context = multiprocessing.get_context("fork")  # what was imported is there at once
-    waiting, running = list(reversed(kinds)), list[tuple[str, float, Connection, multiprocessing.process.BaseProcess]]()
+    waiting, running = list(reversed(kinds)), list[tuple[str, float, Connection, BaseProcess]]()
     while waiting or running:
         while waiting and len(running) < jobs:
             kind = waiting.pop()
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_report, args=(kind, theirs))
+            process: BaseProcess = context.Process(target=_report, args=(kind, theirs))
             process.start()
             theirs.close()
             running.append((kind, time.monotonic() + seconds, ours, process))
@@ -132,7 +134,7 @@ def tried(kinds: Sequence[str], jobs: int = 1, seconds: float = _SECONDS) -> Ite
 
 
 def _received(
-    kind: str, pipe: Connection, process: multiprocessing.process.BaseProcess, late: bool
+    kind: str, pipe: Connection, process: BaseProcess, late: bool
 ) -> Outcome:  # fmt: skip
     """What a process said, or how it ended without a word."""
     try:
