@@ -21,8 +21,7 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
-from pqbench.config import check_yamls, conf_folder, explain, model_source
-from pqbench.config import loaded as loaded_model
+from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, rehearsed
 from pqbench.errors import ConfigError
 from pqbench.heartbeat import heartbeat
 from pqbench.kernels.backend import BODIES, kernels
@@ -70,6 +69,7 @@ def main() -> None:
             lines = [explain(error)]
         failures.add(lines)
 
+    sys.argv[1:] = opened(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
         entry()
@@ -115,8 +115,9 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
     model = plain["model"]["name"]
     files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
     with heartbeat(list(files.values())):
-        loaded = loaded_model(model_source(plain["model"]))
-        prompter = Prompter(loaded.tokenizer, loaded.max_length, plain["model"]["chat"])
+        loaded = rehearsed(model_source(plain["model"]))
+        chat, options = plain["model"]["chat"], plain["model"].get("chat_options") or {}
+        prompter = Prompter(loaded.tokenizer, loaded.max_length, chat, options)
         job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
                   plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
         summary = run(job)
@@ -129,7 +130,7 @@ def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurem
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
     files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
     with heartbeat(list(files.values())):
-        loaded = loaded_model(model_source(plain["model"])) if benchmark.needs_model else None
+        loaded = rehearsed(model_source(plain["model"])) if benchmark.needs_model else None
         job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
         done = benchmark.measure(job)
     _show(benchmark.table(_records(files)), benchmark.footer(done, plain["results"]), done.failures)

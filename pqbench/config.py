@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from pqbench.rehearsal import profile
 # What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
 _FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
+_PROMPTS = ("chat", "chat_options")  # of the group model: what prompts are made with
+_OPEN = ("model.chat_options.",)  # names below these are the user's own
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
@@ -27,6 +29,11 @@ def conf_folder() -> Path:
     package = Path(__file__).resolve().parent
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else package / "conf"
+
+
+def opened(arguments: Sequence[str]) -> list[str]:
+    """Command line arguments in the form in which Hydra takes names that no yaml has: ``++`` before them."""
+    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in arguments]
 
 
 def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
@@ -47,10 +54,10 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
     foreign = sorted(set(options) - set(fields))
     if foreign:
         raise ConfigError(f"model {name} has no field {', '.join(foreign)}: it has {', '.join(map(str, fields))}")
-    return loaded(model_source({**fields, **options}))
+    return rehearsed(model_source({**fields, **options}))
 
 
-def loaded(source: ModelSource) -> LoadedModel:
+def rehearsed(source: ModelSource) -> LoadedModel:
     """The model of a source, rehearsed: see :mod:`pqbench.rehearsal`.
 
     Raises:
@@ -62,8 +69,9 @@ def loaded(source: ModelSource) -> LoadedModel:
 
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:
-    """The source that the group ``model`` of a configuration describes; its ``chat`` concerns prompts alone."""
-    source: ModelSource = instantiate({name: value for name, value in fields.items() if name != "chat"})
+    """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
+    alone."""
+    source: ModelSource = instantiate({name: value for name, value in fields.items() if name not in _PROMPTS})
     return source
 
 

@@ -27,10 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pqbench.attention import attached
-from pqbench.config import conf_folder, explain, model_source
-from pqbench.config import loaded as loaded_model
+from pqbench.config import conf_folder, explain, model_source, rehearsed
 from pqbench.custom_generate import stopping
-from pqbench.errors import ConfigError, PqbenchError
+from pqbench.errors import ConfigError, DataError, PqbenchError
 from pqbench.generation import decode
 from pqbench.lm_eval_plugin import register
 from pqbench.method import compensated
@@ -81,7 +80,7 @@ class PqbenchLM(HFLM):
         if config.threads:
             torch.set_num_threads(config.threads)
         self.method = compensated(instantiate(config.methods[method]))
-        loaded = loaded_model(model_source(config.model))
+        loaded = rehearsed(model_source(config.model))
         self.setting = Setting(max_length=loaded.max_length)
         self.chunk: int | None = config.chunk
         super().__init__(
@@ -108,7 +107,12 @@ class PqbenchLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood and greediness of every continuation; one prefill serves all continuations of a context."""
+        """Log-likelihood and greediness of every continuation; one prefill serves all continuations of a context.
+
+        Raises:
+            DataError: a continuation without tokens, or longer than the model; lm-eval's ``hf`` refuses these too.
+        """
+        check_continuations(requests, self.max_length)
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             whole = (context + continuation)[
@@ -128,6 +132,25 @@ class PqbenchLM(HFLM):
                         self.cache_hook.add_partial("loglikelihood", texts, answers[i])
                     bar.update()
         return [answers[i] for i in range(len(requests))]
+
+
+def check_continuations(requests: Sequence[Request], longest: int) -> None:
+    """Raises DataError when a request cannot be scored: its continuation merges with the last token of the context, so
+    that it has no tokens of its own, or it is longer than the model."""
+    for texts, context, continuation in requests:
+        shown = "" if texts is None else f" {texts[1][:60]!r}"
+        if not continuation:
+            raise DataError(
+                f"the continuation{shown} has no tokens of its own behind its context: it is empty, or the "
+                "tokenizer merges it with the end of the context; put a blank before it in the task"
+            )
+        if not context:
+            raise DataError(f"the continuation{shown} has no context, not even a token that begins a text")
+        if len(continuation) > longest:
+            raise DataError(
+                f"the continuation{shown} has {len(continuation)} tokens, but the model takes {longest}: "
+                "use a model with a longer context, or a task with shorter answers"
+            )
 
 
 @torch.inference_mode()

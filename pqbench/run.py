@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from pqbench.terminal import plain
 
 log = logging.getLogger(__name__)
 
-TAIL = 128  # tokens of a prompt's end that a record shows
+TAIL = 200  # tokens of a prompt's end that a record shows
 
 
 @dataclass
@@ -247,6 +248,7 @@ def _common(job: Job, sample: Sample, name: str) -> Record:
         "references": sample.references,
         "metadata": sample.metadata,
         "prompt_tail": job.prompter.decode(sample.input_ids[-TAIL:]),
+        "prompt_sha256": hashlib.sha256(",".join(map(str, sample.input_ids)).encode()).hexdigest(),
     }
 
 

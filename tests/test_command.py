@@ -185,6 +185,13 @@ def test_defaults_of_the_code_are_part_of_the_key(command: Command, tmp_path: Pa
     assert measured(tmp_path) == before
 
 
+def test_options_of_the_chat_template_reach_it_and_the_key(command: Command, tmp_path: Path) -> None:
+    for value in ("true", "false"):
+        assert command(f"model.chat_options.enable_thinking={value}").code == 0
+    saved = [yaml.safe_load(path.read_text()) for path in (tmp_path / "results").rglob("config.yaml")]
+    assert sorted(config["model"]["chat_options"]["enable_thinking"] for config in saved) == [False, True]
+
+
 def test_only_a_deleted_sample_runs_again(command: Command, tmp_path: Path) -> None:
     grid = "benchmark.depths=[0,50,100]"
     assert command(grid).code == 0

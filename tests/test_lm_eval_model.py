@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import pqbench.lm_eval_model
-from pqbench.errors import ConfigError
+from pqbench.errors import ConfigError, DataError
 from pqbench.lm_eval_model import PqbenchLM, composed, main
 from pqbench.models import Random
 from pqbench.prompt import Prefilled
@@ -148,6 +148,21 @@ def test_full_scores_what_hf_scores(folder: Path, hf: HFLM) -> None:
     greedy = hf.model.generate(tokens, max_new_tokens=6, do_sample=False)[0, tokens.shape[1] :].tolist()
     request = ((PROMPTS[1], answer), tokens[0].tolist(), greedy)
     assert lm._loglikelihood_tokens([request], disable_tqdm=True)[0][1] is True
+
+
+@pytest.mark.parametrize(
+    ("continuation", "words"),
+    [([], "has no tokens of its own"), ([5] * 513, "has 513 tokens, but the model takes 512")],
+)
+def test_what_hf_does_not_score_is_refused_before_anything_runs(
+    folder: Path, hf: HFLM, continuation: list[int], words: str
+) -> None:
+    """lm-eval's own model asserts; a continuation that its tokenizer merges away would otherwise have probability 1."""
+    good, bad = (("a", "b"), [1], [2]), (("a", "b"), [3], continuation)
+    with pytest.raises(AssertionError):
+        hf._loglikelihood_tokens([good, bad], disable_tqdm=True)
+    with pytest.raises(DataError, match=words):
+        ours(folder)._loglikelihood_tokens([good, bad], disable_tqdm=True)
 
 
 def test_rolling_likelihoods_equal_those_of_hf(folder: Path, hf: HFLM) -> None:

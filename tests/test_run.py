@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,8 @@ def test_methods_share_one_prefill_and_get_a_record_each(
         assert full["device_bytes"] == 2 * 2 * 2 * 16 * 4 * (length + steps)
         assert full["tt2t_s"] > full["ttft_s"] > 0
         [ids] = [sample.input_ids for sample in Letters().samples(done.prompter) if sample.id == full["sample_id"]]
-        assert full["prompt_tail"] == pq["prompt_tail"] == loaded.tokenizer.decode(ids[-128:])
+        assert full["prompt_sha256"] == hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+        assert full["prompt_tail"] == pq["prompt_tail"] == loaded.tokenizer.decode(ids[-200:])
 
 
 def test_a_second_run_measures_nothing_and_a_new_method_only_itself(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from pqbench.errors import DataError
+from pqbench.errors import DataError, ModelError
+
+MARK = "\u241e"  # stands for the user's message; no text of a benchmark holds it
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,39 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What a model wants around a user message.
+
+    Attributes:
+        lead: special token ids before any text; empty where a chat template writes them itself.
+        before, after: what the chat template writes around the message; empty without one.
+        strips: whether the chat template removes blanks at both ends of the message.
+    """
+
+    lead: tuple[int, ...] = ()
+    before: str = ""
+    after: str = ""
+    strips: bool = False
+
+
+@dataclass(frozen=True)
 class Prompter:
     """Turns prompt text into token ids for one model.
+
+    A prompt is put together as text and encoded once, because many tokenizers encode the beginning of a text unlike the
+    same words further on (SentencePiece puts a blank before every text).
 
     Attributes:
         tokenizer: the model's tokenizer.
         max_length: longest context the model accepts, in tokens.
         chat: wrap prompts in the tokenizer's chat template when it has one.
+        chat_options: variables that the chat template understands, such as ``enable_thinking``.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     chat: bool = True
-
-    _MARK: ClassVar[str] = "\u241e"
+    chat_options: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` without special tokens."""
@@ -67,28 +89,30 @@ class Prompter:
         """Text of ``ids`` without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def template(self, *, chat: bool = True) -> tuple[list[int], list[int]]:
-        """Token ids that go before and after a user message; only the model's own leading special token without chat.
+    def frame(self, *, chat: bool = True) -> Frame:
+        """What goes around a user message: the chat template, or the tokenizer's own leading special token without one.
 
-        A BOS token appears once: the chat template's own, or else the tokenizer's.
+        Raises:
+            ModelError: the chat template does not write the message exactly once, or refuses it.
         """
         if chat and self.chat and self.tokenizer.chat_template:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": self._MARK}], tokenize=False, add_generation_prompt=True
-                )
-            )
-            before, after = text.split(self._MARK)
-            return self.encode(before), self.encode(after)
+            return chat_frame(self.tokenizer, self.chat_options)
         plain = self.tokenizer("a", verbose=False).input_ids
-        body = self.encode("a")
-        start = plain.index(body[0])
-        return list(plain[:start]), []
+        return Frame(lead=tuple(plain[: plain.index(self.encode("a")[0])]))
+
+    def framed(self, frame: Frame, text: str, lead_in: str = "") -> list[int]:
+        """Token ids of ``text`` as a user message, then ``lead_in`` as the beginning of the answer."""
+        message = text.strip() if frame.strips else text
+        return [*frame.lead, *self.encode(frame.before + message + frame.after + lead_in)]
 
     def wrap(self, text: str, *, chat: bool = True, lead_in: str = "") -> list[int]:
-        """Token ids of ``text`` as a user message, then ``lead_in`` as the beginning of the answer."""
-        before, after = self.template(chat=chat)
-        return before + self.encode(text) + after + (self.encode(lead_in) if lead_in else [])
+        """:meth:`framed` in the model's own frame: what ``apply_chat_template`` gives, where there is a template."""
+        return self.framed(self.frame(chat=chat), text, lead_in)
+
+    def continued(self, text: str) -> list[int]:
+        """Token ids of ``text`` behind other text, as they are within one longer text."""
+        anchor, ids = self.encode("a"), self.encode(f"a{text}")
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text)
 
     def truncate_middle(self, text: str, limit: int) -> str:
         """Official LongBench and InfiniteBench rule: keep ``limit // 2`` tokens from each end of the filled prompt, the
@@ -99,15 +123,55 @@ class Prompter:
         half = limit // 2
         return self.decode(ids[:half]) + self.decode(ids[-half:])
 
-    def cut_middle(self, text: str, limit: int, room: int) -> list[int] | None:
-        """Token ids of ``text`` truncated to ``limit``, or to a little less where they would not fit into ``room``: the
-        halves meet in new tokens, and a torn character may come back as several. None when nothing is left."""
+    def cut_middle(self, text: str, limit: int, excess: Callable[[str], int]) -> str | None:
+        """``text`` truncated to ``limit`` tokens, or to fewer while ``excess`` says by how many tokens the result is
+        too long: the halves meet in new tokens, and a torn character may come back as several. None when nothing is
+        left."""
         while limit >= 2:
-            ids = self.encode(self.truncate_middle(text, limit))
-            if len(ids) <= room:
-                return ids
-            limit -= len(ids) - room
+            shorter = self.truncate_middle(text, limit)
+            beyond = excess(shorter)
+            if beyond <= 0:
+                return shorter
+            limit -= beyond
         return None
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Frame:
+    """The chat template of a tokenizer around one user message, up to where the answer begins.
+
+    Raises:
+        ModelError: the template does not write the message exactly once, or refuses it.
+    """
+    text, other = _rendered(tokenizer, options, MARK), _rendered(tokenizer, options, f" {MARK} ")
+    parts = text.split(MARK)
+    if len(parts) != 2:
+        raise ModelError(
+            f"the model's chat template writes the user's message {len(parts) - 1} times, so that a prompt would not "
+            "hold it once: set model.chat=false"
+        )
+    return Frame(before=parts[0], after=parts[1], strips=other == text)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], message: str) -> str:
+    """The conversation as text. Templates of models that see images want the message as a list of parts."""
+    for content in (message, [{"type": "text", "text": message}]):
+        try:
+            text = str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, **options
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            failure: Exception | None = error
+        else:
+            failure = None
+            if message.strip() in text and str(content) not in text.replace(message, ""):
+                return text
+    reason = "it leaves the message out" if failure is None else " ".join(str(failure).split())[:200]
+    raise ModelError(
+        f"the model's chat template does not take a single user message ({reason}): set model.chat=false, or "
+        "model.chat_options to what the template needs"
+    )
 
 
 class Benchmark(ABC):

@@ -14,7 +14,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from pqbench.benchmarks.base import Benchmark, Prompter, Sample
+from pqbench.benchmarks.base import Benchmark, Frame, Prompter, Sample
 from pqbench.benchmarks.data import TEXT, Kind, Source, find, hub_file, read_rows
 from pqbench.benchmarks.grid import named
 from pqbench.benchmarks.infinitebench_generators import OFFICIAL, Place, Row, fit, generate, least_units
@@ -194,8 +194,8 @@ class InfiniteBench(Benchmark):
 
     def _generated(self, task: str, length: int, prompter: Prompter) -> Iterator[Sample]:
         def size(row: Row) -> int:
-            before, after = self._frame(task, vars(row), prompter)
-            return len(before) + len(prompter.encode(self._text(task, vars(row))[0])) + len(after)
+            frame, lead_in = self._frame(task, vars(row), prompter)
+            return len(prompter.framed(frame, self._text(task, vars(row))[0], lead_in))
 
         units = 0
         for index in self._chosen(self.per_length):
@@ -243,25 +243,33 @@ class InfiniteBench(Benchmark):
         facts: Mapping[str, Any],
     ) -> Sample:
         text, question = self._text(task, row)
-        before, after = self._frame(task, row, prompter)
-        ids, new_tokens = prompter.encode(text), self._new_tokens(task, prompter, references)
-        full = len(before) + len(ids) + len(after)
-        room = self._limit(prompter) - new_tokens - len(before) - len(after)
-        cut = len(ids) > room
+        frame, lead_in = self._frame(task, row, prompter)
+        new_tokens = self._new_tokens(task, prompter, references)
+        longest = self._limit(prompter) - new_tokens
+
+        def excess(text: str) -> int:
+            return len(prompter.framed(frame, text, lead_in)) - longest
+
+        full = excess(text) + longest
+        room = -excess("")
+        cut = full > longest
         if cut:
             allowed = self.source == "official" and self.truncate and room >= _LEAST_ROOM
-            shorter = prompter.cut_middle(text, room, room) if allowed else None
+            shorter = prompter.cut_middle(text, room, excess) if allowed else None
             if shorter is None:
                 raise DataError(self._too_long(name, full, new_tokens, prompter))
-            ids = shorter
+            text = shorter
+        ids = prompter.framed(frame, text, lead_in)
+        after = len(prompter.continued(frame.after + lead_in))
+        tail = len(prompter.continued(question + frame.after + lead_in)) - after
         return Sample(
             id=name,
             task=task,
-            input_ids=before + ids + after,
+            input_ids=ids,
             references=references,
             max_new_tokens=new_tokens,
             # A middle cut leaves half of the prompt to its end, whatever is there.
-            question_tokens=min(len(prompter.encode(question)), len(ids) // 2) + len(after),
+            question_tokens=min(tail, (len(ids) - after) // 2) + after,
             metadata={
                 "source": self.source,
                 "prompt": "lm-eval" if TASKS[task].template else "own wording",
@@ -289,14 +297,14 @@ class InfiniteBench(Benchmark):
             return min(allowed, len(prompter.encode(", ".join(references))) + 8)
         return allowed
 
-    def _frame(self, task: str, row: Mapping[str, Any], prompter: Prompter) -> tuple[list[int], list[int]]:
-        """Token ids around the prompt text: the chat template's, and the beginning of the answer."""
-        before, after = prompter.template(chat=self.chat)
+    def _frame(self, task: str, row: Mapping[str, Any], prompter: Prompter) -> tuple[Frame, str]:
+        """What goes around the prompt text: the chat template, and the beginning of the answer."""
+        frame = prompter.frame(chat=self.chat)
         if not self.lead_in:
-            return before, after
+            return frame, ""
         lead_in = TASKS[task].lead_in.replace("{key}", "".join(row["input"].split('"')[1:2]))
         # Without a template nothing else parts the question from the answer.
-        return before, after + prompter.encode(lead_in if after else f"\n\n{lead_in}")
+        return frame, lead_in if frame.after else f"\n\n{lead_in}"
 
     def _text(self, task: str, row: Mapping[str, Any]) -> tuple[str, str]:
         """The prompt, and what of it follows the context."""

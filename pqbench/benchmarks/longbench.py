@@ -215,16 +215,18 @@ class LongBench(Benchmark):
     ) -> tuple[list[int], int, bool]:
         """Token ids, how many of them follow the context, and whether the prompt was cut."""
         chat = task not in _NO_CHAT_TEMPLATE
-        before, after = prompter.template(chat=chat)
-        room = prompter.max_length - new_tokens - len(before) - len(after)
+        frame = prompter.frame(chat=chat)
+        around = len(prompter.framed(frame, ""))
+        room = prompter.max_length - new_tokens - around
         limit = room if self.max_length is None else self.max_length
         if limit > room or room < 2:
             raise ConfigError(
                 f"task {task}: the model's {prompter.max_length} tokens leave {room} for the prompt, after "
-                f"{len(before) + len(after)} of the chat template and {new_tokens} of the answer: "
+                f"{around} of the chat template and {new_tokens} of the answer: "
                 f"lower benchmark.max_length or take a model with a longer context"
             )
-        body = prompter.encode(prompt.text)
+        text, longest = prompt.text, prompter.max_length - new_tokens
+        body = prompter.encode(text)
         cut = len(body) > limit
         if cut and not self.truncate:
             raise DataError(
@@ -232,12 +234,13 @@ class LongBench(Benchmark):
                 f"raise benchmark.max_length, or take a model with a longer context"
             )
         if cut:
-            shorter = prompter.cut_middle(prompt.text, limit, room)
+            shorter = prompter.cut_middle(prompt.text, limit, lambda text: len(prompter.framed(frame, text)) - longest)
             if shorter is None:
                 raise ConfigError(f"task {task}: {limit} tokens are too few for a prompt: raise benchmark.max_length")
-            body = shorter
-        tail = min(len(prompter.encode(prompt.tail)), limit // 2 if cut else len(body))
-        return before + body + after, tail + len(after), cut
+            text = shorter
+        after = len(prompter.continued(frame.after))
+        tail = len(prompter.continued(prompt.tail + frame.after)) - after
+        return prompter.framed(frame, text), min(tail, limit // 2 if cut else len(body)) + after, cut
 
     def score(self, record: Mapping[str, Any]) -> dict[str, float]:
         """Percent by the set's official metric; for LongBench-E also under the name of the length bucket.

@@ -1,7 +1,8 @@
 """Needle in a haystack: facts hidden at chosen depths of public-domain prose, and a question that asks for them.
 
 Every prompt has exactly the wanted number of tokens, chat template, question and answer lead-in included: the parts
-are joined as token ids and the haystack fills what they leave.
+are joined as token ids and the haystack fills what they leave. Each part but the first begins with a blank or a line
+break and is encoded as the continuation of a text, so that the whole prompt has the ids of its text.
 """
 
 from __future__ import annotations
@@ -175,14 +176,16 @@ class Needle(Benchmark):
         needles = [wording.needle.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
         lead_in = wording.lead_in if self.lead_in is None else self.lead_in
         question = wording.question.format(keys=", ".join(f"the {k}" for k in keys[:-1]) + f" and the {keys[-1]}")
-        before, after = prompter.template()
+        frame = prompter.frame()
+        # Nothing but a template parts the question from the answer with a line break of its own.
+        lead_in = lead_in if frame.after or not lead_in else f" {lead_in}"
         return _Cell(
             id=name,
             length=length,
             depth=depth,
-            head=before + prompter.encode(wording.intro),
-            needles=[_continued(prompter, needle) for needle in needles],
-            tail=prompter.encode(question) + _answer(prompter, after, lead_in),
+            head=[*frame.lead, *prompter.encode(frame.before + wording.intro)],
+            needles=[prompter.continued(f" {needle}") for needle in needles],
+            tail=prompter.continued(question + frame.after + lead_in),
             sentence=" ".join(needles),
             references=[wording.needle] if self.variant == "sandwich" else values,
         )
@@ -223,21 +226,8 @@ def _haystack(prompter: Prompter, length: int, seed: str) -> tuple[list[int], li
     ends = [0]
     for speech in prose(seed):
         for sentence in sentences(speech):
-            ids += _continued(prompter, sentence)
+            ids += prompter.continued(f" {sentence}")
             ends.append(len(ids))
             if len(ids) >= length:
                 return ids[:length], ends
     raise AssertionError("prose never ends")
-
-
-def _continued(prompter: Prompter, text: str) -> list[int]:
-    """Token ids of ``text`` after a space in a paragraph; some tokenizers encode the beginning of a text otherwise."""
-    anchor = prompter.encode("a")
-    ids = prompter.encode(f"a {text}")
-    return ids[len(anchor) :] if ids[: len(anchor)] == anchor else prompter.encode(f" {text}")
-
-
-def _answer(prompter: Prompter, after: list[int], lead_in: str) -> list[int]:
-    if not lead_in:
-        return after
-    return after + prompter.encode(lead_in) if after else _continued(prompter, lead_in)

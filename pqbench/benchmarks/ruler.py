@@ -144,9 +144,8 @@ class Ruler(Benchmark):
 
     def _prompt(self, prompter: Prompter, draft: Draft) -> tuple[list[int], int]:
         """The whole prompt, and how many of its tokens follow the context."""
-        before, after = prompter.template(chat=self.chat)
-        if not after:  # a plain text, which the lead-in simply continues
-            body, tail = f"{draft.text} {draft.lead_in}", f"{draft.question} {draft.lead_in}"
-            return before + prompter.encode(body), len(prompter.encode(tail))
-        answer = after + prompter.encode(draft.lead_in)
-        return before + prompter.encode(draft.text) + answer, len(prompter.encode(draft.question)) + len(answer)
+        frame = prompter.frame(chat=self.chat)
+        # A plain text is simply continued by the lead-in.
+        lead_in = draft.lead_in if frame.after else f" {draft.lead_in}"
+        tail = prompter.continued(draft.question + frame.after + lead_in)
+        return prompter.framed(frame, draft.text, lead_in), len(tail)

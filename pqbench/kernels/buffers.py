@@ -48,13 +48,32 @@ class GrowingBuffer:
         """Rows ``start`` to ``stop`` without a copy."""
         return self._data[:, :, start : self._length if stop is None else stop]
 
+    @property
+    def whole(self) -> Tensor:
+        """All rows there is room for, ``[B, H, capacity, ...]``; those from the length on mean nothing."""
+        return self._data
+
     def append(self, rows: Tensor) -> None:
         """Add ``rows`` ``[B, H, n, ...]`` at the end."""
-        needed = self._length + rows.shape[2]
+        count = rows.shape[2]
+        self.make_room(count)
+        self._data[:, :, self._length : self._length + count] = rows
+        self._length += count
+
+    def make_room(self, count: int) -> None:
+        """Have room for ``count`` more rows, and for a share more than that where memory must be taken for them."""
+        needed = self._length + count
         if needed > self._data.shape[2]:
             self._data = _allocate(self.view(), needed + max(self._slack, self._length // 2))
-        self._data[:, :, self._length : needed] = rows
-        self._length = needed
+
+    def reserve(self, rows: int) -> None:
+        """Have room for ``rows`` rows in all, so that the buffer does not move before it holds more."""
+        if rows > self._data.shape[2]:
+            self._data = _allocate(self.view(), rows)
+
+    def advance(self, count: int) -> None:
+        """Count ``count`` rows more: somebody has written them into :attr:`whole`."""
+        self._length += count
 
     def truncate(self, length: int) -> None:
         """Forget all rows from ``length`` on."""

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 import numba
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pqbench.kernels import reference
+from pqbench.kernels.backend import Number
 from pqbench.kernels.cpu_attention import attend
 from pqbench.kernels.cpu_cells import merge, search
 from pqbench.kernels.cpu_columns import sum_columns
@@ -24,6 +26,8 @@ from pqbench.kernels.cpu_rows import copy_rows, find
 from pqbench.kernels.cpu_scoring import probabilities
 from pqbench.kernels.cpu_top_k import top_of_rows
 from pqbench.kernels.cpu_vector import BLOCK
+from pqbench.kernels.reference_rows import append_rows as append_rows
+from pqbench.kernels.reference_select import check_room, lay_out
 
 _SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
 _LOG2_E = 1.4426950408889634
@@ -67,13 +71,20 @@ def _check_rows(valid: bool, x: Tensor) -> None:
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
     visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+    count: Number | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
-    over all: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights ``[B, H, G, n]``."""
-    count = keys.shape[2] if indices is None else indices.shape[2]
-    if not (_fits(keys) and _fits(values) and keys.dtype == values.dtype and count and keys.shape[3] % BLOCK == 0):
-        return reference.attention(q, keys, values, scaling, indices, visible, need_weights, log_weights)
-    return _attend(q, keys, values, scaling, indices, visible, need_weights, log_weights)
+    over all, or the first ``count`` of them: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights
+    ``[B, H, G, n]``."""
+    given = keys.shape[2] if indices is None else indices.shape[2]
+    used = given if count is None else min(given, int(count))
+    if not (_fits(keys) and _fits(values) and keys.dtype == values.dtype and used and keys.shape[3] % BLOCK == 0):
+        return reference.attention(q, keys, values, scaling, indices, visible, need_weights, log_weights, count)
+    if used < given:
+        keys, values = (keys[:, :, :used], values[:, :, :used]) if indices is None else (keys, values)
+        indices, visible, log_weights = (None if x is None else x[..., :used] for x in (indices, visible, log_weights))
+    output, lse, weights = _attend(q, keys, values, scaling, indices, visible, need_weights, log_weights)
+    return output, lse, weights if weights is None or used == given else pad(weights, (0, given - used))
 
 
 def _attend(
@@ -102,9 +113,9 @@ def _attend(
     return output.to(q.dtype), lse, weights
 
 
-def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of one query per head over all rows: ``[B, H, G, D]``."""
-    return attention(q, keys, values, scaling)[0]
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None) -> Tensor:
+    """Attention of one query per head over all rows, or the first ``count``: ``[B, H, G, D]``."""
+    return attention(q, keys, values, scaling, count=count)[0]
 
 
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -132,6 +143,21 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
             heads, group, count, dims, parts, clusters,
         )  # fmt: skip
     return output
+
+
+def pq_select(
+    q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
+    middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sinks, the best ``top_k`` tokens of the middle by approximate attention, and the window: int64
+    ``[B, H, room]``."""
+    check_room(codes, sink, top_k, length, middle, room, only, out)
+    best = _best_of_codes(q, codebook, codes[:, :, : int(middle)], scaling, int(top_k))
+    return lay_out(best, int(sink), int(length), int(middle), room, only, out)
+
+
+def _best_of_codes(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, wanted: int) -> Tensor:
+    return top_k(pq_probabilities(q, codebook, codes, scaling), wanted)
 
 
 def best_of_cells(

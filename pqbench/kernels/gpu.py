@@ -14,12 +14,13 @@ from pqbench.kernels.gpu_columns import column_sums
 from pqbench.kernels.gpu_kmeans import encode, train_codebook
 from pqbench.kernels.gpu_rows import gather, top_k
 from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
+from pqbench.kernels.gpu_select import pq_select
 from pqbench.kernels.reference_cells import merge_lists
-from pqbench.kernels.reference_rows import find_rows
+from pqbench.kernels.reference_rows import append_rows, find_rows
 
 __all__ = [
-    "attention", "best_of_cells", "column_sums", "dense_attention", "encode", "exact_probabilities", "find_rows",
-    "gather", "merge_lists", "pq_probabilities", "top_k", "train_codebook", "use_threads",
+    "append_rows", "attention", "best_of_cells", "column_sums", "dense_attention", "encode", "exact_probabilities",
+    "find_rows", "gather", "merge_lists", "pq_probabilities", "pq_select", "top_k", "train_codebook", "use_threads",
 ]  # fmt: skip
 
 

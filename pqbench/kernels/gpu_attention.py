@@ -9,20 +9,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from pqbench.kernels import gpu_launch as launch
+from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu_launch import product, row_products
 
 
-@triton.jit(do_not_specialize=["count", "size"])
+@triton.jit(do_not_specialize=["given", "count", "size"])
 def attend_part(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, indices: tl.tensor, visible: tl.tensor, added: tl.tensor,
     logits: tl.tensor, part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor,
-    value_strides: tl.tensor, heads: tl.tensor, count: tl.tensor, size: tl.tensor, scaling: tl.tensor,
+    value_strides: tl.tensor, heads: tl.tensor, given: tl.tensor, count: tl.tensor, size: tl.tensor, scaling: tl.tensor,
     group: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
     value_precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     """One KV head and one part of its rows: output ``part`` ``[B*H, parts, G, D]`` over these rows alone and its
     log-sum-exp ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]`` on the way, and ``logits``
-    ``[B*H, G, n]`` kept when weights are wanted; these, ``visible`` and ``added`` may be None."""
+    ``[B*H, G, n]`` kept when weights are wanted; these, ``visible`` and ``added`` may be None. Of the ``given`` n rows
+    the first ``count`` count."""
+    if count.dtype.is_ptr():
+        count = tl.load(count)
     pair, number = tl.program_id(0), tl.program_id(1)
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     g, d, lane = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
@@ -32,18 +36,18 @@ def attend_part(
     top = tl.full([block_g], float("-inf"), tl.float32)
     total = tl.zeros([block_g], tl.float32)
     output = tl.zeros([block_g, block_d], tl.float32)
-    stop = tl.minimum(count, (number + 1) * size)
+    stop = tl.minimum(tl.minimum(given, count), (number + 1) * size)
     for start in range(number * size, stop, block_n):
         n = start + lane
         seen = n < stop
         rows = n.to(tl.int64)
         if indices is not None:
-            rows = tl.load(indices + pair.to(tl.int64) * count + n, mask=seen, other=0).to(tl.int64)
+            rows = tl.load(indices + pair.to(tl.int64) * given + n, mask=seen, other=0).to(tl.int64)
         own = first_key + rows * key_strides[2]
         score = row_products(queries, own, g < group, seen, width, chunk, precision) * scaling  # [G, n]
         inside = seen[:, None] & (d < width)[None, :]
         value = tl.load(first_value + rows[:, None] * value_strides[2] + d[None, :], mask=inside, other=0.0)
-        cell = (pair.to(tl.int64) * group + g)[:, None] * count + n[None, :]
+        cell = (pair.to(tl.int64) * group + g)[:, None] * given + n[None, :]
         shown = (g < group)[:, None] & seen[None, :]
         if visible is not None:
             shown = shown & (tl.load(visible + cell, mask=shown, other=0) != 0)
@@ -94,18 +98,21 @@ def merge_parts(
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
     visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+    count: Number | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See :func:`pqbench.kernels.reference.attention`. Rows are gathered inside the kernel, never copied. Logits have
     float32 precision; of half types the probabilities are rounded to 11 bits before they meet the values."""
     q, keys, values = launch.dense_rows(q), launch.dense_rows(keys), launch.dense_rows(values)
     batch, heads, group, width = q.shape
-    count = keys.shape[2] if indices is None else indices.shape[2]
-    shape = (batch, heads, group, count)
+    given = keys.shape[2] if indices is None else indices.shape[2]
+    shape = (batch, heads, group, given)
     block_n = 32 if width > 128 or keys.dtype == torch.float32 else 64
-    parts, size = launch.split(count, block_n, batch * heads, q.device)
+    parts, size = launch.split(given, block_n, batch * heads, q.device)
     part = q.new_empty(batch, heads, parts, group, width, dtype=torch.float32)
     part_lse = q.new_empty(batch, heads, parts, group, dtype=torch.float32)
     weights = q.new_empty(shape, dtype=torch.float32) if need_weights else None
+    if weights is not None and count is not None:
+        weights.fill_(float("-inf"))  # rows that do not count are not visited
     output, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     precision, block_d = launch.precision_for(q, keys), launch.power(width, 16)
     with launch.on(q):
@@ -113,7 +120,8 @@ def attention(
             q, keys, values, None if indices is None else indices.contiguous(),
             None if visible is None else visible.expand(shape).contiguous().view(torch.uint8),
             None if log_weights is None else log_weights.float().expand(shape).contiguous(), weights, part, part_lse,
-            q.stride()[:3], keys.stride()[:3], values.stride()[:3], heads, count, size, float(scaling),
+            q.stride()[:3], keys.stride()[:3], values.stride()[:3], heads, given, given if count is None else count,
+            size, float(scaling),
             group=group, width=width, chunk=launch.chunk_for(width, precision), precision=precision,
             value_precision="tf32x3" if values.dtype == torch.float32 else "tf32", block_g=launch.power(group, 16),
             block_n=block_n, block_d=block_d, **launch.options(),
@@ -127,13 +135,16 @@ def attention(
     return output, lse, weights
 
 
-def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None) -> Tensor:
     """See :func:`pqbench.kernels.reference.dense_attention`.
 
     The query heads of a KV head are SDPA's query positions, so KV heads are never repeated. For half types SDPA has
     flash attention, which splits over the tokens; for float32 it has nothing that does, and one program per head would
-    leave a GPU idle, so the split kernel above computes.
+    leave a GPU idle, so the split kernel above computes. It also does where ``count`` lives on the device, since SDPA
+    takes its lengths from shapes.
     """
-    if keys.dtype == torch.float32:
-        return attention(q, keys, values, scaling)[0]
+    if keys.dtype == torch.float32 or isinstance(count, Tensor):
+        return attention(q, keys, values, scaling, count=count)[0]
+    if count is not None:
+        keys, values = keys[:, :, :count], values[:, :, :count]
     return functional.scaled_dot_product_attention(q, keys, values, scale=scaling)

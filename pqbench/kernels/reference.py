@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pqbench.kernels.backend import Number
 from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.reference_cells import best_of_cells as best_of_cells
 from pqbench.kernels.reference_cells import merge_lists as merge_lists
 from pqbench.kernels.reference_rows import Found as Found
+from pqbench.kernels.reference_rows import append_rows as append_rows
 from pqbench.kernels.reference_rows import find_rows as find_rows
+from pqbench.kernels.reference_select import check_room, lay_out
 
 _TILE = 1 << 19  # elements of the largest temporary score tile
 CODE = torch.uint8  # one byte per code; K <= 256
@@ -149,6 +152,35 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
     return group_probabilities(pq_scores(q, codebook, codes) * scaling)
 
 
+def pq_select(
+    q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
+    middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Indices int64 ``[B, H, room]`` that a step attends to, of a context of ``length`` tokens.
+
+    A row holds the sinks 0 to sink - 1, then the min(top_k, middle) tokens of the middle with the largest
+    :func:`pq_probabilities`, ascending, ties to the lower index, then the window sink + middle to length - 1. What lies
+    behind these in a row is undefined.
+
+    Args:
+        q: ``[B, H, G, D]``.
+        codebook: ``[B, H, m, K, D/m]``.
+        codes: uint8 ``[B, H, C, m]``, of which the first ``middle`` count: those of tokens sink to sink + middle - 1.
+        only: bool or uint8 ``[B, H]``; heads that are not set keep the middle part that they have in ``out``.
+        out: a buffer to write into, int64 ``[B, H, room]``.
+
+    Raises:
+        ValueError: see :func:`pqbench.kernels.reference_select.check_room`.
+    """
+    check_room(codes, sink, top_k, length, middle, room, only, out)
+    best = _best_of_codes(q, codebook, codes[:, :, : int(middle)], scaling, int(top_k))
+    return lay_out(best, int(sink), int(length), int(middle), room, only, out)
+
+
+def _best_of_codes(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, wanted: int) -> Tensor:
+    return top_k(pq_probabilities(q, codebook, codes, scaling), wanted)
+
+
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """The same from the keys ``[B, H, S, D]`` themselves: float32 ``[B, H, S]``."""
     return group_probabilities(q.float() @ keys.float().transpose(2, 3) * scaling)
@@ -174,29 +206,40 @@ def top_k(scores: Tensor, count: int) -> Tensor:
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
     visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+    count: Number | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
     over all of them. ``visible`` ``[B, H, G, n]`` hides rows from query heads; one row at least must be visible.
-    ``log_weights`` ``[B, H, G, n]`` float32 are added to the logits: a row then stands for so many.
+    ``log_weights`` ``[B, H, G, n]`` float32 are added to the logits: a row then stands for so many. Only the first
+    ``count`` of the n rows count, at least one; those behind may hold anything, and their probabilities are 0.
 
     Returns:
         output ``[B, H, G, D]`` in q's type, log-sum-exp of the logits ``[B, H, G]`` float32, and probabilities
         ``[B, H, G, n]`` float32 when wanted.
     """
+    given = keys.shape[2] if indices is None else indices.shape[2]
+    used = given if count is None else min(given, int(count))
     if indices is not None:
-        keys, values = gather_rows(keys, indices), gather_rows(values, indices)
+        keys, values = gather_rows(keys, indices[:, :, :used]), gather_rows(values, indices[:, :, :used])
+    keys, values = keys[:, :, :used], values[:, :, :used]
     logits = q.float() @ keys.float().transpose(2, 3) * scaling  # [B, H, G, n]
     if log_weights is not None:
-        logits = logits + log_weights
+        logits = logits + log_weights[..., :used]
     if visible is not None:
-        logits = logits.masked_fill(~visible, float("-inf"))
+        logits = logits.masked_fill(~visible[..., :used], float("-inf"))
     lse = logits.logsumexp(-1)
     weights = (logits - lse[..., None]).exp()
-    return (weights @ values.float()).to(q.dtype), lse, weights if need_weights else None
+    output = (weights @ values.float()).to(q.dtype)
+    if used < given:
+        weights = functional.pad(weights, (0, given - used))
+    return output, lse, weights if need_weights else None
 
 
-def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of one query per head over all rows, KV heads never repeated: ``[B, H, G, D]``."""
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None) -> Tensor:
+    """Attention of one query per head over all rows, or the first ``count``, KV heads never repeated:
+    ``[B, H, G, D]``."""
+    if count is not None:
+        keys, values = keys[:, :, : int(count)], values[:, :, : int(count)]
     return functional.scaled_dot_product_attention(q, keys, values, scale=scaling)
 
 

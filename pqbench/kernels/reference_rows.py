@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pqbench.kernels.backend import Number
 
 
 class Found(NamedTuple):
@@ -26,6 +29,29 @@ class Found(NamedTuple):
     def asked(self) -> int:
         """How many tokens lie outside those regions, all blocks together."""
         return len(self.missing) if self.counts is None else int(self.counts.sum())
+
+
+def append_rows(
+    keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number, local: Tensor | None = None,
+    sinks: int = 0,
+) -> None:  # fmt: skip
+    """Write keys and values ``[B, H, n, D]`` of tokens from ``at`` on into ``key_rows`` and ``value_rows``
+    ``[B, H, S, D]``, whose last axis is dense: token t goes to row t.
+
+    With ``local`` the S rows are a ring, and token t goes to row t % S of it; n is at most S. The ring begins at row
+    ``sinks`` of each head, and ``local`` ``[P]``, which says in which row of every head a token lies, is brought up to
+    date: token t lies in row ``sinks`` + t % S, and token t - S, unless it is one of the ``sinks`` first, in none (-1).
+    """
+    first, count, size = int(at), keys.shape[2], key_rows.shape[2]
+    if local is None:
+        key_rows[:, :, first : first + count], value_rows[:, :, first : first + count] = keys, values
+        return
+    for i in range(count):
+        token, row = first + i, (first + i) % size
+        key_rows[:, :, row], value_rows[:, :, row] = keys[:, :, i], values[:, :, i]
+        if token - size >= sinks:
+            local[token - size] = -1
+        local[token] = sinks + row
 
 
 def find_rows(

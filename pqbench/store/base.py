@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pqbench.kernels.backend import Number
 from pqbench.kernels.buffers import gather_rows
 from pqbench.method import Arrival
 
@@ -32,6 +33,7 @@ class Store(ABC):
     opening_bytes: int = 0  # moved to the device once: for the index, and for the rows held from the start
     cache_lookups: int = 0  # rows asked for that neither sinks nor window held, all heads together
     cache_hits: int = 0  # those among them that a device cache held
+    number: Tensor | None = None  # see :meth:`write`
 
     @property
     def link_bytes(self) -> int:
@@ -80,17 +82,41 @@ class Store(ABC):
         """Ask for a tensor in host memory; it crosses the link, if there is one, while the caller goes on."""
         return Present(rows.to(self.device))
 
-    @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows ``[B, H, n, D]``."""
+        self.prepare(keys.shape[2])
+        self.write(keys, values)
+        self.written(keys.shape[2])
 
     @abstractmethod
-    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Bring rows ``[B, H, n]``, or all of them, to the device.
+    def prepare(self, count: int) -> None:
+        """Before ``count`` rows are written: make room for them, and wait for what still reads that room."""
+
+    @abstractmethod
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Write rows ``[B, H, n, D]`` behind those held: work of the device alone, which a CUDA graph can repeat.
+
+        The first of them is number :attr:`length`, or, where :attr:`number` is set, what that holds when the work is
+        done: an int32 tensor with one element on the device, the tokens held before the write. A graph is captured
+        with it, and replayed between :meth:`prepare` and :meth:`written`.
+        """
+
+    @abstractmethod
+    def written(self, count: int) -> None:
+        """``count`` rows were written: count them, and start what is due now and then."""
+
+    @abstractmethod
+    def reserve(self, rows: int) -> None:
+        """Have room for ``rows`` rows in all, so that no buffer moves before there are more."""
+
+    @abstractmethod
+    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring rows ``[B, H, n]``, or all of them, to the device; of the n the first ``count``, None for all.
 
         Returns:
             keys and values ``[B, H, R, D]`` on the device, and which rows of these are the ones asked for, in the order
-            asked for: ``[B, H, n]``, None for all R. Valid until the next call.
+            asked for: ``[B, H, n]``, None for all R, or for as many as are held where :attr:`number` is set and R is
+            the room there is. Valid until the next call.
         """
 
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pqbench.kernels.backend import Number, kernels
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows, swap_remove
 from pqbench.store.base import Store
 
@@ -16,8 +17,12 @@ class DeviceStore(Store):
     write, the youngest: an older store raises instead of reading another's tokens.
     """
 
-    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, lease: list[DeviceStore] | None = None) -> None:
+    def __init__(
+        self, keys: GrowingBuffer, values: GrowingBuffer, lease: list[DeviceStore] | None = None, body: str = "auto"
+    ) -> None:
+        """``body`` names the kernels that write rows."""
         self._keys, self._values = keys, values
+        self._kernels = kernels(keys.whole.device, body)
         self._seen = len(keys)
         self._positions: GrowingBuffer | None = None  # rows are their own positions until some are dropped
         self._lease = lease if lease is not None else []
@@ -48,17 +53,32 @@ class DeviceStore(Store):
     def device(self) -> torch.device:
         return self._keys.view().device
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def prepare(self, count: int) -> None:
         if self._lease[0] is not self:
             raise RuntimeError("this store is stale: a younger store of the same prompt writes into the shared slack")
-        if self._positions is not None:
-            ages = torch.arange(self._seen, self._seen + keys.shape[2], device=keys.device)
-            self._positions.append(ages.expand(*keys.shape[:2], -1))
-        self._keys.append(keys)
-        self._values.append(values)
-        self._seen += keys.shape[2]
+        self._keys.make_room(count)
+        self._values.make_room(count)
 
-    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        at = self.length if self.number is None else self.number
+        self._kernels.append_rows(keys, values, self._keys.whole, self._values.whole, at)
+
+    def written(self, count: int) -> None:
+        if self._positions is not None:
+            ages = torch.arange(self._seen, self._seen + count, device=self.device)
+            self._positions.append(ages.expand(*self._keys.whole.shape[:2], -1))
+        self._keys.advance(count)
+        self._values.advance(count)
+        self._seen += count
+
+    def reserve(self, rows: int) -> None:
+        for buffer in (self._keys, self._values, self._positions):
+            if buffer is not None:
+                buffer.reserve(rows)
+
+    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.number is not None:  # shapes that do not change
+            return self._keys.whole, self._values.whole, indices
         return self.keys(), self.values(), indices
 
     def separate(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import kernels
+from pqbench.kernels.backend import Number, kernels
 from pqbench.kernels.reference_rows import Found
 from pqbench.method import Split
 from pqbench.store.base import Store
@@ -51,7 +51,7 @@ class HostStore(Store):
         self._kernels = kernels(prompt.device, body)
         self._host = HostRows(prompt)
         self._pool = Pool(prompt.rows, prompt.device, prompt.length, cached, self._link.debug)
-        self._length = prompt.length
+        self._length = self._reserved = prompt.length
         self._flushed = self._landed = prompt.length  # tokens on their way to the host or there; tokens there
         self._leaving: list[Transfer] = []
         self._arriving: Arriving | None = None
@@ -94,20 +94,42 @@ class HostStore(Store):
         return self._arriving
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        """See :meth:`Store.append`; one after the other, so that any number can be flushed on the way."""
         for step in range(keys.shape[2]):
-            self._fit(self._length + 1)
-            self._land(self._length - self._pool.ring + 1)  # the token whose slot is overwritten
-            self._pool.write(self._length, keys[:, :, step], values[:, :, step])
-            self._length += 1
-            if self._length - self._flushed >= self._margin // 2:
-                self._flush()
+            super().append(keys[:, :, step : step + 1], values[:, :, step : step + 1])
 
-    def fetch(self, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(self, count: int) -> None:
+        """See :meth:`Store.prepare`; for at most half a margin."""
+        self._fit(self._length + count)
+        self._land(self._length + count - self._pool.ring)  # the tokens whose slots are overwritten
+        self._pool.cover(self._length + count)
+        if self.number is not None:
+            self._arrive()  # in a graph nobody waits
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        pool, at = self._pool, self._length if self.number is None else self.number
+        ring = pool.rows[:, :, pool.sinks : pool.sinks + pool.ring]
+        self._kernels.append_rows(keys, values, ring[..., 0, :], ring[..., 1, :], at, pool.local, pool.sinks)
+
+    def written(self, count: int) -> None:
+        self._length += count
+        self._pool.low = max(self._pool.low, self._length - self._pool.ring)
+        if self._length - self._flushed >= self._margin // 2:
+            self._flush()
+
+    def reserve(self, rows: int) -> None:
+        """See :meth:`Store.reserve`. The regions on the device are laid out for the largest window from the start."""
+        self._reserved = max(self._reserved, rows)
+        self._pool.cover(rows)
+
+    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :meth:`Store.fetch`. The rows are those of the pool, the same for every head. None moves all rows that
         neither sinks nor ring hold into a buffer, in the order of positions."""
         if not self._pool.ring:
             self._fit(self._length)
         self._arrive()
+        if indices is None and self.number is not None:
+            raise RuntimeError("all rows of the host tier are of no fixed number: they cannot be fetched in a graph")
         if indices is None:
             rows = self._scratch.rows(self._pool.rows, self._length)
             self._read(0, self._length, rows, _BOTH)
@@ -181,7 +203,7 @@ class HostStore(Store):
 
     def _fit(self, context: int) -> None:
         """Make the pool hold what this context wants on the device."""
-        split, pool = self._split(context), self._pool
+        split, pool = self._split(max(context, self._reserved)), self._pool
         sinks, window = (0, 0) if split is None else (min(split.sink, self._length), split.window)
         if pool.sinks >= sinks and pool.ring >= window + self._margin:
             return

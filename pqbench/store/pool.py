@@ -56,17 +56,6 @@ class Pool:
         shape = (self._batch, self._heads, -1, -1)
         return self.table[:, 0].expand(shape), self.table[:, 1].expand(shape)
 
-    def write(self, position: int, keys: Tensor, values: Tensor) -> None:
-        """Put the newest token, key and value ``[B, H, D]``, into the ring, over the token ``ring`` positions older."""
-        slot, oldest = self.sinks + position % self.ring, position - self.ring
-        row = self.rows[:, :, slot]
-        row[:, :, 0], row[:, :, 1] = keys, values
-        if oldest >= self.sinks:
-            self.local[oldest] = -1
-        self._cover(position + 1)
-        self.local[position] = slot
-        self.low = max(self.low, oldest + 1)
-
     def ring_pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
         """Tokens ``start`` to ``stop``, held by the ring, as at most two ``(start, stop, rows [B, H, n, 2, D])``."""
         while start < stop:
@@ -85,7 +74,7 @@ class Pool:
         self.rows[:, :, : self.sinks] = head
         self.rows[:, :, self.sinks + tokens % ring] = tail
         self.rows[:, :, self.blocks : self.blocks + blocks.shape[2]] = blocks
-        self._cover(length)
+        self.cover(length)
         self.local.fill_(-1)
         self.local[tokens] = self.sinks + tokens % ring
         self.local[: self.sinks] = torch.arange(self.sinks, device=self._device)
@@ -106,8 +95,8 @@ class Pool:
         table = torch.empty(shape, dtype=self._dtype, device=self._device)
         return poison(table) if self._poisoned else table
 
-    def _cover(self, length: int) -> None:
-        """Make room for ``length`` positions."""
+    def cover(self, length: int) -> None:
+        """Have :attr:`local` speak of ``length`` positions."""
         held = len(self.local)
         if length > held:
             grown = self.local.new_full((length + max(256, length // 2),), -1)

@@ -65,19 +65,22 @@ class Tier(ABC):
 class DevicePrompt(Prompt):
     """Rows stay where the prefill left them; stores share them without a copy."""
 
-    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer) -> None:
-        self._keys, self._values = keys, values
+    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, body: str = "auto") -> None:
+        self._keys, self._values, self._body = keys, values, body
         self._lease: list[DeviceStore] = []
 
     def store(self, split: Callable[[int], Split | None] | None) -> DeviceStore:
-        return DeviceStore(self._keys.fork(), self._values.fork(), self._lease)
+        return DeviceStore(self._keys.fork(), self._values.fork(), self._lease, self._body)
 
 
 class DevicePlacement(Placement):
     """Nothing moves."""
 
+    def __init__(self, body: str = "auto") -> None:
+        self._body = body
+
     def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> DevicePrompt:
-        return DevicePrompt(keys, values)
+        return DevicePrompt(keys, values, self._body)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class DeviceTier(Tier):
     """All KV on the accelerator."""
 
     def open(self, device: torch.device, body: str = "auto") -> DevicePlacement:
-        return DevicePlacement()
+        return DevicePlacement(body)
 
 
 class OffloadedPrompt(Prompt):

@@ -104,7 +104,7 @@ def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
 
 def prose_tokens(prompter: Prompter, count: int, seed: int) -> list[int]:
     """Exactly ``count`` token ids of prose, the tokenizer's leading special token included."""
-    ids, _ = prompter.template(chat=False)
+    ids = list(prompter.frame(chat=False).lead)
     speeches = prose(seed)
     while len(ids) < count:
         ids = ids + prompter.encode(" ".join(next(speeches).split()) + "\n\n")

@@ -104,7 +104,7 @@ def test_the_question_can_go_first_where_that_makes_sense(task: str, tmp_path: P
     if moved:
         assert text_of(sample).endswith(row["context"] + "<|end|>\n<|assistant|>\n")
         assert text_of(plain).rpartition(row["context"])[2].partition("<|end|>")[0].strip() in text_of(sample)
-        assert sample.question_tokens == len(prompter().template()[1])
+        assert sample.question_tokens == len(prompter().encode(prompter().frame().after))
     else:
         assert sample.input_ids == plain.input_ids
 
@@ -246,7 +246,7 @@ def test_long_prompts_are_cut_in_the_middle(chat: bool, limit: int, tmp_path: Pa
     bench = official(tmp_path, "longbook_qa_eng", chat=chat, max_length=limit)
     (sample,) = bench.samples(prompter())
     (whole,) = official(tmp_path, "longbook_qa_eng", chat=chat).samples(prompter())
-    room = limit - 40 - sum(map(len, prompter().template(chat=chat)))
+    room = limit - 40 - len(prompter().framed(prompter().frame(chat=chat), ""))
     assert limit - 20 <= len(sample.input_ids) + 40 <= limit
     assert sample.metadata["truncated"]
     assert sample.metadata["full_tokens"] == len(whole.input_ids)

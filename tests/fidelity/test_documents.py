@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pqbench.benchmarks.base import Prompter
+from pqbench.benchmarks.base import Frame, Prompter
 from pqbench.benchmarks.prose import speeches
 from pqbench.errors import DataError
 from pqbench.fidelity.documents import file_documents, speech_documents
@@ -20,7 +20,7 @@ def prompter(loaded: LoadedModel) -> Prompter:
 
 def test_speeches_are_read_from_their_beginning(prompter: Prompter) -> None:
     documents = speech_documents(prompter, 3, 500, seed=0)
-    lead = prompter.template(chat=False)[0]
+    lead = list(prompter.frame(chat=False).lead)
     for document in documents:
         corpus, number = document.name.split("-")
         text = " ".join(speeches()[int(number)].split())
@@ -45,7 +45,7 @@ def test_too_short_speeches_are_passed_over(prompter: Prompter, monkeypatch: pyt
 
 def test_a_file_is_cut_into_pieces_that_follow_each_other(prompter: Prompter, book: Path) -> None:
     pieces = file_documents(prompter, book, 3, 1000)
-    lead = prompter.template(chat=False)[0]
+    lead = list(prompter.frame(chat=False).lead)
     own = 1000 - len(lead)
     whole = prompter.encode(book.read_text(encoding="utf-8"))
     for i, piece in enumerate(pieces):
@@ -74,8 +74,8 @@ class Words(Prompter):
     def encode(self, text: str) -> list[int]:
         return [int(line.split()[1]) for line in text.splitlines() if len(line.split()) > 5]
 
-    def template(self, *, chat: bool = True) -> tuple[list[int], list[int]]:
-        return [7], []
+    def frame(self, *, chat: bool = True) -> Frame:
+        return Frame(lead=(7,))
 
 
 def test_long_tokens_do_not_make_a_file_too_short(loaded: LoadedModel, book: Path) -> None:

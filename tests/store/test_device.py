@@ -112,3 +112,24 @@ def test_an_evicting_store_owns_its_memory() -> None:
     assert sorted(evicting.positions[0, 0].tolist()) == [1, 4]
     assert torch.equal(other.keys(), rows(0, 5))
     assert torch.equal(keys.view(), rows(0, 4))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_are_written_where_the_device_says(known: bool) -> None:
+    store = store_of(rows(0, 3), -rows(0, 3))
+    store.reserve(300)
+    place = store.keys().data_ptr()
+    number = torch.zeros(1, dtype=torch.int32)
+    store.number = None if known else number
+    for at in range(3, 300):
+        store.prepare(1)
+        number.fill_(at)
+        store.write(rows(at, 1), -rows(at, 1))
+        store.written(1)
+    assert (store.length, store.seen) == (300, 300)
+    assert torch.equal(store.keys(), rows(0, 300))
+    assert torch.equal(store.values(), -rows(0, 300))
+    assert store.keys().data_ptr() == place  # there was room from the start
+    keys, _, _ = store.fetch(None)
+    assert keys.data_ptr() == place
+    assert keys.shape[2] == 300

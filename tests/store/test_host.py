@@ -311,6 +311,31 @@ def test_several_tokens_at_once_and_no_budget() -> None:
         store.settle()
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_rows_are_written_where_the_device_says(cache: str) -> None:
+    keys, values = tokens(PROMPT + STEPS)
+    number = torch.zeros(1, dtype=torch.int32)
+    with LocalLink(debug=True) as link:
+        store = open_store(keys, values, link, cache)
+        store.number = number
+        store.reserve(PROMPT + STEPS)
+        for step, indices in enumerate(selections()):
+            at = PROMPT + step
+            store.prepare(1)
+            number.fill_(at)
+            store.write(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+            store.written(1)
+            if indices is not None:
+                assert torch.equal(fetched(store, indices)[1], gather_rows(values, indices))
+            assert (
+                store._pool.ring == BUDGET.resolve(PROMPT + STEPS, PROMPT).window + 12
+            )  # for the largest window, from the start
+        with pytest.raises(RuntimeError, match="no fixed number"):
+            store.fetch(None)
+        store.settle()
+        assert torch.equal(store.stored_keys(), keys)
+
+
 def test_an_index_crosses_the_link_on_request() -> None:
     keys, values = tokens(PROMPT)
     codes = torch.randint(0, 255, (BATCH, HEADS, 50, 4), dtype=torch.uint8)

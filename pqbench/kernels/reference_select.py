@@ -1,0 +1,50 @@
+"""What a selection in one call consists of besides scores and their largest: its checks, and its row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels.backend import Number
+
+
+def check_room(
+    codes: Tensor, sink: Number, top_k: Number, length: Number, middle: Number, room: int,
+    only: Tensor | None, out: Tensor | None,
+) -> None:  # fmt: skip
+    """Refuse a selection that cannot be. Numbers that live on a device are not read: who passes them vouches for them.
+
+    Raises:
+        ValueError: ``room`` is too small, ``codes`` are too few, the middle is not inside the context, ``only`` comes
+            without ``out``, or ``out`` has another shape or type than ``[B, H, room]`` int64.
+    """
+    if only is not None and out is None:
+        raise ValueError("only= keeps what out= holds for the other heads: pass out as well")
+    if out is not None and (out.shape != (*codes.shape[:2], room) or out.dtype != torch.int64):
+        raise ValueError(f"out must be int64 {(*codes.shape[:2], room)}, got {out.dtype} {tuple(out.shape)}")
+    if any(isinstance(number, Tensor) for number in (sink, top_k, length, middle)):
+        return
+    if not 0 <= middle <= codes.shape[2] or sink < 0 or top_k < 0 or sink + middle > length:
+        raise ValueError(
+            f"a middle of {middle} tokens after {sink} sinks does not fit {length} tokens and {codes.shape[2]} codes"
+        )
+    if length - middle + min(top_k, middle) > room:
+        raise ValueError(f"room for {room} tokens does not hold the {length - middle + min(top_k, middle)} selected")
+
+
+def lay_out(
+    top: Tensor, sink: int, length: int, middle: int, room: int, only: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """A row ``[B, H, room]``: sinks, then ``top`` ``[B, H, k]`` of the middle moved behind them, then the window. See
+    :func:`pqbench.kernels.reference.pq_select` for ``only`` and ``out``."""
+    batch, heads, count = top.shape
+    indices = top.new_empty(batch, heads, room) if out is None else out
+    window = length - sink - middle
+    chosen = indices[:, :, sink : sink + count]
+    if only is None:
+        torch.add(top, sink, out=chosen)
+    else:
+        chosen.copy_(torch.where(only.bool()[:, :, None], top + sink, chosen))
+    indices[:, :, :sink] = torch.arange(sink, device=top.device)
+    indices[:, :, sink + count : sink + count + window] = torch.arange(sink + middle, length, device=top.device)
+    return indices
