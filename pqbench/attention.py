@@ -29,10 +29,11 @@ _IGNORED = frozenset({"position_ids", "cache_position", "s_aux"})
 
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-    scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+    scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Registered under :data:`NAME`, with the parameter names of transformers. The layer whose cache entry the model
     updated last answers the call; the scaling is always the call's. Sliding layers, which are not ours, get plain SDPA.
+    All are causal, whatever their modules say: some leave that to a mask that is left out where it says nothing more.
 
     Where keys and values differ in width (latent attention), both are padded with zeros to the larger width, which
     changes no product and no sum, and the output is cut to the width of the values.
@@ -43,11 +44,13 @@ def attention_forward(
     cache, sinks = _RUNNING.get(), kwargs.get("s_aux")
     check_call(kwargs)
     if cache is None:
-        return dense_attention(module, query, key, value, attention_mask, scaling, sinks, is_causal), None
+        raise ModelError("it calls attention outside of a forward pass of pqbench")
     layer = cache.answering()
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if not hasattr(layer, "attention"):
-        return dense_attention(module, query, key, value, attention_mask, factor, sinks, is_causal), None
+        return dense_attention(module, query, key, value, attention_mask, factor, sinks), None
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ModelError("its attention brings a bias on the scores of its own (a mask of numbers, as ALiBi is)")
     layer.sinks = sinks
     width, value_width = max(key.shape[-1], value.shape[-1]), value.shape[-1]
     query, key, value = (_widened(rows, width) for rows in (query, key, value))
@@ -71,7 +74,7 @@ def _widened(rows: Tensor, width: int) -> Tensor:
 
 def dense_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
-    sinks: Tensor | None = None, is_causal: bool | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Exact attention of a block, ``[B, n, Hq, D]``: q ``[B, Hq, n, D]`` are the last n of the tokens of k and v
     ``[B, H, S, D]``. ``sinks`` ``[Hq]`` are logits that take part in each head's softmax and bring no value.
@@ -84,7 +87,7 @@ def dense_attention(
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = _with_sink_key(q, k, v, scaling, sinks, dummy_query=square)
         mask = None if mask is None else functional.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
-    output: Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=is_causal)[0]
+    output: Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)[0]
     return output[:, 1:] if square else output
 
 
@@ -158,7 +161,8 @@ def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
     """The attention implementation of a configuration and, by name, those of the configurations inside it."""
     inside = {name: getattr(config, name, None) for name in config.sub_configs}
     own: dict[str, Any] = {"": config._attn_implementation}
-    return own | {name: _implementations(part) for name, part in inside.items() if isinstance(part, PreTrainedConfig)}
+    chosen = {name: part for name, part in inside.items() if getattr(part, "_attn_implementation", None) is not None}
+    return own | {name: _implementations(part) for name, part in chosen.items()}
 
 
 def _fixed(model: PreTrainedModel) -> str:

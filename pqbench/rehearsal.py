@@ -1,9 +1,9 @@
 """What a model's attention is like, found out on a few tokens before any prompt runs, and whether we compute the same.
 
-Two short sequences, one of them padded, go through transformers' own ``generate`` and through our layers with full
-attention: in chunks, then one decoded token. What our layers are called with is the model's :class:`Profile`; logits
-that differ, or calls that our layers would not answer rightly, refuse the model in one line that starts with its type.
-The cost is five forward passes of at most twelve tokens, once for every loaded model.
+A short sequence, and then two of which one is padded, go through transformers' own ``generate`` and through our layers
+with full attention: in one block and in chunks, then one decoded token. What our layers are called with is the model's
+:class:`Profile`; logits that differ, or calls that our layers would not answer rightly, refuse the model in one line
+that starts with its type. The cost is nine forward passes of at most twelve tokens, once for every loaded model.
 """
 
 from __future__ import annotations
@@ -97,8 +97,17 @@ def rehearse(model: PreTrainedModel) -> Profile:
         raise ModelError(f"all its {len(types)} layers have sliding windows, so that no method has a layer to serve; "
                          "with sliding_window null in the model's config.json they attend to everything")  # fmt: skip
     ids, mask = _batch(model, config)
+    shapes = _compared(model, config, types, ids[:1], mask[:1], _COLUMNS)
+    _compared(model, config, types, ids, mask, _CHUNK)
+    return Profile(shapes)
+
+
+def _compared(
+    model: PreTrainedModel, config: PreTrainedConfig, types: list[str], ids: Tensor, mask: Tensor, chunk: int
+) -> dict[int, Shape]:  # fmt: skip
+    """What our layers were called with for this batch. Raises ModelError when logits differ from transformers'."""
     expected, token = _by_transformers(model, ids, mask)
-    ours, shapes = _by_layers(model, config, types, ids, mask, token)
+    ours, shapes = _by_layers(model, config, types, ids, mask, token, chunk)
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
     for step, (mine, theirs) in enumerate(zip(ours, expected, strict=True)):
         difference = float((mine - theirs).norm() / theirs.norm())
@@ -106,7 +115,7 @@ def rehearse(model: PreTrainedModel) -> Profile:
             where = "a prompt" if step == 0 else "a decoded token"
             raise ModelError(f"the logits after {where} differ from those of transformers by {difference:.1%}, so it "
                              "uses keys or positions in a way that pqbench does not know")  # fmt: skip
-    return Profile(shapes)
+    return shapes
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -142,7 +151,8 @@ def _by_transformers(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple
 
 @torch.inference_mode()
 def _by_layers(
-    model: PreTrainedModel, config: PreTrainedConfig, types: list[str], ids: Tensor, mask: Tensor, token: Tensor
+    model: PreTrainedModel, config: PreTrainedConfig, types: list[str], ids: Tensor, mask: Tensor, token: Tensor,
+    chunk: int,
 ) -> tuple[list[Tensor], dict[int, Shape]]:  # fmt: skip
     """The same logits through our layers, and what these were called with."""
     rows, placement = group_rows(mask.bool()), DeviceTier().open(model.device)
@@ -151,12 +161,13 @@ def _by_layers(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with attached(model):
         cache = _cache({**sliding, **prompt})
-        for start in range(0, _COLUMNS, _CHUNK):
-            block = slice(start, start + _CHUNK)
-            logits = forward(model, ids[:, block], cache, mask[:, : start + _CHUNK], positions[:, block])
+        padded = None if bool(mask.all()) else mask
+        for start in range(0, _COLUMNS, chunk):
+            block, seen = slice(start, start + chunk), None if padded is None else padded[:, : start + chunk]
+            logits = forward(model, ids[:, block], cache, seen, positions[:, block])
         answers, shapes = [logits.float()], {i: layer.shape for i, layer in prompt.items() if layer.shape is not None}
         cache = _cache({**sliding, **{i: _decoding(layer, i, shapes[i], rows) for i, layer in prompt.items()}})
-        longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+        longer = None if padded is None else torch.nn.functional.pad(padded, (0, 1), value=1)
         answers.append(forward(model, token[:, None], cache, longer, mask.sum(-1, keepdim=True)).float())
     return answers, shapes
 

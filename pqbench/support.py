@@ -181,7 +181,7 @@ def outcome(kind: str) -> Outcome:
                 return Outcome(kind, "wrong", f"{name}: {', '.join(wrong)}")
     except Exception as error:  # noqa: BLE001 - what this table is made to find
         return Outcome(kind, "error", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    notes = [(names, text.removeprefix(f"{kind} is not supported: ")) for text, names in refusals.items()]
+    notes = [(names, text.partition(" is not supported: ")[2] or text) for text, names in refusals.items()]
     if any(METHODS[0] in names for names, _ in notes):
         return Outcome(kind, "refused", notes[0][1])
     return Outcome(kind, "exact", "; ".join(f"not {', '.join(names)}: {text}" for names, text in notes))
