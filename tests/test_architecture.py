@@ -14,7 +14,7 @@ METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
     "timing", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models", "benchmarks",
-    "environment", "batch", "terminal", "timings",
+    "environment", "batch", "terminal", "timings", "rehearsal",
 }  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
@@ -87,12 +87,19 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("errors", set()),
         ("budget", {"errors"}),
         ("method", {"budget", "errors", "kernels"}),
-        ("models", {"errors"}),
+        ("lengths", {"errors"}),
+        ("weights", set()),
+        ("models", {"errors", "lengths", "weights"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
+        ("rehearsal", CORE | {"attention", "batch", "cache", "group", "store"}),
+        ("rotary", CORE | {"attention", "cache", "kernels", "lengths"}),
         ("group", CORE | {"kernels", "store"}),
         ("cache", CORE | {"kernels", "store", "attention", "group"}),
-        ("batch", CORE | {"group"}),
-        ("prompt", CORE | {"attention", "cache", "batch", "group", "kernels", "store"}),
+        ("batch", CORE | {"group", "lengths"}),
+        (
+            "prompt",
+            CORE | {"attention", "cache", "batch", "group", "kernels", "lengths", "rehearsal", "rotary", "store"},
+        ),
         ("generation", CORE | {"attention", "cache", "batch", "group", "prompt"}),
         ("custom_generate", CORE | {"generation", "prompt"}),
         ("probe", CORE | {"attention", "cache", "batch", "group", "prompt", "kernels", "store"}),
