@@ -138,7 +138,7 @@ class InfLLMState(LayerState):
         self.scores = GrowingBuffer(sums)
 
     def finish_prefill(self, kv: KV) -> None:
-        self.vectors = GrowingBuffer.like(kv.keys(), 0)
+        self.vectors = GrowingBuffer.like(kv.keys(0, 0), 0)  # none of them: on the host all would have to come over
         self._cover(kv)
 
     def append(self, kv: KV) -> None:
@@ -167,7 +167,7 @@ class InfLLMState(LayerState):
         """Best blocks first, ``[B, H, n]``: enough of them to fill top_k even if the partial block is among them."""
         if self.vectors is None:
             raise RuntimeError("select() before finish_prefill()")
-        turn = torch.tensor(split.window - kv.length, device=q.device)
+        turn = torch.full((), split.window - kv.length, device=q.device)  # a number from the host would be waited for
         local = reference.rotate(q, turn, self._frequencies)  # query at angle window - 1
         return self._best(local.float(), self.vectors.view(), split.top_k + self.method.block_size)
 
@@ -202,7 +202,7 @@ class InfLLMState(LayerState):
         ``[B, H, n, D]`` from token ``start`` on."""
         scores = self.scores.view(start, start + keys.shape[2])  # [B, H, n]
         blocks = scores.view(*scores.shape[:2], -1, size)
-        best = reference.top_k(blocks, self.method.representatives)  # [B, H, blocks, r]
+        best = self.geometry.kernels.top_k(blocks, self.method.representatives)  # [B, H, blocks, r]
         offset = size * torch.arange(blocks.shape[2], device=best.device)[:, None]
         rows = (best + offset).flatten(2)  # [B, H, blocks * r]
         chosen = reference.rotate(gather_rows(keys, rows), -(rows + start), self._frequencies)

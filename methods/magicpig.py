@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.kernels.sampling import step_seed
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
@@ -89,11 +88,11 @@ class MagicPIGState(LayerState):
         if split.top_k >= middle:
             return Selection()  # the budget holds every token: nothing to sample
         union = collides.any(2)  # [B, H, M]
-        generator = torch.Generator().manual_seed(step_seed(self.method.seed, self.geometry.layer, kv.length))
-        lots = torch.rand(self.geometry.kv_heads, middle, generator=generator).to(q.device)
+        body, seed = self.geometry.kernels, step_seed(self.method.seed, self.geometry.layer, kv.length)
+        lots = body.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # from -1/4 to 1/4
         sampled = union.sum(-1)  # [B, H]
         size = min(split.top_k, int(sampled.max()))  # heads with fewer get padding nobody sees
-        top = reference.top_k(lots + union, size)
+        top = body.top_k(lots + union, size)
         seen = collides.gather(3, top[:, :, None].expand(-1, -1, q.shape[2], -1))
         kept = (sampled.float() / max(split.top_k, 1)).clamp(min=1)  # [B, H]: tokens that a kept one stands for
         weights = kept.log()[:, :, None, None] - self._log_chance(q, kv, split.sink + top)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pqbench.kernels import reference
 from pqbench.kernels.sinks import probabilities
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
 
@@ -64,7 +63,7 @@ class OracleState(LayerState):
         received = probabilities(logits, self.geometry.sinks)
         middle = received[..., first:stop]
         if self.method.rule == "query_head":
-            chosen = _member(reference.top_k(middle, split.top_k), middle)  # [B, H, G, M]
+            chosen = _member(self.geometry.kernels.top_k(middle, split.top_k), middle)  # [B, H, G, M]
             return _ragged(chosen, split.around, first, kv.length)
         outside = received[..., :first].sum(-1) + received[..., stop:].sum(-1)  # [B, H, G]
         if self.geometry.sinks is not None:

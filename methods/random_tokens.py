@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pqbench.kernels import reference
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 
 
@@ -39,7 +38,7 @@ class RandomTokensState(LayerState):
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
         seed = (self.method.seed * 4099 + self.geometry.layer) * (1 << 24) + kv.seen  # differs in every layer and step
-        generator = torch.Generator().manual_seed(seed % (1 << 63))
-        lots = torch.rand(1, q.shape[1], stop - first, generator=generator).to(q.device)  # [1, H, middle]
-        top = first + reference.top_k(lots, split.top_k)
+        body = self.geometry.kernels
+        lots = body.noise(q.shape[1], stop - first, seed % (1 << 63), q.device)  # [H, middle]
+        top = first + body.top_k(lots.float()[None], split.top_k)
         return Selection(split.around(top.expand(q.shape[0], -1, -1), kv.length))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Residual, Selection
 
@@ -79,7 +78,7 @@ class SparQState(LayerState):
         if self.columns is None:
             raise RuntimeError("scores() before finish_prefill()")
         size = q.float().abs()
-        picked = reference.top_k(size.sum(2), self.method.rank)  # [B, H, r]
+        picked = self.geometry.kernels.top_k(size.sum(2), self.method.rank)  # [B, H, r]
         part = q.float().gather(3, picked[:, :, None].expand(-1, -1, q.shape[2], -1))  # [B, H, G, r]
         batch, heads, rank = picked.shape
         offset = self.geometry.head_dim * torch.arange(heads, device=q.device)[:, None]

@@ -45,8 +45,9 @@ class StreamingState(LayerState):
     def finish_prefill(self, kv: KV) -> Tensor:
         size = self._size(kv)
         sink = min(self.method.sink, size)
-        rows = torch.cat([torch.arange(sink), torch.arange(kv.length - (size - sink), kv.length)])
-        return rows.to(kv.keys().device).expand(self.geometry.batch, self.geometry.kv_heads, -1)
+        first = kv.length - (size - sink)
+        rows = torch.cat([torch.arange(sink, device=kv.device), torch.arange(first, kv.length, device=kv.device)])
+        return rows.expand(self.geometry.batch, self.geometry.kv_heads, -1)
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         dropped = kv.seen - kv.length

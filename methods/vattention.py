@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.sampling import draw_rest, sample_log_weights, sample_sizes, step_seed
-from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection, Split
+from pqbench.method import KV, Budget, Check, ConfigError, Geometry, LayerState, Method, Selection, Split
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,10 @@ class VAttentionState(LayerState):
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
         return self.base.attended(weights, kv)
+
+    @property
+    def checks(self) -> list[Check]:
+        return self.base.checks
 
     @property
     def facts(self) -> dict[str, float]:

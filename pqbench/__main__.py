@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
-from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, rehearsed
-from pqbench.errors import ConfigError
+from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.errors import ConfigError, DeviceError
+from pqbench.field_types import check_fields
 from pqbench.heartbeat import heartbeat
+from pqbench.identity import method_code
 from pqbench.kernels.backend import BODIES, kernels
-from pqbench.method import Method, compensated
+from pqbench.method import Budget, Method, compensated
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
@@ -50,20 +53,28 @@ KEYED = (
 )  # what a figure depends on besides the method
 
 
+MOST_THREADS = 16  # per core; more only wait for each other
+
+
 def main() -> None:
     """Entry point of ``python -m pqbench`` and of the console script. Exits 0, 1 on any failure, 130 on Ctrl-C."""
+    if "--version" in sys.argv[1:]:
+        sys.stdout.write(f"pqbench {version('pqbench')}\n")
+        sys.exit(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through; they are put into one line here
     prepare()
     failures = Failures()
 
     def task(config: DictConfig) -> None:
         prepare()  # launchers run this in processes of their own
-        if config.debug:
+        if config.debug is True:
             log.setLevel(logging.DEBUG)  # a sample that fails is a record, and its traceback a message
         try:
             lines = run_config(config)
+        except DeviceError:
+            raise  # no further cell could be measured in this process
         except Exception as error:  # a sweep goes on past any failing cell
-            if config.debug:
+            if config.debug is True:
                 raise
             log.error(explain(error))
             lines = [explain(error)]
@@ -99,7 +110,10 @@ def prepare() -> None:
 def run_config(config: DictConfig) -> list[str]:
     """One job of a composed configuration. Returns the failures, one line each."""
     check_options(config)
+    own_budgets(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    for group in ("budget", "store", "model", "benchmark", "methods"):
+        check_fields(plain[group], group)
     if config.threads:
         torch.set_num_threads(config.threads)
     methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
@@ -113,7 +127,7 @@ def run_config(config: DictConfig) -> list[str]:
 def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benchmark) -> list[str]:
     """Score methods on a benchmark. Returns the failures."""
     model = plain["model"]["name"]
-    files = {name: _record_file(plain, name, benchmark.name, model) for name in methods}
+    files = {name: _record_file(plain, methods, name, benchmark.name, model) for name in methods}
     with heartbeat(list(files.values())):
         loaded = rehearsed(model_source(plain["model"]))
         chat, options = plain["model"]["chat"], plain["model"].get("chat_options") or {}
@@ -128,7 +142,7 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
 def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurement) -> list[str]:
     """Time methods. Returns the failures."""
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
-    files = {name: _record_file(plain, name, benchmark.name, subject) for name in names}
+    files = {name: _record_file(plain, methods, name, benchmark.name, subject) for name in names}
     with heartbeat(list(files.values())):
         loaded = rehearsed(model_source(plain["model"])) if benchmark.needs_model else None
         job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
@@ -159,11 +173,21 @@ def check_options(config: DictConfig) -> None:
         raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
+    for option in ("overlap", "retry_failed", "debug"):
+        if type(config[option]) is not bool:
+            raise ConfigError(f"{option} is {config[option]!r}: use true or false")
+    if not isinstance(config.results, str) or not config.results.strip():
+        raise ConfigError("results is empty: name the folder that records go to, e.g. results=results")
     for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
         value, optional = config[option], option != "probe_tokens"
         if not (value is None and optional) and not (type(value) is int and value >= least):
             choices = f"a whole number from {least} up" + (", or null" if optional else "")
             raise ConfigError(f"{option} is {value!r}: use {choices}")
+    most = MOST_THREADS * (os.cpu_count() or 1)
+    if (config.threads or 0) > most:
+        raise ConfigError(
+            f"threads is {config.threads}, but this machine has {os.cpu_count()} cores: use {most} at most"
+        )
 
 
 def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -173,6 +197,8 @@ def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:
         value = getattr(method, name)
         if isinstance(value, Method):  # one method around another
             found[name] = whole(given.get(name, {}), value)
+        elif isinstance(value, Budget) and isinstance(given.get(name), Mapping):
+            found[name] = {option: getattr(value, option, was) for option, was in given[name].items()}
         elif name not in given and type(value) in (bool, int, float, str, type(None)):
             found[name] = value
     return found
@@ -188,10 +214,12 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, reach)
 
 
-def _record_file(plain: dict[str, Any], name: str, benchmark: str, subject: str) -> RecordFile:
-    """Where a method's records go; the key covers all that can change a figure."""
+def _record_file(
+    plain: dict[str, Any], methods: Mapping[str, Method], name: str, benchmark: str, subject: str
+) -> RecordFile:  # fmt: skip
+    """Where a method's records go; the key covers all that can change a figure, the method's own code included."""
     settings = {part: plain[part] for part in KEYED}
-    settings["method"] = plain["methods"].get(name)
+    settings |= {"method": plain["methods"].get(name), "code": method_code(methods[name]) if name in methods else None}
     if plain["weights"] is not None:
         settings["weights"] = plain["weights"]
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere

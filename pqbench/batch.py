@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pqbench.errors import ConfigError
 from pqbench.group import Rows
-from pqbench.lengths import check_switch, longest_context
+from pqbench.lengths import check_switch, length_dependent, longest_context
+from pqbench.method import Check
 
 
 def check_prompt(
@@ -50,6 +53,8 @@ def check_length(model: PreTrainedModel, tokens: int, max_length: int | None = N
 def check_blocks(model: PreTrainedModel, mask: Tensor, chunk: int) -> None:
     """Raises ConfigError when a prompt of this mask, prefilled ``chunk`` columns at a time, would cross a length at
     which the model's rotary frequencies change."""
+    if length_dependent(model.config) is None:  # else the host would wait for a GPU
+        return
     longest = int(mask.sum(-1).max())
     padding = mask.shape[1] - longest  # of the longest sequence
     check_switch(model.config, min(longest, max(0, chunk - padding)), longest)
@@ -59,6 +64,16 @@ def check_logits(logits: Tensor) -> None:
     """Raises ConfigError when the model or a method's attention computed NaN: its tokens would look like an answer."""
     if bool(logits.isnan().any()):
         raise ConfigError("the model's logits are NaN: weights or keys are not finite, try model.dtype=float32")
+
+
+def check_indices(checks: Sequence[Check]) -> None:
+    """Raises ConfigError with the message of the first check that does not hold; waits for the device once."""
+    if not checks:
+        return
+    first = checks[0].holds.device
+    for check, holds in zip(checks, torch.stack([c.holds.to(first) for c in checks]).tolist(), strict=True):
+        if not holds:
+            raise ConfigError(check.message)
 
 
 def group_rows(mask: Tensor) -> list[Rows]:

@@ -44,7 +44,8 @@ class Budget:
         window: most recent tokens, the current one included, always attended; None gives them ``window_share`` of what
             the sinks leave.
         tokens: the budget as a number of tokens, or
-        ratio: the budget as a share of the context, in (0, 1]. Exactly one of the two is set.
+        ratio: the budget as a share of the context, in (0, 1]. Exactly one of the two counts: with ``tokens`` the
+            default ratio becomes None.
         window_share: see ``window``.
         minimum: floor of a ratio budget, so that short contexts are attended whole.
         grow: recompute a ratio as the context grows while decoding; otherwise it stays at the prompt's value.
@@ -62,6 +63,8 @@ class Budget:
     grow: bool = True
 
     def __post_init__(self) -> None:
+        if self.tokens is not None and self.ratio == type(self).ratio:
+            object.__setattr__(self, "ratio", None)  # nobody asked for the default
         if (self.tokens is None) == (self.ratio is None):
             raise BudgetError("set exactly one of budget.tokens and budget.ratio (the other to null)")
         if self.ratio is not None and not 0 < self.ratio <= 1:

@@ -210,12 +210,14 @@ class PrefillLayer(OurLayer):
         )
         for rows in self.rows:
             self._prompts[rows.padding] = self.placement.prompt(
-                keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding)
+                keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding), self.reserve
             )
         self._buffers = None
         done, self.on_end = self.on_end, None  # it holds what holds this layer: once called, let go
         if done is not None:
             done()
+        for prompt in self._prompts.values():
+            prompt.let_go()
 
 
 class DecodeLayer(OurLayer):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from pqbench.cache import layer_types
+from pqbench.clock import Spans, clock_of, streams_of
 from pqbench.environment import environment
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import Kernels, kernels
@@ -44,11 +44,13 @@ class HardwareCalibration:
         layer: a, b, c of the seconds of one layer's dense prefill, a + b s + c s^2.
         share: how much of that time clustering may take: all of it beside an accelerator; :data:`SHARED` where the
             model runs on the CPU, which leaves no core idle.
+        body, device: what clusters, and where: the model's device holds the keys when an index is made of them.
     """
 
     layer: tuple[float, float, float]
     share: float
     body: Kernels
+    device: torch.device
     folder: Path
     key: str
     _fits: dict[tuple[int, int, int], tuple[float, float]] = field(default_factory=dict)
@@ -62,8 +64,8 @@ class HardwareCalibration:
         """a, b of the clustering time in seconds, a + b * points * iterations; measured at first use."""
         shape = problems, width, clusters
         if shape not in self._fits:
-            name = f"{self.key}-kmeans-{problems}x{width}x{clusters}"
-            a, b = stored(self.folder, name, lambda: fit_clustering(self.body, *shape))
+            name = f"{self.key}-kmeans-{self.body.__name__.rpartition('.')[2]}-{problems}x{width}x{clusters}"
+            a, b = stored(self.folder, name, lambda: fit_clustering(self.body, *shape, self.device))
             self._fits[shape] = a, b
         return self._fits[shape]
 
@@ -78,7 +80,7 @@ def calibrate(model: PreTrainedModel, body: str = "auto", folder: Path | None = 
     key = run_key({"environment": facts, "model": shape, "dtype": str(model.dtype), "device": model.device.type})
     a, b, c = stored(folder, f"{key}-layer", lambda: fit_layer(model))
     share = SHARED if model.device.type == "cpu" else 1.0
-    return HardwareCalibration((a, b, c), share, kernels(torch.device("cpu"), body), folder, key)
+    return HardwareCalibration((a, b, c), share, kernels(model.device, body), model.device, folder, key)
 
 
 def stored(folder: Path, name: str, measure: Callable[[], Sequence[float]]) -> list[float]:
@@ -117,12 +119,12 @@ def fit_layer(model: PreTrainedModel) -> list[float]:
     return fit([[1.0, s, s * s] for s in map(float, lengths)], seconds)
 
 
-def fit_clustering(body: Kernels, problems: int, width: int, clusters: int) -> list[float]:
-    """Coefficients of the seconds of K-Means on this machine, from random points."""
+def fit_clustering(body: Kernels, problems: int, width: int, clusters: int, device: torch.device) -> list[float]:
+    """Coefficients of the seconds of K-Means by this body on this device, from random points."""
     rows, seconds = [], []
     generator = torch.Generator().manual_seed(0)
     for points in (max(count, 2 * clusters) for count in POINTS):
-        keys = torch.randn(1, problems, points, width, generator=generator)
+        keys = torch.randn(1, problems, points, width, generator=generator).to(device)
         for iterations in ITERATIONS:
             seconds.append(_seconds(partial(body.train_codebook, keys, 1, clusters, iterations, 0), keys.device))
             rows.append([1.0, float(points * iterations)])
@@ -138,12 +140,10 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Median of three runs after one to warm up."""
+    clock = clock_of(device, streams_of(device))
     run()
-    times = []
+    spans = Spans(clock, listed=True)
     for _ in range(3):
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return median(times)
+        with spans:
+            run()
+    return median(spans.each)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pqbench.errors import ConfigError, PqbenchError
@@ -20,7 +21,8 @@ from pqbench.rehearsal import profile
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
 _FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
 _PROMPTS = ("chat", "chat_options")  # of the group model: what prompts are made with
-_OPEN = ("model.chat_options.",)  # names below these are the user's own
+_OPEN = ("model.chat_options.", "budgets.")  # names below these are the user's own
+_OWN_BUDGET = re.compile(r"^methods\.(\w+)\.budget\.(?=\w+=)")
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
@@ -32,8 +34,33 @@ def conf_folder() -> Path:
 
 
 def opened(arguments: Sequence[str]) -> list[str]:
-    """Command line arguments in the form in which Hydra takes names that no yaml has: ``++`` before them."""
-    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in arguments]
+    """Command line arguments in the form in which Hydra takes names that no yaml has, ``++`` before them. Fields of the
+    budget of one method, which Hydra cannot set inside an interpolation, are collected in ``budgets``."""
+    own = [_OWN_BUDGET.sub(r"budgets.\1.", argument) for argument in arguments]
+    return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in own]
+
+
+def own_budgets(config: DictConfig) -> None:
+    """Give every method whose budget has fields of its own the common budget with these fields, in place.
+
+    Raises:
+        ConfigError: fields for a method that is not there, or that has no budget.
+    """
+    fields = dict(config.get("budgets") or {})
+    with open_dict(config):
+        for name, node in config.methods.items():
+            written = OmegaConf.to_container(node, resolve=False).get("budget")
+            own = dict(written) if isinstance(written, dict) and "_target_" not in written else {}
+            own |= fields.pop(name, {})
+            if not own:
+                continue
+            if written is None:
+                raise ConfigError(f"methods.{name} has no budget of its own to set: see its fields with --cfg job")
+            if ("tokens" in own) != ("ratio" in own):  # one of the two counts
+                own["ratio" if "tokens" in own else "tokens"] = None
+            node.budget = OmegaConf.merge(config.budget, own)
+    if fields:
+        raise ConfigError(f"budgets.{next(iter(fields))}: no method of that name runs here")
 
 
 def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
@@ -88,6 +115,14 @@ def check_yamls(folder: Path, methods: Mapping[str, Any]) -> None:
                               f"methods.{name}._target_")  # fmt: skip
 
 
+def meant(name: str, known: Iterable[Any]) -> str:
+    """``, did you mean ...?`` where one of the known names is much like this one."""
+    close = get_close_matches(
+        name, [str(one) for one in (*known, "method", "budget", "model", "store", "benchmark")], 1
+    )
+    return f", did you mean {close[0]}?" if close else ""
+
+
 def explain(error: BaseException) -> str:
     """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -95,7 +130,7 @@ def explain(error: BaseException) -> str:
         if group == "hydra/launcher":
             return f"there is no launcher {name!r} here: `make setup-sweep` installs those of docs/sweeps.md"
         known = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        return f"there is no {group or 'config'} {name!r}: use one of {', '.join(known)}"
+        return f"there is no {group or 'config'} {name!r}{meant(name, known)}: use one of {', '.join(known)}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, PqbenchError):
@@ -104,7 +139,8 @@ def explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     absent, foreign = _ABSENT.match(text), _FOREIGN.search(text)
     if absent:
-        return f"there is no option {absent[1]} here: the same command with `--cfg job` shows those there are"
+        hint = meant(absent[1], OmegaConf.load(conf_folder() / "config.yaml"))
+        return f"there is no option {absent[1]} here{hint}: the same command with `--cfg job` shows those there are"
     if foreign:
         return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists those it has"
     return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

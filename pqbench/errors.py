@@ -23,5 +23,9 @@ class ModelError(PqbenchError):
     """A model cannot be loaded or its attention cannot be served exactly."""
 
 
+class DeviceError(PqbenchError):
+    """The accelerator reported an error after which it answers nothing more in this process."""
+
+
 class LivenessError(PqbenchError):
     """A method never skipped a token although its budget said it must: its figures would be those of full attention."""

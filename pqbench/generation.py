@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median_high
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from pqbench.attention import attached
-from pqbench.batch import check_length, check_logits
+from pqbench.batch import check_indices, check_length, check_logits
 from pqbench.cache import LayeredCache
+from pqbench.clock import Spans
 from pqbench.errors import ConfigError
 from pqbench.group import Group, Meter
 from pqbench.method import Method
-from pqbench.prompt import Prefilled, Setting, forward, now, prefill
+from pqbench.prompt import Prefilled, Setting, forward, prefill
 
 __all__ = ["Generation", "decode", "end_tokens", "generate", "pad_token", "prefill"]
 
@@ -30,6 +32,8 @@ class Generation:
         steps_s: seconds of every decode step; the first includes waiting for an index built in the background.
         observe_s, build_s: seconds of the method's own work during and after prefill.
         pending_s: seconds between first token and first step: the index, unless it was built in the background.
+        phased: which of the steps had their phases timed although that costs time itself, see
+            :class:`pqbench.clock.EventClock`; none where it costs nothing.
     """
 
     tokens: Tensor
@@ -39,6 +43,14 @@ class Generation:
     build_s: float
     pending_s: float
     cache: LayeredCache
+    phased: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def usual_steps_s(self) -> list[float]:
+        """Seconds of the steps that are like any other: not the first, and not those that were slowed by timing their
+        phases, as long as there are others."""
+        later = list(enumerate(self.steps_s))[1:] or list(enumerate(self.steps_s))
+        return [seconds for i, seconds in later if i not in self.phased] or [seconds for _, seconds in later]
 
     @property
     def index_s(self) -> float:
@@ -52,9 +64,8 @@ class Generation:
 
     @property
     def tpot_s(self) -> float:
-        """Median seconds per decode step after the first."""
-        later = sorted(self.steps_s[1:] or self.steps_s)
-        return later[len(later) // 2] if later else float("nan")
+        """Median seconds of the usual decode steps."""
+        return median_high(self.usual_steps_s) if self.steps_s else float("nan")
 
     def settle(self) -> None:
         """Wait for every transfer that decoding left under way."""
@@ -63,7 +74,7 @@ class Generation:
 
     def groups(self) -> list[Group]:
         """The groups of every layer, with their stores, states and meters."""
-        return [group for layer in self.cache.selective.values() for group in layer.groups]
+        return groups_of(self.cache)
 
     def meters(self) -> list[Meter]:
         """The meters of every layer and group."""
@@ -96,48 +107,115 @@ def decode(
     prefilled.check_reach(len(question) + max_new_tokens - 1)
     config = model.generation_config if config is None else config
     more = torch.tensor(extra_ends, dtype=torch.long, device=model.device)
-    ends = torch.cat([end_tokens(config, model.device), more])
-    pending = 0.0 if prefilled.workers is not None else prefilled.build(method)
-    began = now(model)
-    cache, mask, position = prefilled.fork(method, spend=spend), prefilled.mask, prefilled.lengths[:, None]
-    if spend:  # compaction by an evicting method; without spending it would be the time of copies
-        pending += now(model) - began
-    filler = pad_token(config)
-    done = torch.zeros_like(prefilled.lengths, dtype=torch.bool)
+    end = End(torch.cat([end_tokens(config, model.device), more]), min_new_tokens, pad_token(config), finished)
+    if prefilled.beside is None:
+        prefilled.finish(method)
+    spending = Spans(prefilled.clock)
+    with spending:
+        cache = prefilled.fork(method, spend=spend)
+    steps = Steps(prefilled, cache, len(question))
     tokens: list[Tensor] = []
-    steps, asked, logits = [], 0.0, prefilled.logits
+    logits, done = prefilled.logits, torch.zeros_like(prefilled.lengths, dtype=torch.bool)
     with attached(model):
         for known in question:
-            token = torch.full_like(done, known, dtype=torch.long)
-            logits, mask, seconds = _step(prefilled, cache, token, mask, position)
-            position, asked = position + 1, asked + seconds
+            logits = steps.ask(torch.full_like(done, known, dtype=torch.long))
         while True:
-            token = choose(logits, ends if len(tokens) < min_new_tokens else None)
-            tokens.append(token.masked_fill(done, filler))
-            done = done | torch.isin(token, ends)
-            if finished is not None:
-                done = done | finished(torch.stack(tokens, 1))
-            if len(tokens) == max_new_tokens or bool(done.all()):
+            token = choose(logits, end.forbidden(len(tokens)))
+            tokens.append(token.masked_fill(done, end.filler) if end.possible(len(tokens)) else token)
+            last = len(tokens) == max_new_tokens
+            if not last and end.possible(len(tokens)):
+                done = end.reached(done, tokens)
+                last = bool(done.all())  # the one read of the device in a step, and none where no end can come
+            if last:
                 break
-            logits, mask, seconds = _step(prefilled, cache, tokens[-1], mask, position)
-            position = position + 1
-            steps.append(seconds)
-    check_logits(logits)  # once: NaN in a token's keys stays, since the window holds it
+            logits = steps.step(tokens[-1])
     observe, build = prefilled.observe_seconds[method], prefilled.build(method)
-    ttft = prefilled.seconds + observe
+    check_indices([check for group in groups_of(cache) for check in group.state.checks])
+    check_logits(logits)  # once: NaN in a token's keys stays, since the window holds it
+    pending = 0.0 if prefilled.beside is not None else build
+    if spend:  # compaction by an evicting method; without spending it would be the time of copies
+        pending += spending.total
+    ttft, seconds = prefilled.seconds + observe, steps.spans.each
     if len(question):
-        ttft, pending = ttft + pending + asked, 0.0
-    return Generation(torch.stack(tokens, 1), ttft, steps, observe, build, pending, cache)
+        ttft, pending = ttft + pending + steps.asked.total, 0.0
+    return Generation(torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased)
 
 
-def _step(
-    prefilled: Prefilled, cache: LayeredCache, token: Tensor, mask: Tensor | None, position: Tensor
-) -> tuple[Tensor, Tensor | None, float]:
-    """One decode step: logits ``[B, V]``, the mask grown by a column, and the seconds it took."""
-    began = now(prefilled.model)
-    mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
-    logits = forward(prefilled.model, token[:, None], cache, mask, position)
-    return logits, mask, now(prefilled.model) - began
+@dataclass(frozen=True)
+class End:
+    """When sequences end, and what fills them afterwards.
+
+    Attributes:
+        tokens: ids ``[n]`` that end a sequence, possibly none.
+        earliest: tokens before an end may come.
+        filler: the token of a sequence after its end.
+        finished: sees the tokens so far ``[B, n]`` and says which sequences end there, bool ``[B]``; None for none.
+    """
+
+    tokens: Tensor
+    earliest: int
+    filler: int
+    finished: Callable[[Tensor], Tensor] | None
+
+    def forbidden(self, count: int) -> Tensor | None:
+        """Tokens that may not follow ``count`` tokens."""
+        return self.tokens if count < self.earliest else None
+
+    def possible(self, count: int) -> bool:
+        """Whether some sequence may have ended within ``count`` tokens; otherwise the device need not be asked."""
+        return self.finished is not None or (len(self.tokens) > 0 and count > self.earliest)
+
+    def reached(self, done: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+        """Which sequences have ended, bool ``[B]``: those ``done`` before, and those that end with the last token."""
+        done = done | torch.isin(tokens[-1], self.tokens)
+        return done if self.finished is None else done | self.finished(torch.stack(list(tokens), 1))
+
+
+class Steps:
+    """The decode steps of one method after a prompt, with their times.
+
+    Attributes:
+        asked: seconds of the tokens that were given.
+        spans: seconds of every other step.
+    """
+
+    def __init__(self, prefilled: Prefilled, cache: LayeredCache, given: int) -> None:
+        """The first ``given`` tokens are the question's."""
+        self.asked, self.spans = Spans(prefilled.clock), Spans(prefilled.clock, listed=True)
+        self._prefilled, self._cache = prefilled, cache
+        # Methods know by their groups what is padding. Transformers' own layers do not, and it would look at the mask
+        # in every step.
+        self._mask = prefilled.mask if prefilled.sliding else None
+        self._position, self._given, self._count = prefilled.lengths[:, None], given, 0
+
+    def ask(self, token: Tensor) -> Tensor:
+        """Logits ``[B, V]`` after a given token ``[B]``."""
+        with self.asked:
+            return self._forward(token)
+
+    def step(self, token: Tensor) -> Tensor:
+        """Logits ``[B, V]`` after a token ``[B]`` that was chosen."""
+        with self.spans:
+            return self._forward(token)
+
+    @property
+    def phased(self) -> frozenset[int]:
+        """Which of :attr:`spans` had their phases timed at the cost of time: see :class:`Generation`."""
+        clock = self._prefilled.clock
+        steps = range(self._count - self._given) if clock.every > 1 else ()
+        return frozenset(step for step in steps if clock.samples(self._given + step))
+
+    def _forward(self, token: Tensor) -> Tensor:
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+        logits = forward(self._prefilled.model, token[:, None], self._cache, self._mask, self._position)
+        self._position, self._count = self._position + 1, self._count + 1
+        return logits
+
+
+def groups_of(cache: LayeredCache) -> list[Group]:
+    """The groups of every layer of a decode."""
+    return [group for layer in cache.selective.values() for group in layer.groups]
 
 
 def generate(

@@ -5,13 +5,13 @@ Sequences of a left-padded batch are grouped by length; a group holds no padding
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from pqbench.clock import Clock, HostClock, Spans
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
@@ -19,8 +19,8 @@ from pqbench.kernels.sinks import with_sinks
 from pqbench.method import LayerState, Selection
 from pqbench.store.base import Store
 
-Clock = Callable[[], float]
 PHASES = ("select", "fetch", "attend", "append")
+_UNTIMED = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,15 @@ class Observer:
 
     rows: Rows
     state: LayerState
-    clock: Clock = time.perf_counter
-    seconds: float = 0.0
+    clock: Clock = field(default_factory=HostClock)
+
+    def __post_init__(self) -> None:
+        self._spans = Spans(self.clock)
+
+    @property
+    def seconds(self) -> float:
+        """What :meth:`observe` took so far. Waits for the device."""
+        return self._spans.total
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         """Pass the group's part of a block on: q ``[B, H, G, n, D]`` of all sequences, keys ``[B, H, S, D]`` so far."""
@@ -47,10 +54,9 @@ class Observer:
         skipped = max(0, self.rows.padding - (keys.shape[2] - columns))  # padding columns inside this block
         if skipped >= columns:
             return
-        began = self.clock()
         index, padding = self.rows.index, self.rows.padding
-        self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
-        self.seconds += self.clock() - began
+        with self._spans:
+            self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
 
     def answer(self, q: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
         """Write the method's own attention of the group's part of a block into ``output`` ``[B, H, G, n, D]``; see
@@ -63,23 +69,50 @@ class Observer:
             ).to(output.dtype)
 
 
-@dataclass
 class Meter:
-    """Sums over the steps of one group in one layer; ``seconds`` by phase (:data:`PHASES`)."""
+    """Sums over the steps of one group in one layer. Nothing here waits for the device before a sum is asked for.
 
-    steps: int = 0
-    attended: float = 0.0  # tokens per KV head
-    index_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    Attributes:
+        steps: how many there were.
+        timed: those among them whose phases were timed, see :meth:`pqbench.clock.Clock.samples`.
+        index_bytes: bytes of the index that all steps read.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.steps = self.timed = self.index_bytes = 0
+        self._clock, self._sampled = clock, False
+        self._attended = 0.0
+        self._ragged: Tensor | None = None  # float64 [], tokens of selections whose size only the device knows
+        self._phases = {phase: Spans(clock) for phase in PHASES}
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._sampled = self._clock.samples(self.steps)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Times what is inside as a phase of the step, if the step is one of those that are timed."""
+        return self._phases[name] if self._sampled else _UNTIMED
 
     def count(self, selection: Selection, held: int, index_bytes: int) -> None:
         """Add one step. Rows that no query head of a KV head sees are padding and not counted."""
         self.steps += 1
+        self.timed += self._sampled
         self.index_bytes += index_bytes
         if selection.visible is not None:
-            self.attended += float(selection.visible.any(2).sum(-1).float().mean())
+            seen = selection.visible.any(2).sum(-1).float().mean().double()
+            self._ragged = seen if self._ragged is None else self._ragged + seen
         else:
-            self.attended += held if selection.indices is None else selection.indices.shape[2]
+            self._attended += held if selection.indices is None else selection.indices.shape[2]
+
+    @property
+    def attended(self) -> float:
+        """Tokens per KV head attended to, all steps together. Waits for the device where it counts them."""
+        return self._attended + (0.0 if self._ragged is None else float(self._ragged))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the timed steps by phase (:data:`PHASES`). Waits for the device."""
+        return {phase: spans.total for phase, spans in self._phases.items()}
 
 
 @dataclass
@@ -89,8 +122,10 @@ class Group:
     rows: Rows
     store: Store
     state: LayerState
-    clock: Clock = time.perf_counter
-    meter: Meter = field(default_factory=Meter)
+    clock: Clock = field(default_factory=HostClock)
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.clock)
 
     def check(self, keys: Tensor, scaling: float) -> None:
         """Raises ModelError when a call of attention is not of the geometry that the prompt's calls had."""
@@ -101,33 +136,29 @@ class Group:
                              f"{known.head_dim} and {known.scaling}")  # fmt: skip
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Store the new token ``[B, H, 1, D]`` and tell the method."""
-        began = self.clock()
-        self.store.append(keys, values)
-        self.state.append(self.store)
-        self.meter.seconds["append"] += self.clock() - began
+        """Store the new token ``[B, H, 1, D]`` and tell the method: a step begins."""
+        self.meter.begin()
+        with self.meter.phase("append"):
+            self.store.append(keys, values)
+            self.state.append(self.store)
 
     def attend(self, q: Tensor) -> Tensor:
-        """One step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``."""
-        began = self.clock()
-        selection = self.state.select(q, self.store)
-        self.meter.seconds["select"] += self.clock() - began
+        """The rest of the step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``."""
+        with self.meter.phase("select"):
+            selection = self.state.select(q, self.store)
         self.meter.count(selection, self.store.length, self.state.index_bytes)
         return self.answer(q, selection)
 
     def answer(self, q: Tensor, selection: Selection) -> Tensor:
         """Attend to a selection and let an evicting method drop rows."""
-        began = self.clock()
-        keys, values, rows = self.store.fetch(selection.indices)
-        fetched = self.clock()
-        output, weights = self._attention(q, selection, keys, values, rows)
-        attended = self.clock()
-        dropped = self.state.attended(weights, self.store)
-        if dropped is not None:
-            self.store.drop(dropped)
-        self.meter.seconds["fetch"] += fetched - began
-        self.meter.seconds["attend"] += attended - fetched
-        self.meter.seconds["append"] += self.clock() - attended
+        with self.meter.phase("fetch"):
+            keys, values, rows = self.store.fetch(selection.indices)
+        with self.meter.phase("attend"):
+            output, weights = self._attention(q, selection, keys, values, rows)
+        with self.meter.phase("append"):
+            dropped = self.state.attended(weights, self.store)
+            if dropped is not None:
+                self.store.drop(dropped)
         return output
 
     def _attention(

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pqbench.attention import attached
-from pqbench.config import conf_folder, explain, model_source, rehearsed
+from pqbench.config import conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.custom_generate import stopping
 from pqbench.errors import ConfigError, DataError, PqbenchError
 from pqbench.generation import decode
@@ -158,15 +158,15 @@ def likelihood(prefilled: Prefilled, continuation: Sequence[int]) -> tuple[float
     """Log-probability of the tokens after a prompt, read one by one through its first method, and whether greedy
     decoding would have chosen each of them."""
     cache, logits, position = prefilled.fork(0), prefilled.logits, prefilled.lengths[:, None]
-    total, greedy = 0.0, True
+    told: list[Tensor] = []  # log-probability, and whether the token is the likeliest: read once, at the end
     with attached(prefilled.model):
         for step, token in enumerate(continuation):
             if step:
                 ids = torch.full_like(position, continuation[step - 1])
                 logits = forward(prefilled.model, ids, cache, None, position + step - 1)
-            total += float(torch.log_softmax(logits[0].float(), -1)[token])
-            greedy = greedy and int(logits[0].argmax()) == token
-    return total, greedy
+            told.append(torch.stack([torch.log_softmax(logits[0].float(), -1)[token], logits[0].argmax() == token]))
+    rows = torch.stack(told).tolist() if told else []
+    return sum((row[0] for row in rows), 0.0), all(row[1] for row in rows)
 
 
 def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig:
@@ -186,7 +186,9 @@ def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = compose("config", [f"{group}={choice}" for group, choice in groups.items()])
         for name, value in values.items():
-            OmegaConf.update(config, name, value)
+            given = opened([f"{name}="])[0].rstrip("=")
+            OmegaConf.update(config, given.lstrip("+"), value, force_add=given.startswith("+"))
+        own_budgets(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"model_args: {explain(error)}") from error
     return config

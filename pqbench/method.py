@@ -23,6 +23,7 @@ __all__ = [
     "KV",
     "Budget",
     "BudgetError",
+    "Check",
     "CompensatedBudget",
     "ConfigError",
     "Geometry",
@@ -143,7 +144,8 @@ class KV(Protocol):
         """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``."""
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The same keys where they lie, on the device or in host memory: nothing is moved."""
+        """The same keys where an index is best made of them: where they lie, so that nothing is moved; only keys that a
+        GPU has across a link are brought to it. What computes is the body for the device of these keys."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,20 @@ class Selection:
     log_weights: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Check:
+    """Something that an index takes for granted and that only the device knows while it is built: looked at once, after
+    the work, so that nothing waits in the middle of a prefill.
+
+    Attributes:
+        holds: bool ``[]`` on the device.
+        message: of the ConfigError that follows if it does not.
+    """
+
+    holds: Tensor
+    message: str
+
+
 class LayerState:
     """One method's memory of one layer. The defaults are those of full attention; override what the method needs."""
 
@@ -218,6 +234,11 @@ class LayerState:
         """After each step: return rows ``[B, H, e]`` to drop, if any. With ``needs_weights``, ``weights`` are the
         attention probabilities ``[B, H, G, n]`` of the selected rows."""
         return None
+
+    @property
+    def checks(self) -> list[Check]:
+        """What the index takes for granted. The harness looks after the index is built and at the end of decoding."""
+        return []
 
     @property
     def facts(self) -> dict[str, float]:

@@ -81,7 +81,7 @@ class Seen:
 
 @dataclass
 class Fidelity:
-    """Means over layers, steps and KV heads of one method.
+    """Means over layers, steps and KV heads of one method: a number ``[]`` for each layer and step, where it was made.
 
     Attributes:
         mass: share of the exact attention probability that the attended tokens hold.
@@ -89,23 +89,26 @@ class Fidelity:
         output_error: ||o - o_full|| / ||o_full|| of the layer's attention output, all heads together.
     """
 
-    mass: list[float] = field(default_factory=list)
-    recall: list[float] = field(default_factory=list)
-    output_error: list[float] = field(default_factory=list)
+    mass: list[Tensor] = field(default_factory=list)
+    recall: list[Tensor] = field(default_factory=list)
+    output_error: list[Tensor] = field(default_factory=list)
 
     def means(self) -> dict[str, float | None]:
-        """Each figure's mean; None where it does not apply."""
+        """Each figure's mean; None where it does not apply. Waits for the device."""
         figures = {"mass": self.mass, "recall": self.recall, "output_error": self.output_error}
-        return {name: sum(values) / len(values) if values else None for name, values in figures.items()}
+        return {
+            name: sum(torch.stack(values).tolist()) / len(values) if values else None
+            for name, values in figures.items()
+        }
 
     def add(self, exact: Exact, output: Tensor, seen: Seen, split: Split | None) -> None:
         """Count one step of one layer, in which the method answered ``output`` ``[B, H, G, D]``."""
-        self.mass.append(float(seen.mass(exact).mean()))
+        self.mass.append(seen.mass(exact).mean())
         difference = (output.float() - exact.output).flatten(1).norm(dim=1) / exact.output.flatten(1).norm(dim=1)
-        self.output_error.append(float(difference.mean()))
+        self.output_error.append(difference.mean())
         best = None if split is None else exact.best(split)
         if best is not None and best.shape[2]:
-            self.recall.append(float(seen.hits(best, exact.weights.shape[3]).float().mean()))
+            self.recall.append(seen.hits(best, exact.weights.shape[3]).float().mean())
 
 
 class ProbeLayer(OurLayer):
@@ -182,7 +185,8 @@ def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | 
 
 
 def check_selection(selection: Selection, length: int) -> None:
-    """The harness verifies what a method returns.
+    """The harness verifies what a method returns, before anything reads by it: rows outside would be an error after
+    which a GPU answers no more. That is one read of the device for each selection; nothing here is timed.
 
     Raises:
         AssertionError: rows out of range, selected twice, or the current token missing.
@@ -190,9 +194,12 @@ def check_selection(selection: Selection, length: int) -> None:
     if selection.indices is None:
         return
     ordered = selection.indices.sort(dim=2).values
-    if bool((ordered[:, :, 0] < 0).any()) or bool((ordered[:, :, -1] != length - 1).any()):
+    wrong = (ordered[:, :, 0] < 0).any() | (ordered[:, :, -1] != length - 1).any()
+    twice = (ordered[:, :, 1:] == ordered[:, :, :-1]).any()
+    out_of_range, double = torch.stack([wrong, twice]).tolist()
+    if out_of_range:
         raise AssertionError("a selection is out of range or lacks the current token")
-    if bool((ordered[:, :, 1:] == ordered[:, :, :-1]).any()):
+    if double:
         raise AssertionError("a selection names a row twice")
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,18 +15,19 @@ from transformers.cache_utils import CacheLayerMixin
 
 from pqbench.attention import attached
 from pqbench.attention import forward as forward
-from pqbench.batch import check_blocks, check_logits, check_prompt, group_rows
+from pqbench.batch import check_blocks, check_indices, check_logits, check_prompt, group_rows
+from pqbench.beside import Beside, Finished, IdleCores, Pending, SideStream, tensors_of
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, sliding_layers
-from pqbench.errors import ConfigError
-from pqbench.group import Clock, Group, Observer, Rows
+from pqbench.clock import Clock, CudaStreams, Spans, Streams, clock_of, streams_of
+from pqbench.errors import ConfigError, DeviceError
+from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.backend import kernels
-from pqbench.kernels.threads import stay_alone, usable_cores
-from pqbench.lengths import check_switch
+from pqbench.lengths import check_switch, length_dependent
 from pqbench.method import Calibration, Geometry, Method
 from pqbench.rehearsal import geometry_of, profile
 from pqbench.rotary import layer_frequencies
 from pqbench.store.base import Store
-from pqbench.store.tiers import DeviceTier, Placement, Tier
+from pqbench.store.tiers import DeviceTier, Need, Placement, Tier
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Setting:
 
     Attributes:
         tier: where KV lives while decoding.
-        overlap: with a single method, build each layer's index in the background while the next layers compute, on a
-            GPU or on cores that the model's threads leave idle; the tokens are the same without. With several methods
-            no index overlaps, so that their times stay apart.
+        overlap: with a single method, build each layer's index while the next layers compute, on a stream of its own
+            beside a model on a GPU, else on cores that the model's threads leave idle; the tokens are the same without.
+            With several methods no index overlaps, so that their times stay apart.
         body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
         calibration: times of this hardware for methods that adapt to it.
         max_length: longest context to run, where that is more than the model was made for; None for the model's own.
+        streams: the queues of the device; None for CUDA's on a GPU and for none on the CPU.
     """
 
     tier: Tier = field(default_factory=DeviceTier)
@@ -49,6 +50,21 @@ class Setting:
     body: str = "auto"
     calibration: Calibration | None = None
     max_length: int | None = None
+    streams: Streams | None = None
+
+    def device_answers(self) -> bool:
+        """Whether a GPU, if there is one, can go on after an error: after one of memory it can, after an illegal access
+        it cannot."""
+        streams = CudaStreams() if self.streams is None else self.streams
+        return streams.alive()
+
+    def check_device(self, error: object) -> None:
+        """Raises DeviceError when the device answers no more after an error; to be called when that is on record."""
+        if not self.device_answers():
+            raise DeviceError(
+                f"the GPU answers no more after this error: {error}. What was measured before is kept, and the same "
+                "command goes on from there"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,13 +73,13 @@ class Built:
 
     Attributes:
         rows: what the method answered, see :meth:`pqbench.store.base.Store.after_prefill`.
-        seconds: what all this took.
+        took: the time of all this.
         stores: one to go on with, or none. A store of ``rows`` goes to the first who asks; several methods would each
             hold theirs from the start, so then it is made when asked for. A store of all rows goes to who spends it.
     """
 
     rows: Tensor | None
-    seconds: float
+    took: Spans
     stores: list[Store]
 
 
@@ -79,40 +95,56 @@ class Prefilled:
     mask: Tensor | None  # [B, S] bool, None without padding
     lengths: Tensor  # [B] tokens of each prompt
     placement: Placement
-    workers: ThreadPoolExecutor | None = None
+    streams: Streams | None = None  # of the device, see Setting
+    beside: Beside | None = None  # where indices are built while the next layers compute
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, V] after the last prompt token
     seconds: float = 0.0  # dense prefill, observers excluded
     observe_seconds: list[float] = field(default_factory=list)
-    _built: dict[tuple[int, int, int], Future[Built]] = field(default_factory=dict)  # by method, layer and group
+    _built: dict[tuple[int, int, int], Pending[Built]] = field(default_factory=dict)  # by method, layer and group
     _spent: set[int] = field(default_factory=set)  # methods whose own state went into a decode
 
     def check_reach(self, tokens: int) -> None:
         """Raises ConfigError when so many tokens more would cross a length at which rotary frequencies change."""
+        if length_dependent(self.model.config) is None:  # else the host would wait for a GPU
+            return
         longest = int(self.lengths.max())
         columns = longest if self.mask is None else self.mask.shape[1]  # generate() counts padding
         for first in (longest, columns):
             check_switch(self.model.config, first, first + tokens)
 
     def start(self, layer: int) -> None:
-        """A layer's prompt is complete: build its indices beside what follows, if there are workers."""
-        if self.workers is not None:
-            for method, group in self._pairs():
-                self._built[method, layer, group] = self.workers.submit(self._build, method, layer, group)
+        """A layer's prompt is complete: build its indices beside what follows, if there is a place for that."""
+        if self.beside is None:
+            return
+        for method, group in self._pairs():
+            state, prompt = self.observer(method, layer, group).state, self.layers[layer].prompt(self.groups[group])
+            uses = [*prompt.tensors(), *tensors_of(state, {id(state.geometry)})]
+            work = partial(self._build, method, layer, group)
+            self._built[method, layer, group] = self.beside.submit(work, state.geometry.device, uses)
 
     def build(self, method: int) -> float:
-        """Finish a method's indices, once. Returns the seconds the work took, in the background or not."""
-        return sum(self.built(method, i, g).seconds for i in self.layers for g in range(len(self.groups)))
+        """Finish a method's indices, once, wait for them and check them. Returns the seconds that the work took, beside
+        the prefill or not.
+
+        Raises:
+            ConfigError: an index was made of what it cannot be made of.
+        """
+        finished = self.finish(method)
+        layers = product(self.layers, range(len(self.groups)))
+        check_indices([check for i, g in layers for check in self.observer(method, i, g).state.checks])
+        return sum(built.took.total for built in finished)
+
+    def finish(self, method: int) -> list[Built]:
+        """A method's indices of all layers and groups; on a GPU they may still be under way, ahead of what follows."""
+        return [self.built(method, i, g) for i in self.layers for g in range(len(self.groups))]
 
     def built(self, method: int, layer: int, group: int) -> Built:
-        """One layer's index; waits for it or, without workers, builds it now."""
-        future = self._built.get((method, layer, group))
-        if future is None:
-            future = self._built[method, layer, group] = Future()
-            try:
-                future.set_result(self._build(method, layer, group))
-            except Exception as error:  # noqa: BLE001 - kept for every later caller
-                future.set_exception(error)
-        return future.result()
+        """One layer's index, built now unless that was done beside the prefill. A GPU finishes it before what is queued
+        next; otherwise it is waited for."""
+        key = method, layer, group
+        if key not in self._built:
+            self._built[key] = Finished(partial(self._build, *key))
+        return self._built[key].result()
 
     def observer(self, method: int, layer: int, group: int) -> Observer:
         """A method's observer of one group in one layer."""
@@ -130,7 +162,7 @@ class Prefilled:
             i: DecodeLayer(partial(_each, make, i, len(self.groups)), layer.seen) for i, layer in self.layers.items()
         }
         chain(list(ours.values()))
-        if self.workers is None:
+        if self.beside is None:
             for layer in ours.values():
                 layer.groups  # noqa: B018 - made here, so that the first step is timed without
         return self.cache(ours)
@@ -156,7 +188,7 @@ class Prefilled:
         if spend and len(self.methods) == 1:
             self.layers[layer].release(observer.rows)
         state = observer.state if spend else copy.deepcopy(observer.state)
-        return Group(observer.rows, store, state, clock(self.model))
+        return Group(observer.rows, store, state, observer.clock)
 
     def over_one_store(self, layer: int, methods: Sequence[int]) -> tuple[Store, list[Group]]:
         """A store of all rows of the only group in one layer, and these methods at work over it; those that want their
@@ -172,14 +204,19 @@ class Prefilled:
         split = None if method is None else partial(self.methods[method].split, prompt=prompt)
         return self.layers[layer].prompt(rows).store(split)
 
+    @property
+    def clock(self) -> Clock:
+        """Of whole steps: of the device that the model begins and ends on."""
+        return clock_of(self.model.device, self.streams)
+
     def close(self) -> None:
         """End what runs in the background; stores over this prompt are of no use afterwards.
 
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.
         """
-        if self.workers is not None:
-            self.workers.shutdown()
+        if self.beside is not None:
+            self.beside.close()
         self.placement.close()
 
     def _pairs(self) -> list[tuple[int, int]]:
@@ -187,14 +224,16 @@ class Prefilled:
 
     @torch.inference_mode()
     def _build(self, method: int, layer: int, group: int) -> Built:
-        store = self.store(layer, group, method)
-        began = now(self.model)
-        rows = self.observer(method, layer, group).state.finish_prefill(store)
-        stores = []
-        if rows is None or len(self.methods) == 1:
-            stores.append(store.after_prefill(rows, self.methods[method].evicts))
-            stores[0].open()
-        return Built(rows, now(self.model) - began, stores)
+        store, observer = self.store(layer, group, method), self.observer(method, layer, group)
+        took, stores = Spans(observer.clock), []
+        with took:
+            rows = observer.state.finish_prefill(store)
+            if rows is None or len(self.methods) == 1:
+                stores.append(store.after_prefill(rows, self.methods[method].evicts))
+                stores[0].open()
+        if self.streams is None:  # nothing is under way, so that it can be said at once
+            check_indices(observer.state.checks)
+        return Built(rows, took, stores)
 
 
 @torch.inference_mode()
@@ -226,19 +265,18 @@ def prefill(
     both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
     cache = LayeredCache([both[i] for i in range(len(both))])
     positions, chunk = (mask.long().cumsum(-1) - 1).clamp(min=0), chunk or columns
-    began = now(model)
-    with attached(model):
+    took = Spans(prefilled.clock)
+    with attached(model), took:
         for start in range(0, columns, chunk):
             seen = None if prefilled.mask is None else mask[:, : start + chunk]
             block = slice(start, start + chunk)
             logits = forward(model, input_ids[:, block], cache, seen, positions[:, block])
-    seconds = now(model) - began
-    check_logits(logits)
+    check_logits(logits)  # the one time that the host waits: all else has been queued
     prefilled.logits, observers = logits, [layer.observers for layer in prefilled.layers.values()]
     for m in range(len(methods)):
         own = slice(m * len(groups), (m + 1) * len(groups))
         prefilled.observe_seconds.append(sum(o.seconds for listed in observers for o in listed[own]))
-    prefilled.seconds = seconds - sum(prefilled.observe_seconds)
+    prefilled.seconds = took.total - sum(prefilled.observe_seconds)
     return prefilled
 
 
@@ -255,66 +293,41 @@ def _open(
     setting: Setting,
 ) -> Prefilled:  # fmt: skip
     """Everything a prompt needs before its first token."""
-    kernels(model.device, setting.body).use_threads(torch.get_num_threads())
+    body, streams = kernels(model.device, setting.body), streams_of(model.device, setting.streams)
+    body.use_threads(torch.get_num_threads())
     known = profile(model)
     if setting.tier.offloads and len(devices(model)) > 1:
         raise ConfigError("store=host serves models on one device: use store=device, or a model that fits one GPU")
     placement = setting.tier.open(model.device, setting.body)
     rotary = frequencies(model, methods)
-    background = setting.overlap and len(methods) == 1
+    alone = setting.overlap and len(methods) == 1
+    beside: Beside | None = None
+    if alone:
+        beside = IdleCores.of(body) if streams is None else SideStream(streams)
     prefilled = Prefilled(
         model, methods, groups, {}, sliding_layers(model.config.get_text_config(decoder=True)),
-        None if bool(mask.all()) else mask, mask.long().sum(-1), placement,
-        _workers(model, setting) if background else None,
+        None if bool(mask.all()) else mask, mask.long().sum(-1), placement, streams, beside,
     )  # fmt: skip
     for i in known.layers:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
         layer.own = any(method.own_prefill for method in methods)
         layer.observers = [
-            Observer(rows, method.layer(geometry(model, i, rows, columns, rotary.get(i), setting)), clock(model))
+            _observer(method, geometry(model, i, rows, columns, rotary.get(i), setting), rows, streams)
             for method in methods
             for rows in groups
         ]
         prefilled.layers[i] = layer
-    setting.tier.check((columns + reserve) * len(mask), known.row_numbers * model.dtype.itemsize)
+    need = Need(model.device, len(known.layers), reserve * len(mask))
+    setting.tier.check((columns + reserve) * len(mask), known.row_numbers * model.dtype.itemsize, need)
     return prefilled
 
 
-def _workers(model: PreTrainedModel, setting: Setting) -> ThreadPoolExecutor | None:
-    """One background thread: on all cores beside a model on a GPU, else on the cores that the model leaves idle. None
-    where it leaves none: a team of threads is as slow as its slowest, so work beside it would cost more than after."""
-    body, beside = kernels(model.device, setting.body), model.device.type == "cpu"
-    cores = usable_cores() - (torch.get_num_threads() if beside else 0)
-    if cores < 1:
-        return None
-
-    def begin() -> None:
-        body.use_threads(cores)
-        if beside:
-            stay_alone()
-
-    return ThreadPoolExecutor(1, "index", initializer=begin)
+def _observer(method: Method, known: Geometry, rows: Rows, streams: Streams | None) -> Observer:
+    return Observer(rows, method.layer(known), clock_of(known.device, streams))
 
 
 def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Group]:
     return [make(layer, group) for group in range(groups)]
-
-
-def now(model: PreTrainedModel) -> float:
-    """Wall clock after everything queued on the model's devices is done."""
-    return clock(model)()
-
-
-def clock(model: PreTrainedModel) -> Clock:
-    """What :func:`now` reads. Looks the devices up once: transformers walks through all modules for them."""
-    used = [device for device in devices(model) if device.type == "cuda"]
-    return partial(_synchronised, used) if used else time.perf_counter
-
-
-def _synchronised(used: Sequence[torch.device]) -> float:
-    for device in used:
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def devices(model: PreTrainedModel) -> set[torch.device]:

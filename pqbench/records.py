@@ -21,17 +21,19 @@ from filelock import FileLock
 
 from pqbench.environment import differences, environment
 from pqbench.errors import DataError
+from pqbench.identity import class_names, harness_code
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the record format; part of every key, so that formats never mix in one file
+VERSION = 2  # of the record format; part of every key, so that formats never mix in one file
+READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
-    """Twelve hex digits that name a configuration; equal for equal settings in any order."""
-    text = json.dumps({"version": VERSION, **settings}, sort_keys=True, ensure_ascii=True)
+    """Twelve hex digits that name a configuration; equal for equal settings in any order, wherever classes lie."""
+    text = json.dumps({"version": VERSION, **class_names(settings)}, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -49,6 +51,7 @@ class RecordFile:
     _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _offset: int = field(default=0, init=False, repr=False)
     _inode: int = field(default=-1, init=False, repr=False)
+    _home: int | None = field(default=None, init=False, repr=False)  # inode of the folder that was made ready
 
     @classmethod
     def create(cls, root: Path, benchmark: str, model: str, method: str, settings: Mapping[str, Any]) -> RecordFile:
@@ -64,9 +67,11 @@ class RecordFile:
             with file.lock():
                 config = file.folder / "config.yaml"
                 if not config.exists():
+                    _tell_of_older(file.folder, settings)
                     write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
                 file._note_environment()
                 file.path.open("ab").close()  # better refused now than after the first measurement
+            file._home = file.folder.stat().st_ino
         except OSError as error:
             raise unwritable(file.folder, error) from error
         return file
@@ -96,8 +101,13 @@ class RecordFile:
         return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
 
     def outcomes(self) -> dict[str, str | None]:
-        """What went wrong with each sample that has a record; None when it has a prediction."""
-        return {r["sample_id"]: None if r["status"] == "ok" else str(r.get("error")) for r in self.read()}
+        """What went wrong with each sample that has a record; None when it has a prediction. A failure of other code
+        than this is none: the sample runs again."""
+        return {
+            record["sample_id"]: None if record["status"] == "ok" else str(record.get("error"))
+            for record in self.read()
+            if record["status"] == "ok" or record.get("code") == harness_code()
+        }
 
     def append(self, record: Record) -> bool:
         """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has
@@ -107,7 +117,10 @@ class RecordFile:
             DataError: the file cannot be written, or the disk is full.
         """
         record = record | {"version": VERSION}
+        if record["status"] != "ok":
+            record["code"] = harness_code()
         line = encode(record)
+        self._check_home()
         try:
             with self.lock():
                 self._catch_up()
@@ -125,6 +138,16 @@ class RecordFile:
         except OSError as error:
             raise unwritable(self.folder, error) from error
         return True
+
+    def _check_home(self) -> None:
+        """Raises DataError when the folder was deleted or replaced since it was made ready: what is written now would
+        lie there without its configuration, and what was written is gone."""
+        present = self.folder.stat().st_ino if self.folder.is_dir() else None
+        if self._home is not None and present != self._home:
+            raise DataError(
+                f"{self.folder} was deleted or replaced while this run wrote to it; {len(self._written)} record(s) of "
+                "it are gone: the same command measures them again"
+            )
 
     def _catch_up(self) -> None:
         """Read what the file gained since this object last looked; all of it at first. Call with the lock held."""
@@ -197,21 +220,77 @@ def read_lines(path: Path) -> Iterator[Record]:
         log.warning("%s: skipped %d broken line(s) (%s); a run measures their samples again", path, len(broken), shown)
 
 
-def read_all(root: Path) -> list[Record]:
-    """Every record under a results folder. Records of another format version are left out with one warning.
+def read_all(root: Path, all_code: bool = False) -> list[Record]:
+    """Every record under a results folder. Records of another format version are left out with one warning, and so are
+    those of older code whose run was measured again; with ``all_code`` these stay, and their method says so.
 
     Raises:
         DataError: the folder does not exist, or a file in it cannot be read.
     """
     records: list[Record] = []
     foreign: list[Any] = []
+    older, hidden = older_code(root), 0
     for folder in run_folders(root):
         newest, others = newest_of(read_lines(RecordFile(folder).path))
-        records += newest
         foreign += others
+        if folder not in older:
+            records += newest
+        elif all_code:
+            records += [record | {"method": f"{record.get('method')} (older code)"} for record in newest]
+        else:
+            hidden += len(newest)
+    if hidden:
+        log.warning(
+            "%s: left out %d record(s) of older code, measured again since: --all-code shows them", root, hidden
+        )
     if foreign:
         log.warning("%s: left out %s", root, _other_version(foreign))
     return records
+
+
+def older_code(root: Path) -> set[Path]:
+    """Folders under ``root`` whose settings another folder has too, measured later with other code of the method or by
+    another version of pqbench.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    runs: dict[str, list[Path]] = {}
+    for folder in run_folders(root):
+        settings = _settings(folder)
+        if settings:
+            same = json.dumps([str(folder.parent), folder.name.rpartition("-")[0], _bare(settings)], sort_keys=True)
+            runs.setdefault(same, []).append(folder)
+    ordered = [sorted(folders, key=_begun) for folders in runs.values()]
+    return {folder for folders in ordered for folder in folders[:-1]}
+
+
+def _begun(folder: Path) -> float:
+    """When the run in a folder began: its configuration is written once."""
+    return (folder / "config.yaml").stat().st_mtime
+
+
+def _bare(settings: Mapping[str, Any]) -> Any:
+    """The settings without the method's code."""
+    return json.loads(json.dumps(class_names({n: v for n, v in settings.items() if n != "code"}), default=str))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run; empty when they cannot be read."""
+    try:
+        found = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
+    except (OSError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Say that a new run repeats an old one, and why."""
+    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/records.jsonl")):
+        known = _settings(path.parent)
+        if path.parent != folder and known and _bare(known) == _bare(settings):
+            reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
+            log.warning("%s: measured %s; this run measures anew in %s", path.parent, reason, folder.name)
 
 
 def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -222,12 +301,8 @@ def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
     """
     found = {}
     for folder in run_folders(root):
-        try:
-            settings = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
-        except (OSError, yaml.YAMLError):
-            settings = None
         first = next(iter(environments(folder / "environment.json")), {})
-        found[folder.name.rpartition("-")[2]] = settings if isinstance(settings, dict) else {}, first
+        found[folder.name.rpartition("-")[2]] = _settings(folder), first
     return found
 
 
@@ -284,7 +359,7 @@ def unwritable(folder: Path, error: OSError) -> DataError:
 
 
 def _outcome(record: Record) -> tuple[str, Any]:
-    return record["status"], record.get("error")
+    return record["status"], (record.get("error"), record.get("code"))
 
 
 def newest_of(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
@@ -292,7 +367,7 @@ def newest_of(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
     newest: dict[str, Record] = {}
     foreign = []
     for record in lines:
-        if record.get("version") == VERSION:
+        if record.get("version") in READABLE:
             newest[record["sample_id"]] = record
         else:
             foreign.append(record.get("version", "unknown"))
@@ -301,8 +376,9 @@ def newest_of(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
 
 def _other_version(found: list[Any]) -> str:
     versions = ", ".join(sorted({str(version)[:20] for version in found}))
+    known = ", ".join(map(str, READABLE))
     return (
-        f"{len(found)} record(s) of format version {versions}; this pqbench reads version {VERSION}: use the one that "
+        f"{len(found)} record(s) of format version {versions}; this pqbench reads {known}: use the one that "
         "wrote them, or measure again (new records go to folders of their own)"
     )
 

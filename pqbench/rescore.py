@@ -15,7 +15,7 @@ import yaml
 from pqbench.benchmarks.base import Benchmark
 from pqbench.errors import DataError, PqbenchError
 from pqbench.records import (
-    VERSION,
+    READABLE,
     Record,
     RecordFile,
     encode,
@@ -110,7 +110,7 @@ def _rescore_file(file: RecordFile, benchmark: Benchmark, total: Rescored) -> No
         changed, problems = 0, []
         for i, line in enumerate(lines):
             record = parse(line)
-            if not record or record["status"] != "ok" or record.get("version") != VERSION:
+            if not record or record["status"] != "ok" or record.get("version") not in READABLE:
                 continue
             try:
                 scores = _scores(benchmark, record)

@@ -82,7 +82,8 @@ def run(job: Job) -> Summary:
     """Run every sample that lacks a record.
 
     Errors of one sample become records and the run goes on. Raises ConfigError before anything runs when a budget
-    cannot fit the samples or a method not the model; KeyboardInterrupt passes through, with what was measured kept.
+    cannot fit the samples or a method not the model, and DeviceError when a GPU answers no more after the error of a
+    sample, which is on record then; KeyboardInterrupt passes through, with what was measured kept.
     """
     summary = Summary()
     samples = list(job.benchmark.samples(job.prompter))
@@ -119,18 +120,22 @@ def run(job: Job) -> Summary:
 
 
 def _run_sample(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -> None:
-    records = []
+    records: list[Record] = []
     for sharing in prefills(job, names):
         try:
             records += evaluate(job, sample, sharing, summary)
         except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
             records += [failure(job, sample, name, error) for name in sharing]
+        if records[-1]["status"] != "ok" and not job.setting.device_answers():
+            break
     for record in records:
         job.files[record["method"]].append(record)
         if record["status"] == "ok":
             summary.measured += 1
         else:
             summary.failures.append(f"{record['method']} on {sample.id}: {record['error']}")
+    if records[-1]["status"] != "ok":
+        job.setting.check_device(summary.failures[-1])
 
 
 def prefills(job: Job, names: Sequence[str]) -> list[list[str]]:
@@ -166,6 +171,8 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
             records.append(success(job, sample, name, generation))
         except Exception as error:  # noqa: BLE001 - the other methods of this prefill still count
             records.append(failure(job, sample, name, error))
+            if not job.setting.device_answers():
+                return records  # of those before, and of the one at fault; what follows could not be measured
         index = 0.0 if records[-1]["status"] != "ok" else records[-1]["index_build_s"]
         summary.decode_s += time.perf_counter() - began - (index - prefilled.observe_seconds[i])
         summary.index_s += index

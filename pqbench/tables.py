@@ -149,12 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--relative", metavar="METHOD", help="also show fidelity as multiples of METHOD's, document by document"
     )
+    parser.add_argument(
+        "--all-code", action="store_true", help="also show runs that were measured again with newer code of the method"
+    )
     parser.add_argument("--rescore", action="store_true", help="first compute all scores again from stored predictions")
     options = parser.parse_args(arguments)
     log_to_terminal()
     try:
         failed = _rescore(options.results) if options.rescore else 0
-        records = read_all(options.results)
+        records = read_all(options.results, options.all_code)
         if not records:
             raise DataError(f"no records under {options.results}: nothing was measured yet")
         timed = [record for record in records if is_timing(record.get("benchmark"))]

@@ -14,7 +14,7 @@ METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
     "timing", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models", "benchmarks",
-    "environment", "batch", "terminal", "timings", "rehearsal",
+    "environment", "batch", "terminal", "timings", "clock", "rehearsal",
 }  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
@@ -91,16 +91,31 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("weights", set()),
         ("models", {"errors", "lengths", "weights"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
+        ("clock", set()),
+        ("beside", {"clock", "kernels"}),
         ("rehearsal", CORE | {"attention", "batch", "cache", "group", "store"}),
         ("rotary", CORE | {"attention", "cache", "kernels", "lengths"}),
-        ("group", CORE | {"kernels", "store"}),
+        ("group", CORE | {"kernels", "store", "clock"}),
         ("cache", CORE | {"kernels", "store", "attention", "group"}),
         ("batch", CORE | {"group", "lengths"}),
         (
             "prompt",
-            CORE | {"attention", "cache", "batch", "group", "kernels", "lengths", "rehearsal", "rotary", "store"},
+            CORE
+            | {
+                "attention",
+                "cache",
+                "batch",
+                "group",
+                "kernels",
+                "store",
+                "clock",
+                "beside",
+                "lengths",
+                "rehearsal",
+                "rotary",
+            },
         ),
-        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt"}),
+        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt", "clock"}),
         ("custom_generate", CORE | {"generation", "prompt"}),
         ("probe", CORE | {"attention", "cache", "batch", "group", "prompt", "kernels", "store"}),
     ],

@@ -112,7 +112,7 @@ def test_the_papers_middle_never_shrinks_either(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tokens": 100}, "exactly one"),
+        ({"tokens": 100, "ratio": 0.2}, "exactly one"),
         ({"ratio": None}, "exactly one"),
         ({"ratio": 0.0}, r"ratio is 0.0.*\(0, 1\]"),
         ({"ratio": 1.5}, r"ratio is 1.5.*\(0, 1\]"),
@@ -153,3 +153,11 @@ def test_the_papers_budget_is_a_ratio() -> None:
 )
 def test_label(budget: Budget, label: str) -> None:
     assert budget.label == label
+
+
+def test_tokens_alone_are_enough() -> None:
+    assert (Budget(tokens=4096).tokens, Budget(tokens=4096).ratio, Budget(tokens=4096).label) == (
+        4096,
+        None,
+        "4096 tokens",
+    )

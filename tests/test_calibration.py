@@ -15,6 +15,7 @@ from methods.pqcache import PQCache, adaptive_iterations
 from pqbench import calibration
 from pqbench.calibration import calibrate, fit, stored
 from pqbench.errors import ConfigError
+from pqbench.kernels.backend import kernels
 from pqbench.method import Budget
 from pqbench.prompt import Setting, prefill
 from tests.support import SHAPE, prompt_of, randomize
@@ -50,6 +51,16 @@ def test_a_calibration_is_measured_once_for_a_machine_and_a_shape(
     with pytest.raises(BaseException, match="measured again"):
         calibrate(other, "reference", tmp_path)
     assert len(json.loads((tmp_path / "calibration.json").read_text())) == 2
+
+
+def test_what_clusters_is_what_is_timed(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """Where the model is, the keys are: the body that the model's device has there is timed, and each by itself."""
+    for body in ("reference", "cpu"):
+        found = calibrate(llama, body, tmp_path)
+        assert (found.device, found.body) == (llama.device, kernels(llama.device, body))
+        found.clustering(4, 8, 16)
+    names = [name for name in json.loads((tmp_path / "calibration.json").read_text()) if "kmeans" in name]
+    assert sorted(name.split("kmeans-")[1] for name in names) == ["cpu-4x8x16", "reference-4x8x16"]
 
 
 def test_a_torn_file_is_measured_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def measured(results: Path) -> dict[Path, bytes]:
 
 METHODS = "full, h2o, infllm, magicpig, oracle"
 BAD: list[tuple[list[str], list[str]]] = [
+    (["methd=full"], ["there is no option methd", "did you mean method?"]),
+    (["benchmark=nedle"], ["there is no benchmark 'nedle', did you mean needle?"]),
     (["method=nope"], ["there is no method 'nope'", METHODS]),
     (["method=[full,nope]"], ["there is no method 'nope'", METHODS]),
     (["model=nope"], ["there is no model 'nope'", "smollm2, tiny"]),
@@ -72,7 +75,24 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["method=pqcache", "budget.ratio=-0.1"], ["budget.ratio is -0.1", "(0, 1]"]),
     (["method=pqcache", "budget.ratio=1.01"], ["budget.ratio is 1.01", "(0, 1]"]),
     (["method=pqcache", "budget.ratio=abc"], ["budget"]),
-    (["method=pqcache", "budget.tokens=100"], ["exactly one of budget.tokens and budget.ratio"]),
+    (["method=pqcache", "budget.tokens=100", "budget.ratio=0.2"], ["exactly one of budget.tokens and budget.ratio"]),
+    (["method=pqcache", "budget.ratio=[0.1,0.2]"], ["budget.ratio is [0.1, 0.2]", "use a number or null"]),
+    (["method=pqcache", "budget.ratio=.inf"], ["budget.ratio is '.inf'", "use a number or null"]),
+    (["method=pqcache", "methods.pqcache.m=two"], ["methods.pqcache.m is 'two'", "use a whole number"]),
+    (["method=pqcache", "methods.pqcache.b=2.5"], ["methods.pqcache.b is 2.5", "use a whole number"]),
+    (["method=pqcache", "budget.tokens=1e2"], ["budget.tokens is 100.0", "use a whole number or null"]),
+    (["method=pqcache", "budget.grow=maybe"], ["budget.grow is 'maybe'", "use true or false"]),
+    (["benchmark.seed=abc"], ["benchmark.seed is 'abc'", "use a whole number"]),
+    (["benchmark.max_new_tokens=0"], ["benchmark.max_new_tokens is 0", "at least 1"]),
+    (["benchmark.max_new_tokens=100000"], ["benchmark.max_new_tokens is 100000", "the model takes 4096"]),
+    (["benchmark.per_cell=0"], ["benchmark.per_cell is 0", "at least 1"]),
+    (["overlap=abc"], ["overlap is 'abc'", "use true or false"]),
+    (["retry_failed=1"], ["retry_failed is 1", "use true or false"]),
+    (["debug=7"], ["debug is 7", "use true or false"]),
+    (["threads=1000000"], ["threads is 1000000", "cores: use"]),
+    (["results="], ["results is empty"]),
+    (["method=full", "methods.full.budget.ratio=0.2"], ["methods.full has no budget"]),
+    (["method=full", "methods.h2o.budget.ratio=0.2"], ["budgets.h2o: no method of that name runs here"]),
     (["method=pqcache", "budget.ratio=null", "budget.tokens=20"], ["budget.tokens is 20", "below sink + window"]),
     (["method=h2o", "budget.window=40", "budget.minimum=1"], ["h2o", "is below sink 32 + window 40"]),
     (["method=[full,h2o]", "budget.ratio=null", "budget.tokens=5000"], ["h2o", "5000, above the longest context"]),
@@ -190,6 +210,33 @@ def test_options_of_the_chat_template_reach_it_and_the_key(command: Command, tmp
         assert command(f"model.chat_options.enable_thinking={value}").code == 0
     saved = [yaml.safe_load(path.read_text()) for path in (tmp_path / "results").rglob("config.yaml")]
     assert sorted(config["model"]["chat_options"]["enable_thinking"] for config in saved) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (["methods.h2o.budget.ratio=0.5"], {"h2o": "50 %", "sparq": "25 %"}),
+        (["methods.h2o.budget={ratio: 0.5}"], {"h2o": "50 %", "sparq": "25 %"}),
+        (["methods.h2o.budget.tokens=90"], {"h2o": "90 tokens", "sparq": "25 %"}),
+        (["methods.sparq.budget.sink=4", "methods.h2o.budget.tokens=90"], {"h2o": "90 tokens", "sparq": "25 %"}),
+    ],
+)
+def test_a_method_may_have_a_budget_of_its_own(
+    command: Command, tmp_path: Path, given: list[str], labels: dict[str, str]
+) -> None:
+    assert command("method=[h2o,sparq]", "budget.ratio=0.25", *given).code == 0
+    assert {record["method"]: record["budget"] for record in read_all(tmp_path / "results")} == labels
+
+
+def test_tokens_need_no_ratio_of_null_and_are_the_same_run_with_it(command: Command, tmp_path: Path) -> None:
+    assert command("method=sparq", "budget.tokens=100").code == 0
+    assert "0 measured" in command("method=sparq", "budget.tokens=100", "budget.ratio=null").out
+    (record,) = read_all(tmp_path / "results")
+    assert record["attended_tokens"] == 100
+
+
+def test_the_version_is_pqbenchs(command: Command) -> None:
+    assert command("--version").out == f"pqbench {version('pqbench')}\n"
 
 
 def test_only_a_deleted_sample_runs_again(command: Command, tmp_path: Path) -> None:

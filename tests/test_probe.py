@@ -146,8 +146,9 @@ def test_figures_by_hand(visible: torch.Tensor | None) -> None:
     seen = Seen(torch.tensor([[[3, 1]]]), visible)
     full, output = torch.tensor([[[[3.0, 0.0], [0.0, 4.0]]]]), torch.tensor([[[[3.0, 0.0], [0.0, 3.0]]]])
     fidelity.add(Exact(probabilities, full), output, seen, Split(0, 1, 2))
-    assert fidelity.mass == [pytest.approx((0.3 + 0.6) / 2)]
-    assert fidelity.recall == [0.5]  # sums 0.8, 0.5, 0.3: the best two are tokens 0 and 1, of which 1 is attended
+    assert torch.stack(fidelity.mass).tolist() == [pytest.approx((0.3 + 0.6) / 2)]
+    # Sums 0.8, 0.5, 0.3: the best two are tokens 0 and 1, of which 1 is attended.
+    assert torch.stack(fidelity.recall).tolist() == [0.5]
     assert fidelity.output_error == [pytest.approx(1 / 5)]
 
 

@@ -80,6 +80,18 @@ def test_another_environment_is_added_and_told(
     assert differences(first, second | {"new": 1}) == ["torch 1 -> 2", "new None -> 1"]
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "replaced"])
+def test_a_folder_that_is_deleted_meanwhile_stops_the_run(tmp_path: Path, again: bool) -> None:
+    file = RecordFile.create(tmp_path, "b", "m", "x", SETTINGS)
+    assert file.append(row("a"))
+    file.folder.rename(tmp_path / "elsewhere")
+    if again:
+        file.folder.mkdir()
+    with pytest.raises(DataError, match=r"was deleted or replaced while this run wrote to it; 1 record\(s\)"):
+        file.append(row("b"))
+    assert not (file.folder / "records.jsonl").exists()
+
+
 def test_append_and_read_back(file: RecordFile) -> None:
     for sample in ("a", "b", "c"):
         assert file.append(row(sample, score=1.5))
@@ -207,7 +219,7 @@ def test_records_of_another_version_are_told_once(tmp_path: Path, caplog: pytest
         )
     assert [record["sample_id"] for record in read_all(tmp_path)] == ["c", "c"]
     (message,) = caplog.messages
-    assert "left out 4 record(s) of format version 0, unknown; this pqbench reads version 1" in message
+    assert "left out 4 record(s) of format version 0, unknown; this pqbench reads 1, 2" in message
     assert set(RecordFile(folder).outcomes()) == {"c"}
     assert RecordFile(folder).append(row("a"))
 

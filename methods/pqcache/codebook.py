@@ -101,7 +101,7 @@ def query_aware(moment: Tensor, parts: int, ridge: float = 1e-3) -> KeyMap:
     scale = torch.where(level > 0, values + ridge * level, torch.ones_like(values)).sqrt()
     scale = scale.unsqueeze(-2)
     both = [padded(x.flip(-1), parts) for x in (vectors * scale, vectors / scale)]
-    order = dealt(both[0].shape[-1], parts).to(moment.device)
+    order = dealt(both[0].shape[-1], parts, moment.device)
     return KeyMap(*(x[..., order].float() for x in both))
 
 
@@ -110,10 +110,10 @@ def padded(vectors: Tensor, parts: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, -vectors.shape[-1] % parts))
 
 
-def dealt(dimension: int, parts: int) -> Tensor:
+def dealt(dimension: int, parts: int, device: torch.device | None = None) -> Tensor:
     """Which direction, ordered by weight, goes where: ``[D]``. They are dealt like cards to the ``parts`` sub-spaces,
     back and forth, so that each gets as much weight as the others."""
-    ranks = torch.arange(dimension).view(-1, parts)  # a round per row
+    ranks = torch.arange(dimension, device=device).view(-1, parts)  # a round per row
     ranks[1::2] = ranks[1::2].flip(1)
     return ranks.T.reshape(-1)
 

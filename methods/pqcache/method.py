@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from methods.pqcache.host_codes import HostCodes
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.buffers import GrowingBuffer
-from pqbench.method import KV, Arrival, Budget, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
+from pqbench.method import KV, Arrival, Budget, Check, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
 
 _AHEAD = 16  # tokens encoded at once
 
@@ -37,8 +38,8 @@ class PQCache(Method):
         seed: of the initial centroids, a draw of middle keys shared by all heads.
         sample: keys per centroid that the iterations run on, None for all.
         tolerance: K-Means stops early once at most this share of the keys changes cluster.
-        codes_on: ``device`` keeps codes beside the accelerator; ``host`` brings them over for every step, asked for
-            while the layer before computes, as in the paper.
+        codes_on: ``device`` keeps codes beside the accelerator; ``host`` brings those of the prompt over for every
+            step, asked for while the layer before computes, as in the paper.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -123,10 +124,11 @@ class PQCacheState(LayerState):
         super().__init__(geometry)
         self.method = method
         self.codebook: Tensor | None = None
-        self.codes: GrowingBuffer | None = None  # in host memory with codes_on=host
+        self.codes: GrowingBuffer | HostCodes | None = None
         self.arriving: Arrival | None = None
         self.ahead = Ahead()
         self.iterations = 0
+        self.finite: Tensor | None = None  # bool [], whether the keys of the codebook were; the device may not know yet
         problems = geometry.batch * geometry.kv_heads * method.m
         known = geometry.calibration if method.needs_calibration else None
         self.fit = None if known is None else known.clustering(problems, geometry.head_dim // method.m, 2**method.b)
@@ -140,17 +142,24 @@ class PQCacheState(LayerState):
 
     def prefetch(self, kv: KV) -> None:
         if self.codes is not None and self.method.codes_on == "host":
-            self.arriving = kv.bring(self.codes.view())
+            self.arriving = self._on_host(self.codes).ask(kv)
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         if self.codebook is None or self.codes is None:
             return Selection()
+        return self._best_by_scan(q, self.codebook, self._codes(kv), kv)
+
+    def _best_by_scan(self, q: Tensor, codebook: Tensor, codes: Tensor, kv: KV) -> Selection:
+        """Sinks, window, and the middle tokens that ``codes`` ``[B, H, middle, m]`` put first for q
+        ``[B, H, G, D]``."""
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
-        body = self.geometry.kernels
-        codes = self._codes(kv)
-        scores = body.pq_probabilities(q, self.codebook, codes, self.geometry.scaling)  # [B, H, middle]
-        top = body.top_k(scores, split.top_k)
-        return Selection(split.around(split.sink + top, kv.length))
+        first, stop = split.middle(kv.length)
+        room = min(split.total, kv.length)
+        return Selection(
+            self.geometry.kernels.pq_select(
+                q, codebook, codes, self.geometry.scaling, split.sink, split.top_k, kv.length, stop - first, room
+            )
+        )
 
     def _cover(self, kv: KV) -> None:
         """Give every middle token a code."""
@@ -164,14 +173,24 @@ class PQCacheState(LayerState):
 
     def _codes(self, kv: KV) -> Tensor:
         """All codes ``[B, H, middle, m]`` on the device: what was asked for a layer ago, and what has joined since."""
+        if self.method.codes_on == "device":
+            return self._known.view()
+        codes = self._on_host(self._known)
+        arrived = (self.arriving or codes.ask(kv)).wait()
+        self.arriving = None
+        return codes.all(arrived)
+
+    @property
+    def _known(self) -> GrowingBuffer | HostCodes:
+        """The codes, which there must be."""
         if self.codes is None:
             raise RuntimeError("no codes before finish_prefill()")
-        if self.method.codes_on == "device":
-            return self.codes.view()
-        arrived = (self.arriving or kv.bring(self.codes.view())).wait()
-        self.arriving = None
-        joined = self.codes.view(arrived.shape[2]).to(arrived.device)  # encoded after the codes were asked for
-        return torch.cat([arrived, joined], dim=2)
+        return self.codes
+
+    def _on_host(self, codes: GrowingBuffer | HostCodes) -> HostCodes:
+        """The codes, moved to the host by the first step: until then they are still being worked on."""
+        moved = self.codes = HostCodes(codes.view()) if isinstance(codes, GrowingBuffer) else codes
+        return moved
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
         """What the index says of rows ``start`` to ``stop``: codes ``[B, H, n, m]``."""
@@ -181,22 +200,23 @@ class PQCacheState(LayerState):
 
     def _admit(self, kv: KV, start: int, stop: int, encoded: Tensor) -> None:
         """Rows ``start`` to ``stop`` have left the window, with what :meth:`_encode` says of them."""
-        if self.codes is None:
-            raise RuntimeError("no codes before finish_prefill()")
-        self.codes.append(encoded.to(self.codes.view().device))
+        self._known.append(encoded)
 
     def _train(self, kv: KV, start: int, stop: int) -> None:
         """Make the codebook from rows ``start`` to ``stop``, and their codes."""
         codebook, codes = self._clustered(kv.stored_keys(start, stop))
         self.ahead = Ahead()
         self.codebook = codebook.to(kv.device)
-        self.codes = GrowingBuffer(codes.to(kv.device if self.method.codes_on == "device" else "cpu"))
+        self.codes, self.arriving = GrowingBuffer(codes.to(kv.device)), None  # others may be on their way
 
     def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codebook and codes of keys ``[B, H, S, D]``, made where they lie; raises ConfigError when they are not
-        finite."""
-        if not bool(keys.isfinite().all()):
-            raise ConfigError(f"layer {self.geometry.layer} has keys that are NaN or infinite: try model.dtype=float32")
+        """Codebook and codes of keys ``[B, H, S, D]``, made on their device by the body for it. Keys that are not
+        finite raise ConfigError at once on the CPU; on a GPU, which is not waited for here, see :attr:`checks`."""
+        # NaN is both the smallest and the largest. A mask of isfinite() would be as large as the keys.
+        extremes = torch.stack(keys.aminmax())
+        self.finite = extremes.isfinite().all()
+        if keys.device.type == "cpu" and not bool(self.finite):
+            raise ConfigError(self.checks[0].message)
         method, clusters = self.method, 2**self.method.b
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
@@ -210,6 +230,13 @@ class PQCacheState(LayerState):
         if calibration is None or self.fit is None:
             return 10  # nobody measured this hardware
         return adaptive_iterations(calibration.idle_seconds(self.geometry.prompt), self.fit, points)
+
+    @property
+    def checks(self) -> list[Check]:
+        if self.finite is None:
+            return []
+        layer = self.geometry.layer
+        return [Check(self.finite, f"layer {layer} has keys that are NaN or infinite: try model.dtype=float32")]
 
     @property
     def facts(self) -> dict[str, float]:

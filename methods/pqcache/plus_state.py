@@ -62,7 +62,7 @@ class PQCachePlusState(PQCacheState):
 
     def _arrange(self, kv: KV, lists: InvertedLists) -> Tensor:
         """Number middle tokens by their places in the lists: ``[B, H, S]``, which row each row was."""
-        order, codes = lists.renumber(), self._ready(self.codes).view()
+        order, codes = lists.renumber(), self._known.view()
         self.codes = GrowingBuffer(gather_rows(codes, order.to(codes.device)))
         first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
         rows = torch.arange(kv.length, device=order.device).repeat(*order.shape[:2], 1)
@@ -78,6 +78,9 @@ class PQCachePlusState(PQCacheState):
             self.queries.add(q[:, :, :, None], kv.length - 1)
         if self.codebook is None or self.codes is None:
             return Selection()
+        if self._scans_only:
+            codes = self._key_codes(self._codes(kv))
+            return self._best_by_scan(self.map.queries(q), self.codebook, codes, kv)
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         if self.method.tail == "sampled":
             return self._with_sample(q, kv, split)
@@ -137,7 +140,7 @@ class PQCachePlusState(PQCacheState):
     def _with_sample(self, q: Tensor, kv: KV, split: Split) -> Selection:
         """top_k middle tokens, a share of them drawn from what the codes did not choose and weighted by what it stands
         for."""
-        wanted, tokens = int(split.top_k * self.method.sampled_share), len(self._ready(self.codes))
+        wanted, tokens = int(split.top_k * self.method.sampled_share), len(self._known)
         top, _, _ = self._best(q, kv, replace(split, top_k=split.top_k - wanted))
         sample = draw_rest(top, tokens, wanted, step_seed(self.method.seed, self.geometry.layer, kv.length))
         indices = split.around(split.sink + torch.cat([top, sample.sort(-1).values], dim=2), kv.length)
@@ -158,7 +161,7 @@ class PQCachePlusState(PQCacheState):
         if self.method.tail == "pq":
             value_codes = self._ready(codes)[..., self.method.m :]
             return quantised_mean(self._ready(weights), value_codes, self._ready(self.value_codebook))
-        return (self._ready(self.value_sum) / len(self._ready(self.codes))).expand(q.shape)
+        return (self._ready(self.value_sum) / len(self._known)).expand(q.shape)
 
     def _cover(self, kv: KV) -> None:
         every = self.method.refresh
@@ -169,7 +172,7 @@ class PQCachePlusState(PQCacheState):
 
     def _train(self, kv: KV, start: int, stop: int) -> None:
         super()._train(kv, start, stop)
-        method, codes = self.method, self._ready(self.codes).view()
+        method, codes = self.method, self._known.view()
         if method.tail == "pq":
             sample = None if method.sample is None else method.sample * 2**method.b_v
             self.value_codebook, value_codes = self.geometry.kernels.train_codebook(
@@ -230,8 +233,8 @@ class PQCachePlusState(PQCacheState):
         last, top_k = self.queries.last, self.method.budget.resolve(kv.length, self.geometry.prompt).top_k
         # Where a prompt was too short for codebooks, some middle tokens are younger than the queries; these are masked.
         keys, codes = (
-            kv.keys(0, max(last + 1, first + len(self._ready(self.codes)))),
-            self._ready(self.codes).view().to(kv.device),
+            kv.keys(0, max(last + 1, first + len(self._known))),
+            self._known.view().to(kv.device),
         )
         true = guessed = torch.zeros(batch, heads, device=kv.device)
         rows = max(1, _TILE // (batch * heads * group * (last + 1)))
@@ -259,6 +262,11 @@ class PQCachePlusState(PQCacheState):
     def _scores_all(self) -> bool:
         """Whether a step scores every token whatever the search."""
         return self.method.tail == "pq" or self.method.spread or self.method.top_p is not None
+
+    @property
+    def _scans_only(self) -> bool:
+        """Whether a step needs nothing but the best tokens by codes."""
+        return self.lists is None and self.method.tail == "none" and not self._scores_all
 
     @property
     def _reads_codes(self) -> bool:

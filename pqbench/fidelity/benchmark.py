@@ -21,6 +21,7 @@ from pqbench.method import Method
 from pqbench.models import LoadedModel
 from pqbench.records import Record
 from pqbench.run import check_methods
+from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
 from pqbench.timing.budgets import with_budget
 from pqbench.timing.dense import body_name
@@ -134,7 +135,8 @@ class FidelityBenchmark(Measurement):
         for variant in variants:
             for prompt in prompts:
                 check_split(variant.label, variant.method, prompt)
-        job.setting.tier.check(max(prompts) + self.steps, row)
+        need = Need(loaded.model.device, reserve=self.steps)
+        job.setting.tier.check(max(prompts) + self.steps, row, need)
 
     def _cells(self, ledger: Ledger, prompter: Prompter, variants: Sequence[Variant]) -> Iterator[Cell]:
         """What is to be measured, length by length."""

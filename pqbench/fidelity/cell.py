@@ -87,6 +87,7 @@ class CellRun:
         except Exception as error:  # noqa: BLE001 - any failure of one document becomes rows, the run goes on
             for variant in variants:
                 self._failed(variant, error)
+            self.job.setting.check_device(error)
             return
         for start in range(0, len(variants), self.abreast):
             places = range(len(variants))[start : start + self.abreast]
@@ -111,6 +112,7 @@ class CellRun:
                 facts |= drift_facts(drift) | cost_facts(_sound(generation), prompt)
             except Exception as error:  # noqa: BLE001 - the other variants of this prefill still count
                 self._failed(variant, error)
+                self.job.setting.check_device(error)
             else:
                 self.ledger.ok(variant.name, self.cell.sample_id(variant), self._facts(variant) | facts)
 

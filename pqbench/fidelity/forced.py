@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from pqbench.attention import attached
 from pqbench.batch import check_logits
 from pqbench.cache import DecodeLayer, LayeredCache, OurLayer
+from pqbench.clock import Spans
 from pqbench.generation import Generation
 from pqbench.method import Geometry, LayerState, Method
-from pqbench.prompt import Prefilled, forward, now
+from pqbench.prompt import Prefilled, forward
 
 
 @dataclass(frozen=True)
@@ -26,34 +27,49 @@ class Dense(Method):
         return LayerState(geometry)
 
 
-@dataclass
 class Drift:
-    """Next-token predictions against full attention's, step by step.
+    """Next-token predictions against full attention's, step by step. Nothing waits for the device before it is asked.
 
     Attributes:
         full: ``[T, V]`` logits of full attention after each token read.
         targets: the T tokens of the text that follow those.
-        kl: KL(full || method) in nats.
-        agrees: whether the most likely token is the same.
-        nll: -log probability of the text's token, in nats.
-        nll_full: the same of full attention.
     """
 
-    full: Tensor
-    targets: Sequence[int]
-    kl: list[float] = field(default_factory=list)
-    agrees: list[bool] = field(default_factory=list)
-    nll: list[float] = field(default_factory=list)
-    nll_full: list[float] = field(default_factory=list)
+    def __init__(self, full: Tensor, targets: Sequence[int]) -> None:
+        self.full, self.targets = full, targets
+        self._steps: list[Tensor] = []  # of each step: KL, agreement, log probabilities of both; float64 [4]
 
     def add(self, logits: Tensor) -> None:
         """Count the next step: logits ``[V]``. In float64, for a difference of distributions that hardly differ."""
-        step = len(self.kl)
-        exact, mine = self.full[step].double().log_softmax(-1), logits.double().log_softmax(-1)
-        self.kl.append(max(0.0, float((exact.exp() * (exact - mine)).nansum())))  # 0 * (-inf + inf) where p is 0
-        self.agrees.append(bool(exact.argmax() == mine.argmax()))
-        self.nll.append(-float(mine[self.targets[step]]))
-        self.nll_full.append(-float(exact[self.targets[step]]))
+        target = self.targets[len(self._steps)]
+        exact, mine = self.full[len(self._steps)].double().log_softmax(-1), logits.double().log_softmax(-1)
+        kl = (exact.exp() * (exact - mine)).nansum()  # 0 * (-inf + inf) where p is 0
+        agrees = (exact.argmax() == mine.argmax()).double()
+        self._steps.append(torch.stack([kl, agrees, mine[target], exact[target]]))
+
+    @property
+    def kl(self) -> list[float]:
+        """KL(full || method) in nats of every step."""
+        return [max(0.0, value) for value in self._told(0)]
+
+    @property
+    def agrees(self) -> list[bool]:
+        """Whether the most likely token is the same."""
+        return [value > 0 for value in self._told(1)]
+
+    @property
+    def nll(self) -> list[float]:
+        """-log probability of the text's token, in nats."""
+        return [-value for value in self._told(2)]
+
+    @property
+    def nll_full(self) -> list[float]:
+        """The same of full attention."""
+        return [-value for value in self._told(3)]
+
+    def _told(self, column: int) -> list[float]:
+        values: list[float] = torch.stack(self._steps)[:, column].tolist() if self._steps else []
+        return values
 
 
 def dense_logits(prefilled: Prefilled, tokens: Sequence[int]) -> Tensor:
@@ -151,20 +167,20 @@ def _steps(
     visits: Sequence[Callable[[Tensor], None]], failed: dict[int, Exception],
 ) -> list[float]:  # fmt: skip
     """Read the tokens; seconds of every step. ``failed`` takes failures by place in ``caches``."""
-    count, model, seconds = len(caches), prefilled.model, list[float]()
+    count, model, spans = len(caches), prefilled.model, Spans(prefilled.clock, listed=True)
     ours = {n: AbreastLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
     together, position = prefilled.cache(ours), prefilled.lengths[:, None].expand(count, 1)
     for n in prefilled.sliding:
         together.layers[n].batch_repeat_interleave(count)
     with attached(model):
         for step, token in enumerate(tokens):
-            began = now(model)
-            logits = forward(model, torch.full_like(position, token), together, None, position + step)
-            seconds.append(now(model) - began)
+            ids = torch.full_like(position, token)
+            with spans:
+                logits = forward(model, ids, together, None, position + step)
             for i, visit in enumerate(visits):
                 if i not in failed:
                     visit(logits[i])
     for i in range(count):
         with blamed(failed, i):
             check_logits(logits[i : i + 1])  # once: NaN in a token's keys stays, since the window holds it
-    return seconds
+    return spans.each

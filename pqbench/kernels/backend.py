@@ -9,7 +9,8 @@ from typing import Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pqbench.kernels.reference_rows import Found
+from pqbench.kernels.reference_blocks import Residency
+from pqbench.kernels.reference_rows import Blocks, Found, HostTokens
 
 BODIES = ("auto", "reference", "cpu", "gpu")
 
@@ -72,6 +73,9 @@ class Kernels(Protocol):
     def column_sums(self, q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
         """Attention each key received from a block of prompt queries."""
 
+    def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+        """Random numbers int32 ``[H, S]``, the same in every body; see :mod:`pqbench.kernels.reference_noise`."""
+
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
 
@@ -86,6 +90,30 @@ class Kernels(Protocol):
         first: int = 0,
     ) -> Found:  # fmt: skip
         """Where tokens lie on the device, and which do not; see :mod:`pqbench.kernels.reference_rows`."""
+
+    def fetch_rows(
+        self, indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens,
+        tally: Tensor, blocks: Blocks | None = None, count: Number | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Where tokens lie on the device, those that did not copied there from the host, all in one."""
+
+    def vacate_rows(
+        self, indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
+    ) -> None:  # fmt: skip
+        """Copy rows out of blocks that are about to be overwritten."""
+
+    def copy_blocks(
+        self, moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks
+    ) -> None:  # fmt: skip
+        """Copy blocks from the host to their slots."""
+
+    def admit_blocks(
+        self, counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
+    ) -> Tensor:  # fmt: skip
+        """Which blocks a cache lets in, and where; see :mod:`pqbench.kernels.reference_blocks`."""
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy between strided tensors, also of host memory."""
 
     def use_threads(self, count: int) -> None:
         """Threads of this body in the calling thread."""

@@ -19,14 +19,21 @@ from torch.nn.functional import pad
 from pqbench.kernels import reference
 from pqbench.kernels.backend import Number
 from pqbench.kernels.cpu_attention import attend
+from pqbench.kernels.cpu_blocks import choose
 from pqbench.kernels.cpu_cells import merge, search
 from pqbench.kernels.cpu_columns import sum_columns
 from pqbench.kernels.cpu_kmeans import encode_keys, train
+from pqbench.kernels.cpu_noise import fill_noise
 from pqbench.kernels.cpu_rows import copy_rows, find
 from pqbench.kernels.cpu_scoring import probabilities
 from pqbench.kernels.cpu_top_k import top_of_rows
 from pqbench.kernels.cpu_vector import BLOCK
+from pqbench.kernels.reference_blocks import Residency
 from pqbench.kernels.reference_rows import append_rows as append_rows
+from pqbench.kernels.reference_rows import copy as copy
+from pqbench.kernels.reference_rows import copy_blocks as copy_blocks
+from pqbench.kernels.reference_rows import fetch_rows as fetch_rows
+from pqbench.kernels.reference_rows import vacate_rows as vacate_rows
 from pqbench.kernels.reference_select import check_room, lay_out
 
 _SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
@@ -272,6 +279,15 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     return sums
 
 
+def noise(heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+    """Random numbers int32 ``[H, S]``; see :func:`pqbench.kernels.reference_noise.noise`."""
+    if device.type != "cpu":
+        return reference.noise(heads, tokens, seed, device)
+    numbers = torch.empty(heads, tokens, dtype=torch.int32)
+    fill_noise(numbers.numpy(), seed & 0xFFFFFFFF, seed >> 32)
+    return numbers
+
+
 def _row_bytes(x: Tensor) -> int:
     """Bytes of a row ``[...]`` of ``x`` ``[B, H, S, ...]``, or 0 where its numbers do not follow each other."""
     expected = 1
@@ -319,6 +335,22 @@ def find_rows(
     return reference.Found(slots, missing[:absent], counts)
 
 
+def admit_blocks(
+    counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
+) -> Tensor:  # fmt: skip
+    """Which blocks a cache lets in, and where; see :func:`pqbench.kernels.reference_blocks.admit_blocks`."""
+    (owners, every), capacity = counts.shape, residency.held.shape[1]
+    most = min(admit, capacity)
+    moves = torch.full((owners, most, 2), -1, dtype=torch.int64)
+    asked = counts.long().contiguous()
+    tally[0] += choose(
+        asked.data_ptr(), every, min(int(complete), every), most, frequent, *(part.data_ptr() for part in residency),
+        moves.data_ptr(), owners, capacity,
+    )  # fmt: skip
+    counts.zero_()
+    return moves
+
+
 def use_threads(count: int) -> None:
     """Threads of this body in the calling thread. Torch keeps its number: numba sets it to that of all cores when it
     starts its threads, since both count OpenMP's."""
@@ -338,6 +370,9 @@ def warm_up() -> float:
     best_of_cells(q, codebook, *merge_lists(lists, lists[:, :, :0], lists[:, :, :1]), lists[:, :, :0], 1, 1.0)
     attention(q, keys, keys, 1.0, top)
     gather(keys, top, torch.empty_like(keys[:, :, :16]))
+    noise(1, 32, 0, q.device)
     find_rows(top, torch.zeros(32, dtype=torch.int64), 32)
+    residency = Residency.empty(1, 1, q.device)._replace(where=torch.full((1, 1), -1))
+    admit_blocks(torch.ones(1, 1, dtype=torch.int64), 1, 1, True, residency, torch.zeros(1, dtype=torch.int64))
     column_sums(q[:, :, :, None], keys, 1.0)
     return time.perf_counter() - start

@@ -10,43 +10,42 @@ from torch.nn import functional
 
 from pqbench.kernels import gpu_launch as launch
 from pqbench.kernels.backend import Number
-from pqbench.kernels.gpu_launch import product, row_products
+from pqbench.kernels.gpu_launch import product, read, row_products, rows_of, share
 
 
-@triton.jit(do_not_specialize=["given", "count", "size"])
+@triton.jit(do_not_specialize=["key_batch", "key_head", "value_batch", "value_head", "given", "count"])
 def attend_part(
     q: tl.tensor, keys: tl.tensor, values: tl.tensor, indices: tl.tensor, visible: tl.tensor, added: tl.tensor,
-    logits: tl.tensor, part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor,
-    value_strides: tl.tensor, heads: tl.tensor, given: tl.tensor, count: tl.tensor, size: tl.tensor, scaling: tl.tensor,
-    group: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
-    value_precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
+    logits: tl.tensor, part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_batch: tl.tensor,
+    key_head: tl.tensor, value_batch: tl.tensor, value_head: tl.tensor, key_row: tl.tensor, value_row: tl.tensor,
+    heads: tl.tensor, given: tl.tensor, count: tl.tensor, scaling: tl.tensor, unit: tl.constexpr, group: tl.constexpr,
+    width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, value_precision: tl.constexpr,
+    block_g: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     """One KV head and one part of its rows: output ``part`` ``[B*H, parts, G, D]`` over these rows alone and its
     log-sum-exp ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]`` on the way, and ``logits``
     ``[B*H, G, n]`` kept when weights are wanted; these, ``visible`` and ``added`` may be None. Of the ``given`` n rows
     the first ``count`` count."""
-    if count.dtype.is_ptr():
-        count = tl.load(count)
     pair, number = tl.program_id(0), tl.program_id(1)
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     g, d, lane = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
     queries = q + sequence * q_strides[0] + head * q_strides[1] + g * q_strides[2]
-    first_key = keys + sequence * key_strides[0] + head * key_strides[1]
-    first_value = values + sequence * value_strides[0] + head * value_strides[1]
+    first_key = rows_of(keys, (key_batch, key_head), pair, heads, unit)
+    first_value = rows_of(values, (value_batch, value_head), pair, heads, unit)
     top = tl.full([block_g], float("-inf"), tl.float32)
     total = tl.zeros([block_g], tl.float32)
     output = tl.zeros([block_g, block_d], tl.float32)
-    stop = tl.minimum(tl.minimum(given, count), (number + 1) * size)
-    for start in range(number * size, stop, block_n):
+    first, stop = share(tl.minimum(given, read(count)), block_n)
+    for start in range(first, stop, block_n):
         n = start + lane
         seen = n < stop
         rows = n.to(tl.int64)
         if indices is not None:
             rows = tl.load(indices + pair.to(tl.int64) * given + n, mask=seen, other=0).to(tl.int64)
-        own = first_key + rows * key_strides[2]
+        own = first_key + rows * key_row
         score = row_products(queries, own, g < group, seen, width, chunk, precision) * scaling  # [G, n]
         inside = seen[:, None] & (d < width)[None, :]
-        value = tl.load(first_value + rows[:, None] * value_strides[2] + d[None, :], mask=inside, other=0.0)
+        value = tl.load(first_value + rows[:, None] * value_row + d[None, :], mask=inside, other=0.0)
         cell = (pair.to(tl.int64) * group + g)[:, None] * given + n[None, :]
         shown = (g < group)[:, None] & seen[None, :]
         if visible is not None:
@@ -107,24 +106,25 @@ def attention(
     given = keys.shape[2] if indices is None else indices.shape[2]
     shape = (batch, heads, group, given)
     block_n = 32 if width > 128 or keys.dtype == torch.float32 else 64
-    parts, size = launch.split(given, block_n, batch * heads, q.device)
+    parts = launch.split(given, block_n, batch * heads, q.device)
     part = q.new_empty(batch, heads, parts, group, width, dtype=torch.float32)
     part_lse = q.new_empty(batch, heads, parts, group, dtype=torch.float32)
     weights = q.new_empty(shape, dtype=torch.float32) if need_weights else None
     if weights is not None and count is not None:
         weights.fill_(float("-inf"))  # rows that do not count are not visited
     output, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    unit, outer = launch.outer(keys, values)
     precision, block_d = launch.precision_for(q, keys), launch.power(width, 16)
     with launch.on(q):
         attend_part[(batch * heads, parts)](
             q, keys, values, None if indices is None else indices.contiguous(),
             None if visible is None else visible.expand(shape).contiguous().view(torch.uint8),
             None if log_weights is None else log_weights.float().expand(shape).contiguous(), weights, part, part_lse,
-            q.stride()[:3], keys.stride()[:3], values.stride()[:3], heads, given, given if count is None else count,
-            size, float(scaling),
-            group=group, width=width, chunk=launch.chunk_for(width, precision), precision=precision,
-            value_precision="tf32x3" if values.dtype == torch.float32 else "tf32", block_g=launch.power(group, 16),
-            block_n=block_n, block_d=block_d, **launch.options(),
+            q.stride()[:3], *outer[0], *outer[1], keys.stride(2), values.stride(2), heads, given,
+            given if count is None else count, float(scaling), unit=unit, group=group, width=width,
+            chunk=launch.chunk_for(width, precision), precision=precision,
+            value_precision="tf32x3" if values.dtype == torch.float32 else "tf32",
+            block_g=launch.power(group, 16), block_n=block_n, block_d=block_d, **launch.options(),
         )  # fmt: skip
         merge_parts[(batch * heads, group)](
             part, part_lse, output, lse, parts, group=group, width=width, most=launch.MOST_SPLITS, block_s=16,

@@ -4,21 +4,23 @@ do without waiting for the GPU."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pqbench.kernels import gpu_launch as launch
-from pqbench.kernels.gpu_scoring import fold, scored_tables, scratch, sum_over_group
+from pqbench.kernels.gpu_launch import share
+from pqbench.kernels.gpu_scoring import fold, scored_tables, sum_over_group
 from pqbench.kernels.reference_cells import cell_counts, shares, taken
 
 _CELLS = 128  # of a tile
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def score_cells(
-    tables: tl.tensor, counts: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, size: tl.tensor,
-    cells: tl.constexpr, clusters: tl.constexpr, parts: tl.constexpr, group: tl.constexpr, lanes: tl.constexpr,
+    tables: tl.tensor, counts: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, cells: tl.constexpr,
+    clusters: tl.constexpr, parts: tl.constexpr, group: tl.constexpr, lanes: tl.constexpr,
     block_n: tl.constexpr,
 ) -> None:  # fmt: skip
     """Logits ``[B*H, C, L]`` of one part of the cells, and the log-sum-exp ``[B*H, pieces, L]`` of their tokens, of
@@ -26,9 +28,9 @@ def score_cells(
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, lanes), tl.arange(0, block_n)
     first_table = tables + pair * parts * clusters * lanes
-    top, total = tl.full([lanes], -1e30, tl.float32), tl.zeros([lanes], tl.float32)  # finite: a part may be empty
-    stop = tl.minimum(cells, (number + 1) * size)
-    for start in range(number * size, stop, block_n):
+    top, total = tl.full([lanes], float("-inf"), tl.float32), tl.zeros([lanes], tl.float32)
+    first, stop = share(cells, block_n)
+    for start in range(first, stop, block_n):
         n = start + lane
         seen = (n < stop)[:, None] & (g < group)[None, :]
         score = tl.zeros([block_n, lanes], tl.float32)
@@ -42,7 +44,7 @@ def score_cells(
         weighed = score + tl.log(tl.maximum(held, 1).to(tl.float32))[:, None]
         top, total = fold(top, total, tl.where((held > 0)[:, None], weighed, float("-inf")))
     row = (pair * tl.num_programs(1) + number) * lanes + g
-    tl.store(part_lse + row, tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf")))
+    tl.store(part_lse + row, tl.where(top == float("-inf"), 0.0, top) + tl.log(total))
 
 
 def best_of_cells(
@@ -65,10 +67,12 @@ def cell_probabilities(q: Tensor, codebook: Tensor, counts: Tensor, scaling: flo
     parts, clusters = codebook.shape[2:4]
     lanes, cells = launch.power(group), counts.shape[2]
     tables = scored_tables(q, codebook, scaling)
-    scores, part_lse, pieces, size = scratch(q, cells, lanes)
+    pieces = launch.split(cells, _CELLS, batch * heads, q.device)
+    scores = q.new_empty(batch, heads, cells, lanes, dtype=torch.float32)
+    part_lse = q.new_empty(batch, heads, pieces, lanes, dtype=torch.float32)
     with launch.on(q):
         score_cells[(batch * heads, pieces)](
-            tables, counts, scores, part_lse, size, cells=cells, clusters=clusters, parts=parts, group=group,
+            tables, counts, scores, part_lse, cells=cells, clusters=clusters, parts=parts, group=group,
             lanes=lanes, block_n=_CELLS, **launch.options(),
         )  # fmt: skip
-    return scores, sum_over_group(q, scores, part_lse, pieces)
+    return scores, sum_over_group(q, scores, part_lse)

@@ -1,10 +1,13 @@
 """Triton: K-Means per head and sub-space, with the initial rows, the empty clusters and the results of the reference.
 
 Nothing here waits for the GPU: every problem is launched to the last iteration, but one that has settled leaves its
-kernels at once. Sums are ordered, so results do not depend on timing.
+kernels at once. Which ones have is compared on the GPU, and the rows that are drawn on the host come from page-locked
+memory. Sums are ordered, so results do not depend on timing.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,9 +20,11 @@ from pqbench.kernels.gpu_launch import (
     dense_rows,
     on,
     options,
+    outer,
     power,
     precision_for,
     product,
+    rows_of,
     split,
     upload,
 )
@@ -29,11 +34,12 @@ _POINTS = 64  # of a tile
 _CLUSTERS = 64
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["point_batch", "point_head", "count"])
 def assign(
     points: tl.tensor, centroids: tl.tensor, codes: tl.tensor, active: tl.tensor, moved: tl.tensor,
-    point_strides: tl.tensor, heads: tl.tensor, count: tl.tensor, clusters: tl.tensor, parts: tl.constexpr,
-    width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    point_batch: tl.tensor, point_head: tl.tensor, point_row: tl.tensor, heads: tl.tensor, count: tl.tensor,
+    clusters: tl.tensor, unit: tl.constexpr, parts: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr,
+    precision: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ) -> None:  # fmt: skip
     """Nearest centroid, the lowest index on ties, of a block of one problem's points: codes ``[B*H, N, m]``.
 
@@ -46,10 +52,8 @@ def assign(
         live = tl.load(active + problem)
     if live != 0:
         pair, part = problem // parts, problem % parts
-        sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
         n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-        first = points + sequence * point_strides[0] + head * point_strides[1] + part * width
-        rows = first + n.to(tl.int64) * point_strides[2]
+        rows = rows_of(points, (point_batch, point_head), pair, heads, unit) + part * width + n.to(tl.int64) * point_row
         best, code = tl.full([block_n], float("-inf"), tl.float32), tl.zeros([block_n], tl.int32)
         for start in range(0, clusters, block_k):
             k = start + tl.arange(0, block_k)
@@ -75,27 +79,27 @@ def assign(
         tl.store(codes + cell, code.to(tl.uint8), mask=n < count)
 
 
-@triton.jit(do_not_specialize=["count", "size"])
+@triton.jit(do_not_specialize=["point_batch", "point_head", "count", "size"])
 def sum_clusters(
-    points: tl.tensor, codes: tl.tensor, active: tl.tensor, sums: tl.tensor, sizes: tl.tensor, point_strides: tl.tensor,
-    heads: tl.tensor, count: tl.tensor, size: tl.tensor, clusters: tl.tensor, parts: tl.constexpr, width: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr, block_w: tl.constexpr, precision: tl.constexpr,
+    points: tl.tensor, codes: tl.tensor, active: tl.tensor, sums: tl.tensor, sizes: tl.tensor, point_batch: tl.tensor,
+    point_head: tl.tensor, point_row: tl.tensor, heads: tl.tensor, count: tl.tensor, size: tl.tensor,
+    clusters: tl.tensor, unit: tl.constexpr, parts: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr, block_w: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
     """Sums ``[B*H*m, pieces, K, D/m]`` and sizes ``[B*H*m, pieces, K]`` of a block of clusters within one piece of the
     points, as a product with the one-hot matrix of their codes: no atomics."""
     number, problem = tl.program_id(0), tl.program_id(2)
     if tl.load(active + problem) != 0:
         pair, part = problem // parts, problem % parts
-        sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
         k, w = tl.program_id(1) * block_k + tl.arange(0, block_k), tl.arange(0, block_w)
-        first = points + sequence * point_strides[0] + head * point_strides[1] + part * width
+        first = rows_of(points, (point_batch, point_head), pair, heads, unit) + part * width
         total, members = tl.zeros([block_k, block_w], tl.float32), tl.zeros([block_k], tl.float32)
         stop = tl.minimum(count, (number + 1) * size)
         for start in range(number * size, stop, block_n):
             n = start + tl.arange(0, block_n)
             code = tl.load(codes + (pair.to(tl.int64) * count + n) * parts + part, mask=n < stop, other=0).to(tl.int32)
             inside = (n < stop)[:, None] & (w < width)[None, :]
-            point = tl.load(first + n.to(tl.int64)[:, None] * point_strides[2] + w[None, :], mask=inside, other=0.0)
+            point = tl.load(first + n.to(tl.int64)[:, None] * point_row + w[None, :], mask=inside, other=0.0)
             mine = ((k[:, None] == code[None, :]) & (n < stop)[None, :]).to(tl.float32)  # [K, n]
             total += product(mine.to(point.dtype), point, precision)
             members += tl.sum(mine, 1)
@@ -139,13 +143,22 @@ def train_codebook(
     """See :func:`pqbench.kernels.reference.train_codebook` and the module's docstring."""
     keys = dense_rows(keys)
     batch, heads, count, dimension = keys.shape
-    drawn = upload(draw(count, seed)[: max(clusters, min(sample or 0, count))], keys.device)
+    kept = max(clusters, min(sample or 0, count))
+    drawn = upload(_first_drawn(count, seed, kept, keys.device.type == "cuda"), keys.device)
     start = keys[:, :, drawn[:clusters]].float().view(batch, heads, clusters, parts, dimension // parts)
     codebook = start.transpose(2, 3).contiguous()  # [B, H, m, K, D/m]
     if sample is not None and sample < count:
         _lloyd(keys[:, :, drawn], codebook, iterations, tolerance)
         iterations = min(iterations, 1)
     return codebook, _lloyd(keys, codebook, iterations, tolerance)
+
+
+@lru_cache(maxsize=4)
+def _first_drawn(count: int, seed: int, kept: int, pinned: bool) -> Tensor:
+    """The first rows of the draw ``[kept]`` on the host, page-locked on request. All layers of a prompt draw alike,
+    and to shuffle 131072 numbers takes the host a millisecond that the prefill would wait for. Nobody writes to it."""
+    rows = draw(count, seed)[:kept].clone()  # a view would hold the whole draw
+    return rows.pin_memory() if pinned else rows
 
 
 def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) -> Tensor:
@@ -157,7 +170,9 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
     block_w = power(width, 16)
     block_n = block_k = 64 if block_w < 64 else 32  # the sums of a block of clusters stay in registers
     warps = 8 if block_w > 128 else 4
-    pieces, size = split(count, block_n, problems * blocks(clusters, block_k), keys.device)
+    pieces = split(count, block_n, problems * blocks(clusters, block_k), keys.device)
+    size = blocks(blocks(count, block_n), pieces) * block_n
+    unit, strides = outer(keys)
     sums = codebook.new_empty(problems, pieces, clusters, width)
     sizes = codebook.new_empty(problems, pieces, clusters)
     moved = torch.zeros(iterations, problems, dtype=torch.int32, device=keys.device)
@@ -165,9 +180,9 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
     for step in range(iterations):
         with on(keys):
             sum_clusters[(pieces, blocks(clusters, block_k), problems)](
-                keys, codes, active, sums, sizes, keys.stride()[:3], heads, count, size, clusters, parts=parts,
-                width=width, block_n=block_n, block_k=block_k, block_w=block_w, precision=precision_for(keys),
-                **options(warps),
+                keys, codes, active, sums, sizes, *strides[0], keys.stride(2), heads, count, size, clusters, unit=unit,
+                parts=parts, width=width, block_n=block_n, block_k=block_k, block_w=block_w,
+                precision=precision_for(keys), **options(warps),
             )  # fmt: skip
             means[(problems, blocks(clusters, block_k))](
                 sums, sizes, active, codebook, pieces, clusters, width=width, block_k=block_k, block_w=block_w,
@@ -182,10 +197,10 @@ def _assign(
     keys: Tensor, codebook: Tensor, codes: Tensor, active: Tensor | None = None, moved: Tensor | None = None
 ) -> None:
     batch, heads, parts, clusters, width = codebook.shape
-    count, precision = keys.shape[2], precision_for(keys, codebook)
+    count, precision, (unit, strides) = keys.shape[2], precision_for(keys, codebook), outer(keys)
     with on(keys):
         assign[(blocks(count, _POINTS), batch * heads * parts)](
-            keys, codebook, codes, active, moved, keys.stride()[:3], heads, count, clusters, parts=parts, width=width,
-            chunk=chunk_for(width, precision), precision=precision, block_n=_POINTS,
+            keys, codebook, codes, active, moved, *strides[0], keys.stride(2), heads, count, clusters, unit=unit,
+            parts=parts, width=width, chunk=chunk_for(width, precision), precision=precision, block_n=_POINTS,
             block_k=min(_CLUSTERS, power(clusters, 16)), **options(),
         )  # fmt: skip

@@ -19,6 +19,30 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def read(number: tl.tensor) -> tl.tensor:
+    """A number that was passed as such, or by its address on the device."""
+    if number.dtype.is_ptr():
+        number = tl.load(number)
+    return number
+
+
+@triton.jit
+def share(count: tl.tensor, block: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """First and last + 1 of ``count`` tokens that are this program's, one of those along the second axis of the grid:
+    whole blocks of them. It depends on the count and on how many programs there are, not on the room around."""
+    size = tl.cdiv(tl.cdiv(count, block), tl.num_programs(1)) * block
+    first = tl.program_id(1) * size
+    return first, tl.minimum(count, first + size)
+
+
+@triton.jit
+def rows_of(x: tl.tensor, outer: tl.tensor, pair: tl.tensor, heads: tl.tensor, unit: tl.constexpr) -> tl.tensor:
+    """Where the rows of a pair of sequence and head begin, given the two strides of these in units (:func:`outer`)."""
+    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    return x + sequence * unit * outer[0] + head * unit * outer[1]
+
+
+@triton.jit
 def product(a: tl.tensor, b: tl.tensor, precision: tl.constexpr) -> tl.tensor:
     """Matrix product accumulated in float32; ``precision`` is that of :func:`precision_for`."""
     if precision == "native":
@@ -86,17 +110,40 @@ def blocks(count: int, block: int) -> int:
     return max(1, -(-count // block))
 
 
-def split(count: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """How to split ``count`` tokens when there are ``programs`` rows of them: parts, and tokens of each, a multiple of
-    ``block``. Twice as many programs as multiprocessors keep a GPU busy; more would only lengthen the merge."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(MOST_SPLITS, blocks(count, block), blocks(2 * processors, programs))
-    size = blocks(blocks(count, block), wanted) * block
-    return blocks(count, size), size
+def split(count: int, block: int, programs: int, device: torch.device) -> int:
+    """In how many parts to split rows of ``count`` tokens when there are ``programs`` of them. Twice as many programs
+    as multiprocessors keep a GPU busy; more would only lengthen the merge."""
+    return min(MOST_SPLITS, blocks(count, block), blocks(2 * processors(device), programs))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; some for the interpreter, so that it splits rows too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def outer(*tensors: Tensor, axes: int = 2) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """A unit and, for each of the tensors, the strides of its first ``axes`` axes in that unit.
+
+    Those strides grow with a context, so kernels must not be compiled for their values; yet wide loads need to know
+    that rows begin at multiples of 16. So it is the unit that a kernel is compiled for: 16 elements where the stride of
+    the next axis, which no length changes, is a multiple of 16 and the outer ones are too, else 1.
+
+    A kernel takes each stride as an argument of its own, named in ``do_not_specialize``: what a tuple holds Triton
+    specialises whatever it is told.
+    """
+    strides = [x.stride()[: axes + 1] for x in tensors]
+    unit = 16 if all(number % 16 == 0 for row in strides for number in row) else 1
+    return unit, tuple(tuple(number // unit for number in row[:axes]) for row in strides)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` from the host on ``device``, without waiting for work under way there."""
+    """``x`` from the host on ``device``, without waiting for work under way there.
+
+    The page-locked block may be freed before the copy has read it: ``to`` leaves an event of the copy's stream with
+    torch's allocator of such memory, which gives the block to nobody before that has passed. The allocator knows
+    nothing of kernels that read a block by its address; for them the tensor must be kept. Of ``x`` that is page-locked
+    already no block is made.
+    """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

@@ -1,8 +1,11 @@
 """Triton: the attention every token would receive, from PQ codes or from the keys themselves.
 
-Two passes. The first writes the logits of a part of the tokens to scratch ``[B*H, S, L]`` (L query heads of the group,
-padded to a power of two) with their log-sum-exp; the second sums probabilities over the group. Products of tables of
-exponentials would save the logits, but underflow where no token reaches the maximum of every sub-space.
+Two launches. The first writes the logits of a part of the tokens to scratch ``[B*H, S, L]`` (L query heads of the
+group, padded to a power of two) with their log-sum-exp; the second sums probabilities over the group. Products of
+tables of exponentials would save the logits, but underflow where no token reaches the maximum of every sub-space.
+
+Look-up tables of codes are made by every program for itself: one launch less, and a codebook is small enough to be read
+from the cache of the GPU once per multiprocessor.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from pqbench.kernels import gpu_launch as launch
-from pqbench.kernels.gpu_launch import row_products
+from pqbench.kernels.backend import Number
+from pqbench.kernels.gpu_launch import read, row_products, rows_of, share
+from pqbench.kernels.gpu_top_k import ordered
 
-_TOKENS = 128  # of a tile
+_LOGITS = 8192  # of a tile of tokens by look-up
+UNIT = 4096  # tokens; the second launch and those behind it split a row by these
 
 
 @triton.jit
@@ -43,112 +49,209 @@ def look_up_tables(
 def fold(top: tl.tensor, total: tl.tensor, score: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Running maximum and sum of exponentials ``[L]`` after more logits ``[n, L]``, -inf where there is no token."""
     above = tl.maximum(top, tl.max(score, 0))
-    total = total * tl.exp(top - above) + tl.sum(tl.exp(score - above[None, :]), 0)
+    base = tl.where(above == float("-inf"), 0.0, above)  # nothing above -inf yet: avoid inf - inf
+    total = total * tl.exp(top - base) + tl.sum(tl.exp(score - base[None, :]), 0)
     return above, total
 
 
-@triton.jit(do_not_specialize=["count", "size"])
+@triton.jit
+def merged(
+    part_lse: tl.tensor, parts: tl.tensor, group: tl.constexpr, lanes: tl.constexpr, most: tl.constexpr
+) -> tl.tensor:
+    """Log-sum-exp ``[L]`` of a row from those of its parts ``[parts, L]``."""
+    g, part = tl.arange(0, lanes), tl.arange(0, most)
+    held = (part < parts)[:, None] & (g < group)[None, :]
+    lse = tl.load(part_lse + part[:, None] * lanes + g[None, :], mask=held, other=float("-inf"))
+    top = tl.max(lse, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return base + tl.log(tl.sum(tl.exp(lse - base[None, :]), 0))
+
+
+@triton.jit
+def fill_tables(
+    q: tl.tensor, codebook: tl.tensor, tables: tl.tensor, row: tl.tensor, scaling: tl.tensor, clusters: tl.constexpr,
+    parts: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block_k: tl.constexpr,
+    block_w: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Scaled products of the centroids of one head ``[m, K, D/m]`` with its queries, ``row`` elements apart:
+    ``tables`` ``[m, K, L]``, zero for padding. Returns how many there are."""
+    k, w = tl.arange(0, block_k), tl.arange(0, block_w)
+    for part in tl.static_range(parts):
+        for start in range(0, clusters, block_k):
+            held = start + k < clusters
+            place = part * clusters + start + k
+            inside = held[:, None] & (w < width)[None, :]
+            centroid = tl.load(codebook + place[:, None] * width + w[None, :], mask=inside, other=0.0).to(tl.float32)
+            for g in range(lanes):
+                inside_w = (w < width) & (g < group)
+                query = tl.load(q + g * row + part * width + w, mask=inside_w, other=0.0).to(tl.float32)
+                product = tl.sum(centroid * query[None, :], 1) * scaling
+                tl.store(tables + place * lanes + g, tl.where(g < group, product, 0.0), mask=held)
+    return tl.full([], parts * clusters, tl.int32)
+
+
+@triton.jit(do_not_specialize=["code_batch", "code_head", "given", "count"])
 def score_codes(
-    tables: tl.tensor, codes: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, code_strides: tl.tensor,
-    heads: tl.tensor, count: tl.tensor, size: tl.tensor, clusters: tl.tensor, parts: tl.constexpr, group: tl.constexpr,
-    lanes: tl.constexpr, block_n: tl.constexpr,
+    q: tl.tensor, codebook: tl.tensor, codes: tl.tensor, only: tl.tensor, tables: tl.tensor, scores: tl.tensor,
+    part_lse: tl.tensor, counters: tl.tensor, q_strides: tl.tensor, code_batch: tl.tensor, code_head: tl.tensor,
+    code_row: tl.tensor, heads: tl.tensor, given: tl.tensor, count: tl.tensor, scaling: tl.tensor,
+    clusters: tl.constexpr, parts: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr,
+    block_k: tl.constexpr, block_w: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Logits of one part of the tokens by table look-up of uint8 codes ``[B, H, S, m]``, with their log-sum-exp
-    ``[B*H, parts, L]``."""
-    pair, number = tl.program_id(0), tl.program_id(1)
-    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    """Logits ``scores`` ``[B*H, S, L]`` of one part of the tokens by table look-up of uint8 codes ``[B, H, S, m]``,
+    with their log-sum-exp ``[B*H, pieces, L]``. Of the ``given`` S tokens the first ``count`` count, and none where
+    ``only`` ``[B*H]`` is 0. ``tables`` are scratch ``[B*H, pieces, m, K, L]``; ``counters`` ``[B*H]`` are set to 0."""
+    pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, lanes), tl.arange(0, block_n)
-    first_code = codes + sequence * code_strides[0] + head * code_strides[1]
-    first_table = tables + pair.to(tl.int64) * parts * clusters * lanes
+    here = pair * tl.num_programs(1) + number
+    if number == 0:
+        tl.store(counters + pair, 0)
+    first, stop = share(awake(read(count), only, pair), block_n)
+    first_code = rows_of(codes, (code_batch, code_head), pair, heads, 1)
+    own = tables + here * parts * clusters * lanes
+    if first < stop:
+        query = rows_of(q, q_strides, pair, heads, 1)
+        book = codebook + pair * parts * clusters * width
+        fill_tables(query, book, own, q_strides[2], scaling, clusters, parts, group, width, lanes, block_k, block_w)
+        tl.debug_barrier()  # threads look up what others of their program have written
     top, total = tl.full([lanes], float("-inf"), tl.float32), tl.zeros([lanes], tl.float32)
-    stop = tl.minimum(count, (number + 1) * size)
-    for start in range(number * size, stop, block_n):
+    for start in range(first, stop, block_n):
         n = start + lane
-        seen = (n < stop)[:, None] & (g < group)[None, :]
+        seen = n < stop
         score = tl.zeros([block_n, lanes], tl.float32)
         for part in tl.static_range(parts):
-            code = tl.load(first_code + n.to(tl.int64) * code_strides[2] + part, mask=n < stop, other=0).to(tl.int32)
+            code = tl.load(first_code + n.to(tl.int64) * code_row + part, mask=seen, other=0).to(tl.int32)
             entry = (part * clusters + code)[:, None] * lanes + g[None, :]  # one vector per token: the group is inner
-            score += tl.load(first_table + entry, mask=seen, other=0.0)
-        tl.store(scores + (pair.to(tl.int64) * count + n)[:, None] * lanes + g[None, :], score, mask=seen)
-        top, total = fold(top, total, tl.where((n < stop)[:, None], score, float("-inf")))
-    tl.store(part_lse + (pair * tl.num_programs(1) + number) * lanes + g, top + tl.log(total))
+            score += tl.load(own + entry, mask=seen[:, None], other=0.0)
+        tl.store(scores + (pair * given + n)[:, None] * lanes + g[None, :], score, mask=seen[:, None])
+        top, total = fold(top, total, tl.where(seen[:, None], score, float("-inf")))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(part_lse + here * lanes + g, base + tl.log(total))
 
 
-@triton.jit(do_not_specialize=["count", "size"])
+@triton.jit
+def awake(count: tl.tensor, only: tl.tensor, pair: tl.tensor) -> tl.tensor:
+    """``count``, or 0 where the pair is not set in ``only``, which may be None."""
+    if only is not None:
+        count = tl.where(tl.load(only + pair) != 0, count, 0)
+    return count
+
+
+@triton.jit(do_not_specialize=["key_batch", "key_head", "count"])
 def score_keys(
-    q: tl.tensor, keys: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_strides: tl.tensor,
-    heads: tl.tensor, count: tl.tensor, size: tl.tensor, scaling: tl.tensor, group: tl.constexpr, width: tl.constexpr,
-    lanes: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
+    q: tl.tensor, keys: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_batch: tl.tensor,
+    key_head: tl.tensor, key_row: tl.tensor, heads: tl.tensor, count: tl.tensor, scaling: tl.tensor,
+    unit: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, chunk: tl.constexpr,
+    precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
     """The same from keys ``[B, H, S, D]``."""
-    pair, number = tl.program_id(0), tl.program_id(1)
-    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, block_g), tl.arange(0, block_n)
-    queries = q + sequence * q_strides[0] + head * q_strides[1] + g * q_strides[2]
-    first_key = keys + sequence * key_strides[0] + head * key_strides[1]
+    queries = rows_of(q, q_strides, pair, heads, 1) + g * q_strides[2]
+    first_key = rows_of(keys, (key_batch, key_head), pair, heads, unit)
     top, total = tl.full([block_g], float("-inf"), tl.float32), tl.zeros([block_g], tl.float32)
-    stop = tl.minimum(count, (number + 1) * size)
-    for start in range(number * size, stop, block_n):
+    first, stop = share(count, block_n)
+    for start in range(first, stop, block_n):
         n = start + lane
-        rows = first_key + n.to(tl.int64) * key_strides[2]
+        rows = first_key + n.to(tl.int64) * key_row
         score = row_products(rows, queries, n < stop, g < group, width, chunk, precision) * scaling  # [n, G]
-        seen = (n < stop)[:, None] & (g < group)[None, :]
-        tl.store(scores + (pair.to(tl.int64) * count + n)[:, None] * lanes + g[None, :], score, mask=seen)
+        seen = (n < stop)[:, None] & (g < lanes)[None, :]
+        tl.store(scores + (pair * count + n)[:, None] * lanes + g[None, :], score, mask=seen)
         top, total = fold(top, total, tl.where((n < stop)[:, None], score, float("-inf")))
     row = (pair * tl.num_programs(1) + number) * lanes + g
-    tl.store(part_lse + row, top + tl.log(total), mask=g < group)
+    tl.store(part_lse + row, tl.where(top == float("-inf"), 0.0, top) + tl.log(total), mask=g < lanes)
 
 
-@triton.jit(do_not_specialize=["count", "parts"])
+@triton.jit
+def bin_of(key: tl.tensor, count: tl.tensor, lanes: tl.constexpr) -> tl.tensor:
+    """One of 256 bins, in the order of the keys (:func:`ordered`) of probabilities that are summed over a group.
+
+    What is wanted are mostly scores around the mean, which is G / ``count``. Bins from 2**12 times the mean down to
+    2**-12 times are an eighth of a power of two wide; those below, two powers. Above are few scores, by Markov's
+    inequality less than count / 2**12, and they share the last bin."""
+    bits = (key >> 20).to(tl.int32) & 2047  # probabilities have no sign: exponent and three bits of the fraction
+    mean = (127 + 12) * 8 + 127 * 8 - (count.to(tl.float32).to(tl.int32, bitcast=True) >> 20)
+    for power in tl.static_range(8):  # the logarithm of the padded group
+        if (1 << power) < lanes:
+            mean += 8
+    below = tl.maximum(mean - bits, 0)
+    return tl.where(below < 192, 255 - below, 63 - tl.minimum((below - 192) >> 4, 63))
+
+
+@triton.jit(do_not_specialize=["given", "count", "parts"])
 def sum_group(
-    scores: tl.tensor, part_lse: tl.tensor, sums: tl.tensor, count: tl.tensor, parts: tl.tensor, group: tl.constexpr,
-    lanes: tl.constexpr, most: tl.constexpr, block_n: tl.constexpr,
+    scores: tl.tensor, part_lse: tl.tensor, only: tl.tensor, sums: tl.tensor, histograms: tl.tensor, given: tl.tensor,
+    count: tl.tensor, parts: tl.tensor, group: tl.constexpr, lanes: tl.constexpr, most: tl.constexpr,
+    unit: tl.constexpr, block_n: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Probabilities summed over the group, ``sums`` ``[B*H, S]``, from logits ``[B*H, S, L]``."""
-    pair, g, s = tl.program_id(0), tl.arange(0, lanes), tl.arange(0, most)
-    held = (s < parts)[:, None] & (g < group)[None, :]
-    lse = tl.load(part_lse + (pair * parts + s)[:, None] * lanes + g[None, :], mask=held, other=float("-inf"))
-    top = tl.where(g < group, tl.max(lse, 0), 0.0)
-    whole = top + tl.log(tl.sum(tl.exp(lse - top[None, :]), 0))  # [L]
-    n = tl.program_id(1) * block_n + tl.arange(0, block_n)
-    seen = (n < count)[:, None] & (g < group)[None, :]
-    cell = (pair.to(tl.int64) * count + n)[:, None] * lanes + g[None, :]
-    score = tl.load(scores + cell, mask=seen, other=float("-inf"))
-    weight = tl.where(seen, tl.exp(score - whole[None, :]), 0.0)
-    tl.store(sums + pair.to(tl.int64) * count + n, tl.sum(weight, 1), mask=n < count)
+    """Probabilities summed over the group, ``sums`` ``[B*H, S]``, from logits ``[B*H, S, L]`` and the log-sum-exps of
+    their ``parts``; and how many of them fall into each bin, ``[B*H, pieces, 256]``, where that is wanted. ``given``,
+    ``count`` and ``only`` as in :func:`score_codes`."""
+    pair, g = tl.program_id(0).to(tl.int64), tl.arange(0, lanes)
+    whole = merged(part_lse + pair * parts * lanes, parts, group, lanes, most)  # [L]
+    count = read(count)
+    first, stop = share(awake(count, only, pair), unit)
+    histogram = tl.zeros([256], tl.int32)
+    for start in range(first, stop, block_n):
+        n = start + tl.arange(0, block_n)
+        cell = (pair * given + n)[:, None] * lanes + g[None, :]
+        score = tl.load(scores + cell, mask=(n < stop)[:, None], other=0.0)
+        weight = tl.where((g < group)[None, :], tl.exp(score - whole[None, :]), 0.0)
+        total = tl.sum(weight, 1)
+        tl.store(sums + pair * given + n, total, mask=n < stop)
+        if histograms is not None:
+            histogram += tl.histogram(bin_of(ordered(total), count, lanes), 256, mask=n < stop)
+    if histograms is not None:
+        here = pair * tl.num_programs(1) + tl.program_id(1)
+        tl.store(histograms + here * 256 + tl.arange(0, 256), histogram)
 
 
 def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
     """See :func:`pqbench.kernels.reference.pq_probabilities`."""
+    scores, part_lse = scan(q, codebook, codes, scaling, codes.shape[2])[:2]
+    return sum_over_group(q, scores, part_lse)
+
+
+def scan(
+    q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, count: Number, only: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[B, H, S, L]`` of the first ``count`` codes ``[B, H, S, m]`` of heads that ``only`` ``[B, H]`` sets, or
+    all; their log-sum-exps by part ``[B, H, pieces, L]``; and a zero for every head ``[B, H]``."""
     q, codes, codebook = launch.dense_rows(q), launch.dense_rows(codes), codebook.contiguous()
     batch, heads, group, _ = q.shape
-    parts, clusters = codebook.shape[2:4]
-    lanes, count = launch.power(group), codes.shape[2]
-    scores, part_lse, pieces, size = scratch(q, count, lanes)
-    tables = scored_tables(q, codebook, scaling)
+    parts, clusters, width = codebook.shape[2:]
+    lanes, given, block_w = launch.power(group), codes.shape[2], launch.power(width)
+    pieces = max(1, min(launch.MOST_SPLITS, launch.processors(q.device) // (batch * heads)))  # one on a multiprocessor
+    scores = q.new_empty(batch, heads, given, lanes, dtype=torch.float32)
+    part_lse = q.new_empty(batch, heads, pieces, lanes, dtype=torch.float32)
+    tables = q.new_empty(batch, heads, pieces, parts * clusters * lanes, dtype=torch.float32)
+    counters = q.new_empty(batch, heads, dtype=torch.int32)
     with launch.on(q):
         score_codes[(batch * heads, pieces)](
-            tables, codes, scores, part_lse, codes.stride()[:3], heads, count, size, clusters, parts=parts, group=group,
-            lanes=lanes, block_n=_TOKENS, **launch.options(),
+            q, codebook, codes, only, tables, scores, part_lse, counters, q.stride()[:3], *codes.stride()[:3], heads,
+            given, count, float(scaling), clusters=clusters, parts=parts, group=group, width=width, lanes=lanes,
+            block_k=min(launch.power(clusters), max(1, _LOGITS // block_w)), block_w=block_w,
+            block_n=max(64, _LOGITS // (lanes if parts <= 4 else 2 * lanes)), **launch.options(16),
         )  # fmt: skip
-    return sum_over_group(q, scores, part_lse, pieces)
+    return scores, part_lse, counters
 
 
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """See :func:`pqbench.kernels.reference.exact_probabilities`."""
     q, keys = launch.dense_rows(q), launch.dense_rows(keys)
     batch, heads, group, width = q.shape
-    count, lanes = keys.shape[2], launch.power(group)
-    scores, part_lse, pieces, size = scratch(q, count, lanes)
-    precision = launch.precision_for(q, keys)
+    count, lanes, block_n = keys.shape[2], launch.power(group), 64
+    pieces = launch.split(count, block_n, batch * heads, q.device)
+    scores = q.new_empty(batch, heads, count, lanes, dtype=torch.float32)
+    part_lse = q.new_empty(batch, heads, pieces, lanes, dtype=torch.float32)
+    precision, (unit, outer) = launch.precision_for(q, keys), launch.outer(keys)
     with launch.on(q):
         score_keys[(batch * heads, pieces)](
-            q, keys, scores, part_lse, q.stride()[:3], keys.stride()[:3], heads, count, size, float(scaling),
-            group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision), precision=precision,
-            block_g=launch.power(group, 16), block_n=64, **launch.options(),
+            q, keys, scores, part_lse, q.stride()[:3], *outer[0], keys.stride(2), heads, count, float(scaling),
+            unit=unit, group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision),
+            precision=precision, block_g=launch.power(group, 16), block_n=block_n, **launch.options(),
         )  # fmt: skip
-    return sum_over_group(q, scores, part_lse, pieces)
+    return sum_over_group(q, scores, part_lse)
 
 
 def scored_tables(q: Tensor, codebook: Tensor, scaling: float) -> Tensor:
@@ -165,22 +268,24 @@ def scored_tables(q: Tensor, codebook: Tensor, scaling: float) -> Tensor:
     return tables
 
 
-def scratch(q: Tensor, count: int, lanes: int) -> tuple[Tensor, Tensor, int, int]:
-    """Room for logits and for log-sum-exps, the number of parts, and tokens of each."""
-    batch, heads = q.shape[:2]
-    pieces, size = launch.split(count, _TOKENS, batch * heads, q.device)
-    scores = q.new_empty(batch, heads, count, lanes, dtype=torch.float32)
-    return scores, q.new_empty(batch, heads, pieces, lanes, dtype=torch.float32), pieces, size
-
-
-def sum_over_group(q: Tensor, scores: Tensor, part_lse: Tensor, pieces: int) -> Tensor:
-    """Sum probabilities over the group: ``[B, H, S]``."""
-    batch, heads, count, lanes = scores.shape
-    sums = q.new_empty(batch, heads, count, dtype=torch.float32)
-    block_n = max(32, 4 * _TOKENS // lanes)
+def sum_over_group(
+    q: Tensor, scores: Tensor, part_lse: Tensor, count: Number | None = None, only: Tensor | None = None,
+    histograms: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum probabilities over the group: ``[B, H, S]``; and fill ``histograms`` ``[B, H, pieces, 256]`` if they are
+    given, of as many pieces as :func:`pieces_for` says."""
+    batch, heads, given, lanes = scores.shape
+    sums = q.new_empty(batch, heads, given, dtype=torch.float32)
     with launch.on(q):
-        sum_group[(batch * heads, launch.blocks(count, block_n))](
-            scores, part_lse, sums, count, pieces, group=q.shape[2], lanes=lanes, most=launch.MOST_SPLITS,
-            block_n=block_n, **launch.options(),
+        sum_group[(batch * heads, pieces_for(batch * heads, q.device))](
+            scores, part_lse, only, sums, histograms, given, given if count is None else count, part_lse.shape[2],
+            group=q.shape[2], lanes=lanes, most=launch.MOST_SPLITS, unit=UNIT, block_n=max(64, _LOGITS // (2 * lanes)),
+            **launch.options(8),
         )  # fmt: skip
     return sums
+
+
+def pieces_for(rows: int, device: torch.device) -> int:
+    """Pieces of a row behind the first launch: a power of two, whatever the number of tokens."""
+    wanted = min(launch.MOST_SPLITS, max(1, 2 * launch.processors(device) // rows))
+    return 1 << (wanted.bit_length() - 1)

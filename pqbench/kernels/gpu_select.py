@@ -1,20 +1,129 @@
-"""The selection of a step on a GPU."""
+"""Triton: the selection of a step in three launches, none of which waits for another on the GPU or for the host.
+
+1. Look-up tables, a scan of the codes, and log-sum-exps by part (:func:`pqbench.kernels.gpu_scoring.scan`).
+2. Probabilities summed over the group, and how many fall into each of 256 bins, by piece of a row.
+3. Every piece adds up the histograms of its row and so knows the bin on the edge of the selection, and how many tokens
+   the pieces before it hold from that bin up. It writes its own such tokens behind theirs, in order. Whichever piece of
+   a row is done last finds the exact threshold among the tokens of the edge bin, and writes what is chosen.
+
+The last piece goes through little more than the selected tokens, unless many share one bin: of a context of equal
+tokens it goes through all, which takes longer and is as exact. Nothing is rounded, and ties go to the lower index.
+"""
 
 from __future__ import annotations
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from pqbench.kernels import gpu_launch as launch
 from pqbench.kernels.backend import Number
-from pqbench.kernels.gpu_rows import top_k as best_rows
-from pqbench.kernels.gpu_scoring import pq_probabilities
-from pqbench.kernels.reference_select import check_room, lay_out
+from pqbench.kernels.gpu_launch import read, share
+from pqbench.kernels.gpu_scoring import UNIT, awake, bin_of, pieces_for, scan, sum_over_group
+from pqbench.kernels.gpu_top_k import cut, ordered, parts_of, placed
+from pqbench.kernels.reference_select import check_room
+
+
+@triton.jit
+def threshold_of(
+    keys: tl.tensor, count: tl.tensor, wanted: tl.tensor, block: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The key of the ``wanted``-th largest of ``count`` keys, a byte at a time, and how many that equal it are
+    wanted."""
+    prefix = tl.full([], 0, tl.int32)
+    for step in tl.static_range(4):
+        histogram = tl.zeros([256], tl.int32)
+        for start in range(0, count, block):
+            n = start + tl.arange(0, block)
+            key = tl.load(keys + n, mask=n < count, other=0).to(tl.uint32, bitcast=True)
+            same = n < count
+            if step > 0:
+                same = same & ((key >> (32 - 8 * step)).to(tl.int32, bitcast=True) == prefix)
+            histogram += tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=same)
+        byte, wanted = cut(histogram, wanted)
+        prefix = (prefix << 8) | byte
+    return prefix.to(tl.uint32, bitcast=True), wanted
+
+
+@triton.jit(do_not_specialize=["given", "sink", "top_k", "length", "middle", "room"])
+def collect(
+    sums: tl.tensor, histograms: tl.tensor, only: tl.tensor, counters: tl.tensor, lists: tl.tensor, indices: tl.tensor,
+    given: tl.tensor, sink: tl.tensor, top_k: tl.tensor, length: tl.tensor, middle: tl.tensor, room: tl.tensor,
+    lanes: tl.constexpr, most: tl.constexpr, unit: tl.constexpr,
+) -> None:  # fmt: skip
+    """Sinks, the best of the middle and the window of one row, ``indices`` ``[B*H, room]``; one program for each of its
+    pieces. ``sums`` ``[B*H, S]`` and ``histograms`` ``[B*H, pieces, 256]`` are those of
+    :func:`pqbench.kernels.gpu_scoring.sum_group`, ``counters`` ``[B*H]`` begin with 0. ``lists`` ``[3, B*H, S]`` are
+    scratch: the tokens from the edge bin up, their keys, and the keys of those in the edge bin."""
+    pair, number, pieces = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    sink, length, middle = read(sink), read(length), read(middle)
+    wanted, lane = tl.minimum(read(top_k), middle), tl.arange(0, unit)
+    row = indices + pair * room
+    for start in range(number * unit, length - middle, pieces * unit):
+        j = start + lane
+        place, token = j + tl.where(j < sink, 0, wanted), j + tl.where(j < sink, 0, middle)
+        tl.store(row + place, token.to(tl.int64), mask=(j < length - middle) & (place < room))
+    tokens = lists + pair * given
+    rows = tl.num_programs(0).to(tl.int64) * given
+    keys, levels = tokens + rows, tokens + 2 * rows
+    count = awake(middle, only, pair)
+    wanted = tl.minimum(wanted, count)
+    held = parts_of(histograms + pair * pieces * 256, pieces, most)
+    whole = tl.sum(held, 0)
+    edge, ties = cut(whole, wanted)
+    part, every = tl.arange(0, most)[:, None], tl.arange(0, 256)[None, :]
+    kept = tl.sum(tl.sum(tl.where((part < number) & (every >= edge), held, 0), 1), 0)  # by the pieces before
+    level = tl.sum(tl.sum(tl.where((part < number) & (every == edge), held, 0), 1), 0)
+    first, stop = share(count, unit)
+    for start in range(first, stop, unit):
+        n = start + lane
+        key = ordered(tl.load(sums + pair * given + n, mask=n < stop, other=0.0))
+        which = bin_of(key, middle, lanes)
+        from_edge, on_edge = (n < stop) & (which >= edge), (n < stop) & (which == edge)
+        both = from_edge.to(tl.int32) + (on_edge.to(tl.int32) << 16)
+        rank = tl.cumsum(both, 0)
+        place = kept + (rank & 65535) - 1
+        tl.store(tokens + place, n, mask=from_edge)
+        tl.store(keys + place, key.to(tl.int32, bitcast=True), mask=from_edge)
+        tl.store(levels + level + (rank >> 16) - 1, key.to(tl.int32, bitcast=True), mask=on_edge)
+        size = tl.sum(both, 0)
+        kept += size & 65535
+        level += size >> 16
+    tl.debug_barrier()  # all threads have written before one of them says so
+    if tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu") == pieces - 1:
+        level = tl.sum(tl.where(tl.arange(0, 256) == edge, whole, 0), 0)
+        threshold, equal = threshold_of(levels, level, ties, unit)
+        above, tied = level * 0, level * 0
+        for start in range(0, wanted - ties + level, unit):
+            n = start + lane
+            seen = n < wanted - ties + level
+            key = tl.load(keys + n, mask=seen, other=0).to(tl.uint32, bitcast=True)
+            token = tl.load(tokens + n, mask=seen, other=0)
+            place, chosen, above, tied = placed(key, seen, threshold, equal, above, tied)
+            chosen = chosen & (sink + place < room)
+            tl.store(row + sink + place, (sink + token).to(tl.int64), mask=chosen)
 
 
 def pq_select(
     q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
     middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`pqbench.kernels.reference.pq_select`."""
+    """See :func:`pqbench.kernels.reference.pq_select` and the module's docstring."""
     check_room(codes, sink, top_k, length, middle, room, only, out)
-    best = best_rows(pq_probabilities(q, codebook, codes[:, :, : int(middle)], scaling), int(top_k))
-    return lay_out(best, int(sink), int(length), int(middle), room, only, out)
+    batch, heads, given, _ = codes.shape
+    indices = q.new_empty(batch, heads, room, dtype=torch.int64) if out is None else out
+    chosen = None if only is None else only.contiguous().view(torch.uint8)
+    pieces = pieces_for(batch * heads, q.device)
+    scores, part_lse, counters = scan(q, codebook, codes, scaling, middle, chosen)
+    histograms = q.new_empty(batch, heads, pieces, 256, dtype=torch.int32)
+    sums = sum_over_group(q, scores, part_lse, middle, chosen, histograms)
+    lanes = scores.shape[3]
+    # Logits have served once they are summed: where there are enough of them, the lists take their place.
+    lists = scores.view(torch.int32) if lanes >= 3 else q.new_empty(3, batch, heads, given, dtype=torch.int32)
+    with launch.on(q):
+        collect[(batch * heads, pieces)](
+            sums, histograms, chosen, counters, lists, indices, given, sink, top_k, length, middle, room, lanes=lanes,
+            most=pieces, unit=UNIT, **launch.options(16),
+        )  # fmt: skip
+    return indices

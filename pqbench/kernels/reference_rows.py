@@ -81,3 +81,102 @@ def find_rows(
     missing = (rows < 0).view(-1).nonzero().view(-1)
     counts = torch.bincount(entries[away], minlength=owners * blocks).view(owners, blocks)
     return Found(torch.where(rows < 0, -1, rows + head * resident), missing, counts)
+
+
+class HostTokens(NamedTuple):
+    """Rows of tokens ``start`` to ``stop`` in host memory, which kernels on a GPU read where it is page-locked.
+
+    Attributes:
+        rows: ``[B, H, S, 2, D]``, dense; its first row is that of token ``start``.
+        more: ``[B, H, E, 2, D]``, dense; rows of the tokens from ``middle`` on, which ``rows`` does not hold.
+    """
+
+    start: int
+    stop: int
+    rows: Tensor
+    middle: int
+    more: Tensor
+
+
+class Blocks(NamedTuple):
+    """Blocks of ``size`` tokens that a table holds; see :func:`find_rows` for ``where`` and ``first``. To ``counts``
+    ``[owners, blocks]`` is added how many tokens of each block were asked for."""
+
+    where: Tensor
+    size: int
+    first: int
+    counts: Tensor
+
+
+def fetch_rows(
+    indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens, tally: Tensor,
+    blocks: Blocks | None = None, count: Number | None = None,
+) -> Tensor:  # fmt: skip
+    """Where tokens ``indices`` ``[B, H, n]`` are in a table ``[R, 2, D]``, ``[B, H, n]``, after those it does not hold
+    have been copied there: each place among the B * H * n has a row of its own, from row ``staging`` on, used or not.
+
+    Tokens are found as by :func:`find_rows`. Only those among the ``tokens`` given are copied and counted: to ``tally``
+    ``[2]`` are added the rows copied, and the rows that ``local`` does not hold. Of the n only the first ``count``
+    matter (None: all); the others have a place and are not read.
+
+    Raises:
+        IndexError: a token beyond those that ``local`` knows; on a GPU nothing is copied for it.
+    """
+    batch, heads, number = indices.shape
+    counted = torch.arange(number, device=indices.device) < (number if count is None else int(count))
+    wanted = indices.masked_fill(~counted, 0)
+    place = staging + torch.arange(batch * heads * number, device=indices.device).view(batch, heads, number)
+    where = (blocks.where, blocks.size, blocks.first) if blocks is not None else ()
+    slots = find_rows(wanted, local, resident, *where).slots
+    here = counted & (local.take(wanted) < 0) & (wanted >= tokens.start) & (wanted < tokens.stop)
+    missing = here & (slots < 0)
+    for rows, start, stop in (tokens.rows, tokens.start, tokens.middle), (tokens.more, tokens.middle, tokens.stop):
+        sequence, head, at = (missing & (wanted >= start) & (wanted < stop)).nonzero().unbind(1)
+        table[place[sequence, head, at]] = rows[sequence, head, wanted[sequence, head, at] - start].to(table.device)
+    tally[0] += missing.sum()
+    tally[1] += here.sum()
+    if blocks is not None:
+        owners, every = blocks.where.shape
+        owner = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1) // (batch * heads // owners)
+        entries = (wanted // blocks.size + owner * every)[here]
+        blocks.counts.add_(torch.bincount(entries, minlength=owners * every).view(owners, every))
+    return torch.where(counted & (slots >= 0), slots, place)
+
+
+def vacate_rows(
+    indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
+) -> None:  # fmt: skip
+    """After blocks have come and gone: rows that ``slots`` ``[B, H, n]`` of tokens ``indices`` say are in a block which
+    is not there any more are copied to their places from row ``staging`` on, see :func:`fetch_rows`, and ``slots`` are
+    brought up to date. For tables whose blocks are about to be overwritten."""
+    batch, heads, number = indices.shape
+    owners, every = blocks.where.shape
+    pair = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1)
+    place = staging + torch.arange(batch * heads * number, device=indices.device).view(batch, heads, number)
+    row = slots - pair * resident - blocks.first  # in the blocks
+    cached = (slots < staging) & (row >= 0)
+    entries = torch.where(cached, indices // blocks.size + pair // (batch * heads // owners) * every, 0)
+    left = cached & (blocks.where.take(entries) != row // blocks.size)
+    table[place[left]] = table[slots[left]]
+    slots[left] = place[left]
+
+
+def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
+    """Copy blocks ``moves`` int64 ``[owners, A, 2]``, each a block and the slot it goes to, or -1 for none, into a
+    table ``[R, 2, D]``: those of their tokens that are among the ``tokens`` given, for every head of the owner."""
+    pairs = tokens.rows.shape[0] * tokens.rows.shape[1]
+    shared, size = pairs // len(moves), blocks.size
+    for owner, made in enumerate(moves.tolist()):
+        heads = torch.arange(owner * shared, (owner + 1) * shared)
+        for first, slot in ((block * size, slot) for block, slot in made if block >= 0):
+            for token in range(max(first, tokens.start), min(first + size, tokens.stop)):
+                late = token >= tokens.middle
+                rows = (tokens.more if late else tokens.rows).flatten(0, 1)
+                row = rows[heads, token - (tokens.middle if late else tokens.start)]
+                place = heads * resident + blocks.first + slot * size + token - first
+                table[place.to(table.device)] = row.to(table.device)
+
+
+def copy(source: Tensor, target: Tensor) -> None:
+    """Copy between tensors of one shape, whatever their strides, on the device or in page-locked host memory."""
+    target.copy_(source, non_blocking=True)

@@ -7,6 +7,9 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from pqbench.kernels.backend import kernels
+from pqbench.kernels.reference_noise import LEAST
+
 
 def step_seed(seed: int, layer: int, length: int) -> int:
     """A seed that differs in every layer and at every length of the context, whatever ran before."""
@@ -16,10 +19,9 @@ def step_seed(seed: int, layer: int, length: int) -> int:
 def draw_rest(selected: Tensor, tokens: int, count: int, seed: int) -> Tensor:
     """A uniform sample without replacement ``[B, H, n]`` of those of ``tokens`` tokens that are not ``selected``
     ``[B, H, k]``: ``count`` of them, or all there are, in random order, so that any first few are a sample too. The
-    draw depends on ``seed`` and the head, not on the batch."""
-    heads = selected.shape[1]
-    noise = torch.rand(heads, tokens, generator=torch.Generator().manual_seed(seed)).to(selected.device)
-    noise = noise.expand(len(selected), -1, -1).scatter(2, selected, -1.0)
+    draw depends on ``seed`` and the head, not on the batch nor on the device, and is made where ``selected`` lies."""
+    noise = kernels(selected.device).noise(selected.shape[1], tokens, seed, selected.device)
+    noise = noise.expand(len(selected), -1, -1).scatter(2, selected, LEAST)
     return noise.topk(max(0, min(count, tokens - selected.shape[2])), dim=2).indices
 
 

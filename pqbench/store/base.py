@@ -27,13 +27,33 @@ class Present:
 class Store(ABC):
     """Keys and values of one layer for sequences of equal length; satisfies :class:`pqbench.method.KV`."""
 
-    bytes_to_device: int = 0  # moved over the link by decoding
-    bytes_to_host: int = 0
-    bytes_admitted: int = 0  # of those to the device, blocks that a cache let in
     opening_bytes: int = 0  # moved to the device once: for the index, and for the rows held from the start
-    cache_lookups: int = 0  # rows asked for that neither sinks nor window held, all heads together
-    cache_hits: int = 0  # those among them that a device cache held
     number: Tensor | None = None  # see :meth:`write`
+
+    @property
+    def bytes_to_device(self) -> int:
+        """Bytes that decoding has moved over the link. Like the other sums, it may wait for a device that counts."""
+        return 0
+
+    @property
+    def bytes_to_host(self) -> int:
+        """The same in the other direction."""
+        return 0
+
+    @property
+    def bytes_admitted(self) -> int:
+        """Of those to the device, blocks that a cache let in."""
+        return 0
+
+    @property
+    def cache_lookups(self) -> int:
+        """Rows asked for that neither sinks nor window held, all heads together, where there is a cache."""
+        return 0
+
+    @property
+    def cache_hits(self) -> int:
+        """Those among them that the cache held."""
+        return 0
 
     @property
     def link_bytes(self) -> int:
@@ -80,7 +100,7 @@ class Store(ABC):
 
     def bring(self, rows: Tensor) -> Arrival:
         """Ask for a tensor in host memory; it crosses the link, if there is one, while the caller goes on."""
-        return Present(rows.to(self.device))
+        return Present(rows.to(self.device, non_blocking=True))  # what is page-locked is not waited for
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows ``[B, H, n, D]``."""
@@ -137,9 +157,8 @@ class Store(ABC):
             raise RuntimeError(f"a method answered {rows.shape[2]} of {self.length} rows: return all, or set evicts")
         return self.keep(rows) if evicts else self.arrange(rows)
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 - a store without transfers has counted nothing
         """The index is built: what it has moved so far is no traffic of decoding."""
-        self.opening_bytes, self.bytes_to_device = self.opening_bytes + self.bytes_to_device, 0
 
     def separate(self) -> None:  # noqa: B027 - where only the prompt is shared and nobody writes there
         """Stop sharing memory that another store of the same prompt may write to, so that both go on side by side."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pqbench.kernels.backend import Number, kernels
+from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.reference_rows import Found
 from pqbench.method import Split
 from pqbench.store.base import Store
+from pqbench.store.block_cache import BlockCache
+from pqbench.store.direct import DirectRows
 from pqbench.store.host_rows import HostPrompt, HostRows
 from pqbench.store.kept import KeptRows
-from pqbench.store.link import Arriving, Copy, Direction, Transfer
+from pqbench.store.link import Arriving, Copy, Direction
+from pqbench.store.outbox import Outbox
 from pqbench.store.pool import Pool
 from pqbench.store.scratch import Scratch
+from pqbench.store.traffic import Traffic
 
 _BOTH, _KEYS, _VALUES = slice(0, 2), slice(0, 1), slice(1, 2)  # of a row [2, D]
 
@@ -31,7 +36,7 @@ class HostStore(Store):
 
     def __init__(
         self, prompt: HostPrompt, split: Callable[[int], Split | None], margin: int = 64, overlap: bool = True,
-        scratch: Scratch | None = None, cached: int = 0, body: str = "auto",
+        scratch: Scratch | None = None, cache: BlockCache | None = None, body: str = "auto", reserve: int = 0,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -41,20 +46,47 @@ class HostStore(Store):
             margin: tokens the ring holds beyond the window, at least 2; half as many are copied to the host at a time.
             overlap: False waits for every transfer at once, for the same results.
             scratch: where whole contexts are fetched to; layers that run one after another can share it.
-            cached: rows per head that a cache may fill.
+            cache: blocks that lie on the device as well.
             body: which kernels find rows.
+            reserve: tokens behind the prompt that have memory on the host from the start.
         """
         self._prompt, self._split, self._link = prompt, split, prompt.link
         self._order: Tensor | None = None  # [B, H, prompt], position of each row of the prompt; None for their own
         self._margin, self._overlap = margin, overlap
         self._scratch, self._shares = Scratch() if scratch is None else scratch, scratch is not None
         self._kernels = kernels(prompt.device, body)
-        self._host = HostRows(prompt)
+        cached = 0 if cache is None else cache.rows
         self._pool = Pool(prompt.rows, prompt.device, prompt.length, cached, self._link.debug)
         self._length = self._reserved = prompt.length
-        self._flushed = self._landed = prompt.length  # tokens on their way to the host or there; tokens there
-        self._leaving: list[Transfer] = []
+        self._reserve, self._cache = reserve, cache
         self._arriving: Arriving | None = None
+        self._traffic = Traffic(self._link, overlap)
+        self._attach(HostRows(prompt, reserve))
+
+    def _attach(self, host: HostRows) -> None:
+        """Go on with these rows on the host."""
+        self._host = host
+        self._outbox = Outbox(host, self._pool, self._length, self._traffic)
+        direct = DirectRows(host, self._pool, self._kernels, self._cache)
+        self._direct = direct if self._link.direct else None
+
+    @property
+    def bytes_to_device(self) -> int:
+        return self._traffic.to_device + self._counted[0] * self._row_bytes // self._heads
+
+    @property
+    def bytes_to_host(self) -> int:
+        return self._traffic.to_host
+
+    @property
+    def _counted(self) -> tuple[int, int, int]:
+        """What kernels have counted, see :meth:`DirectRows.counted`."""
+        return (0, 0, 0) if self._direct is None else self._direct.counted()
+
+    def open(self) -> None:
+        self.opening_bytes, self._traffic.to_device = self.opening_bytes + self.bytes_to_device, 0
+        if self._direct is not None:
+            self._direct.forget()
 
     @property
     def length(self) -> int:
@@ -81,16 +113,19 @@ class HostStore(Store):
         return self._half(start, stop, _VALUES)
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys ``[B, H, n, D]`` where they lie on the host; a view where one chunk holds them all."""
+        """Keys ``[B, H, n, D]`` where they lie on the host, a view where one chunk holds them all. Those of a GPU's
+        model are read on the GPU, which makes an index of them in a small part of the time that the host takes."""
         stop = self._length if stop is None else stop
-        self._export(stop)
+        if self._link.pinned:
+            return self.keys(start, stop)
+        self._outbox.export(stop)
         pieces = [piece.rows[..., 0, :] for piece in self._host.pieces(start, stop)]
         return pieces[0] if len(pieces) == 1 else torch.cat([self._prompt.rows[:, :, :0, 0], *pieces], 2)
 
     def bring(self, rows: Tensor) -> Arriving:
         self._wait_for_index()
         target = torch.empty_like(rows, device=self.device, memory_format=torch.contiguous_format)
-        self._arriving = Arriving(self._move([Copy(rows, target)], Direction.TO_DEVICE, "index"), target)
+        self._arriving = Arriving(self._traffic.move([Copy(rows, target)], Direction.TO_DEVICE, "index"), target)
         return self._arriving
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -101,7 +136,7 @@ class HostStore(Store):
     def prepare(self, count: int) -> None:
         """See :meth:`Store.prepare`; for at most half a margin."""
         self._fit(self._length + count)
-        self._land(self._length + count - self._pool.ring)  # the tokens whose slots are overwritten
+        self._outbox.land(self._length + count - self._pool.ring)  # the tokens whose slots are overwritten
         self._pool.cover(self._length + count)
         if self.number is not None:
             self._arrive()  # in a graph nobody waits
@@ -114,12 +149,13 @@ class HostStore(Store):
     def written(self, count: int) -> None:
         self._length += count
         self._pool.low = max(self._pool.low, self._length - self._pool.ring)
-        if self._length - self._flushed >= self._margin // 2:
-            self._flush()
+        if self._length - self._outbox.sent >= self._margin // 2:
+            self._outbox.send(self._length)
 
     def reserve(self, rows: int) -> None:
         """See :meth:`Store.reserve`. The regions on the device are laid out for the largest window from the start."""
         self._reserved = max(self._reserved, rows)
+        self._host.reserve(rows)
         self._pool.cover(rows)
 
     def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -134,14 +170,24 @@ class HostStore(Store):
             rows = self._scratch.rows(self._pool.rows, self._length)
             self._read(0, self._length, rows, _BOTH)
             return rows[..., 0, :], rows[..., 1, :], None
-        found = self._find(indices)
-        if found.asked:
-            self._bring(indices, found)
-        return *self._pool.halves, found.slots
+        slots = self._slots(indices, count)  # before the halves: a table that must grow moves
+        return *self._pool.halves, slots
+
+    def keys_at(self, rows: Tensor) -> Tensor:
+        keys, _, places = self.fetch(rows)
+        if places is None:
+            raise RuntimeError("rows that were asked for have places")
+        found = keys.new_empty(*rows.shape, keys.shape[3])
+        self._kernels.gather(keys, places, found)
+        return found
 
     def keep(self, indices: Tensor) -> KeptRows:
         """Fetch rows ``[B, H, n]`` over the link; their bytes open the new store."""
-        self._export(self._length)
+        near = self._prompt.near
+        if near is not None and self._order is None:
+            keys, values = (gather_rows(rows, indices) for rows in near)
+            return KeptRows(keys, values, indices, self._length, moved=0)
+        self._outbox.export(self._length)
         return KeptRows.fetched(self._host, indices, self._length)
 
     def arrange(self, indices: Tensor) -> HostStore:
@@ -150,7 +196,7 @@ class HostStore(Store):
         if self._pool.ring or self._length > self._prompt.length:
             raise RuntimeError("arrange() after the first step: rows already have copies on the device")
         self._prompt, self._order = self._prompt.arranged(indices), indices
-        self._host = HostRows(self._prompt)
+        self._attach(HostRows(self._prompt, self._reserve))
         return self
 
     def drop(self, indices: Tensor) -> None:
@@ -159,7 +205,7 @@ class HostStore(Store):
     def settle(self) -> None:
         """Copy out all tokens that are not on the host yet, and wait for every transfer."""
         self._prompt.wait()
-        self._export(self._length)
+        self._outbox.export(self._length)
         self._arrive()
         self._wait_for_index()
 
@@ -170,7 +216,11 @@ class HostStore(Store):
 
     @property
     def host_bytes(self) -> int:
-        return self._flushed * self._row_bytes
+        return self._outbox.sent * self._row_bytes
+
+    @property
+    def _heads(self) -> int:
+        return self._prompt.rows.shape[0] * self._prompt.rows.shape[1]
 
     @property
     def _row_bytes(self) -> int:
@@ -179,6 +229,9 @@ class HostStore(Store):
     def _half(self, start: int, stop: int | None, part: slice) -> Tensor:
         """Keys or values of some rows on the device: a view of the ring where it can be one."""
         stop = self._length if stop is None else stop
+        near = self._prompt.near
+        if near is not None and stop <= self._prompt.length and self._order is None:
+            return near[part.start][:, :, start:stop]
         if self._pool.low <= start < stop:
             pieces = list(self._pool.ring_pieces(start, stop))
             if len(pieces) == 1:
@@ -191,12 +244,12 @@ class HostStore(Store):
         ring = max(start, min(pool.low, stop))  # from here on in the ring
         host = max(start, min(pool.sinks, ring))  # from here on on the host
         if host < ring:
-            self._land(ring)
+            self._outbox.land(ring)
             copies = [
                 Copy(piece.rows[..., part, :], target[:, :, piece.start - start : piece.stop - start])
                 for piece in self._host.pieces(host, ring)
             ]
-            self._move(copies, Direction.TO_DEVICE, "rows", urgent=True)
+            self._traffic.move(copies, Direction.TO_DEVICE, "rows", urgent=True)
         target[:, :, : host - start] = pool.rows[:, :, start:host, part]
         for first, last, rows in pool.ring_pieces(ring, stop):
             target[:, :, first - start : last - start] = rows[..., part, :]
@@ -207,8 +260,8 @@ class HostStore(Store):
         sinks, window = (0, 0) if split is None else (min(split.sink, self._length), split.window)
         if pool.sinks >= sinks and pool.ring >= window + self._margin:
             return
-        opening, before = not pool.ring, self.bytes_to_device
-        self._land(self._flushed)
+        opening, before = not pool.ring, self._traffic.to_device
+        self._outbox.land(self._outbox.sent)
         self._arrive()
         spare = 0 if opening else 8 + window // 8  # a window that has grown will grow again
         if opening and split is not None:
@@ -217,8 +270,8 @@ class HostStore(Store):
         head, tail = self._rows(0, max(pool.sinks, sinks)), self._rows(low, self._length)
         pool.resize(max(pool.ring, window + self._margin + spare), head, tail, self._length)
         if opening:
-            self.opening_bytes += self.bytes_to_device - before
-            self.bytes_to_device = before
+            self.opening_bytes += self._traffic.to_device - before
+            self._traffic.to_device = before
 
     def _rows(self, start: int, stop: int, part: slice = _BOTH) -> Tensor:
         """Tokens ``start`` to ``stop`` on the device, ``[B, H, n, 1 or 2, D]``."""
@@ -226,6 +279,16 @@ class HostStore(Store):
         rows = self._pool.table.new_empty(batch, heads, stop - start, part.stop - part.start, width)
         self._read(start, stop, rows, part)
         return rows
+
+    def _slots(self, indices: Tensor, count: Number | None) -> Tensor:
+        """Rows of the pool's table that hold tokens ``[B, H, n]``; those it does not hold are brought there first."""
+        if self._direct is not None:
+            self._outbox.land(self._pool.low)
+            return self._direct.fetch(indices, self._length, count)
+        found = self._find(indices)
+        if found.asked:
+            self._bring(indices, found)
+        return found.slots
 
     def _find(self, indices: Tensor) -> Found:
         """Where the pool holds tokens ``[B, H, n]``."""
@@ -239,35 +302,11 @@ class HostStore(Store):
     def _request(self, indices: Tensor, missing: Tensor, target: Tensor) -> Tensor:
         """Fetch the tokens at places ``[M]`` of ``indices`` into ``target``, the first rows of the staging area; where
         they are in the table, ``[M]``."""
-        self._land(self._pool.low)
+        self._outbox.land(self._pool.low)
         copies, order = self._host.gather(missing // indices.shape[2], indices.take(missing), target)
-        self._move(copies, Direction.TO_DEVICE, "selected rows", urgent=True)
+        self._traffic.move(copies, Direction.TO_DEVICE, "selected rows", urgent=True)
         slots = torch.arange(self._pool.staging, self._pool.staging + len(missing), device=missing.device)
         return slots if order is None else torch.empty_like(slots).index_copy_(0, order, slots)
-
-    def _flush(self) -> None:
-        """Start to copy the tokens to the host that are not there yet."""
-        self._land(self._flushed)
-        copies = [
-            Copy(rows, piece.rows[:, :, first - piece.start : last - piece.start])
-            for piece in self._host.pieces(self._flushed, self._length)
-            for first, last, rows in self._pool.ring_pieces(piece.start, piece.stop)
-        ]
-        self._leaving = [self._move(copies, Direction.TO_HOST, "new rows")]
-        self._flushed = self._length
-
-    def _export(self, stop: int) -> None:
-        """Have the tokens before ``stop`` on the host."""
-        if stop > self._flushed:
-            self._flush()
-        self._land(stop)
-
-    def _land(self, stop: int) -> None:
-        """Wait until the tokens before ``stop`` are on the host, if they are on their way."""
-        if stop > self._landed:
-            for transfer in self._leaving:
-                transfer.wait()
-            self._leaving, self._landed = [], self._flushed
 
     def _wait_for_index(self) -> None:
         if self._arriving is not None:
@@ -276,16 +315,3 @@ class HostStore(Store):
 
     def _arrive(self) -> None:
         """Wait for what is on its way into the pool."""
-
-    def _move(self, copies: Sequence[Copy], direction: Direction, name: str, urgent: bool = False) -> Transfer:
-        """Start and meter a transfer; an urgent one is waited for."""
-        size = sum(copy.nbytes for copy in copies)
-        if direction is Direction.TO_HOST:
-            self.bytes_to_host += size
-        else:
-            self.bytes_to_device += size
-        urgent = urgent or not self._overlap
-        transfer = self._link.submit(copies, direction, name, urgent=urgent)
-        if urgent:
-            transfer.wait()
-        return transfer

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from pqbench.errors import ConfigError
 from pqbench.kernels.pages import empty_rows
+from pqbench.kernels.reference_rows import HostTokens
 from pqbench.store.link import Copy, Direction, Link, Transfer, poison
 
 _CHUNK = 1024  # rows of the smallest chunk a store adds
+_SHARE = 8  # one of so many parts of the rows held is added where that is more
 
 
 def host_buffer(batch: int, heads: int, count: int, width: int, dtype: torch.dtype, link: Link) -> Tensor:
     """Memory ``[B, H, count, 2, D]`` on the host, page-locked where the link needs it, all NaN when it debugs."""
     shape = (batch, heads, count, 2, width)
-    if link.pinned:
-        buffer = torch.empty(shape, dtype=dtype, pin_memory=True)
-    else:
-        buffer = empty_rows(shape, dtype, torch.device("cpu"))
+    buffer = page_locked(shape, dtype) if link.pinned else empty_rows(shape, dtype, torch.device("cpu"))
     return poison(buffer) if link.debug else buffer
+
+
+def page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory that a device reads by itself.
+
+    Raises:
+        ConfigError: the driver gives no more of it.
+    """
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{prod(shape) * dtype.itemsize / 2**30:.2f} GiB of page-locked host memory cannot be had ({reason}): use "
+            "a shorter context, a smaller batch, or store=device"
+        ) from error
 
 
 class HostPrompt:
@@ -37,6 +55,9 @@ class HostPrompt:
         self.device = like.device
         self.link = link
         self.length = 0
+        # Keys and values [B, H, S, D] where prefill left them, while an index is made of them. Only a GPU's: a host has
+        # them twice for nothing.
+        self.near: tuple[Tensor, Tensor] | None = None
         self._transfers: list[Transfer] = []
 
     @classmethod
@@ -44,6 +65,8 @@ class HostPrompt:
         """Start copying a whole prompt ``[B, H, S, D]``."""
         prompt = cls(keys.shape[2], keys, link)
         prompt.extend(keys, values)
+        if link.pinned:
+            prompt.near = keys, values
         return prompt
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
@@ -68,7 +91,11 @@ class HostPrompt:
         self.wait()
         batch, heads, _, _, width = self.rows.shape
         prompt = HostPrompt(self.length, self.rows.new_empty(batch, heads, 0, width, device=self.device), self.link)
-        Copy(self.rows, prompt.rows, indices.to(self.rows.device)).run()
+        copy = Copy(self.rows, prompt.rows, indices.to(self.rows.device))
+        if self.link.direct:  # a kernel is faster, though rows cross the link both ways
+            self.link.submit([copy], Direction.TO_HOST, "arranged rows", urgent=True).wait()
+        else:
+            copy.run()
         prompt.length = self.length
         return prompt
 
@@ -98,12 +125,23 @@ class Piece:
 
 
 class HostRows:
-    """All rows of one store by token position, in chunks: rows never move, so transfers may point at them."""
+    """All rows of one store by token position, in chunks: rows never move, so transfers may point at them. The first
+    chunk is the prompt, the second has the room that was reserved, more are added where that does not suffice.
 
-    def __init__(self, prompt: HostPrompt) -> None:
+    Kernels may read the chunks by themselves; when the store is gone, the link holds them until those are done.
+    """
+
+    def __init__(self, prompt: HostPrompt, reserve: int = 0) -> None:
+        """``reserve`` tokens behind the prompt get memory now."""
         self._chunks = [Piece(0, prompt.rows[:, :, : prompt.length])]
         self._prompt = prompt
         self.link, self.device, self.dtype = prompt.link, prompt.device, prompt.rows.dtype
+        self._buffers = [prompt.rows]
+        self._tokens: list[HostTokens] = []
+        if prompt.link.direct:
+            weakref.finalize(self, prompt.link.release, self._buffers).atexit = False
+        if reserve:
+            self.reserve(prompt.length + reserve)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -114,19 +152,34 @@ class HostRows:
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
         """Tokens ``start`` to ``stop``, chunk by chunk; memory is added where they are new."""
         self._prompt.wait()
-        while self._chunks[-1].stop < stop:
-            self._grow()
+        if self._chunks[-1].stop < stop:
+            self.reserve(max(stop, self._chunks[-1].stop + max(_CHUNK, self._chunks[-1].stop // _SHARE)))
         for chunk in self._chunks:
             first, last = max(start, chunk.start), min(stop, chunk.stop)
             if first < last:
                 yield Piece(first, chunk.rows[:, :, first - chunk.start : last - chunk.start])
 
-    def _grow(self) -> None:
+    def reserve(self, rows: int) -> None:
+        """Have memory for ``rows`` tokens in all."""
         held = self._chunks[-1].stop
-        batch, heads, _, _, width = self._prompt.rows.shape
-        count = max(_CHUNK, held // 2)
-        buffer = host_buffer(batch, heads, count, width, self.dtype, self.link)
-        self._chunks.append(Piece(held, buffer))
+        if rows > held:
+            batch, heads, _, _, width = self._prompt.rows.shape
+            buffer = host_buffer(batch, heads, rows - held, width, self.dtype, self.link)
+            self._chunks.append(Piece(held, buffer))
+            self._buffers.append(buffer)
+            self._tokens = []
+
+    def tokens(self) -> list[HostTokens]:
+        """All rows for kernels that read them where they lie, two chunks at a time."""
+        if not self._tokens:
+            self._prompt.wait()
+            for first in range(0, len(self._chunks), 2):
+                one, *other = self._chunks[first : first + 2]
+                rows = self._buffers[first]
+                more = self._buffers[first + 1] if other else rows[:, :, :0]
+                stop = other[0].stop if other else one.stop
+                self._tokens.append(HostTokens(one.start, stop, rows, one.stop, more))
+        return self._tokens
 
     def gather(self, heads: Tensor, positions: Tensor, target: Tensor) -> tuple[list[Copy], Tensor | None]:
         """How to bring N rows, of heads ``[N]`` (counted over all sequences) and positions ``[N]``, to ``target``

@@ -14,12 +14,13 @@ from pqbench.store.link import Direction
 class KeptRows(DeviceStore):
     """Rows that were chosen from more; owns its memory."""
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int) -> None:
-        """Keys and values ``[B, H, n, D]`` at positions ``[B, H, n]``, of ``seen`` tokens."""
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int, moved: int | None = None) -> None:
+        """Keys and values ``[B, H, n, D]`` at positions ``[B, H, n]``, of ``seen`` tokens; ``moved`` bytes of them came
+        over a link, None for all."""
         super().__init__(GrowingBuffer(keys), GrowingBuffer(values))
         self._positions = GrowingBuffer(positions)
         self._seen = seen
-        self.opening_bytes = keys.nbytes + values.nbytes
+        self.opening_bytes = keys.nbytes + values.nbytes if moved is None else moved
 
     @classmethod
     def fetched(cls, host: HostRows, indices: Tensor, seen: int) -> KeptRows:

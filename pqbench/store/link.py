@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -82,7 +82,9 @@ class Meters:
 
 
 class Transfer(ABC):
-    """Bytes under way."""
+    """Bytes under way; ``name`` is what an error calls it."""
+
+    name = "copy"
 
     def __init__(self, meters: Meters) -> None:
         self._meters = meters
@@ -101,6 +103,11 @@ class Transfer(ABC):
         began = time.perf_counter()
         self._finish()
         self._meters.waited(time.perf_counter() - began)
+
+    def order(self) -> None:
+        """Have what is queued on the device from now on come after this transfer, without waiting for it where the
+        device itself can; the host may not yet touch what :meth:`wait` speaks of."""
+        self.wait()
 
     @abstractmethod
     def _finish(self) -> None: ...
@@ -130,16 +137,19 @@ class Link(ABC):
         label: for tables.
         emulated: whether time on this link is a model's.
         pinned: whether host buffers must be page-locked.
+        direct: whether kernels of the device read and write rows in host memory themselves. Whoever launches one calls
+            :meth:`reads`, and hands host buffers that it is done with to :meth:`release`.
     """
 
     label: str = "?"
     emulated: bool = False
     pinned: bool = False
+    direct: bool = False
 
     def __init__(self, debug: bool = False) -> None:
         self.debug = debug
         self.meters = Meters()
-        self._unwaited: set[GuardedTransfer] = set()  # kept alive until somebody waits for them
+        self._unwaited: set[Transfer] = set()  # kept alive until somebody waits for them
 
     def to_host(self, source: Tensor, target: Tensor, name: str = "copy") -> Transfer:
         """Start copying a device tensor to the host."""
@@ -165,6 +175,21 @@ class Link(ABC):
             return self._start(copies, direction, size, urgent)
         inner = self._start([], direction, size, urgent)
         return GuardedTransfer(inner, copies, f"{name} {direction.value}", self._unwaited)
+
+    def launch(
+        self, work: Callable[[], None], direction: Direction, name: str = "copy", uses: Sequence[Tensor] = ()
+    ) -> Transfer:  # fmt: skip
+        """Have kernels of the caller's own do a transfer beside what it does next; ``uses`` are tensors that they read
+        or write. They count the bytes, if anybody does. With ``debug`` the work is done in the wait."""
+        if self.debug:
+            return DeferredTransfer(work, f"{name} {direction.value}", self._unwaited)
+        return self._launch(work, direction, uses)
+
+    def reads(self) -> None:  # noqa: B027 - without a device that reads by itself, nothing is under way unnoticed
+        """Kernels on the current stream read host buffers by themselves."""
+
+    def release(self, buffers: Sequence[Tensor]) -> None:  # noqa: B027
+        """Let go of host buffers once all kernels have read them that were launched so far."""
 
     @property
     def bytes_to_host(self) -> int:
@@ -205,11 +230,15 @@ class Link(ABC):
     def _start(self, copies: Sequence[Copy], direction: Direction, size: int, urgent: bool) -> Transfer:
         """Begin to move ``size`` bytes; with debug there are no copies to do, only time to take."""
 
+    @abstractmethod
+    def _launch(self, work: Callable[[], None], direction: Direction, uses: Sequence[Tensor]) -> Transfer:
+        """Begin a transfer that kernels do."""
+
 
 class GuardedTransfer(Transfer):
     """A transfer that delivers as late as it may and notices who touched its buffers before."""
 
-    def __init__(self, inner: Transfer, copies: Sequence[Copy], name: str, unwaited: set[GuardedTransfer]) -> None:
+    def __init__(self, inner: Transfer, copies: Sequence[Copy], name: str, unwaited: set[Transfer]) -> None:
         super().__init__(Meters())  # the inner transfer counts
         self._inner, self._copies, self.name, self._unwaited = inner, copies, name, unwaited
         with torch.inference_mode():  # the tensors of a generation are inference tensors, and may be settled outside
@@ -233,6 +262,27 @@ class GuardedTransfer(Transfer):
             if not poisoned(copy.target):
                 raise OrderingError(f"{self.name}: the target was written to before the transfer was waited for")
             copy.target.copy_(value)
+
+
+class DeferredTransfer(Transfer):
+    """Work that is done as late as it may be."""
+
+    def __init__(self, work: Callable[[], None], name: str, unwaited: set[Transfer]) -> None:
+        super().__init__(Meters())
+        self._work: Callable[[], None] | None = work
+        self.name, self._unwaited = name, unwaited
+        unwaited.add(self)
+
+    @property
+    def done(self) -> bool:
+        return self._work is None
+
+    @torch.inference_mode()
+    def _finish(self) -> None:
+        self._unwaited.discard(self)
+        work, self._work = self._work, None
+        if work is not None:
+            work()
 
 
 def poison(rows: Tensor) -> Tensor:

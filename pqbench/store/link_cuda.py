@@ -5,7 +5,7 @@ Never run where it was written: no such device was at hand. What it relies on is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,31 @@ from torch import Tensor
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.kernels.buffers import gather_rows
+from pqbench.store.held import Held
 from pqbench.store.link import Copy, Direction, Link, Meters, Transfer
+
+_PIECE = 1 << 18  # bytes; a copy of less costs more to launch than to do
 
 
 class CudaTransfer(Transfer):
     """Done when its event is. A wait for bytes on the device orders the current stream and returns at once; a wait for
     bytes on the host blocks the caller, since host code is about to read them."""
 
-    def __init__(self, meters: Meters, event: Any, direction: Direction, device: torch.device) -> None:
+    def __init__(
+        self, meters: Meters, event: Any, direction: Direction, device: torch.device, direct: bool
+    ) -> None:  # fmt: skip
         super().__init__(meters)
-        self._event, self._direction, self._device = event, direction, device
+        self._event, self._direction, self._device, self._direct = event, direction, device, direct
 
     @property
     def done(self) -> bool:
         return bool(self._event.query())
+
+    def order(self) -> None:
+        if self._direct:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+        else:  # the CPU gathers rows
+            self.wait()
 
     def _finish(self) -> None:
         if self._direction is Direction.TO_HOST:
@@ -39,8 +50,12 @@ class CudaTransfer(Transfer):
 class CudaLink(Link):
     """Page-locked host rows and a side stream per direction.
 
-    Rows are gathered by the device's own kernel reading page-locked memory, where there is one, else by the CPU into a
-    page-locked buffer that is then copied.
+    Where there are kernels for the device, they read and write page-locked memory by themselves: selected rows, and
+    whatever is cut into small pieces. Else rows are gathered by the CPU into a page-locked buffer that is then copied.
+
+    Host memory of a transfer is held until its event has passed, since torch does not know of kernels that read it.
+    Kernels launched elsewhere are known by their streams (:meth:`reads`): buffers that are released are held until
+    those streams have done what they have been given. :meth:`close` waits for that.
 
     Raises:
         ConfigError: no CUDA device.
@@ -55,43 +70,87 @@ class CudaLink(Link):
         super().__init__(debug)
         self._device = device
         self._streams = {direction: torch.cuda.Stream(device) for direction in Direction}
-        self._body = _gatherer(device, body)
+        self._body = _kernels(device, body)
+        self.direct = self._body is not None
+        self._readers: dict[int, torch.cuda.Stream] = {}
+        self._held = Held()
+
+    def reads(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        self._readers[stream.cuda_stream] = stream
+
+    def release(self, buffers: Sequence[Tensor]) -> None:
+        streams = [*self._streams.values(), *self._readers.values()]
+        self._held.hold(list(buffers), [stream.record_event() for stream in streams])
+
+    def close(self) -> None:
+        self._held.drain()
+        super().close()
 
     def _start(self, copies: Sequence[Copy], direction: Direction, size: int, urgent: bool) -> Transfer:
+        buffers = [tensor for copy in copies for tensor in (copy.source, copy.target, copy.rows) if tensor is not None]
+
+        def move() -> None:
+            for copy in copies:
+                self._move(copy)
+
+        return self._queue(move, direction, buffers)
+
+    def _launch(self, work: Callable[[], None], direction: Direction, uses: Sequence[Tensor]) -> Transfer:
+        return self._queue(work, direction, uses)
+
+    def _queue(self, work: Callable[[], None], direction: Direction, buffers: Sequence[Tensor]) -> Transfer:
+        """Do something on the stream of a direction."""
         stream = self._streams[direction]
         # After all that is queued: what writes the source, and what still reads the target.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            for copy in copies:
-                self._move(copy)
-                for tensor in (copy.source, copy.target, copy.rows):
-                    if tensor is not None and tensor.is_cuda:
-                        tensor.record_stream(stream)  # its memory is not reused before this stream is through
+            work()
+            for tensor in buffers:
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)  # its memory is not reused before this stream is through
             event = torch.cuda.Event()
             event.record(stream)
-        return CudaTransfer(self.meters, event, direction, self._device)
+        if buffers:
+            self._held.hold([tensor for tensor in buffers if not tensor.is_cuda], [event])
+        return CudaTransfer(self.meters, event, direction, self._device, self.direct)
 
     def _move(self, copy: Copy) -> None:
         if copy.rows is None:
-            _copy(copy.source, copy.target)
+            _copy(copy.source, copy.target, self._body)
         elif self._body is not None and copy.source.is_pinned():
             # Page-locked memory has a device address under unified addressing, so a kernel can read it.
             self._body.gather(copy.source, copy.rows.to(self._device), copy.target)
         else:
             rows = gather_rows(copy.source, copy.rows.cpu())
-            _copy(rows.pin_memory(), copy.target)  # freed pinned blocks wait for their copies in the host allocator
+            _copy(rows.pin_memory(), copy.target, None)  # freed pinned blocks wait for copies in the host allocator
 
 
-def _copy(source: Tensor, target: Tensor) -> None:
-    """Queue a copy. One of strided tensors would go through pageable memory and block: it is cut into dense pieces."""
+def _copy(source: Tensor, target: Tensor, body: Kernels | None) -> None:
+    """Queue a copy. One of strided tensors would go through pageable memory and block: it is cut into dense pieces, and
+    where these are small, a kernel copies them all."""
     if source.dim() <= 1 or (source.is_contiguous() and target.is_contiguous()):
         target.copy_(source, non_blocking=True)
         return
+    reachable = all(tensor.is_cuda or tensor.is_pinned() for tensor in (source, target))
+    if body is not None and reachable and source.dim() >= 4 and _dense_bytes(source, target) < _PIECE:
+        body.copy(source, target)
+        return
     for part, place in zip(source, target, strict=True):
-        _copy(part, place)
+        _copy(part, place, body)
 
 
-def _gatherer(device: torch.device, body: str) -> Kernels | None:
+def _dense_bytes(*tensors: Tensor) -> int:
+    """Bytes of the largest pieces that are dense in all of these tensors of one shape."""
+    size = 1
+    for axis in reversed(range(tensors[0].dim())):
+        if any(tensor.shape[axis] > 1 and tensor.stride(axis) != size for tensor in tensors):
+            break
+        size *= tensors[0].shape[axis]
+    return size * tensors[0].element_size()
+
+
+def _kernels(device: torch.device, body: str) -> Kernels | None:
     """The kernels that read page-locked memory from the device; None where plain torch or nothing else is there."""
     if body not in ("auto", "gpu"):
         return None

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from pqbench.kernels.threads import stay_alone
 from pqbench.store.link import Copy, Direction, Link, Meters, Transfer
@@ -132,6 +133,11 @@ class LocalLink(Link):
         lane, task = self._lanes[direction], Task(lambda: _run(copies))
         lane.put(task, urgent)
         return lane, task
+
+    def _launch(self, work: Callable[[], None], direction: Direction, uses: Sequence[Tensor]) -> Transfer:
+        lane, task = self._lanes[direction], Task(work)
+        lane.put(task)
+        return LocalTransfer(self.meters, lane, task)
 
     def close(self) -> None:
         self._ended()

@@ -34,18 +34,61 @@ class Prompt(ABC):
         """A new store. ``split`` gives sinks and window at a context length, None (or a None result) for a method that
         attends to everything."""
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The rows that are on the device now."""
+        return []
+
+    def let_go(self) -> None:  # noqa: B027 - where rows stay on the device anyway
+        """Every index that is built beside the prefill has been: free what was held on the device for that alone."""
+
 
 class Placement(ABC):
     """A tier opened for one device and one prefill; it owns the link, if there is one."""
 
     @abstractmethod
-    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> Prompt:
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> Prompt:
         """Take over the rows ``[B, H, S, D]`` of one layer and group when its prefill is complete; a host tier starts
-        moving them and returns at once."""
+        moving them and returns at once. For ``reserve`` more tokens there is memory before decoding starts."""
 
     def close(self) -> None:  # noqa: B027 - nothing to end without a link
         """End the link once every store has settled. Raises OrderingError where a debugged link found transfers that
         nobody waited for."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a check of memory should know besides rows and bytes.
+
+    Attributes:
+        device: where the model runs.
+        layers: number of layers that the rows are those of.
+        reserve: tokens, among those checked, that decoding adds.
+    """
+
+    device: torch.device
+    layers: int = 1
+    reserve: int = 0
+
+    def page_locked(self, tokens: int, row_bytes: int) -> int:
+        """Bytes that buffers for prompt and reserve take: torch takes page-locked memory in powers of two."""
+        parts = (part * row_bytes // self.layers for part in (tokens - self.reserve, self.reserve))
+        return self.layers * sum(1 << max(size - 1, 0).bit_length() for size in parts if size > 0)
+
+    def free(self) -> int | None:
+        """Bytes of memory that the device still gives, None where it has none of its own."""
+        if self.device.type != "cuda":
+            return None
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + kept
+
+    def check_device(self, tokens: int, needed: int, advice: str) -> None:
+        """Raises ConfigError when ``needed`` bytes for ``tokens`` tokens are not to be had on the device."""
+        free = self.free()
+        if free is not None and needed > free:
+            raise ConfigError(
+                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of memory on {self.device} and "
+                f"{free / 2**30:.1f} GiB are free: {advice}"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,7 +101,7 @@ class Tier(ABC):
     def open(self, device: torch.device, body: str = "auto") -> Placement:
         """Ready for one prefill on ``device``; ``body`` names the kernels that find and move rows."""
 
-    def check(self, tokens: int, row_bytes: int) -> None:  # noqa: B027 - a tier without limits of its own
+    def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:  # noqa: B027 - see the subclasses
         """Raise ConfigError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
 
 
@@ -68,6 +111,9 @@ class DevicePrompt(Prompt):
     def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, body: str = "auto") -> None:
         self._keys, self._values, self._body = keys, values, body
         self._lease: list[DeviceStore] = []
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self._keys.view(), self._values.view()]
 
     def store(self, split: Callable[[int], Split | None] | None) -> DeviceStore:
         return DeviceStore(self._keys.fork(), self._values.fork(), self._lease, self._body)
@@ -79,13 +125,20 @@ class DevicePlacement(Placement):
     def __init__(self, body: str = "auto") -> None:
         self._body = body
 
-    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> DevicePrompt:
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> DevicePrompt:
+        for buffer in (keys, values):
+            buffer.reserve(len(buffer) + reserve)
         return DevicePrompt(keys, values, self._body)
 
 
 @dataclass(frozen=True)
 class DeviceTier(Tier):
     """All KV on the accelerator."""
+
+    def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
+        if need is not None:
+            advice = "use store=host, a shorter context, a smaller batch or a smaller dtype"
+            need.check_device(tokens, tokens * row_bytes, advice)
 
     def open(self, device: torch.device, body: str = "auto") -> DevicePlacement:
         return DevicePlacement(body)
@@ -94,14 +147,24 @@ class DeviceTier(Tier):
 class OffloadedPrompt(Prompt):
     """Rows on the host, or on their way there; stores share them."""
 
-    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, body: str) -> None:
-        self._rows, self._tier, self._scratch, self._body = rows, tier, scratch, body
+    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, body: str, reserve: int) -> None:
+        self._rows, self._tier, self._scratch, self._body, self._reserve = rows, tier, scratch, body, reserve
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [] if self._rows.near is None else list(self._rows.near)
+
+    def let_go(self) -> None:
+        self._rows.near = None
 
     def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
         tier, split = self._tier, _everything if split is None else split
         if tier.cache is None:
-            return HostStore(self._rows, split, tier.margin, tier.background, self._scratch, body=self._body)
-        return CachedHostStore(self._rows, split, tier.cache, tier.margin, tier.background, self._scratch, self._body)
+            return HostStore(
+                self._rows, split, tier.margin, tier.background, self._scratch, body=self._body, reserve=self._reserve
+            )
+        return CachedHostStore(
+            self._rows, split, tier.cache, tier.margin, tier.background, self._scratch, self._body, self._reserve
+        )
 
 
 class HostPlacement(Placement):
@@ -111,11 +174,11 @@ class HostPlacement(Placement):
         self.tier, self.link, self.body = tier, link, body
         self._scratch = Scratch()
 
-    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer) -> OffloadedPrompt:
+    def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> OffloadedPrompt:
         rows = HostPrompt.offload(self.link, keys.view(), values.view())
         if not self.tier.background:
             rows.wait()
-        return OffloadedPrompt(rows, self.tier, self._scratch, self.body)
+        return OffloadedPrompt(rows, self.tier, self._scratch, self.body, reserve)
 
     def close(self) -> None:
         self.link.close()
@@ -175,17 +238,25 @@ class HostTier(Tier):
             self.cache_tokens, self.cache_block, self.cache_policy, self.cache_admit, self.cache_per_head
         )
 
-    def check(self, tokens: int, row_bytes: int) -> None:
+    def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
         if self.cache_tokens > tokens:
             raise ConfigError(
                 f"store.cache_tokens is {self.cache_tokens}, a cache larger than the context of {tokens} tokens: "
                 "lower it, or use store=device"
             )
-        needed, free = tokens * row_bytes, psutil.virtual_memory().available
+        needed, kind = tokens * row_bytes, "host memory"
+        advice = "use a shorter context, a smaller batch or a smaller dtype"
+        if need is not None and need.device.type == "cuda":
+            needed, kind = need.page_locked(tokens, row_bytes), "page-locked host memory (taken in powers of two)"
+            layer = (
+                tokens * row_bytes // need.layers
+            )  # that the prefill is at: its rows, and key and value side by side
+            need.check_device(tokens, 2 * layer, advice)
+        free = psutil.virtual_memory().available
         if needed > free:
             raise ConfigError(
-                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of host memory and {free / 2**30:.1f} GiB are "
-                "available: use a shorter context, a smaller batch or a smaller dtype"
+                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of {kind} and {free / 2**30:.1f} GiB are "
+                f"available: {advice}"
             )
 
     def open(self, device: torch.device, body: str = "auto") -> HostPlacement:

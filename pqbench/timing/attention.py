@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from pqbench.benchmarks.grid import whole
-from pqbench.errors import ConfigError, ModelError
+from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.group import PHASES
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
@@ -149,22 +149,29 @@ class Attention(Measurement):
             ]
             take_turns(subjects, *layers, self.repeats, self.steps, self.warmup, Sweeper(self.sweep_mb, device),
                        self.seed)  # fmt: skip
+        except DeviceError:
+            self._put_failures(ledger, cell, subjects)
+            raise
         except Exception as error:  # noqa: BLE001 - a layer that cannot be made is a row of every method
             for subject in subjects:
                 subject.error = error
         machine = roof.facts() | {"device": device_name(device), "peak_rss_bytes": peak_rss(), **peak_device(device)}
         fastest = min((median_total(s) for s in subjects if s.method is None and s.error is None), default=None)
+        self._put_failures(ledger, cell, subjects)
+        for subject in (subject for subject in subjects if subject.error is None):
+            identity = self._facts(cell, subject)
+            if ledger.missing(subject.name, identity["sample_id"]):  # else on record, or measured for comparison alone
+                ledger.ok(subject.name, identity["sample_id"], identity | self._times(subject, fastest, roof) | machine)
+        for subject in subjects:
+            job.setting.check_device(subject.error)
+            subject.close()
+
+    def _put_failures(self, ledger: Ledger, cell: Cell, subjects: Sequence[Subject]) -> None:
+        """Record the subjects that failed."""
         for subject in subjects:
             identity = self._facts(cell, subject)
-            if not ledger.missing(subject.name, identity["sample_id"]):
-                continue  # on record, or measured for comparison alone
-            if subject.error is not None:
+            if subject.error is not None and ledger.missing(subject.name, identity["sample_id"]):
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
-            else:
-                figures = self._times(subject, fastest, roof) | machine
-                ledger.ok(subject.name, identity["sample_id"], identity | figures)
-        for subject in subjects:
-            subject.close()
 
     def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
         for kernel in dense_kernels(body, self.shape.group):

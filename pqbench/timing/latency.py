@@ -22,6 +22,7 @@ from pqbench.prompt import Prefilled, prefill
 from pqbench.records import Record
 from pqbench.rehearsal import profile
 from pqbench.run import check_alive, check_methods
+from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
 from pqbench.timing.dense import body_name
 from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
@@ -122,7 +123,8 @@ class Latency(Measurement):
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
-        job.setting.tier.check(max(cell.prompt for cell in cells) + self.new_tokens, row_bytes(model))
+        tokens, need = max(cell.prompt for cell in cells) + self.new_tokens, Need(model.device, reserve=self.new_tokens)
+        job.setting.tier.check(tokens, row_bytes(model), need)
 
     def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
         """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
@@ -154,9 +156,10 @@ class Latency(Measurement):
             check_alive(method, generation, cell.prompt)
             figures = times(generation) | step_costs(generation, model, roof) | link_facts(generation, prefilled)
             figures |= {"peak_rss_bytes": peak_rss(), **peak_device(model.device)}
-            figures["built_beside"] = prefilled.workers is not None
+            figures["built_beside"] = prefilled.beside is not None
         except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
             ledger.failed(cell.method, cell.sample_id, error, facts)
+            job.setting.check_device(error)
         else:
             ledger.ok(cell.method, cell.sample_id, facts | figures)
 
@@ -177,14 +180,14 @@ def run_once(
 
 
 def times(generation: Generation) -> Record:
-    """Times of one generation in seconds. ``tpot_s`` is the median step after the first; ``tpot_released_s`` follows
-    PQCache's released code: (time of all n tokens - TT2T) / (n - 2)."""
-    first, *later = generation.steps_s
-    wait = max(0.0, first - median(later))
+    """Times of one generation in seconds. ``tpot_s`` is the median step after the first, on a GPU of those whose phases
+    were not timed; ``tpot_released_s`` follows PQCache's released code: (time of all n tokens - TT2T) / (n - 2)."""
+    later, usual = generation.steps_s[1:], generation.usual_steps_s
+    wait = max(0.0, generation.steps_s[0] - median(usual))
     return {
         "ttft_s": generation.ttft_s,
         "tt2t_s": generation.tt2t_s,
-        **spread("tpot", later),
+        **spread("tpot", usual),
         "tpot_released_s": sum(later) / (generation.tokens.shape[1] - 2),
         "observe_s": generation.observe_s,
         "build_s": generation.build_s,
@@ -197,18 +200,22 @@ def times(generation: Generation) -> Record:
 
 
 def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
-    """Where a step's time goes, means over all steps in seconds; and the bytes it reads against what memory can do."""
+    """Where a step's time goes, means in seconds over the steps whose phases were timed; and the bytes that a step
+    reads against what memory can do."""
     groups, meters = generation.groups(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
-    phases = {phase: sum(meter.seconds[phase] for meter in meters) / steps for phase in PHASES}
+    spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
+    phases = {phase: sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
     first, *later = generation.steps_s
-    mean = fmean([min(first, median(later)), *later])  # without the wait for the index
+    usual = median(generation.usual_steps_s)
+    every = [min(first, usual), *later]  # without the wait for the index
+    mean = fmean([every[i] for i in sorted(generation.phased)] or every)
     attended = fmean(meter.attended / max(1, meter.steps) for meter in meters)
     index_bytes = sum(meter.index_bytes for meter in meters) / steps
     known = groups[0].state.geometry
     kv_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * model.dtype.itemsize
     weights = weight_bytes(model)
-    rate = (weights + kv_bytes + index_bytes) / median(later)
+    rate = (weights + kv_bytes + index_bytes) / usual
     return {
         **{f"{phase}_step_s": seconds for phase, seconds in phases.items()},
         "dense_step_s": max(0.0, mean - sum(phases.values())),

@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pqbench.batch import check_indices
+from pqbench.clock import Spans, clock_of, streams_of
 from pqbench.group import PHASES, Group, Rows
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method
@@ -38,6 +40,7 @@ class Layer:
     ) -> None:  # fmt: skip
         self.shape, self.dtype, self.context, self.steps = shape, dtype, context, steps
         self.device, self.setting, self.now = device, setting, clock(device)
+        self.clock = clock_of(device, streams_of(device, setting.streams), every=1)
         self.source = on(source, device)
         like = torch.empty(1, shape.kv_heads, 0, shape.head_dim, dtype=dtype, device=device)
         self.keys = GrowingBuffer.like(like, context + steps)
@@ -122,7 +125,8 @@ class Subject:
         rows = state.finish_prefill(store)
         store = store.after_prefill(rows, method is not None and method.evicts)
         self.observe_s, self.build_s = observed - began, layer.now() - observed
-        self.group = Group(Rows(slice(None), 0, 1), store, state, layer.now)
+        check_indices(state.checks)
+        self.group = Group(Rows(slice(None), 0, 1), store, state, layer.clock)
         return self.group
 
     def close(self) -> None:
@@ -136,7 +140,8 @@ class Subject:
     def step(
         self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None
     ) -> dict[str, float]:  # fmt: skip
-        """One decode step, exactly as decoding does it: seconds by phase and in total.
+        """One decode step, exactly as decoding does it: seconds by phase and in total. It begins when the device is
+        idle, so that what the host takes to queue it shows.
 
         ``layer_before`` stands for the layer before, which is not timed: what a method asks for while that one computes
         may arrive meanwhile. Asking is timed, as part of the selection.
@@ -144,15 +149,16 @@ class Subject:
         if self.group is None:
             raise RuntimeError("step() before build()")
         key, value, q = layer.token(number)
-        began = layer.now()
-        self.group.state.prefetch(self.group.store)
-        asked = layer.now() - began
+        asking, whole, before = Spans(layer.clock), Spans(layer.clock), self.group.meter.seconds
+        layer.now()
+        with asking:
+            self.group.state.prefetch(self.group.store)
         layer_before()
-        before = dict(self.group.meter.seconds)
-        began = layer.now()
-        self.group.append(key, value)
-        self.group.attend(q)
-        total = layer.now() - began
+        layer.now()
+        with whole:
+            self.group.append(key, value)
+            self.group.attend(q)
+        asked, total = asking.total, whole.total
         phases = {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES}
         return phases | {"select": phases["select"] + asked, "total": total + asked}
 
@@ -177,10 +183,13 @@ def take_turns(
     Subjects take turns step by step, so that a drift of the machine hits all alike; each of the ``repeats`` rounds of
     ``steps`` steps has an order of its own. One that is slow has its turns in the first round alone. A subject that
     fails keeps its error and leaves the others alone.
+
+    Raises:
+        DeviceError: a GPU answers no more after the error that a subject keeps.
     """
     for subject in subjects:
         follow(f"{subject.name}: building its index")
-        _guarded(subject, partial(_prepare, subject, layer, small, warmup))
+        _guarded(subject, layer, partial(_prepare, subject, layer, small, warmup))
     order = random.Random(seed)
     for repeat in range(repeats):
         follow(f"round {repeat + 1} of {repeats}")
@@ -188,7 +197,7 @@ def take_turns(
         for step in range(steps):
             for subject in [subject for subject in present if subject.error is None and not (repeat and subject.slow)]:
                 number = warmup + repeat * steps + step
-                _guarded(subject, partial(subject.take_turn, layer, number, sweeper.sweep))
+                _guarded(subject, layer, partial(subject.take_turn, layer, number, sweeper.sweep))
 
 
 def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
@@ -203,8 +212,9 @@ def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
     subject.warmup_s = rehearsed + layer.now() - began
 
 
-def _guarded(subject: Subject, work: Callable[[], None]) -> None:
+def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
     try:
         work()
     except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others go on
         subject.error, subject.group = error, None
+        layer.setting.check_device(error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,37 +17,13 @@ from torch import Tensor
 
 from methods.pqcache.cells import cell_numbers
 from pqbench.kernels import reference, reference_cells
-from pqbench.kernels.backend import Kernels, kernels
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+from tests.kernels import gpu_select_checks
+from tests.kernels.closeness import close, close_each, close_logs
+from tests.kernels.gpu_inputs import Check, body, draw_rows, normal
+from tests.kernels.gpu_row_checks import ROW_CHECKS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-Check = Callable[[torch.device, int], None]
-
-
-def body() -> Kernels:
-    """The body under test."""
-    return kernels(torch.device("cpu"), "gpu")
-
-
-def normal(device: torch.device, *shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
-def draw_rows(device: torch.device, batch: int, heads: int, total: int, count: int) -> Tensor:
-    """Distinct rows ``[B, H, n]`` in no order."""
-    noise = torch.rand(batch, heads, total, generator=torch.Generator().manual_seed(5))
-    return noise.argsort(-1)[..., :count].to(device)
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 2e-4) -> None:
-    """Equal up to a tolerance relative to the largest value, and in shape and type."""
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    scale = float(expected.float().abs().max()) if expected.numel() else 0.0
-    assert bool(got.isfinite().all())
-    if got.dtype != F32:
-        tolerance = max(tolerance, 4 * torch.finfo(got.dtype).eps)
-    torch.testing.assert_close(got.float(), expected.float(), atol=tolerance * max(1.0, scale), rtol=0)
 
 
 def attention(group: int, width: int, dtype: torch.dtype, rows: str, device: torch.device, scale: int) -> None:
@@ -66,10 +41,11 @@ def attention(group: int, width: int, dtype: torch.dtype, rows: str, device: tor
         visible[:, :, 0, : count - 3], visible[..., -1] = False, True  # whole tiles hidden from one query head
     got = body().attention(q, keys, values, 0.3, indices, visible, True, added)
     expected = reference.attention(q, keys, values, 0.3, indices, visible, True, added)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine is not None
-        assert theirs is not None
-        close(mine, theirs)
+    close(got[0], expected[0])
+    close_logs(got[1], expected[1])
+    assert got[2] is not None
+    assert expected[2] is not None
+    close_each(got[2], expected[2])
     assert body().attention(q, keys, values, 0.3, indices, visible)[2] is None
 
 
@@ -87,8 +63,8 @@ def dense(dtype: torch.dtype, device: torch.device, scale: int) -> None:
 
 def exact(group: int, width: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
     q, keys = normal(device, 2, 2, group, width, dtype=dtype) * 4, normal(device, 2, 2, 200 * scale, width, dtype=dtype)
-    close(body().exact_probabilities(q, keys, 0.3), reference.exact_probabilities(q, keys, 0.3))
-    close(body().exact_probabilities(q, keys[:, :, :1], 0.3), reference.exact_probabilities(q, keys[:, :, :1], 0.3))
+    for some in (keys, keys[:, :, :1]):
+        close_each(body().exact_probabilities(q, some, 0.3), reference.exact_probabilities(q, some, 0.3))
 
 
 def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) -> None:
@@ -99,9 +75,9 @@ def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) 
     codes = GrowingBuffer(drawn.to(device, reference.CODE)).view()
     for scaling in (0.3, 40.0):
         got = body().pq_probabilities(q, codebook, codes, scaling)
-        close(got, reference.pq_probabilities(q, codebook, codes, scaling), 1e-3 if scaling > 1 else 2e-4)
+        close_each(got, reference.pq_probabilities(q, codebook, codes, scaling), 1e-3 if scaling > 1 else 2e-4)
     one = codes[:, :, :1]
-    close(body().pq_probabilities(q, codebook, one, 0.3), reference.pq_probabilities(q, codebook, one, 0.3))
+    close_each(body().pq_probabilities(q, codebook, one, 0.3), reference.pq_probabilities(q, codebook, one, 0.3))
 
 
 def cells(parts: int, bits: int, group: int, device: torch.device, scale: int) -> None:
@@ -122,10 +98,10 @@ def cells(parts: int, bits: int, group: int, device: torch.device, scale: int) -
         assert found.shape[2] == min(wanted, total)
         assert bool((found.diff(dim=2) > 0).all())
         ranked = shares.sort(dim=2, descending=True).values[:, :, : found.shape[2]]
-        close(shares.gather(2, found).sort(dim=2, descending=True).values, ranked)
+        close_each(shares.gather(2, found).sort(dim=2, descending=True).values, ranked)
         expected = reference_cells.best_of_cells(q, codebook, starts, tokens, pending, wanted, 0.3)[1]
         assert torch.equal(weight.isinf(), expected.isinf())
-        close(weight.nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0), 1e-3)
+        close_logs(weight.nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0))
 
 
 def top_k(total: int, device: torch.device, scale: int) -> None:
@@ -210,11 +186,11 @@ def columns(band: int | None, group: int, width: int, dtype: torch.dtype, device
     keys = normal(device, 1, 2, total, width, seed=1, dtype=dtype)
     band = None if band is None else band * scale
     expected = reference.column_sums(q, keys, 0.4, band)
-    close(body().column_sums(q, keys, 0.4, band), expected)
+    close_each(body().column_sums(q, keys, 0.4, band), expected)
     sums, half = torch.zeros_like(expected), 37 * scale
     sums[:, :, :half] += body().column_sums(q[:, :, :, :half], keys[:, :, :half], 0.4, band)
     sums += body().column_sums(q[:, :, :, half:], keys, 0.4, band)
-    close(sums, expected)
+    close_each(sums, expected)
 
 
 def gather(dtype: torch.dtype, device: torch.device, scale: int) -> None:
@@ -232,7 +208,15 @@ def gather(dtype: torch.dtype, device: torch.device, scale: int) -> None:
     assert int((pairs[:, :, :, 1] != 0).sum() + (pairs[:, :, :2] != 0).sum() + (pairs[:, :, -2:] != 0).sum()) == 0
 
 
+def noise(device: torch.device, scale: int) -> None:
+    """The very numbers of the reference."""
+    for seed in (0, 2**31, 2**40 + 12345, 2**63 - 1):
+        expected = reference.noise(3, 1100 * scale, seed, torch.device("cpu"))
+        assert torch.equal(body().noise(3, 1100 * scale, seed, device).cpu(), expected)
+
+
 CHECKS: dict[str, Check] = {
+    **gpu_select_checks.CHECKS,
     **{
         f"attention G={group} D={width} {str(dtype)[6:]} {rows}": partial(attention, group, width, dtype, rows)
         for group, width, dtype, rows in [
@@ -258,6 +242,7 @@ CHECKS: dict[str, Check] = {
     "top_k short": partial(top_k, 90),
     "top_k of one": partial(top_k, 9),
     "top_k long": partial(top_k, 4500),
+    "noise": noise,
     "encode": partial(encode, 2, 12, 40, F32),
     "encode 256": partial(encode, 1, 40, 256, BF16),
     "encode wide": partial(encode, 1, 200, 70, F32),
@@ -271,6 +256,7 @@ CHECKS: dict[str, Check] = {
     "columns band of one": partial(columns, 1, 1, 128, BF16),
     "columns wide": partial(columns, 80, 1, 200, F32),
     **{f"gather {str(dtype)[6:]}": partial(gather, dtype) for dtype in (F32, BF16, torch.uint8, torch.int64)},
+    **ROW_CHECKS,
 }  # fmt: skip
 
 

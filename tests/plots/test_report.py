@@ -270,8 +270,8 @@ def test_other_versions_broken_lines_and_older_records_are_counted(tmp_path: Pat
         file.write(b'{"cut\n\n[1]\n')
     page = build(tmp_path)
     assert page.xpath("//ul[@id='left-out']/li/text()") == [
-        f"2 of format version 0 (this pqbench reads version {VERSION})",
-        f"1 of format version <b> (this pqbench reads version {VERSION})",
+        f"2 of format version 0 (this pqbench reads 1, {VERSION})",
+        f"1 of format version <b> (this pqbench reads 1, {VERSION})",
         "2 broken lines",
         "1 replaced by a newer record of the same sample",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pqbench.store.block_cache import LFU, LRU, BlockCache, CacheOptions, Move
+from pqbench.kernels import cpu, reference
+from pqbench.kernels.backend import kernels
+from pqbench.kernels.reference_blocks import Residency
+from pqbench.store.block_cache import BlockCache, CacheOptions
 
 CPU = torch.device("cpu")
+BODIES = pytest.mark.parametrize("body", [reference, cpu], ids=["reference", "cpu"])
 STEPS = st.lists(st.lists(st.integers(0, 11), unique=True, max_size=9), max_size=25)
 
 
@@ -43,40 +48,65 @@ class Model:
             self.times[block] = self.clock
 
 
+def stepped(
+    body: ModuleType, residency: Residency, blocks: list[int], lfu: bool, admit: int = 99
+) -> list[tuple[int, int]]:  # fmt: skip
+    """One step of one owner that wants blocks in this order: what entered which slot."""
+    counts = torch.zeros_like(residency.where)
+    for rank, block in enumerate(blocks):
+        counts[0, block] = 50 - rank
+    tally = torch.zeros(1, dtype=torch.int64)
+    moves = body.admit_blocks(counts, counts.shape[1], admit, lfu, residency, tally)[0].tolist()
+    entered = [(block, slot) for block, slot in moves if block >= 0]
+    assert int(tally) == len(entered)
+    assert int(counts.sum()) == 0
+    return entered
+
+
+def empty(capacity: int, blocks: int = 12) -> Residency:
+    """A cache for a context of so many blocks."""
+    return Residency.empty(1, capacity, CPU)._replace(where=torch.full((1, blocks), -1))
+
+
+@BODIES
 @pytest.mark.parametrize("lfu", [True, False])
 @given(capacity=st.integers(1, 6), steps=STEPS)
-def test_policies_hold_what_the_model_holds(lfu: bool, capacity: int, steps: list[list[int]]) -> None:
-    policy, model = (LFU if lfu else LRU)(capacity), Model(capacity, lfu)
+def test_policies_hold_what_the_model_holds(body: ModuleType, lfu: bool, capacity: int, steps: list[list[int]]) -> None:
+    residency, model = empty(capacity), Model(capacity, lfu)
     slots: dict[int, int] = {}  # slot -> block, from the moves alone
     for blocks in steps:
         before = set(model.counts)
-        moves = policy.step(blocks)
+        entered = stepped(body, residency, blocks, lfu)
         model.step(blocks)
-        for move in moves:
-            assert slots.get(move.slot) == move.evicted
-            assert move.evicted not in blocks[:capacity]  # blocks of one step do not evict each other
-            slots[move.slot] = move.block
-        assert {move.block for move in moves} == set(model.counts) - before
-        assert {block: slot for slot, block in slots.items()} == policy.slots
-        assert set(policy.slots) == set(model.counts)
-        assert set(blocks[:capacity]) <= set(policy.slots)
-        assert all(0 <= slot < capacity for slot in slots)
-        if isinstance(policy, LFU):
-            assert policy.counts == model.counts
+        for block, slot in entered:
+            assert slots.get(slot) not in blocks[:capacity]  # blocks of one step do not evict each other
+            slots[slot] = block
+        assert {block for block, _ in entered} == set(model.counts) - before
+        assert set(slots.values()) == set(model.counts)
+        assert set(blocks[:capacity]) <= set(slots.values())
+        assert {slot: int(block) for slot, block in enumerate(residency.held[0]) if block >= 0} == slots
+        assert {int(s): b for b, s in enumerate(residency.where[0]) if s >= 0} == slots
+        if lfu:
+            assert {block: int(residency.uses[0, slot]) for slot, block in slots.items()} == model.counts
 
 
-def test_lfu_keeps_what_is_asked_for_often_and_lru_what_was_asked_for_last() -> None:
-    for policy, gone in ((LFU(2), 2), (LRU(2), 1)):
+@BODIES
+def test_lfu_keeps_what_is_asked_for_often_and_lru_what_was_asked_for_last(body: ModuleType) -> None:
+    for lfu, gone in ((True, 2), (False, 1)):
+        residency = empty(2)
         for blocks in ([1], [1], [2]):
-            policy.step(blocks)
-        assert policy.step([3]) == [Move(3, policy.slots[3], gone)]
+            stepped(body, residency, blocks, lfu)
+        slot = int(residency.where[0, gone])
+        assert stepped(body, residency, [3], lfu) == [(3, slot)]
+        assert int(residency.where[0, gone]) == -1
 
 
-def test_among_equals_the_one_promoted_longest_ago_leaves() -> None:
-    policy = LFU(3)
-    policy.step([1, 2, 3])  # 1 is wanted most and promoted last
-    assert policy.step([4])[0].evicted == 3
-    assert policy.step([5])[0].evicted == 2
+@BODIES
+def test_among_equals_the_one_promoted_longest_ago_leaves(body: ModuleType) -> None:
+    residency = empty(3)
+    stepped(body, residency, [1, 2, 3], True)  # 1 is wanted most and promoted last
+    assert stepped(body, residency, [4], True) == [(4, 2)]  # where 3 was
+    assert stepped(body, residency, [5], True) == [(5, 1)]
 
 
 def owner_of(cache: BlockCache, head: int, heads: int, length: int) -> int:
@@ -91,7 +121,8 @@ def asked(
     counts = torch.zeros_like(cache.table(length))
     for head, position in rows:
         counts[owner_of(cache, head, heads, length), position // cache.options.block] += 1
-    return [(a.first, a.start) for a in cache.step(counts, on_host)]
+    moves = cache.step(counts, on_host // cache.options.block, torch.zeros(1, dtype=torch.int64))
+    return [(a.first, a.start) for a in cache.admissions(moves)]
 
 
 def located(cache: BlockCache, head: int, positions: list[int], length: int, heads: int) -> Tensor:
@@ -101,7 +132,7 @@ def located(cache: BlockCache, head: int, positions: list[int], length: int, hea
 
 
 def test_the_most_wanted_blocks_enter_and_only_complete_ones() -> None:
-    cache = BlockCache(CacheOptions(tokens=8, block=4, admit=2), 1, 2, CPU)
+    cache = BlockCache(CacheOptions(tokens=8, block=4, admit=2), 1, 2, CPU, kernels(CPU))
     rows = [(0, 13), (1, 12), (0, 14), (0, 4), (1, 5), (1, 8)]  # block 3 three times, 1 twice, 2 once
     assert asked(cache, rows, 16, 15, 2) == [(0, 4), (0, 8)]  # of block 3 one token is missing on the host
     assert asked(cache, rows, 16, 16, 2) == [(0, 12)]  # 3 and 1 are the most wanted, 1 is there
@@ -113,16 +144,16 @@ def test_the_most_wanted_blocks_enter_and_only_complete_ones() -> None:
 
 
 def test_ties_go_to_the_earlier_block() -> None:
-    cache = BlockCache(CacheOptions(tokens=40, block=4, admit=2), 1, 1, CPU)
+    cache = BlockCache(CacheOptions(tokens=40, block=4, admit=2), 1, 1, CPU, kernels(CPU))
     assert asked(cache, [(0, 21), (0, 9), (0, 2), (0, 17)], 24, 24, 1) == [(0, 0), (0, 8)]
 
 
 def test_sequences_do_not_share_blocks_and_heads_do_unless_told_otherwise() -> None:
-    shared = BlockCache(CacheOptions(tokens=8, block=4), 2, 3, CPU)
+    shared = BlockCache(CacheOptions(tokens=8, block=4), 2, 3, CPU, kernels(CPU))
     assert asked(shared, [(0, 1), (2, 6), (4, 9)], 12, 12, 6) == [(0, 0), (0, 4), (3, 8)]
     assert (located(shared, 1, [0, 5], 12, 6) >= 0).all()
     assert (located(shared, 3, [0, 5], 12, 6) < 0).all()
-    own = BlockCache(CacheOptions(tokens=8, block=4, per_head=True), 2, 3, CPU)
+    own = BlockCache(CacheOptions(tokens=8, block=4, per_head=True), 2, 3, CPU, kernels(CPU))
     assert asked(own, [(0, 1), (2, 6), (4, 9)], 12, 12, 6) == [(0, 0), (2, 4), (4, 8)]
     assert (located(own, 1, [0, 5], 12, 6) < 0).all()
     assert located(own, 4, [9], 12, 6).tolist() == [1]
@@ -135,7 +166,7 @@ def test_the_table_follows_the_policy_as_the_context_grows(
     per_head: bool, data: st.DataObject, policy: str
 ) -> None:  # fmt: skip
     size, batch, heads = 3, 2, 2
-    cache = BlockCache(CacheOptions(7, size, policy, 3, per_head), batch, heads, CPU)
+    cache = BlockCache(CacheOptions(7, size, policy, 3, per_head), batch, heads, CPU, kernels(CPU))
     capacity, length = 2, 5
     owners = batch * heads if per_head else batch
     models = [Model(capacity, policy == "lfu") for _ in range(owners)]

@@ -14,8 +14,9 @@ from pqbench.method import Budget
 from pqbench.store.device import DeviceStore
 from pqbench.store.host import HostStore
 from pqbench.store.host_cached import CachedHostStore
+from pqbench.store.host_rows import page_locked
 from pqbench.store.link import OrderingError
-from pqbench.store.tiers import DeviceTier, HostTier, Tier
+from pqbench.store.tiers import DeviceTier, HostTier, Need, Tier
 
 CPU = torch.device("cpu")
 TIERS: list[Tier] = [
@@ -90,6 +91,41 @@ def test_too_little_memory_is_noticed_before_it_is_taken() -> None:
     with pytest.raises(ConfigError, match=r"1000000 tokens of KV need 9313225\.7 GiB .* and [\d.]+ GiB are available"):
         HostTier().check(1_000_000, 10**10)
     HostTier().check(1, free // 4)
+
+
+class Card(Need):
+    """A GPU with 10 GiB free."""
+
+    def free(self) -> int:
+        return 10 << 30
+
+
+def test_too_little_memory_of_a_device_is_said_with_the_bytes_and_the_way_out() -> None:
+    card = Card(torch.device("cuda"), layers=32)
+    row = 32 * 2 * 8 * 128 * 2  # bytes
+    DeviceTier().check(65536, row, card)
+    with pytest.raises(ConfigError, match=r"131072 tokens of KV need 16\.0 GiB .* on cuda and 10\.0 GiB .* store=host"):
+        DeviceTier().check(131072, row, card)
+    with pytest.raises(ConfigError, match=r"need 12\.0 GiB of memory on cuda and 10\.0 GiB are free: use a shorter"):
+        HostTier().check(12 << 17, row, card)  # two copies of one layer
+    DeviceTier().check(1 << 40, row, Need(CPU))  # a CPU's memory is checked by nobody here
+
+
+def test_page_locked_memory_is_counted_as_it_is_taken() -> None:
+    need = Need(torch.device("cuda"), layers=4, reserve=3)
+    assert need.page_locked(1024 + 3, 4 * 512) == 4 * (1024 * 512 + 4 * 512)  # powers of two are taken as they are
+    assert need.page_locked(1025 + 3, 4 * 512) == 4 * (2048 * 512 + 4 * 512)
+    assert Need(torch.device("cuda")).page_locked(100, 3) == 512
+    free = psutil.virtual_memory().available
+    with pytest.raises(ConfigError, match=r"page-locked host memory \(taken in powers of two\)"):
+        HostTier().check(3, free // 2, Card(torch.device("cuda"), layers=1 << 10))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver that gives it")
+def test_page_locked_memory_that_the_driver_refuses_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"GiB of page-locked host memory cannot be had \(.+\): use a") as error:
+        page_locked((2, 3), torch.float32)
+    assert "\n" not in str(error.value)
 
 
 def test_a_cache_larger_than_the_context_is_refused() -> None:

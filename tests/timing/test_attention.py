@@ -16,6 +16,7 @@ from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
+from pqbench.clock import HostClock
 from pqbench.errors import ConfigError
 from pqbench.group import PHASES
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget, Selection
@@ -253,6 +254,16 @@ def test_what_cannot_be_measured_is_one_line_before_anything_runs(
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+class Counting(HostClock):
+    """Seconds are marks."""
+
+    def __init__(self) -> None:
+        self._marks = itertools.count()
+
+    def mark(self) -> float:
+        return float(next(self._marks))
+
+
 def test_what_is_asked_for_ahead_may_arrive_while_the_layer_before_computes() -> None:
     order: list[str] = []
 
@@ -271,12 +282,10 @@ def test_what_is_asked_for_ahead_may_arrive_while_the_layer_before_computes() ->
 
     shape, subject = SHAPES["tiny"], Subject("asking", "reference", "all", Asking())
     layer = Layer(shape, torch.float32, 64, 2, synthetic(shape, 0), torch.device("cpu"), Setting(body="reference"))
-    clock = itertools.count()
+    layer.clock = Counting()
     subject.build(layer)
-    assert subject.group is not None
-    layer.now = subject.group.clock = lambda: float(next(clock))  # seconds are calls of the clock
     times = subject.step(layer, 0, lambda: order.append("layer before"))
     assert order == ["asks", "layer before", "selects"]
     assert times["select"] == 2.0  # asking, and selecting
-    # Asking; then two calls each of append and select, four of attend, and the end.
-    assert times["total"] == 1.0 + 9.0
+    # Asking; then two marks each around the whole, the two parts of append, select, fetch and attend.
+    assert times["total"] == 1.0 + 11.0

@@ -1,8 +1,7 @@
-"""Every Triton kernel compiles for GPUs of two generations, as it would be launched, and keeps everything in registers.
+"""Compiling every Triton kernel as it would be launched, without a GPU.
 
-No GPU is needed: a driver that only names a target takes the place of the real one, the public functions are called,
-and a hook of Triton notes what they would have compiled instead of compiling and launching it. Triton's wheel brings
-the assembler. The assertion's message holds registers and shared memory of every kernel.
+A driver that only names a target takes the place of the real one, the public functions are called, and a hook of Triton
+notes what they would have compiled instead of compiling and launching it. Triton's wheel brings the assemblers.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,9 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pqbench.kernels.reference_blocks import Residency
+from pqbench.kernels.reference_rows import Blocks, HostTokens
+
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that one block may use
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that one block may use
+PROCESSORS = 132  # of an H100: how many parts a row has decides what is compiled
 HALF = torch.bfloat16
 
 
@@ -69,6 +73,15 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         codes = torch.zeros(1, 2, 640, m, dtype=torch.uint8)
         return body.pq_probabilities(query, random(1, 2, m, 2**b, 128 // m), codes, 0.1)
 
+    def select(m: int, b: int, query: Tensor, tensors: bool, heads: int = 2, tokens: int = 640) -> object:
+        codes, kept = torch.empty(1, heads, tokens, m, dtype=torch.uint8), torch.ones(1, heads, dtype=torch.bool)
+        book = random(1, heads, m, 2**b, 128 // m)
+        if not tensors:
+            return body.pq_select(query, book, codes, 0.1, 4, 64, tokens + 8, tokens, 80)
+        four, many, every, middle = (torch.tensor([n], dtype=torch.int32) for n in (4, 64, tokens + 8, tokens))
+        out = torch.zeros(1, heads, 80, dtype=torch.int64)
+        return body.pq_select(query, book, codes, 0.1, four, many, every, middle, 80, kept, out)
+
     def search(m: int, b: int, query: Tensor) -> object:
         starts, waiting = (
             torch.zeros(1, 2, 2 ** (m * b) + 1, dtype=torch.int32),
@@ -76,7 +89,7 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         )
         return body.best_of_cells(query, random(1, 2, m, 2**b, 128 // m), starts, waiting[:, :, :0], waiting, 32, 0.1)
 
-    return {
+    uses: dict[str, Callable[[], object]] = {
         "attention": lambda: body.attention(q, keys, values, 0.1, indices),
         "attention, all wanted": lambda: body.attention(
             q, keys, values, 0.1, indices, visible, True, torch.zeros(1, 2, 4, 96)
@@ -91,6 +104,8 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         "pq_probabilities, m=4": lambda: score(4, 8, q),
         "pq_probabilities, G=1": lambda: score(4, 8, mha),
         "pq_probabilities, G=32": lambda: score(4, 8, random(1, 2, 32, 128, dtype=dtype)),
+        "pq_select, 2x6": lambda: select(2, 6, q, False),
+        "pq_select, 4x8": lambda: select(4, 8, q, False),
         "best_of_cells, 2x6": lambda: search(2, 6, q),
         "best_of_cells, 2x8, G=1": lambda: search(2, 8, mha),
         "train_codebook, m=2": lambda: body.train_codebook(keys, 2, 64, 1, 0),
@@ -101,29 +116,98 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         "gather": lambda: body.gather(keys, indices, random(1, 2, 96, 128, dtype=dtype)),
         "gather, both": lambda: body.gather(rows, indices, random(1, 2, 96, 2, 128, dtype=dtype)),
         "top_k, short": lambda: body.top_k(random(1, 2, 200), 100),
-        "top_k": lambda: body.top_k(random(1, 2, 4000), 100),
         "top_k, long": lambda: body.top_k(random(1, 2, 20000), 100),
+    }
+    if dtype != HALF:
+        return uses
+    other = {group: random(1, 2, group, 128, dtype=dtype) for group in (7, 32)}
+    return uses | {
+        "attention, its count on the device": lambda: body.attention(
+            q, keys, values, 0.1, indices, count=torch.tensor([9], dtype=torch.int32)
+        ),
+        "dense attention, its count on the device": lambda: body.dense_attention(
+            q, keys, values, 0.1, torch.tensor([9], dtype=torch.int32)
+        ),
+        "pq_select, 4x8, numbers on the device": lambda: select(4, 8, q, True),
+        "pq_select, 2x6, 128K": lambda: select(2, 6, random(1, 8, 4, 128, dtype=dtype), False, 8, 131_072),
+        "pq_select, 4x8, 1M": lambda: select(4, 8, random(1, 8, 4, 128, dtype=dtype), True, 8, 1 << 20),
+        "pq_select, 2x6, G=1": lambda: select(2, 6, mha, True),
+        "pq_select, 4x8, G=7": lambda: select(4, 8, other[7], False),
+        "pq_select, 4x8, G=32": lambda: select(4, 8, other[32], False),
+        "pq_select, 8x8": lambda: select(8, 8, q, False),
+        "pq_select, 16x4": lambda: select(16, 4, q, False),
+        "noise": lambda: body.noise(2, 100, 3, torch.device("cpu")),
     }
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Launch]]:
-    """Everything that the calls would compile, by name; the cache is empty and temporary."""
+def row_calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """How a step on the host tier writes, finds and copies rows, and how blocks come and go."""
+    rows, table = random(1, 2, 640, 2, 128, dtype=dtype), random(1000, 2, 128, dtype=dtype)
+    new, indices, known = random(1, 2, 1, 128, dtype=dtype), torch.zeros(1, 2, 96, dtype=torch.int64), torch.zeros(700)
+    local, tally, at = known.long(), torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    tokens = HostTokens(0, 650, rows, 640, rows[:, :, :64])
+    blocks = Blocks(torch.zeros(1, 1024).long(), 128, 80, torch.zeros(1, 1024).int())
+    residency = Residency.empty(1, 64, known.device)._replace(where=blocks.where)
+    pairs, slots = (rows[..., 0, :], rows[..., 1, :]), torch.zeros_like(indices)
+
+    def fetch(blocks: Blocks | None, count: int | Tensor | None) -> object:
+        return body.fetch_rows(indices, local, table, 300, 600, tokens, tally, blocks, count)
+
+    return {
+        "append": lambda: body.append_rows(new, new, *pairs, 600),
+        "append, number on the device": lambda: body.append_rows(new, new, *pairs, at),
+        "append to a ring": lambda: body.append_rows(new, new, *pairs, 600, local, 4),
+        "append to a ring, number on the device": lambda: body.append_rows(new, new, *pairs, at, local, 4),
+        "copy": lambda: body.copy(rows[:, :, :100, :1], random(1, 2, 100, 1, 128, dtype=dtype)),
+        "fetch": lambda: fetch(None, None),
+        "fetch, number on the device": lambda: fetch(None, at),
+        "fetch beside blocks": lambda: fetch(blocks, None),
+        "admit, lfu": lambda: body.admit_blocks(blocks.counts, 900, 32, True, residency, tally),
+        "admit, lru": lambda: body.admit_blocks(blocks.counts, at, 32, False, residency, tally),
+        "admit, 1M tokens": lambda: body.admit_blocks(
+            torch.zeros(1, 8192).int(), 8000, 64, True,
+            Residency.empty(1, 1024, known.device)._replace(where=torch.zeros(1, 8192).long()), tally,
+        ),
+        "vacate": lambda: body.vacate_rows(indices, slots, table, 300, 600, blocks),
+        "copy blocks": lambda: body.copy_blocks(torch.zeros(1, 32, 2).long(), tokens, table, 300, blocks),
+    }  # fmt: skip
+
+
+@contextmanager
+def noting(folder: Path) -> Iterator[Callable[[str, Callable[[], object]], list[Launch]]]:
+    """A function that makes a call under a name, and returns what it would have compiled."""
+    from pqbench.kernels import gpu_launch
+
+    with triton.knobs.cache.scope(), triton.knobs.runtime.scope(), pytest.MonkeyPatch.context() as patch:
+        triton.knobs.cache.dir = str(folder)
+        triton.runtime.driver.set_active(Target())
+        patch.setattr(gpu_launch, "processors", lambda _: PROCESSORS)
+        try:
+            yield note
+        finally:
+            triton.runtime.driver._active = None
+
+
+def note(name: str, call: Callable[[], object]) -> list[Launch]:
+    recorder = Recorder(name, {})
+    triton.knobs.runtime.jit_cache_hook = recorder
+    call()
+    triton.knobs.runtime.jit_cache_hook = None
+    return list(recorder.noted.values())
+
+
+def launches(folder: Path) -> dict[str, Launch]:
+    """Everything that representative uses would compile, by name, each code once."""
     from pqbench.kernels import gpu
 
     noted: dict[str, Launch] = {}
-    with triton.knobs.cache.scope(), triton.knobs.runtime.scope():
-        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-        triton.runtime.driver.set_active(Target())
-        try:
-            for dtype in (HALF, torch.float32):
-                for name, call in calls(gpu, dtype).items():
-                    triton.knobs.runtime.jit_cache_hook = Recorder(f"{name}, {str(dtype).split('.')[1]}", noted)
-                    call()
-            triton.knobs.runtime.jit_cache_hook = None
-            yield noted
-        finally:
-            triton.runtime.driver._active = None
+    with noting(folder):
+        for dtype in (HALF, torch.float32):
+            for name, call in {**calls(gpu, dtype), **row_calls(gpu, dtype)}.items():
+                triton.knobs.runtime.jit_cache_hook = Recorder(f"{name}, {str(dtype).split('.')[1]}", noted)
+                call()
+        triton.knobs.runtime.jit_cache_hook = None
+    return noted
 
 
 class Recorder:
@@ -161,25 +245,15 @@ def resources(cubin: bytes, folder: Path) -> SimpleNamespace:
     return SimpleNamespace(registers=found["REG"], local=found["STACK"] + found["LOCAL"])
 
 
-@pytest.mark.parametrize("arch", sorted(SHARED))
-def test_kernels_compile_and_nothing_spills(arch: int, launches: dict[str, Launch], tmp_path: Path) -> None:
+def check(arch: int, folder: Path) -> None:
+    """Compile everything for one architecture; nothing may spill, nor ask for more shared memory than there is. The
+    message of a failure holds registers and shared memory of every kernel."""
     table, bad = [], []
-    for name, launch in launches.items():
+    for name, launch in launches(folder).items():
         kernel = compiled(launch, arch)
-        used = resources(kernel.asm["cubin"], tmp_path)
+        used = resources(kernel.asm["cubin"], folder)
         line = f"{name}: {used.registers} registers, {used.local} spilled, {kernel.metadata.shared} shared"
         table.append(line)
         if used.local or kernel.metadata.shared > SHARED[arch]:
             bad.append(line)
-    (tmp_path / "table.txt").write_text("\n".join(table))
     assert not bad, "\n".join([f"sm_{arch}:", *bad, "", "all:", *table])
-
-
-def test_every_kernel_is_compiled(launches: dict[str, Launch]) -> None:
-    names = set()
-    for path in (Path(__file__).resolve().parents[2] / "pqbench/kernels").glob("gpu*.py"):
-        for part in path.read_text(encoding="utf-8").split("@triton.jit")[1:]:
-            signature = part.partition('"""')[0]
-            names |= set(re.findall(r"\ndef (\w+)\(", signature)) if "-> None:" in signature else set()
-    assert len(names) >= 12
-    assert names == {launch.fn.__name__ for launch in launches.values()}

@@ -1,0 +1,96 @@
+"""What makes two runs the same: class names and settings, and the source of the method; never a module's path.
+
+A file that moves loses no result. A method whose code was edited gets records of its own; the older ones remain.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+OWN = __name__.partition(".")[0]  # the harness, whose code is no method's
+
+
+def class_names(settings: Any) -> Any:
+    """The settings with every ``_target_: package.module.Name`` shortened to ``Name``."""
+    if isinstance(settings, Mapping):
+        return {
+            name: str(value).rpartition(".")[2] if name == "_target_" else class_names(value)
+            for name, value in settings.items()
+        }
+    return [class_names(value) for value in settings] if isinstance(settings, list | tuple) else settings
+
+
+def method_code(method: Any) -> str:
+    """Twelve hex digits of the source behind a method, and behind the methods that are its fields."""
+    inner = [getattr(method, field.name) for field in fields(method)]
+    others = [one for one in inner if is_dataclass(one) and type(one).__module__.partition(".")[0] != OWN]
+    codes = [source_code(type(method).__module__), *map(method_code, others)]
+    return codes[0] if len(codes) == 1 else _digest(codes)
+
+
+@cache
+def harness_code() -> str:
+    """Twelve hex digits of the source of the whole harness: what a failure is a failure of."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return _digest([_plain(ast.parse(path.read_text(encoding="utf-8"))) for path in files])
+
+
+@cache
+def source_code(module: str) -> str:
+    """Twelve hex digits of a module's source and of the modules of the same package that it imports, directly or not.
+    Comments, docstrings and layout do not count. ``unknown`` where there is no source file."""
+    found = getattr(sys.modules.get(module), "__file__", None)
+    if found is None or not Path(found).is_file():
+        return "unknown"
+    root = Path(found).parents[module.count(".") - (Path(found).name != "__init__.py")] if "." in module else None
+    seen: dict[str, str] = {}
+    waiting = [(module, Path(found))]
+    while waiting:
+        name, path = waiting.pop()
+        if name in seen:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if root is not None:
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            waiting += _siblings(tree, package, module.partition(".")[0], root)
+        seen[name] = _plain(tree)
+    return _digest([seen[name] for name in sorted(seen, key=seen.__getitem__)])
+
+
+def _siblings(tree: ast.Module, package: str, top: str, root: Path) -> Iterator[tuple[str, Path]]:
+    """Modules of the package ``top``, which lies in ``root``, that a module of ``package`` imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            place = root.joinpath(*name.split(".")[1:])
+            if name.partition(".")[0] == top and name != top:
+                for path in (place.with_suffix(".py"), place / "__init__.py"):
+                    if path.is_file():
+                        yield name, path
+
+
+def _plain(tree: ast.Module) -> str:
+    """Source text without comments, docstrings and layout."""
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
+            node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -1,0 +1,77 @@
+"""Selected rows on a device whose kernels read host memory by themselves."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pqbench.kernels.backend import Kernels, Number
+from pqbench.kernels.reference_rows import Blocks
+from pqbench.store.block_cache import BlockCache
+from pqbench.store.host_rows import HostRows
+from pqbench.store.link import Direction, Transfer
+from pqbench.store.pool import Pool
+
+
+class DirectRows:
+    """One launch finds rows, copies what the device does not hold, and counts; nothing waits, and no shape depends on
+    what was found: every place of a selection has a row of the staging area.
+
+    With a cache, blocks are chosen, saved from and copied by three more launches, the last of them beside what the
+    device does next.
+    """
+
+    def __init__(self, host: HostRows, pool: Pool, kernels: Kernels, cache: BlockCache | None = None) -> None:
+        self._host, self._pool, self._kernels, self._cache = host, pool, kernels, cache
+        self._tally = torch.zeros(3, dtype=torch.int64, device=host.device)  # rows copied and asked for, blocks let in
+        self._counts = torch.empty(0, 0, dtype=torch.int32, device=host.device)  # [owners, blocks], zero between steps
+        self._used = False
+
+    def counted(self) -> tuple[int, int, int]:
+        """Rows copied, rows asked for that neither sinks nor ring held, and blocks let in, so far. Waits for them."""
+        copied, asked, entered = self._tally.tolist() if self._used else (0, 0, 0)
+        return copied, asked, entered
+
+    def forget(self) -> None:
+        """Count from zero again."""
+        self._tally.zero_()
+        self._used = False
+
+    def fetch(self, indices: Tensor, length: int, count: Number | None) -> Tensor:
+        """Rows of the pool's table that hold tokens ``indices`` ``[B, H, n]`` of ``length``: ``[B, H, n]``."""
+        pool, slots, self._used = self._pool, indices, True
+        pool.stage(indices.numel())
+        self._host.link.reads()
+        blocks = None if self._cache is None else self._blocks(self._cache, length)
+        for tokens in self._host.tokens():
+            slots = self._kernels.fetch_rows(
+                indices, pool.local, pool.table, pool.resident, pool.staging, tokens, self._tally, blocks, count
+            )
+        return slots
+
+    def exchange(self, indices: Tensor, slots: Tensor, length: int, complete: Number, aside: bool) -> list[Transfer]:
+        """After :meth:`fetch`: let the blocks most asked for into the cache, of which the first ``complete`` are on the
+        host. What was fetched is saved from those that leave. ``aside`` copies them beside what is done next."""
+        if self._cache is None:
+            raise RuntimeError("there is no cache")
+        pool, blocks = self._pool, self._blocks(self._cache, length)
+        moves = self._cache.step(blocks.counts, complete, self._tally[2:])
+        self._kernels.vacate_rows(indices, slots, pool.table, pool.resident, pool.staging, blocks)
+        work = partial(self._enter, moves, blocks)
+        if aside:
+            return [self._host.link.launch(work, Direction.TO_DEVICE, "blocks", [moves, pool.table])]
+        work()
+        return []
+
+    def _enter(self, moves: Tensor, blocks: Blocks) -> None:
+        self._host.link.reads()
+        for tokens in self._host.tokens():
+            self._kernels.copy_blocks(moves, tokens, self._pool.table, self._pool.resident, blocks)
+
+    def _blocks(self, cache: BlockCache, length: int) -> Blocks:
+        where = cache.table(length)
+        if self._counts.shape != where.shape:
+            self._counts = self._counts.new_zeros(where.shape)
+        return Blocks(where, cache.options.block, self._pool.blocks, self._counts)

@@ -1,0 +1,15 @@
+"""Every Triton kernel compiles for GPUs of compute capability 8.0 and keeps everything in registers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
+
+
+def test_kernels_compile_and_nothing_spills(tmp_path: Path) -> None:
+    from tests.kernels.gpu_compile import check
+
+    check(80, tmp_path)
