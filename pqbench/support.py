@@ -23,7 +23,7 @@ import transformers
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from pqbench.cache import layer_types
 from pqbench.config import conf_folder
@@ -165,6 +165,9 @@ def outcome(kind: str) -> Outcome:
     """Build a type, run it in every way, and say what came of it."""
     try:
         model = small_model(kind)
+        reason = refusal(model.config)
+        if reason:
+            return Outcome(kind, "refused", reason)
         ids, mask = batch()
         expected = {length: truth(model, ids_of(length)) for length in LENGTHS}, truth(model, ids, mask)
     except Exception as error:  # noqa: BLE001 - transformers' own faults, whatever they are
@@ -190,16 +193,24 @@ def outcome(kind: str) -> Outcome:
 def _without_model(kind: str, error: Exception) -> Outcome:
     """A type of which transformers cannot run a small model: its default configuration may say why it is refused."""
     try:
-        config = CONFIG_MAPPING[kind]()
+        found = refusal(CONFIG_MAPPING[kind]())
+    except Exception as worse:  # noqa: BLE001 - transformers' own faults, whatever they are
+        found, error = None, worse
+    if found:
+        return Outcome(kind, "refused", found)
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return Outcome(kind, "not tried", f"transformers cannot run a small model of this type here ({reason})")
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model of this configuration is refused before anything of it runs, if so."""
+    try:
         check_config(config)
         check_config(config.get_text_config(decoder=True))
         layer_types(config.get_text_config(decoder=True))
-    except PqbenchError as refusal:
-        return Outcome(kind, "refused", str(refusal))
-    except Exception as worse:  # noqa: BLE001 - transformers' own faults, whatever they are
-        error = worse
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return Outcome(kind, "not tried", f"transformers cannot run a small model of this type here ({reason})")
+    except PqbenchError as error:
+        return str(error)
+    return None
 
 
 def differences(
