@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pqbench.attention import attached, dense_attention, forward, takes_positions
+from pqbench.batch import check_logits
 from pqbench.cache import LayeredCache, OurLayer, sliding_layers
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
@@ -48,6 +49,7 @@ def layer_frequencies(model: PreTrainedModel, layers: list[int]) -> dict[int, Te
     Raises:
         ModelError: the model has no rotary embedding, one that depends on the length, or one that pairs dimensions in
             another way or turns other dimensions than the first.
+        ConfigError: the model computes NaN.
     """
     name, frequencies = type(model).__name__, _candidates(model)
     if not takes_positions(model) or not frequencies:
@@ -61,7 +63,7 @@ def layer_frequencies(model: PreTrainedModel, layers: list[int]) -> dict[int, Te
     every = {**sliding_layers(model.config.get_text_config(decoder=True)), **ours}
     cache = LayeredCache([every[i] for i in range(len(every))])
     with attached(model):
-        forward(model, torch.full_like(positions, 5), cache, None, positions)
+        check_logits(forward(model, torch.full_like(positions, 5), cache, None, positions))
     accuracy = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.03
     found = {i: _found(layer.keys[:, :, 0], positions[:, 0], frequencies, accuracy) for i, layer in ours.items()}
     if any(one is None for one in found.values()):

@@ -94,7 +94,7 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("clock", set()),
         ("beside", {"clock", "kernels"}),
         ("rehearsal", CORE | {"attention", "batch", "cache", "group", "store"}),
-        ("rotary", CORE | {"attention", "cache", "kernels", "lengths"}),
+        ("rotary", CORE | {"attention", "batch", "cache", "kernels", "lengths"}),
         ("group", CORE | {"kernels", "store", "clock"}),
         ("cache", CORE | {"kernels", "store", "attention", "group"}),
         ("batch", CORE | {"group", "lengths"}),
