@@ -1,5 +1,5 @@
 # make bench METHOD=pqcache | make test | make lint | make paper SCALE=small | make figures | make report | make setup |
-# make gpu-check
+# make gpu-check | make gpu-wheels
 METHOD ?= pqcache
 MODEL ?= smollm2
 BENCHMARK ?=
@@ -13,7 +13,7 @@ comma := ,
 STAMP := .venv/ready
 RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
-.PHONY: setup setup-sweep bench paper figures report tables test lint gpu-check
+.PHONY: setup setup-sweep bench paper figures report tables test lint gpu-check gpu-wheels
 
 setup: $(STAMP)
 
@@ -62,10 +62,19 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy pqbench methods plots tests
+	$(BIN)/mypy pqbench methods plots gpucheck tests
 
-# On a machine with a GPU: kernels against their definition, then the latency benchmark; under 8 minutes.
-gpu-check: setup
-	$(BIN)/python -m pytest tests/gpu
-	$(BIN)/python -m pqbench benchmark=latency method=[full,pqcache] store=host model.device=cuda model.dtype=bfloat16 \
-		benchmark.contexts=[1024,4096] benchmark.repeats=2 results=$(RESULTS)
+# On a machine with a GPU, whatever Python has torch there; docs/gpu.md. Needs neither `make setup` nor a network.
+# make gpu-check DEVICE=cpu SIZE=tiny runs the same steps without a GPU.
+DEVICE ?= cuda
+SIZE ?= full
+LIMIT ?= 525
+STEPS ?=
+WHEELS ?= wheels
+BARE_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
+gpu-check:
+	@$(BARE_PYTHON) -m gpucheck --device=$(DEVICE) --size=$(SIZE) --limit=$(LIMIT) --steps=$(STEPS) --wheels=$(WHEELS)
+
+# What a bare image lacks, as a folder to bring along to a machine without a network.
+gpu-wheels:
+	@$(BARE_PYTHON) -m gpucheck.wheels $(WHEELS)

@@ -11,5 +11,8 @@ from pqbench.method import Geometry, LayerState, Method
 class Full(Method):
     """No selection, no budget. Decoding runs grouped SDPA: KV heads are never repeated."""
 
+    def why_not_captured(self, offloads: bool) -> str | None:
+        return "attends to the whole context, which the host tier brings over anew as it grows" if offloads else None
+
     def layer(self, geometry: Geometry) -> LayerState:
         return LayerState(geometry)

@@ -23,6 +23,7 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.devices import check_device, check_kernels
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.field_types import check_fields
 from pqbench.heartbeat import heartbeat
@@ -51,8 +52,7 @@ KEYED = (
     "kernels",
     "overlap",
 )  # what a figure depends on besides the method
-
-
+KEYED_WHEN_ON = {"graphs": ("graphs",), "select_ahead": ("select_ahead", "correction")}  # else keys are as ever
 MOST_THREADS = 16  # per core; more only wait for each other
 
 
@@ -76,8 +76,9 @@ def main() -> None:
         except Exception as error:  # a sweep goes on past any failing cell
             if config.debug is True:
                 raise
-            log.error(explain(error))
             lines = [explain(error)]
+            if lines not in failures.runs:  # what stops every run of a sweep is said once
+                log.error(lines[0])
         failures.add(lines)
 
     sys.argv[1:] = opened(sys.argv[1:])
@@ -95,7 +96,7 @@ def main() -> None:
     failed = [line for lines in failures.runs for line in lines]
     if failed and len(failures.runs) > 1:
         log.error("%d failures in %d runs:", len(failed), len(failures.runs))
-        for line in failed:
+        for line in dict.fromkeys(failed):
             log.error(line)
     sys.exit(1 if failed else 0)
 
@@ -119,6 +120,7 @@ def run_config(config: DictConfig) -> list[str]:
     methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
     plain["methods"] = {name: whole(plain["methods"][name], method) for name, method in methods.items()}
     benchmark = instantiate(config.benchmark)
+    check_start(plain, benchmark)
     timed = isinstance(benchmark, Measurement)
     plain["weights"] = model_source(plain["model"]).fingerprint if not timed or benchmark.needs_model else None
     return (_time if timed else _evaluate)(plain, methods, benchmark)
@@ -166,16 +168,18 @@ def _show(table: Table, below: str, failures: Sequence[str]) -> None:
 
 def check_options(config: DictConfig) -> None:
     """Raises ConfigError when an option of the run itself cannot work."""
-    check_yamls(conf_folder(), config.get("methods") or {})
+    check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"))
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
     if config.kernels not in BODIES:
         raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
-    for option in ("overlap", "retry_failed", "debug"):
+    for option in ("overlap", "retry_failed", "debug", "graphs", "select_ahead"):
         if type(config[option]) is not bool:
             raise ConfigError(f"{option} is {config[option]!r}: use true or false")
+    if type(config.correction) not in (int, float):
+        raise ConfigError(f"correction is {config.correction!r}: use a number from -1 to 1")
     if not isinstance(config.results, str) or not config.results.strip():
         raise ConfigError("results is empty: name the folder that records go to, e.g. results=results")
     for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
@@ -188,6 +192,22 @@ def check_options(config: DictConfig) -> None:
         raise ConfigError(
             f"threads is {config.threads}, but this machine has {os.cpu_count()} cores: use {most} at most"
         )
+
+
+def check_start(plain: dict[str, Any], benchmark: Benchmark | Measurement) -> None:
+    """Raises ModelError when the configured model or this machine cannot serve the benchmark; nothing was loaded then,
+    and no file made."""
+    timing = benchmark if isinstance(benchmark, Measurement) else None
+    device: str = getattr(benchmark, "device", None) or "cpu"
+    if timing is None or timing.needs_model:
+        source = model_source(plain["model"])
+        if timing is None or timing.needs_answers:
+            source.check_answers(f"benchmark={benchmark.name}")
+        if source.placement is not None:
+            return  # devices are known once the layers are spread; the run checks them
+        device = getattr(benchmark, "device", None) or source.device
+    check_device(device)
+    check_kernels(plain["kernels"], torch.device(device))
 
 
 def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -210,8 +230,9 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     kernels(device, plain["kernels"]).use_threads(torch.get_num_threads())
     wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
     calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
-    reach = None if loaded is None else loaded.max_length
-    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, reach)
+    options = {name: plain[name] for name in ("graphs", "select_ahead", "correction")}
+    options["max_length"] = None if loaded is None else loaded.max_length
+    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, **options)
 
 
 def _record_file(
@@ -219,6 +240,7 @@ def _record_file(
 ) -> RecordFile:  # fmt: skip
     """Where a method's records go; the key covers all that can change a figure, the method's own code included."""
     settings = {part: plain[part] for part in KEYED}
+    settings |= {part: plain[part] for option, parts in KEYED_WHEN_ON.items() if plain[option] for part in parts}
     settings |= {"method": plain["methods"].get(name), "code": method_code(methods[name]) if name in methods else None}
     if plain["weights"] is not None:
         settings["weights"] = plain["weights"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -87,6 +88,8 @@ def dense_attention(
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = _with_sink_key(q, k, v, scaling, sinks, dummy_query=square)
         mask = None if mask is None else functional.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if mask is None and 1 < q.shape[2] < k.shape[2]:
+        return causal_block(q, k, v, scaling)
     output: Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)[0]
     return output[:, 1:] if square else output
 
@@ -137,13 +140,43 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in _parameters(type(model).forward)
 
 
+def causal_block(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of a block of queries ``[B, Hq, n, D]`` at the end of keys ``[B, H, S, D]``: ``[B, n, Hq, D]``.
+
+    Torch's ``is_causal`` lets the first query see the first key, and a mask ``[n, S]`` keeps flash attention from
+    serving the call; this bias says the same without either.
+    """
+    bias: Any = _lower_right(q.shape[2], k.shape[2])
+    output = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _lower_right(count: int, total: int) -> Tensor:
+    """The bias of a block; every layer asks for the same one."""
+    return causal_lower_right(count, total)
+
+
+def block_mask(**options: Any) -> Tensor | None:
+    """The mask that transformers gives its SDPA layers; none where on a GPU it would say nothing but "causal", which
+    :func:`causal_block` knows. ``options`` are those of :func:`transformers.masking_utils.sdpa_mask`."""
+    causal = options.get("attention_mask") is None and options.get("local_size") is None
+    on_gpu = torch.device(options.get("device", "cpu")).type == "cuda"
+    if causal and on_gpu and options.get("allow_is_causal_skip", True):
+        return None
+    mask: Tensor | None = sdpa_mask(**options)
+    return mask
+
+
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[None]:
     """Route the model's attention through :func:`attention_forward`; the former implementation returns on exit, also
     after an exception."""
     before = _implementations(model.config)
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, block_mask)
     try:
         model.set_attn_implementation(NAME)
     except ValueError as error:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers import Cache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from pqbench.attention import dense_attention
 from pqbench.errors import ModelError
@@ -68,7 +68,7 @@ class LayeredCache(Cache):
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """Attention type of every layer. Raises ModelError for a type that is neither full nor sliding attention."""
-    types, _ = get_layer_types_and_kwargs(config)
+    types, _ = _described(config)
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ModelError(
@@ -79,8 +79,23 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 
 def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
     """Transformers' own cache layers for the layers that methods leave alone."""
-    types, options = get_layer_types_and_kwargs(config)
+    types, options = _described(config)
     return {i: DynamicSlidingWindowLayer(**options[i]) for i, kind in enumerate(types) if kind == "sliding_attention"}
+
+
+def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Attention type of every layer, and the arguments that its cache layer is made with. Releases of transformers
+    differ: the newest answer layer by layer, 5.17 with one set of arguments for all layers, older ones not at all."""
+    describe = getattr(cache_utils, "get_layer_types_and_kwargs", None)
+    if describe is None:
+        window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+        types = (
+            getattr(config, "layer_types", None)
+            or ["full_attention" if window is None else "sliding_attention"] * count
+        )
+        return list(types), [{} if window is None else {"sliding_window": window}] * count
+    types, options = describe(config)
+    return list(types), options if isinstance(options, list) else [options] * len(types)
 
 
 class OurLayer(CacheLayerMixin):

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 SAMPLED = 8  # a step in so many has the times of its phases taken where that costs time itself
+PREFIX = "pqbench::"  # of the names of spans in the record of a profiler
 _OPEN = 64  # spans that wait to be read before those that the device has passed are
 
 Mark = Any  # what a clock gave; only that clock can read it
@@ -119,6 +121,10 @@ class Clock(ABC):
     def seconds(self, first: Mark, last: Mark) -> float:
         """Seconds between two marks. Waits for the device, and takes both marks back."""
 
+    def spans(self, name: str, listed: bool = False) -> Spans:
+        """The seconds of one part of the work, see :class:`Spans`. The name is for clocks that show it to somebody."""
+        return Spans(self, listed)
+
     def samples(self, step: int) -> bool:
         """Whether the phases of the step with this number, from 0, are timed: the second one and every further
         ``every``-th. The first is unlike the others, since it fills what later ones find there."""
@@ -210,11 +216,50 @@ class Spans(AbstractContextManager[None]):
             self._each.append(seconds)
 
 
+class NamedClock(Clock):
+    """Another clock, whose spans bear their names in what a torch profiler records. Every step has its phases."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def mark(self) -> Mark:
+        return self._clock.mark()
+
+    def passed(self, mark: Mark) -> bool:
+        return self._clock.passed(mark)
+
+    def seconds(self, first: Mark, last: Mark) -> float:
+        return self._clock.seconds(first, last)
+
+    def spans(self, name: str, listed: bool = False) -> Spans:
+        return NamedSpans(name, self, listed)
+
+
+class NamedSpans(Spans):
+    """Spans that a torch profiler records as :data:`PREFIX` and their name."""
+
+    def __init__(self, name: str, clock: Clock, listed: bool) -> None:
+        super().__init__(clock, listed)
+        self._name = PREFIX + name
+        self._entered: record_function | None = None
+
+    def __enter__(self) -> None:
+        self._entered = record_function(self._name)
+        self._entered.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self._entered is not None:
+            self._entered.__exit__(None, None, None)
+
+
 def streams_of(device: torch.device, given: Streams | None = None) -> Streams | None:
     """The streams of a device, None where it has none; ``given`` ones instead if there are any."""
     return CudaStreams() if given is None and device.type == "cuda" else given
 
 
-def clock_of(device: torch.device, streams: Streams | None = None, every: int = SAMPLED) -> Clock:
-    """The clock of a device whose streams are :func:`streams_of` it."""
-    return HostClock() if streams is None else EventClock(streams, device, every)
+def clock_of(device: torch.device, streams: Streams | None = None, every: int = SAMPLED, named: bool = False) -> Clock:
+    """The clock of a device whose streams are :func:`streams_of` it; ``named`` for a run under a torch profiler."""
+    clock = HostClock() if streams is None else EventClock(streams, device, every)
+    return NamedClock(clock) if named else clock

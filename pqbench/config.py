@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -16,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models import LoadedModel, ModelSource
 from pqbench.rehearsal import profile
+
+log = logging.getLogger("pqbench")
 
 # What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
@@ -98,17 +101,28 @@ def rehearsed(source: ModelSource) -> LoadedModel:
 def model_source(fields: Mapping[str, Any]) -> ModelSource:
     """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
     alone."""
-    source: ModelSource = instantiate({name: value for name, value in fields.items() if name not in _PROMPTS})
+    described = {name: value for name, value in fields.items() if name not in _PROMPTS}
+    source: ModelSource = instantiate(described, _convert_="all")
     return source
 
 
-def check_yamls(folder: Path, methods: Mapping[str, Any]) -> None:
-    """Raises ConfigError when a method would be left out silently: a yaml under ``folder``/method that does not say by
-    its first line where its fields go, or fields of a method whose yaml was not named."""
+def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, Any] | None = None) -> None:
+    """Look for method yamls under ``folder``/method that do not say by their first line where their fields go. One that
+    nothing here uses is named in a warning.
+
+    Args:
+        methods: the methods of the run.
+        stray: fields that a used yaml without that line has left outside ``methods``.
+
+    Raises:
+        ConfigError: a method of this run would be left out silently, for such a yaml, or for fields without a class.
+    """
     for path in sorted((folder / "method").glob("*.yaml")):
         wanted = f"# @package methods.{path.stem}"
-        if path.read_text(encoding="utf-8").partition("\n")[0].rstrip() != wanted:
-            raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
+        if path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].rstrip() != wanted:
+            if stray:
+                raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
+            log.warning("%s: its first line must be `%s`; nothing here uses it", path, wanted)
     for name, fields in methods.items():
         if "_target_" not in (fields or {}):
             raise ConfigError(f"methods.{name} has fields but no class: name it with method=[..., {name}], or set "

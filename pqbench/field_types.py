@@ -70,7 +70,8 @@ def _hints(target: str) -> dict[str, Any]:
     error comes when it is made."""
     try:
         found = get_object(target)
-        hints = get_type_hints(found if is_dataclass(found) or not isinstance(found, type) else found.__init__)
+        made = found if is_dataclass(found) or not isinstance(found, type) else found.__init__  # type: ignore[misc]
+        hints = get_type_hints(made)
     except Exception:  # noqa: BLE001 - any error of an import; instantiating reports it
         return {}
     hints.pop("return", None)

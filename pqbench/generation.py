@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median_high
+from statistics import fmean, median_high
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from pqbench.batch import check_indices, check_length, check_logits
 from pqbench.cache import LayeredCache
 from pqbench.clock import Spans
 from pqbench.errors import ConfigError
+from pqbench.graphs.steps import GraphedSteps
 from pqbench.group import Group, Meter
 from pqbench.method import Method
 from pqbench.prompt import Prefilled, Setting, forward, prefill
@@ -34,6 +35,7 @@ class Generation:
         pending_s: seconds between first token and first step: the index, unless it was built in the background.
         phased: which of the steps had their phases timed although that costs time itself, see
             :class:`pqbench.clock.EventClock`; none where it costs nothing.
+        replays: with ``graphs``, the steps that replayed a captured one; None without.
     """
 
     tokens: Tensor
@@ -44,11 +46,14 @@ class Generation:
     pending_s: float
     cache: LayeredCache
     phased: frozenset[int] = field(default_factory=frozenset)
+    replays: frozenset[int] | None = None
 
     @property
     def usual_steps_s(self) -> list[float]:
-        """Seconds of the steps that are like any other: not the first, and not those that were slowed by timing their
-        phases, as long as there are others."""
+        """Seconds of the steps that are like any other: not the first, not those that were slowed by timing their
+        phases, and with ``graphs`` none but the replays, as long as there are any."""
+        if self.replays:
+            return [self.steps_s[i] for i in sorted(self.replays)]
         later = list(enumerate(self.steps_s))[1:] or list(enumerate(self.steps_s))
         return [seconds for i, seconds in later if i not in self.phased] or [seconds for _, seconds in later]
 
@@ -66,6 +71,13 @@ class Generation:
     def tpot_s(self) -> float:
         """Median seconds of the usual decode steps."""
         return median_high(self.usual_steps_s) if self.steps_s else float("nan")
+
+    @property
+    def corrected_heads(self) -> float | None:
+        """Share of KV heads that selected anew with their own query; None without selection ahead."""
+        facts = [group.state.facts for group in self.groups()]
+        shares = [known["corrected_heads"] for known in facts if "corrected_heads" in known]
+        return fmean(shares) if shares else None
 
     def settle(self) -> None:
         """Wait for every transfer that decoding left under way."""
@@ -113,7 +125,7 @@ def decode(
     spending = Spans(prefilled.clock)
     with spending:
         cache = prefilled.fork(method, spend=spend)
-    steps = Steps(prefilled, cache, len(question))
+    steps = Steps(prefilled, cache, len(question), len(question) + max_new_tokens - 1)
     tokens: list[Tensor] = []
     logits, done = prefilled.logits, torch.zeros_like(prefilled.lengths, dtype=torch.bool)
     with attached(model):
@@ -138,7 +150,8 @@ def decode(
     ttft, seconds = prefilled.seconds + observe, steps.spans.each
     if len(question):
         ttft, pending = ttft + pending + steps.asked.total, 0.0
-    return Generation(torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased)
+    return Generation(torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased,
+                      steps.replays)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,14 +192,16 @@ class Steps:
         spans: seconds of every other step.
     """
 
-    def __init__(self, prefilled: Prefilled, cache: LayeredCache, given: int) -> None:
-        """The first ``given`` tokens are the question's."""
-        self.asked, self.spans = Spans(prefilled.clock), Spans(prefilled.clock, listed=True)
+    def __init__(self, prefilled: Prefilled, cache: LayeredCache, given: int, most: int) -> None:
+        """At most so many steps, whose first ``given`` tokens are the question's."""
+        self.asked = prefilled.clock.spans("question")
+        self.spans = prefilled.clock.spans("step", listed=True)
         self._prefilled, self._cache = prefilled, cache
         # Methods know by their groups what is padding. Transformers' own layers do not, and it would look at the mask
         # in every step.
         self._mask = prefilled.mask if prefilled.sliding else None
         self._position, self._given, self._count = prefilled.lengths[:, None], given, 0
+        self._graphed = GraphedSteps(cache, self._logits, most) if prefilled.graphs else None
 
     def ask(self, token: Tensor) -> Tensor:
         """Logits ``[B, V]`` after a given token ``[B]``."""
@@ -202,15 +217,30 @@ class Steps:
     def phased(self) -> frozenset[int]:
         """Which of :attr:`spans` had their phases timed at the cost of time: see :class:`Generation`."""
         clock = self._prefilled.clock
+        if self._graphed is not None:
+            return frozenset()
         steps = range(self._count - self._given) if clock.every > 1 else ()
         return frozenset(step for step in steps if clock.samples(self._given + step))
+
+    @property
+    def replays(self) -> frozenset[int] | None:
+        """Which of :attr:`spans` replayed a captured step: see :class:`Generation`."""
+        if self._graphed is None:
+            return None
+        return frozenset(step - self._given for step in self._graphed.replays if step >= self._given)
 
     def _forward(self, token: Tensor) -> Tensor:
         if self._mask is not None:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
-        logits = forward(self._prefilled.model, token[:, None], self._cache, self._mask, self._position)
+        if self._graphed is None:
+            logits = self._logits(self._cache, token, self._position)
+        else:
+            logits = self._graphed.logits(token, self._position)
         self._position, self._count = self._position + 1, self._count + 1
         return logits
+
+    def _logits(self, cache: LayeredCache, token: Tensor, position: Tensor) -> Tensor:
+        return forward(self._prefilled.model, token[:, None], cache, self._mask, position)
 
 
 def groups_of(cache: LayeredCache) -> list[Group]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pqbench.clock import Clock, HostClock, Spans
+from pqbench.clock import Clock, HostClock
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.sinks import with_sinks
-from pqbench.method import LayerState, Selection
+from pqbench.method import LayerState, Plan, Selection
 from pqbench.store.base import Store
 
 PHASES = ("select", "fetch", "attend", "append")
@@ -41,7 +41,7 @@ class Observer:
     clock: Clock = field(default_factory=HostClock)
 
     def __post_init__(self) -> None:
-        self._spans = Spans(self.clock)
+        self._spans = self.clock.spans("observe")
 
     @property
     def seconds(self) -> float:
@@ -83,7 +83,7 @@ class Meter:
         self._clock, self._sampled = clock, False
         self._attended = 0.0
         self._ragged: Tensor | None = None  # float64 [], tokens of selections whose size only the device knows
-        self._phases = {phase: Spans(clock) for phase in PHASES}
+        self._phases = {phase: clock.spans(phase) for phase in PHASES}
 
     def begin(self) -> None:
         """A step begins."""
@@ -104,6 +104,12 @@ class Meter:
         else:
             self._attended += held if selection.indices is None else selection.indices.shape[2]
 
+    def replayed(self, attended: int, index_bytes: int) -> None:
+        """Add one step that a graph has done, whose phases nobody can time."""
+        self.steps += 1
+        self.index_bytes += index_bytes
+        self._attended += attended
+
     @property
     def attended(self) -> float:
         """Tokens per KV head attended to, all steps together. Waits for the device where it counts them."""
@@ -123,6 +129,7 @@ class Group:
     store: Store
     state: LayerState
     clock: Clock = field(default_factory=HostClock)
+    length: Tensor | None = None  # with a captured step: rows held, int32 with one element on the device
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.clock)
@@ -152,7 +159,7 @@ class Group:
     def answer(self, q: Tensor, selection: Selection) -> Tensor:
         """Attend to a selection and let an evicting method drop rows."""
         with self.meter.phase("fetch"):
-            keys, values, rows = self.store.fetch(selection.indices)
+            keys, values, rows = self.store.fetch(selection.indices, anew=selection.anew)
         with self.meter.phase("attend"):
             output, weights = self._attention(q, selection, keys, values, rows)
         with self.meter.phase("append"):
@@ -160,6 +167,16 @@ class Group:
             if dropped is not None:
                 self.store.drop(dropped)
         return output
+
+    def attend_captured(self, q: Tensor) -> Tensor:
+        """:meth:`attend` without its host part: work of the device alone, which a CUDA graph can repeat."""
+        selection = self.state.select(q, self.store)
+        keys, values, rows = self.store.fetch(selection.indices, selection.count, selection.anew)
+        return self._attention(q, selection, keys, values, rows)[0]
+
+    def replayed(self, plan: Plan) -> None:
+        """Count a step that a CUDA graph has done."""
+        self.meter.replayed(self.store.length if plan.attended is None else plan.attended, self.state.index_bytes)
 
     def _attention(
         self, q: Tensor, selection: Selection, keys: Tensor, values: Tensor, rows: Tensor | None
@@ -172,10 +189,11 @@ class Group:
             keys = reference.rotate(keys, selection.key_shift, geometry.inverse_frequencies)
         visible, added, residual = selection.visible, selection.log_weights, selection.residual
         wanted, sinks = self.state.needs_weights, geometry.sinks
+        count = self.length if selection.count is None else selection.count
         if rows is None and visible is None and added is None and residual is None and sinks is None and not wanted:
-            return geometry.kernels.dense_attention(q, keys, values, geometry.scaling), None
+            return geometry.kernels.dense_attention(q, keys, values, geometry.scaling, count), None
         output, lse, weights = geometry.kernels.attention(
-            q, keys, values, geometry.scaling, rows, visible, wanted, added
+            q, keys, values, geometry.scaling, rows, visible, wanted, added, count
         )
         if residual is not None:
             log_weight = residual.log_weight + lse if residual.relative else residual.log_weight

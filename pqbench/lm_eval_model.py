@@ -80,7 +80,9 @@ class PqbenchLM(HFLM):
         if config.threads:
             torch.set_num_threads(config.threads)
         self.method = compensated(instantiate(config.methods[method]))
-        loaded = rehearsed(model_source(config.model))
+        source = model_source(config.model)
+        source.check_answers("lm-eval")
+        loaded = rehearsed(source)
         self.setting = Setting(max_length=loaded.max_length)
         self.chunk: int | None = config.chunk
         super().__init__(

@@ -8,6 +8,7 @@ Shapes: B sequences, H KV heads, G query heads per KV head, S tokens, D head dim
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from pqbench.budget import Budget, CompensatedBudget, PaperBudget, Split
 from pqbench.errors import BudgetError, ConfigError
 from pqbench.kernels import sinks
-from pqbench.kernels.backend import Kernels, kernels
+from pqbench.kernels.backend import Kernels, Number, kernels
 
 __all__ = [
     "KV",
@@ -29,7 +30,9 @@ __all__ = [
     "Geometry",
     "LayerState",
     "Method",
+    "Number",
     "PaperBudget",
+    "Plan",
     "Residual",
     "Selection",
     "Split",
@@ -65,6 +68,8 @@ class Geometry:
         sinks: ``[H, G]`` float32, logits that the model learned for this layer: each takes part in its head's softmax
             and brings no value. Attention counts them by itself; probabilities of tokens come from
             :meth:`column_sums` and :meth:`exact_probabilities`, which count them too.
+        correction: with selection ahead, the cosine up to which a query counts as turned, see
+            :class:`pqbench.prompt.Setting`; None without.
     """
 
     layer: int
@@ -81,6 +86,7 @@ class Geometry:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calibration: Calibration | None = None
     sinks: Tensor | None = None
+    correction: float | None = None
 
     def column_sums(self, q: Tensor, keys: Tensor, band: int | None = None) -> Tensor:
         """Attention each key received, see :func:`pqbench.kernels.reference.column_sums`: float32 ``[B, H, S]``."""
@@ -140,6 +146,10 @@ class KV(Protocol):
     def bring(self, rows: Tensor) -> Arrival:
         """Ask for a tensor in host memory; it crosses the link while the caller goes on."""
 
+    def fetch_ahead(self, rows: Tensor, count: Number) -> None:
+        """Bring the first ``count`` of rows ``[B, H, n]`` to the device, which the coming step will ask for at these
+        places of its selection, but for heads that it names in :attr:`Selection.anew`."""
+
     def keys_at(self, rows: Tensor) -> Tensor:
         """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``."""
 
@@ -176,6 +186,9 @@ class Selection:
         residual: estimate of the unselected rest.
         log_weights: ``[B, H, G, n]`` or ``[B, H, 1, n]`` float32, added to the logits: log of how many tokens a row
             stands for, where rows are a sample of more.
+        count: how many of the n rows count, from the first on; None means all. Those behind may be anything. A step
+            that is captured selects into the same room always, and says so how much of it this step fills.
+        anew: bool ``[B, H]``, after :meth:`KV.fetch_ahead`: heads whose rows are others than those asked for ahead.
     """
 
     indices: Tensor | None = None
@@ -183,6 +196,17 @@ class Selection:
     key_shift: Tensor | None = None
     residual: Residual | None = None
     log_weights: Tensor | None = None
+    count: Number | None = None
+    anew: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the host knows of a step before it is replayed: the numbers that :meth:`LayerState.select` reads, and how
+    many tokens a KV head attends to, None for all."""
+
+    numbers: tuple[int, ...] = ()
+    attended: int | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +227,7 @@ class LayerState:
     """One method's memory of one layer. The defaults are those of full attention; override what the method needs."""
 
     needs_weights: ClassVar[bool] = False
+    numbers: Sequence[Number] | None = None  # with a captured step: those of its plan, on the device
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
@@ -224,7 +249,23 @@ class LayerState:
         """A decoded token was added as the last row."""
 
     def prefetch(self, kv: KV) -> None:
-        """The layer before starts its step: ask for what :meth:`select` will read from the host."""
+        """The layer before starts its step: ask for what :meth:`select` will read from the host, or do what needs no
+        query. The token of the step is not stored yet."""
+
+    def reserve(self, kv: KV, rows: int) -> bool:
+        """Get ready for a captured step: until there are ``rows`` rows, no tensor that a step reads may move, and all
+        steps have one shape. Returns False while they do not have it yet."""
+        return True
+
+    def plan(self, kv: KV, length: int) -> Plan:
+        """The host's part of the captured step that will make ``length`` rows, in place of :meth:`append`: called
+        before the token is stored and :meth:`select` is replayed. As many numbers in every step."""
+        return Plan()
+
+    @property
+    def fixed(self) -> list[Tensor]:
+        """Tensors that a captured step reads where they are."""
+        return []
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         """Choose the rows for the query q ``[B, H, G, D]``."""
@@ -269,6 +310,16 @@ class Method(ABC):
     needs_positions: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     own_prefill: ClassVar[bool] = False
+
+    def why_not_captured(self, offloads: bool) -> str | None:
+        """Why no CUDA graph can hold a decode step of this method, in words that follow its name; None where one can.
+        ``offloads``: whether the prompt lies in host memory."""
+        return "has steps of changing shape"
+
+    def why_not_ahead(self) -> str | None:
+        """Why this method cannot select with the query of the step before, in words that follow its name; None where it
+        can."""
+        return "does not select with the query of the step before"
 
     @abstractmethod
     def layer(self, geometry: Geometry) -> LayerState:

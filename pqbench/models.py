@@ -20,12 +20,19 @@ from urllib.parse import urlsplit
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from pqbench.devices import check_device, check_room
 from pqbench.errors import ModelError
 from pqbench.lengths import learned_positions, longest_context
 from pqbench.weights import folder_fingerprint, hub_fingerprint
@@ -35,12 +42,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, with the longest context to use in tokens."""
+    """A model ready to run, with the longest context to use in tokens.
+
+    ``weights`` says where its weights come from: ``pretrained`` or ``random``. ``stand_in`` is set where it only has
+    the shape of the model whose name it bears, so that its times count and its answers do not.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    weights: str = "pretrained"
+    stand_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,15 +86,32 @@ class ModelSource(ABC):
             check_device(self.device)
         model, tokenizer = self._load(torch_dtype(self.dtype))
         if placement is None:
-            model = model.to(self.device)
+            model = _moved(model, torch.device(self.device), self.name)
         check_placement(model)
-        return LoadedModel(self.name, model.eval(), tokenizer, reach(model, self.max_length))
+        length = reach(model, self.max_length)
+        return LoadedModel(self.name, model.eval(), tokenizer, length, self.origin, self.stand_in)
 
     @property
     def fingerprint(self) -> str | None:
         """What changes with the weights where the fields do not; part of every record's key. None where the fields say
         all."""
         return None
+
+    @property
+    def origin(self) -> str:
+        """Where the weights come from: pretrained or random."""
+        return "pretrained"
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether the model only has the shape of the one whose name it bears."""
+        return False
+
+    def check_answers(self, use: str) -> None:
+        """Raises ModelError when this model's answers mean nothing; ``use`` is what would be measured of them."""
+        if self.stand_in:
+            raise ModelError(f"{use} needs the model's own weights, and model.weights=random has only the shape of "
+                             f"{self.name}: use benchmark=latency, or set model.weights=pretrained")  # fmt: skip
 
     @property
     def placement(self) -> str | dict[str, Any] | None:
@@ -97,11 +127,39 @@ class ModelSource(ABC):
 
 @dataclass(frozen=True)
 class Pretrained(ModelSource):
-    """A model by hub name or local folder; ``path`` is either."""
+    """A model by hub name or local folder; or one of the same shape with random weights.
+
+    Attributes:
+        path: hub name or folder.
+        weights: pretrained; or random, which downloads nothing and builds the model in seconds on the device itself.
+            A timing needs no more; answers mean nothing then and are not scored.
+        shape: the model's own config.json as far as it concerns the shape; what ``weights=random`` builds.
+        seed: of the random weights.
+    """
 
     path: str = ""
+    weights: str = "pretrained"
+    shape: Mapping[str, Any] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("pretrained", "random"):
+            raise ModelError(f"model.weights is {self.weights!r}: use pretrained or random")
+        if self.stand_in and not self.shape:
+            raise ModelError("model.weights=random needs model.shape, the fields of the model's config.json")
+
+    @property
+    def origin(self) -> str:
+        return self.weights
+
+    @property
+    def stand_in(self) -> bool:
+        return self.weights == "random"
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.stand_in:
+            tokenizer = byte_tokenizer()
+            return random_model(self, shape_config(self.shape or {}, tokenizer), dtype, self.seed), tokenizer
         if not self.path:
             raise ModelError(
                 "model.path is empty: set it to a local folder or a hub name, e.g. model.path=/models/llama"
@@ -158,7 +216,12 @@ class PackagedGGUF(ModelSource):
 
 @dataclass(frozen=True)
 class Random(ModelSource):
-    """A small Llama with random weights and a byte tokenizer: runs every code path in seconds, answers nothing."""
+    """A small Llama with random weights and a byte tokenizer: runs every code path in seconds, answers nothing.
+
+    Attributes:
+        intermediate: width of the feed-forward layers; None for twice the hidden size.
+        vocab: size of the vocabulary; None for the bytes and the special tokens alone.
+    """
 
     hidden: int = 64
     layers: int = 2
@@ -166,22 +229,64 @@ class Random(ModelSource):
     kv_heads: int = 2
     context: int = 4096
     seed: int = 0
+    intermediate: int | None = None
+    vocab: int | None = None
+
+    @property
+    def origin(self) -> str:
+        return "random"
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if self.placement is not None:
-            raise ModelError("random weights are made for one device: set model.device=cpu or cuda")
         tokenizer = byte_tokenizer()
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=self.hidden, intermediate_size=2 * self.hidden,
-            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.context, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        generator_state = torch.get_rng_state()
-        torch.manual_seed(self.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        torch.set_rng_state(generator_state)
-        return model, tokenizer
+        shape = {
+            "model_type": "llama", "vocab_size": len(tokenizer) if self.vocab is None else self.vocab,
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate or 2 * self.hidden,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.context,
+        }  # fmt: skip
+        return random_model(self, shape_config(shape, tokenizer), dtype, self.seed), tokenizer
+
+
+def shape_config(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of a model of that shape which speaks the byte tokenizer's tokens; ``shape`` holds fields of a
+    config.json. Raises ModelError when its vocabulary does not hold them."""
+    if shape.get("vocab_size", 0) < len(tokenizer):
+        raise ModelError(f"a vocabulary of {shape.get('vocab_size')} is too small: the byte tokenizer has "
+                         f"{len(tokenizer)} tokens")  # fmt: skip
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    fields = {**shape, **ends}
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def random_model(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """A model with random weights, made on the device where it will run, so that eight billion take seconds.
+
+    The weights are normal with the configuration's ``initializer_range``, by transformers' own initialisation, with
+    which activations stay small over any number of layers. They follow the seed and the kind of device; the global
+    generators are left as they were.
+
+    Raises:
+        ModelError: the model is to be spread over devices, or the device has no room for it.
+    """
+    if source.placement is not None:
+        raise ModelError("random weights are made for one device: set model.device=cpu or cuda")
+    device = torch.device(source.device)
+    with torch.device("meta"):
+        needed = AutoModelForCausalLM.from_config(config, dtype=dtype).num_parameters() * dtype.itemsize
+    check_room(needed, device, f"the weights of {source.name}", "use a smaller model.dtype or a smaller model")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
+def _moved(model: PreTrainedModel, device: torch.device, name: str) -> PreTrainedModel:
+    """The model on its device. Raises ModelError when it does not fit there."""
+    if model.device.type == device.type and device.index in (None, model.device.index):
+        return model
+    check_room(sum(p.nbytes for p in model.parameters()), device, f"the weights of {name}",
+               "use a smaller model.dtype, a smaller model, or model.device=auto")  # fmt: skip
+    return model.to(device)
 
 
 def load_folder(
@@ -251,23 +356,6 @@ def reach(model: PreTrainedModel, wanted: int | None) -> int:
     return wanted
 
 
-def check_device(device: str) -> None:
-    """Raises ModelError when the device does not exist here."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ModelError(f"model.device is {device!r}: use cpu, cuda, cuda:N or auto") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device=cuda, but no CUDA device is available here: set model.device=cpu")
-
-
-def check_kernels(body: str, device: torch.device) -> None:
-    """Raises ModelError when a kernel body cannot compute on a device; the Triton one can on the CPU in Triton's
-    interpreter alone."""
-    if body == "gpu" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ModelError(f"kernels=gpu computes on a GPU, not on {device.type}: set model.device=cuda, or kernels=auto")
-
-
 def check_placement(model: PreTrainedModel) -> None:
     """Raises ModelError when some layers wait in host memory or on disk for their turn on a GPU."""
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
@@ -278,6 +366,11 @@ def check_placement(model: PreTrainedModel) -> None:
 
 def cache_folder() -> Path:
     """Where converted models are kept; created when missing."""
-    folder = Path(os.environ.get("PQBENCH_CACHE") or user_cache_path("pqbench"))
+    given = os.environ.get("PQBENCH_CACHE")
+    if not given:
+        from platformdirs import user_cache_path  # only models that are converted need it
+
+        given = str(user_cache_path("pqbench"))
+    folder = Path(given)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

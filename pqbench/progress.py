@@ -24,7 +24,7 @@ from rich.text import Text
 
 from pqbench.errors import PqbenchError
 from pqbench.heartbeat import SILENCE_S, Beat, read_beat
-from pqbench.records import RecordFile, newest_of, read_lines, run_folders
+from pqbench.records import FINISHED, RecordFile, newest_of, read_lines, run_folders
 from pqbench.terminal import log_to_terminal, plain
 
 log = logging.getLogger("pqbench.progress")
@@ -91,7 +91,7 @@ def read_runs(root: Path) -> list[Run]:
     runs = []
     for folder in run_folders(root):
         newest, _ = newest_of(read_lines(RecordFile(folder).path))
-        ok = sum(record["status"] == "ok" for record in newest)
+        ok = sum(record["status"] in FINISHED for record in newest)
         names = (folder.parent.parent.name, folder.parent.name, folder.name.rpartition("-")[0] or folder.name)
         runs.append(Run(*names, ok, len(newest) - ok, read_beat(folder)))
     return runs

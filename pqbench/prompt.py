@@ -18,53 +18,18 @@ from pqbench.attention import forward as forward
 from pqbench.batch import check_blocks, check_indices, check_logits, check_prompt, group_rows
 from pqbench.beside import Beside, Finished, IdleCores, Pending, SideStream, tensors_of
 from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, sliding_layers
-from pqbench.clock import Clock, CudaStreams, Spans, Streams, clock_of, streams_of
-from pqbench.errors import ConfigError, DeviceError
+from pqbench.clock import Clock, Spans, Streams, clock_of, streams_of
+from pqbench.errors import ConfigError
+from pqbench.graphs.check import check_batch_captured
 from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.backend import kernels
 from pqbench.lengths import check_switch, length_dependent
-from pqbench.method import Calibration, Geometry, Method
+from pqbench.method import Geometry, Method
 from pqbench.rehearsal import geometry_of, profile
 from pqbench.rotary import layer_frequencies
+from pqbench.setting import Setting as Setting
 from pqbench.store.base import Store
-from pqbench.store.tiers import DeviceTier, Need, Placement, Tier
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How prompts are run, whatever the method.
-
-    Attributes:
-        tier: where KV lives while decoding.
-        overlap: with a single method, build each layer's index while the next layers compute, on a stream of its own
-            beside a model on a GPU, else on cores that the model's threads leave idle; the tokens are the same without.
-            With several methods no index overlaps, so that their times stay apart.
-        body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
-        calibration: times of this hardware for methods that adapt to it.
-        max_length: longest context to run, where that is more than the model was made for; None for the model's own.
-        streams: the queues of the device; None for CUDA's on a GPU and for none on the CPU.
-    """
-
-    tier: Tier = field(default_factory=DeviceTier)
-    overlap: bool = True
-    body: str = "auto"
-    calibration: Calibration | None = None
-    max_length: int | None = None
-    streams: Streams | None = None
-
-    def device_answers(self) -> bool:
-        """Whether a GPU, if there is one, can go on after an error: after one of memory it can, after an illegal access
-        it cannot."""
-        streams = CudaStreams() if self.streams is None else self.streams
-        return streams.alive()
-
-    def check_device(self, error: object) -> None:
-        """Raises DeviceError when the device answers no more after an error; to be called when that is on record."""
-        if not self.device_answers():
-            raise DeviceError(
-                f"the GPU answers no more after this error: {error}. What was measured before is kept, and the same "
-                "command goes on from there"
-            )
+from pqbench.store.tiers import Need, Placement
 
 
 @dataclass(frozen=True)
@@ -96,7 +61,9 @@ class Prefilled:
     lengths: Tensor  # [B] tokens of each prompt
     placement: Placement
     streams: Streams | None = None  # of the device, see Setting
+    named: bool = False  # see Setting
     beside: Beside | None = None  # where indices are built while the next layers compute
+    graphs: bool = False  # see Setting
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, V] after the last prompt token
     seconds: float = 0.0  # dense prefill, observers excluded
     observe_seconds: list[float] = field(default_factory=list)
@@ -207,7 +174,7 @@ class Prefilled:
     @property
     def clock(self) -> Clock:
         """Of whole steps: of the device that the model begins and ends on."""
-        return clock_of(self.model.device, self.streams)
+        return clock_of(self.model.device, self.streams, named=self.named)
 
     def close(self) -> None:
         """End what runs in the background; stores over this prompt are of no use afterwards.
@@ -225,7 +192,7 @@ class Prefilled:
     @torch.inference_mode()
     def _build(self, method: int, layer: int, group: int) -> Built:
         store, observer = self.store(layer, group, method), self.observer(method, layer, group)
-        took, stores = Spans(observer.clock), []
+        took, stores = observer.clock.spans("index"), []
         with took:
             rows = observer.state.finish_prefill(store)
             if rows is None or len(self.methods) == 1:
@@ -253,19 +220,22 @@ def prefill(
     Raises:
         ModelError: a model that no method can serve exactly, or that one of these methods cannot serve.
         ConfigError: an empty prompt, padding that is not on the left, a prompt longer than the model allows, a model
-            that computes NaN, a tier that this machine does not have or that cannot hold the prompt, or a method with a
-            prefill of its own that is not alone.
+            that computes NaN, a tier that this machine does not have or that cannot hold the prompt, a method with a
+            prefill of its own that is not alone, or a setting that the model, a method or the batch cannot follow.
     """
     setting = Setting() if setting is None else setting
+    setting.check({type(method).__name__: method for method in methods}, model)
     any_length = check_own_prefill(methods)
     mask, columns = check_prompt(model, input_ids, attention_mask, any_length, setting.max_length), input_ids.shape[1]
     check_blocks(model, mask, chunk or columns)
     groups = group_rows(mask)
+    if setting.graphs:
+        check_batch_captured(groups, not bool(mask.all()))
     prefilled = _open(model, methods, groups, mask, columns, reserve, setting)
     both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
     cache = LayeredCache([both[i] for i in range(len(both))])
     positions, chunk = (mask.long().cumsum(-1) - 1).clamp(min=0), chunk or columns
-    took = Spans(prefilled.clock)
+    took = prefilled.clock.spans("prefill")
     with attached(model), took:
         for start in range(0, columns, chunk):
             seen = None if prefilled.mask is None else mask[:, : start + chunk]
@@ -306,13 +276,14 @@ def _open(
         beside = IdleCores.of(body) if streams is None else SideStream(streams)
     prefilled = Prefilled(
         model, methods, groups, {}, sliding_layers(model.config.get_text_config(decoder=True)),
-        None if bool(mask.all()) else mask, mask.long().sum(-1), placement, streams, beside,
+        None if bool(mask.all()) else mask, mask.long().sum(-1), placement, streams, setting.named, beside,
+        setting.graphs,
     )  # fmt: skip
     for i in known.layers:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
         layer.own = any(method.own_prefill for method in methods)
         layer.observers = [
-            _observer(method, geometry(model, i, rows, columns, rotary.get(i), setting), rows, streams)
+            _observer(method, geometry(model, i, rows, columns, rotary.get(i), setting), rows, setting)
             for method in methods
             for rows in groups
         ]
@@ -322,8 +293,9 @@ def _open(
     return prefilled
 
 
-def _observer(method: Method, known: Geometry, rows: Rows, streams: Streams | None) -> Observer:
-    return Observer(rows, method.layer(known), clock_of(known.device, streams))
+def _observer(method: Method, known: Geometry, rows: Rows, setting: Setting) -> Observer:
+    streams = streams_of(known.device, setting.streams)
+    return Observer(rows, method.layer(known), clock_of(known.device, streams, named=setting.named))
 
 
 def _each(make: Callable[[int, int], Group], layer: int, groups: int) -> list[Group]:
@@ -351,4 +323,5 @@ def geometry(
     return replace(
         known, inverse_frequencies=None if rotary is None else rotary.to(known.device), layers=len(full),
         rank=full.index(layer), calibration=setting.calibration,
+        correction=setting.correction if setting.select_ahead else None,
     )  # fmt: skip

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the record format; part of every key, so that formats never mix in one file
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
+FINISHED = ("ok", "refused")  # statuses that are no failure; refused: this machine lacks what was to be measured
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -101,12 +102,12 @@ class RecordFile:
         return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
 
     def outcomes(self) -> dict[str, str | None]:
-        """What went wrong with each sample that has a record; None when it has a prediction. A failure of other code
+        """What went wrong with each sample that has a record; None when nothing did. A failure of other code
         than this is none: the sample runs again."""
         return {
-            record["sample_id"]: None if record["status"] == "ok" else str(record.get("error"))
+            record["sample_id"]: None if record["status"] in FINISHED else str(record.get("error"))
             for record in self.read()
-            if record["status"] == "ok" or record.get("code") == harness_code()
+            if record["status"] in FINISHED or record.get("code") == harness_code()
         }
 
     def append(self, record: Record) -> bool:

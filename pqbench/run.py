@@ -14,12 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
+from pqbench.devices import check_kernels
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
 from pqbench.generation import Generation, decode
 from pqbench.group import Rows
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
-from pqbench.models import LoadedModel, check_kernels
+from pqbench.models import LoadedModel
 from pqbench.probe import probe
 from pqbench.prompt import Prefilled, Setting, frequencies, geometry, prefill
 from pqbench.records import VERSION, Record, RecordFile
@@ -222,6 +223,7 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
         "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts if groups else {},
+        "corrected_heads": generation.corrected_heads,
         "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
         "cache_hit_rate": hits / lookups if lookups else None,
         "device_bytes": sum(group.store.device_bytes for group in groups),
@@ -278,6 +280,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
 def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting: Setting) -> None:
     """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
     check_kernels(setting.body, model.device)
+    setting.check(methods, model)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
         log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))
     for (name, method), layer in product(methods.items(), profile(model).kinds):

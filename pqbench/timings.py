@@ -16,6 +16,7 @@ from pqbench.records import Record
 from pqbench.terminal import plain
 
 DENSE = "full"  # what times are compared with
+RANDOM = "random"  # weights of a model that only has another's shape
 
 AUTO = "four digits"
 # Field of a record -> (heading, factor, format).
@@ -35,6 +36,7 @@ ATTENTION: tuple[Column, ...] = (
     ("build_s", "build s", 1, "{:.2f}"),
     ("index_bytes", "index MB", 1e-6, "{:.2f}"),
     ("peak_rss_bytes", "peak GB", 1e-9, "{:.1f}"),
+    ("timed_steps", "n", 1, "{:.0f}"),
 )
 PHASES: tuple[Column, ...] = (
     ("dense_step_s", "model ms", 1e3, "{:.1f}"),
@@ -53,6 +55,16 @@ PHASES: tuple[Column, ...] = (
     ("host_bytes", "host MB", 1e-6, "{:.1f}"),
     ("copy_share", "% of copy", 100, "{:.0f}"),
     ("peak_rss_bytes", "peak GB", 1e-9, "{:.2f}"),
+)
+PROFILE: tuple[Column, ...] = (
+    ("operations", "torch operations", 1, "{:.0f}"),
+    ("launches", "launches", 1, "{:.0f}"),
+    ("synchronisations", "waits", 1, "{:.0f}"),
+    ("host_s", "host ms", 1e3, "{:.2f}"),
+    ("device_s", "device ms", 1e3, "{:.2f}"),
+    ("copied_bytes", "over link MB", 1e-6, "{:.2f}"),
+    ("bytes", "MB", 1e-6, "{:.2f}"),
+    ("memory_s", "MB over bandwidth ms", 1e3, "{:.3f}"),
 )
 TIMES: tuple[Column, ...] = (
     ("ttft_s", "TTFT s", 1, "{:.2f}"),
@@ -137,6 +149,8 @@ def facts(records: Sequence[Record]) -> str:
         values = sorted({str(record[field]) for record in records if record.get(field) is not None})
         if values:
             parts.append(form.format("/".join(values)))
+    if records and all(record.get("weights") == RANDOM for record in records):
+        parts.append("random weights")
     copy = middle(records, "copy_bandwidth_gbps")
     return ", ".join([*parts, *([f"copy {copy:.1f} GB/s (read and written)"] if copy else [])])
 
@@ -164,11 +178,12 @@ def _attention(records: Sequence[Record]) -> list[Section]:
             rows.append([*named, record["status"], *["-"] * (len(ATTENTION) - 1)])
     title = f"one {records[0].get('model', '-')} attention layer{_over(records)}, median decode step ({facts(records)})"
     headings = [*labels, *(heading for _, heading, _, _ in ATTENTION)]
-    return [Section(title, headings, rows, len(labels), ("min", "attended", "peak GB"))]
+    return [Section(title, headings, rows, len(labels), ("min", "attended", "peak GB", "n"))]
 
 
 def _latency(records: Sequence[Record]) -> list[Section]:
     """Times with their range and the ratio to full attention; then where a step's time goes."""
+    records = [record | {"weights": record.get("weights") or "pretrained"} for record in records]
     title = f"latency of {records[0].get('model', '-')}{_over(records)} ({facts(records)})"
     labels = _labels(records)
     times, costs = [], []
@@ -186,7 +201,20 @@ def _latency(records: Sequence[Record]) -> list[Section]:
     return [
         Section(f"{title}: medians over repeats", headings, times, 1 + len(labels)),
         Section(f"{title}: a decode step", further, costs, 1 + len(labels), ("attended", "peak GB")),
+        _profiled(records, title, labels),
     ]
+
+
+def _profiled(records: Sequence[Record], title: str, labels: Sequence[str]) -> Section:
+    """What a profiler saw of every phase; prefill, what is watched of it, and the index are those of the whole run."""
+    rows = [
+        [*(str(record.get(name)) for name in ("context", *labels)), phase,
+         *(_shown(found.get(field), factor, form) for field, _, factor, form in PROFILE)]
+        for record in records
+        for phase, found in (record.get("profile") or {}).items()
+    ]  # fmt: skip
+    headings = ["context", *labels, "phase", *(heading for _, heading, _, _ in PROFILE)]
+    return Section(f"{title}: a step under the profiler", headings, rows, 2 + len(labels))
 
 
 def _over(records: Sequence[Record]) -> str:
@@ -197,7 +225,7 @@ def _over(records: Sequence[Record]) -> str:
 def _labels(records: Sequence[Record]) -> list[str]:
     """Method and budget, and what else tells runs apart."""
     labels = ["method", "budget"]
-    for name in ("link", "kernels", "threads", "dtype", "overlap", "key"):
+    for name in ("weights", "link", "kernels", "threads", "dtype", "overlap", "graphs", "select_ahead", "key"):
         by_method = group_records(records, *labels)
         if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
             labels.append(name)
@@ -205,8 +233,9 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 def _dense(records: Sequence[Record], like: Record) -> list[Record]:
-    """Measurements of full attention at the same context with the same link, kernels, threads and dtype."""
-    alike = ("context", "link", "kernels", "threads", "dtype")
+    """Measurements of full attention at the same context with the same weights, link, kernels, threads, dtype, and
+    graphs or none."""
+    alike = ("context", "weights", "link", "kernels", "threads", "dtype", "graphs")
     return [
         record
         for record in records

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
-    "timing", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models", "benchmarks",
-    "environment", "batch", "terminal", "timings", "clock", "rehearsal",
+    "timing", "devices", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models",
+    "benchmarks", "environment", "batch", "terminal", "timings", "clock", "graphs", "rehearsal",
 }  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
@@ -71,6 +71,7 @@ def uses(path: Path, package: str) -> bool:
         ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors", "costs", "cost_fit"}),
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
+        ("pqbench/graphs", {"graphs", "group", "cache", "kernels", "store"} | CORE),
         ("pqbench/benchmarks", {"benchmarks", "errors", "models"}),
         ("pqbench/timing", TIMING),
         ("pqbench/fidelity", TIMING | {"fidelity", "attention", "probe", "summaries"}),
@@ -89,7 +90,8 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("method", {"budget", "errors", "kernels"}),
         ("lengths", {"errors"}),
         ("weights", set()),
-        ("models", {"errors", "lengths", "weights"}),
+        ("devices", {"errors"}),
+        ("models", {"errors", "devices", "lengths", "weights"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
         ("clock", set()),
         ("beside", {"clock", "kernels"}),
@@ -98,24 +100,14 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("group", CORE | {"kernels", "store", "clock"}),
         ("cache", CORE | {"kernels", "store", "attention", "group"}),
         ("batch", CORE | {"group", "lengths"}),
+        ("setting", CORE | {"store", "clock", "graphs"}),
         (
             "prompt",
             CORE
-            | {
-                "attention",
-                "cache",
-                "batch",
-                "group",
-                "kernels",
-                "store",
-                "clock",
-                "beside",
-                "lengths",
-                "rehearsal",
-                "rotary",
-            },
+            | {"setting", "attention", "cache", "batch", "group", "kernels", "store", "clock", "beside", "graphs"}
+            | {"lengths", "rehearsal", "rotary"},
         ),
-        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt", "clock"}),
+        ("generation", CORE | {"attention", "cache", "batch", "group", "prompt", "clock", "graphs"}),
         ("custom_generate", CORE | {"generation", "prompt"}),
         ("probe", CORE | {"attention", "cache", "batch", "group", "prompt", "kernels", "store"}),
     ],
@@ -179,6 +171,18 @@ def test_tables_and_figures_start_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=False).returncode == 0
 
 
+def test_the_gpu_check_starts_with_nothing_but_python() -> None:
+    """It is the one that says which packages are missing; steps are processes of their own and may need everything."""
+    code = (
+        "import sys, gpucheck.__main__, gpucheck.wheels;"
+        "own = {name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names);"
+        "sys.exit(' '.join(sorted(own - {'gpucheck', '__main__'})) or 0)"
+    )
+    command = [sys.executable, "-S", "-c", code]  # without the packages that are installed
+    done = subprocess.run(command, cwd=ROOT, timeout=60, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_plots_read_records_and_run_nothing() -> None:
     for path in files("plots"):
         assert not any(uses(path, package) for package in ("torch", "transformers", "methods", "hydra")), module(path)
@@ -195,7 +199,7 @@ def test_methods_import_only_torch_besides() -> None:
 def test_the_harness_imports_neither_methods_nor_plots_nor_tests() -> None:
     for path in files("pqbench"):
         if module(path) != "pqbench.__main__":
-            assert not any(uses(path, room) for room in ("plots", "tests")), module(path)
+            assert not any(uses(path, room) for room in ("plots", "tests", "gpucheck")), module(path)
         assert not uses(path, "methods"), module(path)
 
 
@@ -227,7 +231,7 @@ def test_every_method_has_its_yaml_and_every_yaml_its_method() -> None:
     assert targets == METHODS
 
 
-@pytest.mark.parametrize("room", ["pqbench", "methods", "plots"])
+@pytest.mark.parametrize("room", ["pqbench", "methods", "plots", "gpucheck"])
 def test_nothing_prints(room: str) -> None:
     for path in files(room):
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
@@ -235,13 +239,13 @@ def test_nothing_prints(room: str) -> None:
             assert not (isinstance(call.func, ast.Name) and call.func.id == "print"), f"{module(path)}:{call.lineno}"
 
 
-@pytest.mark.parametrize("room", ["pqbench", "methods", "plots", "tests"])
+@pytest.mark.parametrize("room", ["pqbench", "methods", "plots", "gpucheck", "tests"])
 def test_no_file_is_long(room: str) -> None:
     lengths = {module(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files(room)}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-@pytest.mark.parametrize("room", ["pqbench", "methods", "plots"])
+@pytest.mark.parametrize("room", ["pqbench", "methods", "plots", "gpucheck"])
 def test_every_module_and_public_name_says_what_it_is(room: str) -> None:
     missing = []
     for path in files(room):

@@ -150,13 +150,18 @@ def test_bad_input_loses_nothing_measured(command: Command, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("first", ["", "# a method of mine", "# @package methods.other"])
-def test_a_yaml_that_would_be_left_out_is_named(tmp_path: Path, first: str) -> None:
+def test_a_yaml_that_would_be_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str) -> None:
+    """It stops only a command that uses it."""
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "good.yaml").write_text("# @package methods.good\n_target_: x\n")
     check_yamls(tmp_path, {})
     (tmp_path / "method" / "mine.yaml").write_text(f"{first}\n_target_: x\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: its first line must be `# @package methods\.mine`"):
-        check_yamls(tmp_path, {})
+        check_yamls(tmp_path, {}, {"_target_": "x"})
+    caplog.clear()
+    check_yamls(tmp_path, {"good": {"_target_": "x"}})
+    (message,) = caplog.messages
+    assert "mine.yaml: its first line must be `# @package methods.mine`; nothing here uses it" in message
 
 
 def test_debug_shows_where_a_sample_failed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +319,7 @@ def test_a_sweep_goes_on_past_a_failing_cell(command: Command, tmp_path: Path) -
     assert outcome.code == 1
     assert len(measured(tmp_path)) == 1
     start = outcome.errors.index("error: 3 failures in 4 runs:")
-    assert len(outcome.errors[start + 1 :]) == 3
+    assert len(outcome.errors[start + 1 :]) == 2  # what failed two of them in the same way is said once
 
 
 def test_a_bug_in_one_cell_of_a_sweep_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,9 +10,23 @@ import torch
 from torch import Tensor
 
 from methods.pqcache.host_codes import HostCodes
+from methods.pqcache.previous import PreviousQuery
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.buffers import GrowingBuffer
-from pqbench.method import KV, Arrival, Budget, Check, ConfigError, Geometry, LayerState, Method, PaperBudget, Selection
+from pqbench.method import (
+    KV,
+    Arrival,
+    Budget,
+    Check,
+    ConfigError,
+    Geometry,
+    LayerState,
+    Method,
+    Number,
+    PaperBudget,
+    Plan,
+    Selection,
+)
 
 _AHEAD = 16  # tokens encoded at once
 
@@ -83,6 +97,12 @@ class PQCache(Method):
             raise ConfigError(f"pqcache.m is {self.m}: it must divide the head dimension {geometry.head_dim}")
         return PQCacheState(self, geometry)
 
+    def why_not_captured(self, offloads: bool) -> str | None:
+        return None if self.codes_on == "device" else "brings more codes over in every step: set codes_on=device"
+
+    def why_not_ahead(self) -> str | None:
+        return None if self.codes_on == "device" else "has no codes on the device ahead of a step: set codes_on=device"
+
     def attends_all(self, context: int) -> bool:
         first, stop = self.budget.resolve(context, context).middle(context)
         return stop - first <= self.clusters
@@ -129,6 +149,8 @@ class PQCacheState(LayerState):
         self.ahead = Ahead()
         self.iterations = 0
         self.finite: Tensor | None = None  # bool [], whether the keys of the codebook were; the device may not know yet
+        self.previous = None if geometry.correction is None else PreviousQuery(geometry.correction)
+        self.room = 0  # of a captured step's selection
         problems = geometry.batch * geometry.kv_heads * method.m
         known = geometry.calibration if method.needs_calibration else None
         self.fit = None if known is None else known.clustering(problems, geometry.head_dim // method.m, 2**method.b)
@@ -143,27 +165,96 @@ class PQCacheState(LayerState):
     def prefetch(self, kv: KV) -> None:
         if self.codes is not None and self.method.codes_on == "host":
             self.arriving = self._on_host(self.codes).ask(kv)
+        if self.codes is not None and self.previous is not None and self.previous.query is not None:
+            self._choose_ahead(kv, self.previous)
+
+    def reserve(self, kv: KV, rows: int) -> bool:
+        if self.codes is None or (self.previous is not None and self.previous.query is None):
+            return False
+        self._on_device.reserve(rows)
+        self.room = max(self._numbers(length)[4] for length in (kv.length + 1, rows))
+        if self.previous is not None:
+            batch, heads = self._on_device.whole.shape[:2]
+            self.previous.chosen = torch.zeros(batch, heads, self.room, dtype=torch.int64, device=kv.device)
+        return True
+
+    def plan(self, kv: KV, length: int) -> Plan:
+        self._reach(kv, length)
+        numbers = self._numbers(length)
+        attended = numbers[4]
+        if attended > self.room:
+            raise RuntimeError(f"a step attends to {attended} tokens, but was captured for at most {self.room}")
+        if self.previous is not None:
+            self.previous.steps += 1
+        return Plan(numbers, attended)
+
+    @property
+    def fixed(self) -> list[Tensor]:
+        held = [] if self.codes is None or self.codebook is None else [self.codebook, self._on_device.whole]
+        return held + ([] if self.previous is None else self.previous.fixed)
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         if self.codebook is None or self.codes is None:
             return Selection()
-        return self._best_by_scan(q, self.codebook, self._codes(kv), kv)
+        previous, only = self.previous, None
+        chosen = None if previous is None else previous.arrived()
+        if previous is not None and chosen is not None:
+            only = previous.turned(q)
+        numbers = self.numbers or self._numbers(kv.length)
+        indices = self._choose(q, self.codebook, self._codes(kv), numbers, only, chosen)
+        if previous is not None:
+            previous.follow(q)
+            if self.numbers is None and only is not None:
+                previous.chosen, previous.steps = None, previous.steps + 1
+        return Selection(indices, count=None if self.numbers is None else numbers[4], anew=only)
 
     def _best_by_scan(self, q: Tensor, codebook: Tensor, codes: Tensor, kv: KV) -> Selection:
         """Sinks, window, and the middle tokens that ``codes`` ``[B, H, middle, m]`` put first for q
         ``[B, H, G, D]``."""
-        split = self.method.budget.resolve(kv.length, self.geometry.prompt)
-        first, stop = split.middle(kv.length)
-        room = min(split.total, kv.length)
-        return Selection(
-            self.geometry.kernels.pq_select(
-                q, codebook, codes, self.geometry.scaling, split.sink, split.top_k, kv.length, stop - first, room
-            )
+        return Selection(self._choose(q, codebook, codes, self._numbers(kv.length)))
+
+    def _choose_ahead(self, kv: KV, previous: PreviousQuery) -> None:
+        """Select for the coming step with the query of the one before."""
+        if self.numbers is None:
+            self._reach(kv, kv.length + 1)
+        numbers, codes, codebook = self.numbers or self._numbers(kv.length + 1), self._codes(kv), self.codebook
+        if codebook is None:
+            raise RuntimeError("no codebook before finish_prefill()")
+
+        def choose(query: Tensor, chosen: Tensor | None) -> Tensor:
+            rows = self._choose(query, codebook, codes, numbers, None, chosen)
+            kv.fetch_ahead(rows, numbers[-1])
+            return rows
+
+        previous.choose_ahead(choose)
+
+    def _choose(
+        self, q: Tensor, codebook: Tensor, codes: Tensor, numbers: Sequence[Number], only: Tensor | None = None,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Sinks, the best of the middle for q, and the window, by the :meth:`_numbers` of a step: ``[B, H, room]``, the
+        heads that are not among ``only`` as they are in ``chosen``."""
+        sink, top_k, length, middle, attended, _ = numbers
+        room = attended if isinstance(attended, int) else self.room
+        return self.geometry.kernels.pq_select(
+            q, codebook, codes, self.geometry.scaling, sink, top_k, length, middle, room, only, chosen
         )
+
+    def _numbers(self, length: int) -> tuple[int, int, int, int, int, int]:
+        """Sinks, top_k, length, middle, tokens attended to, and those among them that are no window, all of a step with
+        ``length`` tokens."""
+        split = self.method.budget.resolve(length, self.geometry.prompt)
+        middle = length - split.sink - split.window
+        found = split.sink + min(split.top_k, middle)
+        return split.sink, split.top_k, length, middle, found + split.window, found
 
     def _cover(self, kv: KV) -> None:
         """Give every middle token a code."""
-        first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
+        self._reach(kv, kv.length)
+
+    def _reach(self, kv: KV, length: int) -> None:
+        """Give every token a code that is in the middle when there are ``length``."""
+        first, stop = self.method.budget.resolve(length, self.geometry.prompt).middle(length)
         if self.codebook is None or self.codes is None:
             if stop - first > self.method.clusters:
                 self._train(kv, first, stop)
@@ -173,6 +264,8 @@ class PQCacheState(LayerState):
 
     def _codes(self, kv: KV) -> Tensor:
         """All codes ``[B, H, middle, m]`` on the device: what was asked for a layer ago, and what has joined since."""
+        if self.numbers is not None:
+            return self._on_device.whole  # of which a number counts
         if self.method.codes_on == "device":
             return self._known.view()
         codes = self._on_host(self._known)
@@ -191,6 +284,14 @@ class PQCacheState(LayerState):
         """The codes, moved to the host by the first step: until then they are still being worked on."""
         moved = self.codes = HostCodes(codes.view()) if isinstance(codes, GrowingBuffer) else codes
         return moved
+
+    @property
+    def _on_device(self) -> GrowingBuffer:
+        """The codes, which must lie on the device."""
+        codes = self._known
+        if not isinstance(codes, GrowingBuffer):
+            raise RuntimeError("codes that have moved to the host have no place on the device")
+        return codes
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
         """What the index says of rows ``start`` to ``stop``: codes ``[B, H, n, m]``."""
@@ -240,7 +341,10 @@ class PQCacheState(LayerState):
 
     @property
     def facts(self) -> dict[str, float]:
-        return {"iterations": self.iterations}
+        known: dict[str, float] = {"iterations": self.iterations}
+        if self.previous is not None:
+            known["corrected_heads"] = self.previous.share(self.geometry.batch * self.geometry.kv_heads)
+        return known
 
     @property
     def index_bytes(self) -> int:

@@ -102,6 +102,12 @@ class PQCachePlus(PQCache):
             if value is not None and value < 1:
                 raise ConfigError(f"pqcache_plus.{name} is {value}: it must be at least 1, or null")
 
+    def why_not_captured(self, offloads: bool) -> str | None:
+        return "has steps of changing shape"
+
+    def why_not_ahead(self) -> str | None:
+        return "does not select with the query of the step before"
+
     def layer(self, geometry: Geometry) -> LayerState:
         if self.m > geometry.head_dim:
             raise ConfigError(f"pqcache_plus.m is {self.m}: it may not exceed the head dimension {geometry.head_dim}")

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pqbench.records import READABLE, Record, environments, newest_of, older_code, read_lines, run_folders
+from pqbench.records import FINISHED, READABLE, Record, environments, newest_of, older_code, read_lines, run_folders
 from pqbench.summaries import frame
 from pqbench.timings import is_timing
 
@@ -54,7 +54,7 @@ class Loaded:
     @property
     def failed(self) -> int:
         """Records that are no measurement: errors and out of memory."""
-        return sum(record["status"] != "ok" for record in self.records)
+        return sum(record["status"] not in FINISHED for record in self.records)
 
     def left_out(self) -> list[str]:
         """What is not in the report, in words, empty when nothing was left out."""

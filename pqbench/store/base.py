@@ -129,9 +129,21 @@ class Store(ABC):
     def reserve(self, rows: int) -> None:
         """Have room for ``rows`` rows in all, so that no buffer moves before there are more."""
 
+    @property
     @abstractmethod
-    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Bring rows ``[B, H, n]``, or all of them, to the device; of the n the first ``count``, None for all.
+    def fixed(self) -> list[Tensor]:
+        """Buffers that a captured step reads and writes where they are."""
+
+    def fetch_ahead(self, rows: Tensor, count: Number) -> None:  # noqa: B027 - where rows are on the device anyway
+        """See :meth:`pqbench.method.KV.fetch_ahead`. Orders nothing but the current stream; the step's :meth:`fetch`
+        must come after it."""
+
+    @abstractmethod
+    def fetch(
+        self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring rows ``[B, H, n]``, or all of them, to the device; of the n the first ``count``, None for all. Heads
+        that are not set in ``anew`` ``[B, H]`` ask for what :meth:`fetch_ahead` was given.
 
         Returns:
             keys and values ``[B, H, R, D]`` on the device, and which rows of these are the ones asked for, in the order

@@ -61,6 +61,11 @@ class BlockCache:
         """Rows per head."""
         return self.slots * self.options.block
 
+    @property
+    def fixed(self) -> list[Tensor]:
+        """Buffers that a captured step reads and writes where they are."""
+        return [part for part in self._residency if isinstance(part, Tensor)]
+
     def table(self, length: int) -> Tensor:
         """Which slot each block of a context of ``length`` tokens is in, ``[owners, blocks]``, -1 where in none."""
         where, size = self._residency.where, self.options.block

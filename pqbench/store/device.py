@@ -76,7 +76,13 @@ class DeviceStore(Store):
             if buffer is not None:
                 buffer.reserve(rows)
 
-    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def fixed(self) -> list[Tensor]:
+        return [self._keys.whole, self._values.whole]
+
+    def fetch(
+        self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.number is not None:  # shapes that do not change
             return self._keys.whole, self._values.whole, indices
         return self.keys(), self.values(), indices

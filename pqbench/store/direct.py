@@ -34,6 +34,12 @@ class DirectRows:
         copied, asked, entered = self._tally.tolist() if self._used else (0, 0, 0)
         return copied, asked, entered
 
+    @property
+    def fixed(self) -> list[Tensor]:
+        """Buffers that a captured step reads and writes where they are."""
+        host = [rows for tokens in self._host.tokens() for rows in (tokens.rows, tokens.more)]
+        return [*host, self._tally, self._counts, *(() if self._cache is None else self._cache.fixed)]
+
     def forget(self) -> None:
         """Count from zero again."""
         self._tally.zero_()

@@ -60,6 +60,7 @@ class HostStore(Store):
         self._length = self._reserved = prompt.length
         self._reserve, self._cache = reserve, cache
         self._arriving: Arriving | None = None
+        self._ahead: tuple[Tensor, Number] | None = None  # rows of the table that hold rows asked for ahead; how many
         self._traffic = Traffic(self._link, overlap)
         self._attach(HostRows(prompt, reserve))
 
@@ -67,8 +68,12 @@ class HostStore(Store):
         """Go on with these rows on the host."""
         self._host = host
         self._outbox = Outbox(host, self._pool, self._length, self._traffic)
-        direct = DirectRows(host, self._pool, self._kernels, self._cache)
-        self._direct = direct if self._link.direct else None
+        self._by_kernels = DirectRows(host, self._pool, self._kernels, self._cache)
+
+    @property
+    def _direct(self) -> DirectRows | None:
+        """Where kernels bring rows. In a captured step they do so over any link: no thread of a link is part of it."""
+        return self._by_kernels if self._link.direct or self.number is not None else None
 
     @property
     def bytes_to_device(self) -> int:
@@ -158,7 +163,13 @@ class HostStore(Store):
         self._host.reserve(rows)
         self._pool.cover(rows)
 
-    def fetch(self, indices: Tensor | None, count: Number | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def fixed(self) -> list[Tensor]:
+        return [self._pool.table, self._pool.local, *self._by_kernels.fixed]
+
+    def fetch(
+        self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :meth:`Store.fetch`. The rows are those of the pool, the same for every head. None moves all rows that
         neither sinks nor ring hold into a buffer, in the order of positions."""
         if not self._pool.ring:
@@ -170,8 +181,19 @@ class HostStore(Store):
             rows = self._scratch.rows(self._pool.rows, self._length)
             self._read(0, self._length, rows, _BOTH)
             return rows[..., 0, :], rows[..., 1, :], None
-        slots = self._slots(indices, count)  # before the halves: a table that must grow moves
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and anew is not None:
+            slots = self._completed(indices, count, anew, *ahead)
+        else:
+            slots = self._slots(indices, count)  # before the halves: a table that must grow moves
         return *self._pool.halves, slots
+
+    def fetch_ahead(self, rows: Tensor, count: Number) -> None:
+        """See :meth:`Store.fetch_ahead`. What the ring has let go of is on the host, so that there is nothing to wait
+        for."""
+        roomy = rows.numel() <= self._pool.staged  # else the table would move while the step before works on it
+        if self._direct is not None and roomy and self._pool.ring and self._cache is None:
+            self._ahead = self._direct.fetch(rows, self._most, count), count
 
     def keys_at(self, rows: Tensor) -> Tensor:
         keys, _, places = self.fetch(rows)
@@ -260,6 +282,7 @@ class HostStore(Store):
         sinks, window = (0, 0) if split is None else (min(split.sink, self._length), split.window)
         if pool.sinks >= sinks and pool.ring >= window + self._margin:
             return
+        self._ahead = None  # its rows do not move along
         opening, before = not pool.ring, self._traffic.to_device
         self._outbox.land(self._outbox.sent)
         self._arrive()
@@ -280,11 +303,26 @@ class HostStore(Store):
         self._read(start, stop, rows, part)
         return rows
 
+    def _completed(
+        self, indices: Tensor, count: Number | None, anew: Tensor, ahead: Tensor, asked: Number
+    ) -> Tensor:  # fmt: skip
+        """:meth:`_slots` where the first ``asked`` of every head that is not ``anew`` have been brought to ``ahead``.
+        The token whose place in the ring the newest has taken since is asked for again."""
+        newest = self._length - 1 if self.number is None else self.number.long()  # which lies on the device
+        places = torch.arange(indices.shape[2], device=indices.device)
+        kept = ~anew[:, :, None] & (places < asked) & (indices != newest - self._pool.ring)
+        return torch.where(kept, ahead, self._slots(torch.where(kept, newest, indices), count))
+
+    @property
+    def _most(self) -> int:
+        """Tokens that a selection may name: those held; in a captured step those it may ever hold."""
+        return self._length if self.number is None else self._reserved
+
     def _slots(self, indices: Tensor, count: Number | None) -> Tensor:
         """Rows of the pool's table that hold tokens ``[B, H, n]``; those it does not hold are brought there first."""
         if self._direct is not None:
             self._outbox.land(self._pool.low)
-            return self._direct.fetch(indices, self._length, count)
+            return self._direct.fetch(indices, self._most, count)
         found = self._find(indices)
         if found.asked:
             self._bring(indices, found)

@@ -64,6 +64,7 @@ class CachedHostStore(HostStore):
     def prepare(self, count: int) -> None:
         super().prepare(count)
         if self.number is not None:
+            self._outbox.land(self._outbox.sent)
             self._complete.fill_(self._outbox.sent // self._blocks.options.block)
 
     def _slots(self, indices: Tensor, count: Number | None) -> Tensor:
@@ -72,7 +73,7 @@ class CachedHostStore(HostStore):
             self._outbox.land(self._outbox.sent)
             complete = self._outbox.sent // self._blocks.options.block if self.number is None else self._complete
             aside = self._overlap and self.number is None
-            self._entering = self._direct.exchange(indices, slots, self._length, complete, aside)
+            self._entering = self._direct.exchange(indices, slots, self._most, complete, aside)
         return slots
 
     def _find(self, indices: Tensor) -> Found:

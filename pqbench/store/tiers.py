@@ -101,6 +101,10 @@ class Tier(ABC):
     def open(self, device: torch.device, body: str = "auto") -> Placement:
         """Ready for one prefill on ``device``; ``body`` names the kernels that find and move rows."""
 
+    def why_not_captured(self) -> str | None:
+        """Why no CUDA graph can hold a decode step over this tier, and what to set instead; None where one can."""
+        return None
+
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:  # noqa: B027 - see the subclasses
         """Raise ConfigError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
 
@@ -237,6 +241,11 @@ class HostTier(Tier):
         return CacheOptions(
             self.cache_tokens, self.cache_block, self.cache_policy, self.cache_admit, self.cache_per_head
         )
+
+    def why_not_captured(self) -> str | None:
+        if self.link not in ("auto", "local", "cuda"):
+            return f"store.link={self.link} is emulated, and nothing in a captured step takes its time: use auto"
+        return None
 
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
         if self.cache_tokens > tokens:

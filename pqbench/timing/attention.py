@@ -9,20 +9,22 @@ from typing import Any, ClassVar
 import torch
 
 from pqbench.benchmarks.grid import whole
+from pqbench.devices import available_bytes, check_device, check_kernels
 from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.group import PHASES
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
-from pqbench.models import check_device, check_kernels, torch_dtype
+from pqbench.models import torch_dtype
 from pqbench.records import Record
+from pqbench.store.tiers import DeviceTier
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
 from pqbench.timing.budgets import budgets_of, dtypes_of, selects, with_budget
-from pqbench.timing.dense import body_name, dense_kernels
+from pqbench.timing.captured import STEPS as CAPTURING
+from pqbench.timing.dense import RefusedError, body_name, captured_kernel, dense_kernels
 from pqbench.timing.geometries import Shape, shape_of
 from pqbench.timing.machine import (
     Bandwidth,
     Sweeper,
-    available_bytes,
     bandwidth,
     device_name,
     forget_peak,
@@ -52,7 +54,9 @@ class Attention(Measurement):
 
     The layer is built alone, directly in a store, so that a million tokens of an 8B model's layer fit a laptop.
     Methods are built and stepped through the same code as in decoding. Full attention is timed with every dense
-    kernel there is, as rows of the method ``full``. Methods that watch the prefill see its last 64 queries only.
+    kernel there is, as rows of the method ``full``; one that a machine refuses is a row that says why. On a GPU these
+    rows read KV that lies on the device, whatever ``store`` says. Methods that watch the prefill see its last 64
+    queries only.
 
     Attributes:
         geometry: shape of the layer, see :mod:`pqbench.timing.geometries`.
@@ -139,7 +143,8 @@ class Attention(Measurement):
     ) -> None:  # fmt: skip
         """Time the methods ``names`` and all dense kernels in turns, and append their records."""
         subjects = list(self._subjects(job, cell, names, body))
-        count = self.warmup + self.repeats * self.steps
+        warmup = max(self.warmup, CAPTURING) if job.setting.graphs else self.warmup
+        count = warmup + self.repeats * self.steps
         forget_peak(device)
         small = self._rehearsal([s.method for s in subjects if s.method], cell)
         try:
@@ -147,7 +152,7 @@ class Attention(Measurement):
                 Layer(self.shape, torch_dtype(cell.dtype), length, count, source, device, job.setting)
                 for length in (cell.context, small)
             ]
-            take_turns(subjects, *layers, self.repeats, self.steps, self.warmup, Sweeper(self.sweep_mb, device),
+            take_turns(subjects, *layers, self.repeats, self.steps, warmup, Sweeper(self.sweep_mb, device),
                        self.seed)  # fmt: skip
         except DeviceError:
             self._put_failures(ledger, cell, subjects)
@@ -156,7 +161,9 @@ class Attention(Measurement):
             for subject in subjects:
                 subject.error = error
         machine = roof.facts() | {"device": device_name(device), "peak_rss_bytes": peak_rss(), **peak_device(device)}
-        fastest = min((median_total(s) for s in subjects if s.method is None and s.error is None), default=None)
+        machine["weights"] = None if job.loaded is None else job.loaded.weights
+        dense = [subject for subject in subjects if subject.method is None and subject.error is None]
+        fastest = min(dense, key=median_total, default=None)
         self._put_failures(ledger, cell, subjects)
         for subject in (subject for subject in subjects if subject.error is None):
             identity = self._facts(cell, subject)
@@ -167,15 +174,22 @@ class Attention(Measurement):
             subject.close()
 
     def _put_failures(self, ledger: Ledger, cell: Cell, subjects: Sequence[Subject]) -> None:
-        """Record the subjects that failed."""
+        """Record the subjects that failed, and those that this machine does not offer."""
         for subject in subjects:
             identity = self._facts(cell, subject)
-            if subject.error is not None and ledger.missing(subject.name, identity["sample_id"]):
+            if subject.error is None or not ledger.missing(subject.name, identity["sample_id"]):
+                continue
+            if isinstance(subject.error, RefusedError):
+                ledger.refused(subject.name, identity["sample_id"], subject.error, identity)
+            else:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
 
     def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
-        for kernel in dense_kernels(body, self.shape.group):
-            yield Subject(DENSE, kernel.name, "all", dense=kernel)
+        device = self._device(job)
+        tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
+        dense = dense_kernels(body, self.shape.group, device)
+        for kernel in [*dense, *([captured_kernel(body)] if job.setting.graphs else [])]:
+            yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=DeviceTier() if kernel.captured else tier)
         for name in names:
             if name != DENSE:
                 method = with_budget(job.methods[name], cell.budget)
@@ -209,20 +223,24 @@ class Attention(Measurement):
             },
         }
 
-    def _times(self, subject: Subject, fastest: float | None, roof: Bandwidth) -> Record:
-        """Times of one subject; bandwidth counts the rows of keys and values attended to."""
+    def _times(self, subject: Subject, fastest: Subject | None, roof: Bandwidth) -> Record:
+        """Times of one subject, compared with the ``fastest`` dense kernel; bandwidth counts the rows of keys and
+        values attended to."""
         if subject.group is None:
             raise RuntimeError("times of a subject that was never built")
         count, group = len(subject.steps), subject.group
         link: Any = getattr(subject.placement, "link", None)
-        by_phase = {phase: [step[phase] for step in subject.steps] for phase in (*PHASES, "total")}
+        phases = [phase for phase in (*PHASES, "total") if all(phase in step for step in subject.steps)]
+        by_phase = {phase: [step[phase] for step in subject.steps] for phase in phases}
         figures: Record = {}
         for phase, seconds in by_phase.items():
             figures |= spread(phase, seconds)
         attended = subject.attended / count
         moved = attended * self.shape.row_bytes(group.store.keys(0, 1).dtype)
-        rate = moved / max(1e-12, figures["fetch_s"] + figures["attend_s"])
+        reading = figures["fetch_s"] + figures["attend_s"] if "fetch_s" in figures else figures["total_s"]
+        rate = moved / max(1e-12, reading)
         return figures | {
+            **({"graphs": True} if subject.captured else {}),
             "build_s": subject.build_s,
             "observe_s": subject.observe_s,
             "warmup_s": subject.warmup_s,
@@ -239,7 +257,8 @@ class Attention(Measurement):
             "emulated": link is not None and link.emulated,
             "bandwidth_gbps": rate / 1e9,
             "copy_share": rate / roof.copy,
-            "dense_ratio": None if fastest is None else fastest / figures["total_s"],
+            "dense_ratio": None if fastest is None else median_total(fastest) / figures["total_s"],
+            "fastest_dense": None if fastest is None else fastest.kernel,
             "steps": {phase: [round(s, 9) for s in seconds] for phase, seconds in by_phase.items()},
         }
 
@@ -256,9 +275,14 @@ class Attention(Measurement):
         return min(length, cell.context)
 
     def _check(self, job: TimingJob, cells: Sequence[Cell], device: torch.device) -> None:
+        # Rows of full attention are those of the dense kernels, wherever the methods keep theirs.
+        job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
         free = available_bytes(device)
         for cell in cells:
-            needed = SLACK * cell.context * self.shape.row_bytes(torch_dtype(cell.dtype))
+            row = self.shape.row_bytes(torch_dtype(cell.dtype))
+            if job.setting.tier.offloads:  # every method keeps a copy on the host
+                job.setting.tier.check(cell.context, row * max(1, len(job.methods)))
+            needed = SLACK * cell.context * row
             if needed > free:
                 raise ConfigError(
                     f"benchmark.contexts has {cell.context}: {cell.dtype} keys and values of one {self.geometry} layer "

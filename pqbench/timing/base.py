@@ -18,7 +18,7 @@ from pqbench.errors import BudgetError, ConfigError
 from pqbench.method import Method
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting
-from pqbench.records import VERSION, Record, RecordFile
+from pqbench.records import FINISHED, VERSION, Record, RecordFile
 from pqbench.terminal import plain
 from pqbench.timings import DENSE, timing_table
 
@@ -71,6 +71,11 @@ class Measurement(ABC):
     @abstractmethod
     def needs_model(self) -> bool:
         """Whether the job must bring a loaded model."""
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether its figures depend on what the model has learnt, which random weights lack."""
+        return False
 
     def subject(self, model: str) -> str:
         """What results call the thing that is timed; ``model`` is the configured model's name."""
@@ -136,6 +141,11 @@ class Ledger:
         log.debug("%s failed on %s", name, sample_id, exc_info=error)
         self._append(name, sample_id, {**outcome(error), **facts})
 
+    def refused(self, name: str, sample_id: str, reason: Exception, facts: Mapping[str, Any]) -> None:
+        """Record that this machine does not offer what was to be timed, which is no failure. Raises DataError when the
+        file cannot be written."""
+        self._append(name, sample_id, {"status": "refused", "reason": " ".join(str(reason).split())[:500], **facts})
+
     def close(self) -> Measured:
         """What was done, with the time it took."""
         self.done.wall_s = time.perf_counter() - self._began
@@ -149,7 +159,7 @@ class Ledger:
             "kernels": self.kernels, "threads": torch.get_num_threads(), **facts,
         }  # fmt: skip
         new = file.append(record)  # full attention is timed beside every budget and recorded once
-        if record["status"] == "ok":
+        if record["status"] in FINISHED:
             self.done.measured += new
             return
         failure = f"{name} on {sample_id}: {record['error']}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
+from pqbench.cache import layer_types
+from pqbench.devices import available_bytes
 from pqbench.errors import ConfigError
 from pqbench.generation import Generation, decode
 from pqbench.group import PHASES
@@ -23,10 +26,25 @@ from pqbench.records import Record
 from pqbench.rehearsal import profile
 from pqbench.run import check_alive, check_methods
 from pqbench.store.tiers import Need
-from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
+from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
 from pqbench.timing.dense import body_name
-from pqbench.timing.machine import Bandwidth, bandwidth, device_name, forget_peak, peak_device, peak_rss, spread
-from pqbench.timing.source import prose_tokens
+from pqbench.timing.machine import (
+    Bandwidth,
+    bandwidth,
+    device_name,
+    forget_peak,
+    peak_device,
+    peak_rss,
+    spread,
+    undisturbed,
+)  # fmt: skip
+from pqbench.timing.profile import TOKENS, phases, profile_facts, profiled, read_trace
+from pqbench.timing.source import timing_tokens
+
+log = logging.getLogger(__name__)
+
+LAYERS_AWAY = 4  # layers whose keys and values lie on the device while the prefill of a host tier goes on
+INDEX_SHARE = 0.05  # of the bytes of keys and values: 36 to 100 bits beside the 4096 of a row in half precision
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,8 @@ class Cell:
 
 @dataclass
 class Latency(Measurement):
-    """Greedy decoding of prose by one method at a time, each with a prefill of its own.
+    """Greedy decoding of prose by one method at a time, each with a prefill of its own. Where the package with the
+    prose is missing, made-up words stand in for it; records say which text it was.
 
     Attributes:
         contexts: prompt lengths in tokens. Where prompt and answer together exceed the model, the prompt is cut to what
@@ -54,6 +73,8 @@ class Latency(Measurement):
         new_tokens: tokens generated, whatever the model says about the end; at least 3.
         repeats: rounds; each goes through all contexts and methods.
         warmup: runs of every method on the shortest prompt before the first round; kernels are compiled there.
+        profile: run every method once more on every prompt under torch's profiler, which slows it, and record launches,
+            synchronisations and times by phase; the trace lies beside the records, for Perfetto.
         seed: of the prose.
 
     Raises:
@@ -66,12 +87,15 @@ class Latency(Measurement):
     new_tokens: int = 32
     repeats: int = 3
     warmup: int = 1
+    profile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         self.contexts = whole("contexts", self.contexts)
         for field, least in (("new_tokens", 3), ("repeats", 1), ("warmup", 0), ("seed", 0)):
             at_least(field, getattr(self, field), least)
+        if type(self.profile) is not bool:
+            raise ConfigError(f"benchmark.profile is {self.profile!r}: use true or false")
 
     @property
     def needs_model(self) -> bool:
@@ -94,7 +118,7 @@ class Latency(Measurement):
         if not missing:
             return ledger.close()
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
-        longest = prose_tokens(prompter, max(cell.prompt for cell in missing), self.seed)
+        longest, text = timing_tokens(prompter, max(cell.prompt for cell in missing), self.seed)
         roof = bandwidth(loaded.model.device)
         shortest = longest[: min(cell.prompt for cell in cells)]
         with tracked(self.name, len(missing)) as follow:
@@ -103,7 +127,7 @@ class Latency(Measurement):
             for i, cell in enumerate(missing):
                 if i:
                     follow(f"{cell.prompt} tokens, {cell.method}, round {cell.repeat + 1} of {self.repeats}")
-                self._record(job, ledger, cell, longest[: cell.prompt], roof, warm[cell.method])
+                self._record(job, ledger, cell, longest[: cell.prompt], roof, warm[cell.method], text)
         return ledger.close()
 
     def _cells(self, methods: Mapping[str, Method], max_length: int) -> list[Cell]:
@@ -123,8 +147,9 @@ class Latency(Measurement):
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
-        tokens, need = max(cell.prompt for cell in cells) + self.new_tokens, Need(model.device, reserve=self.new_tokens)
-        job.setting.tier.check(tokens, row_bytes(model), need)
+        longest, row = max(cell.prompt for cell in cells), row_bytes(model)
+        job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
+        check_memory(job, model, longest, self.new_tokens, row)
 
     def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
         """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
@@ -138,7 +163,7 @@ class Latency(Measurement):
         return total
 
     def _record(
-        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float
+        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
     ) -> None:  # fmt: skip
         if job.loaded is None:
             raise RuntimeError("a latency record without a model")
@@ -148,7 +173,8 @@ class Latency(Measurement):
             "budget": "all" if budget is None else budget.label,
             "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
             "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
-            "overlap": job.setting.overlap, "warmup_s": warm, **roof.facts(),
+            "overlap": job.setting.overlap, "warmup_s": warm, "weights": job.loaded.weights, "text": text,
+            **roof.facts(), **job.setting.options,
         }  # fmt: skip
         forget_peak(model.device)
         try:
@@ -161,7 +187,25 @@ class Latency(Measurement):
             ledger.failed(cell.method, cell.sample_id, error, facts)
             job.setting.check_device(error)
         else:
-            ledger.ok(cell.method, cell.sample_id, facts | figures)
+            record = facts | figures
+            if self.profile and cell.repeat == 0:
+                record |= self._profile(job, cell, model, prompt, record)
+            ledger.ok(cell.method, cell.sample_id, record)
+
+    def _profile(
+        self, job: TimingJob, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record
+    ) -> Record:  # fmt: skip
+        """The same once more under the profiler, with every part of the work by itself. What fails here is said, and
+        costs no measurement."""
+        setting = replace(job.setting, overlap=False, named=True)
+        apart, path = replace(job, setting=setting), job.files[cell.method].folder / f"trace-{cell.context}.json.gz"
+        tokens = min(TOKENS, self.new_tokens)
+        try:
+            profiled(lambda: run_once(apart, model, job.methods[cell.method], prompt, tokens), path, model.device)
+            return {"profile": profile_facts(phases(read_trace(path)), figures), "trace": path.name}
+        except Exception as error:  # noqa: BLE001 - as above
+            log.warning("no profile of %s on %d tokens: %s", cell.method, cell.prompt, error)
+            return {"profile_error": outcome(error)["error"]}
 
 
 def run_once(
@@ -172,7 +216,8 @@ def run_once(
     ids = torch.tensor([prompt], device=model.device)
     prefilled = prefill(model, ids, [method], None, job.chunk, new_tokens, job.setting)
     try:
-        generation = decode(prefilled, 0, new_tokens, min_new_tokens=new_tokens, spend=True)
+        with undisturbed():
+            generation = decode(prefilled, 0, new_tokens, min_new_tokens=new_tokens, spend=True)
         generation.settle()
     finally:
         prefilled.close()
@@ -205,7 +250,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     groups, meters = generation.groups(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
     spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
-    phases = {phase: sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
+    phases = {f"{phase}_step_s": sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
     first, *later = generation.steps_s
     usual = median(generation.usual_steps_s)
     every = [min(first, usual), *later]  # without the wait for the index
@@ -216,15 +261,16 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     kv_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * model.dtype.itemsize
     weights = weight_bytes(model)
     rate = (weights + kv_bytes + index_bytes) / usual
+    phases["dense_step_s"] = max(0.0, mean - sum(phases.values()))
     return {
-        **{f"{phase}_step_s": seconds for phase, seconds in phases.items()},
-        "dense_step_s": max(0.0, mean - sum(phases.values())),
+        **(phases if generation.replays is None else {}),  # nobody can time the phases of a captured step
         "attended_tokens": attended,
         "weight_bytes": weights,
         "attended_bytes": kv_bytes,
         "index_bytes": index_bytes,
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts,
+        "corrected_heads": generation.corrected_heads,
         "bandwidth_gbps": rate / 1e9,
         "copy_share": rate / roof.copy,
     }
@@ -255,6 +301,35 @@ def weight_bytes(model: PreTrainedModel) -> int:
     untied = head is not None and embedding.weight is not head.weight
     skipped = {id(embedding.weight)} if untied else set()
     return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
+
+
+def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
+    """Whether prefill and decoding of a prompt fit the device beside the weights that lie there already.
+
+    Counted are the keys and values, ``row`` bytes a token, or of :data:`LAYERS_AWAY` layers where they leave for the
+    host; the index, as a share of them; and what a block of the prefill computes in one layer.
+
+    Raises:
+        ConfigError: they do not; the message has the bytes and the option that lowers them.
+    """
+    config = model.config.get_text_config()
+    layers = max(1, len(layer_types(config)))
+    kept = min(LAYERS_AWAY, layers) / layers if job.setting.tier.offloads else 1.0
+    rows = (prompt + new_tokens) * row
+    block = min(prompt, job.chunk or prompt)
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = 4 * config.hidden_size + 3 * wide + row // (layers * model.dtype.itemsize)
+    parts = {"keys and values": kept * rows, "the index": INDEX_SHARE * rows,
+             "the prefill of a block": float(block * width * model.dtype.itemsize)}  # fmt: skip
+    needed, free = sum(parts.values()), available_bytes(model.device)
+    if needed > free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        chunk = f"chunk={max(1, block // 8)}" if parts["the prefill of a block"] > needed / 4 else ""
+        away = "" if job.setting.tier.offloads or model.device.type == "cpu" else "store=host"
+        remedy = " or ".join(filter(None, (chunk, away, "shorter benchmark.contexts")))
+        raise ConfigError(f"benchmark.contexts has {prompt}: beside its weights the model "
+                          f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
+                          f"use {remedy}")  # fmt: skip
 
 
 def row_bytes(model: PreTrainedModel) -> int:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from pqbench.environment import environment
 
 COPIED = 1 << 28  # bytes of the buffer that bandwidth is measured with; far above any CPU cache
+QUEUED = 10  # copies timed together on a GPU, which takes as long for one as a launch and a synchronisation take
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -33,19 +35,24 @@ def clock(device: torch.device) -> Callable[[], float]:
     return synchronised
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage is collected meanwhile: a collection takes milliseconds and would land in some step or other."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @cache
 def device_name(device: torch.device) -> str:
     """Name of the accelerator, or of the processor."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return str(environment()["processor"])
-
-
-def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def forget_peak(device: torch.device) -> None:
@@ -119,10 +126,12 @@ def bandwidth(device: torch.device, row_bytes: int = 512, size: int | None = Non
 
 def _fastest(run: Callable[[], Tensor], device: torch.device, repeats: int) -> float:
     now, times = clock(device), []
+    count = 1 if device.type == "cpu" else QUEUED
     for _ in range(repeats + 1):
         began = now()
-        run()
-        times.append(now() - began)
+        for _ in range(count):
+            run()
+        times.append((now() - began) / count)
     return min(times[1:])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
-from pqbench.benchmarks.prose import prose
+from pqbench.benchmarks.prose import any_text, prose
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.models import LoadedModel
 from pqbench.prompt import Setting, prefill
@@ -57,13 +57,17 @@ class Source:
     def last_queries(self, count: int, draw: int = 0) -> Tensor:
         """``[1, H, G, count, D]``, rows picked at random."""
         generator = torch.Generator().manual_seed(self.seed + draw)
-        return self.queries[:, :, :, torch.randint(self.queries.shape[3], (count,), generator=generator)]
+        chosen = torch.randint(self.queries.shape[3], (count,), generator=generator)
+        return self.queries[:, :, :, chosen.to(self.queries.device)]
 
     def _noisy(self, base: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Rows plus other rows, centred and in random order: cheaper than new noise, and alike in every dimension."""
-        other = base[:, :, torch.randperm(base.shape[2], generator=generator)[:count]]
-        sign = torch.randint(2, (count, 1), generator=generator) * 2.0 - 1
-        return base[:, :, :count] + self.noise * sign * (other - base.mean(2, keepdim=True))
+        """Rows plus other rows, centred and in random order: cheaper than new noise, and alike in every dimension.
+
+        What is random is drawn on the CPU, so that the rows are the same on every device, and moved to the rows.
+        """
+        order = torch.randperm(base.shape[2], generator=generator)[:count].to(base.device)
+        sign = (torch.randint(2, (count, 1), generator=generator) * 2.0 - 1).to(base.device)
+        return base[:, :, :count] + self.noise * sign * (base[:, :, order] - base.mean(2, keepdim=True))
 
 
 def synthetic(shape: Shape, seed: int) -> Source:
@@ -104,10 +108,19 @@ def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
 
 def prose_tokens(prompter: Prompter, count: int, seed: int) -> list[int]:
     """Exactly ``count`` token ids of prose, the tokenizer's leading special token included."""
+    return _tokens(prompter, count, prose(seed))
+
+
+def timing_tokens(prompter: Prompter, count: int, seed: int) -> tuple[list[int], str]:
+    """As :func:`prose_tokens`, of made-up words where the package with the prose is missing; and which text it is."""
+    name, text = any_text(seed)
+    return _tokens(prompter, count, text), name
+
+
+def _tokens(prompter: Prompter, count: int, text: Iterator[str]) -> list[int]:
     ids = list(prompter.frame(chat=False).lead)
-    speeches = prose(seed)
     while len(ids) < count:
-        ids = ids + prompter.encode(" ".join(next(speeches).split()) + "\n\n")
+        ids += prompter.encode(" ".join(next(text).split()) + "\n\n")
     return list(islice(ids, count))
 
 

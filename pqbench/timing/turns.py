@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,10 +17,11 @@ from pqbench.group import PHASES, Group, Rows
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.prompt import Setting
-from pqbench.store.tiers import Placement
+from pqbench.store.tiers import Placement, Tier
+from pqbench.timing.captured import CapturedSteps
 from pqbench.timing.dense import DenseGeometry, DenseKernel
 from pqbench.timing.geometries import Shape
-from pqbench.timing.machine import Sweeper, clock
+from pqbench.timing.machine import Sweeper, clock, undisturbed
 from pqbench.timing.source import Source, on
 
 OBSERVED = 64  # last prompt queries that methods which watch the prefill are shown
@@ -80,19 +82,21 @@ def geometry_of(
         layer=0, batch=1, kv_heads=shape.kv_heads, group=shape.group, head_dim=shape.head_dim,
         scaling=shape.head_dim**-0.5, prompt=context, inverse_frequencies=shape.frequencies(device),
         body=setting.body, device=device, calibration=setting.calibration, dense=dense,
+        correction=setting.correction if setting.select_ahead else None,
     )  # fmt: skip
 
 
 @dataclass
 class Subject:
     """A method, or full attention by one dense kernel, in one layer. ``steps`` holds the seconds of each timed step by
-    phase, and their total."""
+    phase, and their total; ``tier`` is where its rows lie, None for where the setting says."""
 
     name: str
     kernel: str
     budget: str
     method: Method | None = None
     dense: DenseKernel | None = None
+    tier: Tier | None = None
     group: Group | None = None
     placement: Placement | None = None
     build_s: float = 0.0
@@ -102,6 +106,7 @@ class Subject:
     steps: list[dict[str, float]] = field(default_factory=list)
     attended: float = 0.0  # tokens per KV head over the timed steps
     index_bytes: int = 0  # read over the timed steps
+    captured: CapturedSteps | None = None  # where the setting asks for graphs, once the steps are replays
 
     @property
     def slow(self) -> bool:
@@ -113,7 +118,10 @@ class Subject:
         geometry = geometry_of(layer.shape, layer.context, layer.device, layer.setting, self.dense)
         state = LayerState(geometry) if self.method is None else self.method.layer(geometry)
         self.close()
-        placement = self.placement = layer.setting.tier.open(layer.device, layer.setting.body)
+        if self.dense is not None:
+            self.dense.check(layer.token(0)[2], layer.keys.view(), layer.values.view(), geometry.scaling)
+        tier = layer.setting.tier if self.tier is None else self.tier
+        placement = self.placement = tier.open(layer.device, layer.setting.body)
         method = self.method
         store = placement.prompt(layer.keys.fork(), layer.values.fork()).store(
             None if method is None else lambda length: method.split(length, layer.context)
@@ -126,12 +134,13 @@ class Subject:
         store = store.after_prefill(rows, method is not None and method.evicts)
         self.observe_s, self.build_s = observed - began, layer.now() - observed
         check_indices(state.checks)
-        self.group = Group(Rows(slice(None), 0, 1), store, state, layer.clock)
+        self.group, self.captured = Group(Rows(slice(None), 0, 1), store, state, layer.clock), None
         return self.group
 
     def close(self) -> None:
         """Let go of the layer's rows, and end the link if there is one."""
         group, placement, self.group, self.placement = self.group, self.placement, None, None
+        self.captured = None
         if group is not None:
             group.store.settle()
         if placement is not None:
@@ -144,23 +153,45 @@ class Subject:
         idle, so that what the host takes to queue it shows.
 
         ``layer_before`` stands for the layer before, which is not timed: what a method asks for while that one computes
-        may arrive meanwhile. Asking is timed, as part of the selection.
+        may arrive meanwhile. Asking is timed, as part of the selection. A step from a graph has a total alone.
         """
         if self.group is None:
             raise RuntimeError("step() before build()")
+        captures = layer.setting.graphs and (self.dense is None or self.dense.captured)
+        if captures and self.captured is None and self.group.meter.steps:
+            self.captured = CapturedSteps.of(self.group, layer.context + layer.steps, layer.token(number))
+        if self.captured is not None:
+            return self._replay(self.captured, layer, number, layer_before)
         key, value, q = layer.token(number)
         asking, whole, before = Spans(layer.clock), Spans(layer.clock), self.group.meter.seconds
-        layer.now()
-        with asking:
-            self.group.state.prefetch(self.group.store)
-        layer_before()
-        layer.now()
-        with whole:
-            self.group.append(key, value)
-            self.group.attend(q)
-        asked, total = asking.total, whole.total
+        with self._chosen(), undisturbed():
+            layer.now()
+            with asking:
+                self.group.state.prefetch(self.group.store)
+            layer_before()
+            layer.now()
+            with whole:
+                self.group.append(key, value)
+                self.group.attend(q)
+            asked, total = asking.total, whole.total
         phases = {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES}
         return phases | {"select": phases["select"] + asked, "total": total + asked}
+
+    def _replay(
+        self, captured: CapturedSteps, layer: Layer, number: int, layer_before: Callable[[], None]
+    ) -> dict[str, float]:  # fmt: skip
+        captured.place(layer.token(number))
+        whole = Spans(layer.clock)
+        with undisturbed():
+            layer_before()
+            layer.now()
+            with whole:
+                captured.step()
+            return {"total": whole.total}
+
+    def _chosen(self) -> AbstractContextManager[None]:
+        """What must hold while a dense kernel computes; it is entered before the clock starts."""
+        return nullcontext() if self.dense is None else self.dense.chosen()
 
     def take_turn(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> None:
         """One step that counts."""

@@ -10,7 +10,9 @@ import torch
 
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
-from tests.kernels.gpu_checks import CHECKS, body, close, draw_rows, normal
+from tests.kernels.closeness import close, close_each
+from tests.kernels.gpu_checks import CHECKS
+from tests.kernels.gpu_inputs import body, draw_rows, normal, on_device
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
@@ -76,6 +78,9 @@ def test_nothing_waits_for_the_gpu() -> None:
         codebook, codes = body().train_codebook(keys, 4, 256, 2, 0)
         top = body().top_k(body().pq_probabilities(q, codebook, codes, 0.1), 500)
         body().attention(q, keys, keys, 0.1, top)
+        rows = body().pq_select(q, codebook, codes[:, :, :5_900], 0.1, 50, 500, 6_000, 5_900, 600)
+        body().attention(q, keys, keys, 0.1, rows)
+        body().noise(8, 6_000, 1, CUDA)
 
     step()  # compiles, and allocates
     torch.cuda.synchronize()
@@ -101,7 +106,35 @@ def test_a_long_context() -> None:
     """128K tokens, whose logits and rows exceed what small shapes reach."""
     q, keys = normal(CUDA, 1, 8, 4, 128, dtype=torch.bfloat16), normal(CUDA, 1, 8, 131_072, 128, dtype=torch.bfloat16)
     scores = body().exact_probabilities(q, keys, 0.1)
-    close(scores, reference.exact_probabilities(q, keys, 0.1))
+    close_each(scores, reference.exact_probabilities(q, keys, 0.1))
     top = body().top_k(scores, 13_107)
     assert torch.equal(top, reference.top_k(scores, 13_107))
     close(body().attention(q, keys, keys, 0.1, top)[0], reference.attention(q, keys, keys, 0.1, top)[0])
+
+
+@pytest.mark.parametrize(("parts", "bits"), [(2, 6), (4, 8)])
+@torch.inference_mode()
+def test_a_captured_selection_replays_with_new_numbers(parts: int, bits: int) -> None:
+    """128K tokens; selection and attention are captured once, and replayed as the context grows."""
+    q, keys = normal(CUDA, 1, 8, 4, 128), normal(CUDA, 1, 8, 131_072, 128, dtype=torch.bfloat16)
+    codebook, codes = body().train_codebook(keys, parts, 2**bits, 2, 0, 16_384)
+    sink, top_k, length, middle, count = (on_device(n, CUDA) for n in (32, 512, 1_000, 900, 612))
+    rows = torch.zeros(1, 8, 2_000, dtype=torch.int64, device=CUDA)
+
+    def step() -> torch.Tensor:
+        body().pq_select(q, codebook, codes, 0.1, sink, top_k, length, middle, 2_000, out=rows)
+        return body().attention(q, keys, keys, 0.1, rows, count=count)[0]
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    for tokens, wanted in ((900, 512), (5_000, 700), (130_000, 1_024)):
+        for number, value in ((top_k, wanted), (length, tokens + 100), (middle, tokens), (count, wanted + 100)):
+            assert isinstance(number, torch.Tensor)
+            number.fill_(value)
+        graph.replay()
+        top = reference.top_k(body().pq_probabilities(q, codebook, codes[:, :, :tokens], 0.1), wanted)
+        assert torch.equal(rows[:, :, 32 : 32 + wanted], 32 + top)
+        chosen = rows[:, :, : wanted + 100]
+        close(output, reference.attention(q, keys, keys, 0.1, chosen)[0])

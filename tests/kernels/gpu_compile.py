@@ -135,7 +135,6 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         "pq_select, 4x8, G=7": lambda: select(4, 8, other[7], False),
         "pq_select, 4x8, G=32": lambda: select(4, 8, other[32], False),
         "pq_select, 8x8": lambda: select(8, 8, q, False),
-        "pq_select, 16x4": lambda: select(16, 4, q, False),
         "noise": lambda: body.noise(2, 100, 3, torch.device("cpu")),
     }
 

@@ -146,6 +146,19 @@ def long_rows(device: torch.device, scale: int) -> None:
                reference.exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1))  # fmt: skip
 
 
+def far_rows(device: torch.device, scale: int) -> None:
+    """Heads that lie more than 2**31 elements apart; memory between them is never touched."""
+    sizes = Selecting(1000 * scale, 90, batch=1)
+    q, book, near, scaling = sizes.inputs(device)
+    space = torch.empty(2**31 + 2 * near.numel(), dtype=near.dtype, device=device)
+    far = space.as_strided(near.shape, (2**31, 2**31 + 16, *near.stride()[2:]))
+    far.copy_(near)
+    sink, top_k, length, middle = sizes.numbers
+    got, expected = (body().pq_select(q, book, codes, scaling, sink, top_k, length, middle, sizes.used)
+                     for codes in (far, near))  # fmt: skip
+    assert torch.equal(got, expected)
+
+
 CHECKS: dict[str, Check] = {
     "select few": partial(select, Selecting(300, 50, group=3, parts=4, clusters=256)),
     "select one of one": partial(select, Selecting(1, 1, batch=1, heads=1, group=1, sink=0, window=1)),
@@ -153,7 +166,7 @@ CHECKS: dict[str, Check] = {
     "select nothing": partial(select, Selecting(500, 0)),
     "select all": partial(select, Selecting(5000, 5000)),
     "select many": partial(select, Selecting(9000, 900, scaling=2.0)),
-    "select G=17 m=1": partial(select, Selecting(5000, 20, group=17, parts=1, clusters=5)),
+    "select G=17 m=1": partial(select, Selecting(4200, 20, group=17, parts=1, clusters=5)),
     "select G=1 m=8": partial(select, Selecting(9000, 70, group=1, parts=8, clusters=16)),
     "select equal": partial(select, Selecting(9000, 1000, equal=True)),
     "select peaked": partial(select, Selecting(9000, 2000, scaling=20.0)),
@@ -171,4 +184,5 @@ CHECKS: dict[str, Check] = {
         for indexed in (False, True)
     },
     "long rows": long_rows,
+    "far rows": far_rows,
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.store.host import HostStore
 from pqbench.store.host_rows import HostPrompt
+from pqbench.store.link import Link
 from pqbench.store.link_local import LocalLink
 from pqbench.store.tiers import HostTier
 from tests.store.test_host import PROMPT, STEPS, split_of, tokens
@@ -20,7 +21,7 @@ def rows() -> tuple[Tensor, Tensor]:
     return tokens(PROMPT + STEPS)
 
 
-def near_store(rows: tuple[Tensor, Tensor], link: LocalLink) -> tuple[HostStore, HostPrompt]:
+def near_store(rows: tuple[Tensor, Tensor], link: Link) -> tuple[HostStore, HostPrompt]:
     """A store whose prompt keeps its device rows, as behind a link to a GPU."""
     near = rows[0][:, :, :PROMPT].clone(), rows[1][:, :, :PROMPT].clone()
     prompt = HostPrompt.offload(link, *near)

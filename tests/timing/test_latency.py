@@ -32,7 +32,7 @@ FIELDS = (
     "select_step_s", "fetch_step_s", "attend_step_s", "append_step_s", "dense_step_s", "wait_s", "index_build_s",
     "attended_tokens", "index_bytes", "device_bytes", "host_bytes", "to_device_bytes_step", "to_host_bytes_step",
     "peak_rss_bytes", "copy_bandwidth_gbps", "copy_share", "dtype", "threads", "kernels", "warmup_s", "device",
-    "overlap", "emulated", "weight_bytes",
+    "overlap", "emulated", "weight_bytes", "text",
 )  # fmt: skip
 
 

@@ -1,0 +1,138 @@
+"""``python -m gpucheck.page > docs/results/gpu.md``: what is on record of runs on a GPU, as a page.
+
+With ``--readme`` it writes the table of README's section GPU. It reads the results of ``make gpu-check`` and, in the
+folder beside them, the records of ``benchmark=latency`` and ``benchmark=attention`` that a GPU made. What was never run
+says so. A check on the CPU leaves nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpucheck.options import ROOT
+from gpucheck.plan import STEPS, Step
+from gpucheck.result import read_json
+from gpucheck.summary import errors_of, figures_of
+from gpucheck.targets import TARGETS
+from pqbench.records import Record, read_all
+from pqbench.terminal import markdown_table
+from pqbench.timings import Section, is_timing, sections
+
+NOT_YET = "not yet run"
+MACHINE = ("device", "driver", "cuda", "torch", "triton", "transformers", "python", "commit")
+_MET = {True: "met", False: "missed", None: "not measured"}
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """The results of the steps by number, those on a GPU alone, and the timing records that a GPU made."""
+
+    steps: Mapping[int, dict[str, Any]]
+    records: Sequence[Record]
+
+    @classmethod
+    def read(cls, results: Path) -> OnGpu:
+        """What lies in a results folder, such as the checkout's own."""
+        found = {step.number: read_json(results / "gpu" / step.file) for step in STEPS}
+        steps = {number: content for number, content in found.items() if content.get("machine", {}).get("capability")}
+        records = read_all(results) if results.is_dir() else []
+        timed = [record for record in records if is_timing(record.get("benchmark"))]
+        return cls(steps, [record for record in timed if _of_a_gpu(record)])
+
+    def status(self, step: Step) -> str:
+        """How a step ended: in a word or two, with what was right and wrong where it compared something."""
+        content = self.steps.get(step.number)
+        if content is None:
+            return NOT_YET
+        right, wrong = sum(row["ok"] is True for row in content["rows"]), len(errors_of(content))
+        counted = [f"{right} right"] * bool(right) + [f"{wrong} wrong"] * bool(wrong)
+        return ", ".join([str(content["status"]), *counted])
+
+
+def main() -> int:
+    """Write the page, or README's table, to stdout. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m gpucheck.page", description="results on a GPU as markdown")
+    parser.add_argument("results", nargs="?", type=Path, default=ROOT / "results", help="folder of all results")
+    parser.add_argument("--readme", action="store_true", help="the table of README's section GPU instead")
+    options = parser.parse_args()
+    found = OnGpu.read(options.results)
+    sys.stdout.write(readme(found) if options.readme else page(found))
+    return 0
+
+
+def readme(found: OnGpu) -> str:
+    """The table of README's section GPU."""
+    rows = [[f"{step.number} {step.name}", step.title, found.status(step)] for step in STEPS]
+    said = f"On record: {machines(found)[0]}." if found.steps else "Nothing of this has run on a GPU yet."
+    return f"{said}\n\n{markdown_table(['step', 'what it finds out', 'on a GPU'], rows, 3)}\n"
+
+
+def page(found: OnGpu) -> str:
+    """The whole page."""
+    lines = [
+        "# Results on a GPU", "",
+        "Made from the records by `python -m gpucheck.page > docs/results/gpu.md`; `make gpu-check` makes the records.",
+        "", *(f"- {machine}" for machine in machines(found)), "", "## Targets", "", *_targets(found),
+    ]  # fmt: skip
+    for step in STEPS:
+        lines += ["", f"## Step {step.number}: {step.title}", "", *_step(found, step)]
+    lines += ["", "## Seconds", "", *_seconds(found)]
+    return "\n".join(lines) + "\n"
+
+
+def machines(found: OnGpu) -> list[str]:
+    """Every machine on record in a line, with the time of its last result."""
+    latest: dict[str, str] = {}
+    for content in found.steps.values():
+        facts = content["machine"]
+        named = ", ".join(f"{name} {facts[name]}" for name in MACHINE if facts.get(name))
+        latest[named] = max(latest.get(named, ""), str(content.get("finished", "")))
+    return [f"{named}; {when}" for named, when in latest.items()] or [f"No GPU: {NOT_YET}."]
+
+
+def _of_a_gpu(record: Record) -> bool:
+    """Whether a GPU made a record: it holds that GPU's memory, or a back-end that exists only there was refused."""
+    return record.get("cuda_peak_bytes") is not None or record["status"] == "refused"
+
+
+def _targets(found: OnGpu) -> list[str]:
+    """Only a full-size run counts."""
+    counted = [content for content in found.steps.values() if content["machine"].get("counts")]
+    if not counted:
+        return [f"One H100, a model of Llama-3.1-8B's shape, bfloat16, one sequence: {NOT_YET}."]
+    verdicts = [target.judge(counted) for target in TARGETS]
+    rows = [[verdict.name, verdict.wanted, verdict.measured or "-", _MET[verdict.met]] for verdict in verdicts]
+    return [markdown_table(["target", "wanted", "measured", ""], rows, 1)]
+
+
+def _step(found: OnGpu, step: Step) -> list[str]:
+    content = found.steps.get(step.number)
+    if content is None:
+        return [f"{NOT_YET.capitalize()}."]
+    said = f": {content['message']}" if content.get("message") else ""
+    lines = [f"{found.status(step)}, in {content['seconds']:.0f} s{said}"]
+    wrong = [f"- {line}" for line in errors_of(content)]
+    shown = [(row["name"], figures_of(row)) for row in content["rows"] if row["ok"] is None]
+    figures = [f"- {name}: {text}" for name, text in shown if text]
+    return lines + ([""] if wrong or figures else []) + wrong + figures
+
+
+def _seconds(found: OnGpu) -> list[str]:
+    """The tables of ``benchmark=attention`` and ``benchmark=latency``."""
+    tables = sections(found.records)
+    if not tables:
+        return [f"`benchmark=latency` and `benchmark=attention`: {NOT_YET}."]
+    return [line for table in tables for line in (*_table(table), "")][:-1]
+
+
+def _table(section: Section) -> list[str]:
+    return [f"### {section.title}", "", markdown_table(section.headings, section.rows, section.labels)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

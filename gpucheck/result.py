@@ -1,0 +1,129 @@
+"""The result of one step: a JSON file that is complete after every row, whatever happens to the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpucheck.plan import Step
+
+Row = dict[str, Any]
+CUT = "the process of this step ended before the step did"
+
+
+class Skipped(Exception):  # noqa: N818 - no error: there is nothing to do here
+    """Raised by a step that cannot be done here; the message says why."""
+
+
+@dataclass
+class Result:
+    """What a step found. The file says ``failed`` until :meth:`close`, so that a process that dies is seen.
+
+    Attributes:
+        rows: one for each thing compared or measured. ``name`` says what; ``ok`` is False where something is wrong,
+            True where it was compared and is right, None for a figure; ``error`` explains.
+        deadline: of the step, in seconds of ``time.monotonic``.
+    """
+
+    step: Step
+    folder: Path
+    machine: dict[str, Any] = field(default_factory=dict)
+    deadline: float = float("inf")
+    rows: list[Row] = field(default_factory=list)
+    message: str = CUT
+    status: str = "failed"
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds until the step's process is ended from outside."""
+        return self.deadline - time.monotonic()
+
+    def row(self, name: str, ok: bool | None = None, **figures: Any) -> Row:
+        """Add a row, and write the file."""
+        row = {"name": name, "ok": ok, **figures}
+        self.rows.append(row)
+        self.write()
+        return row
+
+    @contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """What fails inside becomes a row that says so, and the step goes on."""
+        try:
+            yield
+        except Skipped as reason:
+            self.row(name, None, skipped=str(reason))
+        except Exception as error:
+            self.row(name, False, error=one_line(error), traceback=traceback.format_exc()[-2000:])
+            if device_is_lost():
+                raise  # whatever followed would only say so again
+
+    def close(self, status: str | None = None, message: str = "") -> None:
+        """Settle the status: ``failed`` when a row is wrong, else ``ok``, or the one given."""
+        wrong = [row["name"] for row in self.rows if row["ok"] is False]
+        self.status = status or ("failed" if wrong else "ok")
+        self.message = message or (f"wrong: {'; '.join(wrong)}" if wrong else "")
+        self.write()
+
+    def write(self) -> None:
+        """Write the file; a reader sees the old one or the new one."""
+        self.seconds = time.monotonic() - self.began
+        content = {
+            "step": self.step.number, "name": self.step.name, "title": self.step.title, "status": self.status,
+            "seconds": round(self.seconds, 2), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": self.machine, "rows": self.rows, "message": self.message,
+        }  # fmt: skip
+        write_json(self.folder / self.step.file, content)
+
+
+def device_is_lost() -> bool:
+    """Whether the GPU refuses all further work of this process, as it does after an access outside its memory."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that no reader ever sees half of it. Numbers that are no JSON (NaN) become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(_plain(content), indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A result as it was written; empty where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

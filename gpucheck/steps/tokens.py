@@ -1,0 +1,166 @@
+"""Step 3: a random model of four layers writes the same tokens whatever the tier, with and without overlap, and the
+Triton body computes what the reference does.
+
+Tokens over different tiers must be equal, since the same rows are attended to in the same order by the same kernel. Two
+bodies round differently, so their logits are compared, over the same tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from gpucheck.options import Options
+from gpucheck.result import Result, Skipped
+from methods.pqcache import PQCache
+from pqbench.attention import attached
+from pqbench.errors import ConfigError
+from pqbench.generation import generate
+from pqbench.method import Budget, Method
+from pqbench.prompt import Setting, forward, prefill
+from pqbench.store.tiers import DeviceTier, HostTier
+from tests.test_generation import methods
+
+CACHE: dict[str, Any] = {"cache_tokens": 64, "cache_block": 16, "cache_admit": 2}
+FIRST = (
+    "full",
+    "pqcache",
+    "pqcache, codes on host",
+    "pqcache_plus",
+)  # compared over every setting, the others over few
+CAPTURED = ("full", "pqcache")  # methods whose steps can be captured
+NEAR_HALF = 10  # tokens that must be the same in half precision, where kernels that read other strides round otherwise
+NEW = 40  # more than half the ring's margin, so that tokens leave for the host
+AGREEING = 0.9  # share of steps in which two bodies choose the same token
+NEAR = {"full": 0.02, "pqcache": 0.1}  # median error of logits in standard deviations; other codes, other selections
+
+
+def run(result: Result, options: Options) -> None:
+    """Tiers and bodies; what matters most comes first, so that it is there when time runs out."""
+    device = torch.device(options.device)
+    model = made(options, torch.float32)
+    prompt = torch.randint(1, 128, (1, 280 if options.tiny else 3_000), generator=torch.Generator().manual_seed(2))
+    ids = prompt.to(device)
+    budget = Budget(sink=8, tokens=96, ratio=None) if options.tiny else Budget(sink=16, tokens=512, ratio=None)
+    chosen = several(budget, options)
+    for name in ("full", "pqcache"):
+        with result.guarded(f"{name}: kernels gpu against reference"):
+            _bodies(result, model, ids, name, chosen[name], 4 if options.tiny else 24)
+    for name, method in chosen.items():
+        if result.left < 4:
+            result.row("methods left out", skipped=f"no time for {name} and those after it")
+            return
+        _tiers(result, model, ids, name, method, name in FIRST)
+    if options.on_gpu:
+        half = made(options, torch.bfloat16)
+        for name in FIRST:
+            _tiers(result, half, ids, name, chosen[name], result.left > 10, ", bfloat16")
+
+
+def several(budget: Budget, options: Options) -> dict[str, Method]:
+    """Every method; where time is short those with a path of their own through the stores."""
+    known = methods(budget)
+    known["pqcache, codes on host"] = PQCache(budget, m=2, b=4, codes_on="host")
+    names = [*FIRST, "sparq", "tova"] if options.tiny else [*FIRST, *(name for name in known if name not in FIRST)]
+    return {name: known[name] for name in names}
+
+
+def made(options: Options, kind: torch.dtype) -> PreTrainedModel:
+    """A model whose greedy continuations vary from token to token."""
+    hidden, heads, kv_heads = (64, 4, 2) if options.tiny else (1_024, 8, 2)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
+        max_position_embeddings=8_192, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, 0.0, 1.6 * hidden**-0.5)
+    return model.to(options.device, kind).eval()
+
+
+def settings(everything: bool) -> dict[str, Setting]:
+    """Ways of running a prompt that must not change its tokens, beside the device tier without overlap."""
+    found = {
+        "device": Setting(),
+        "host": Setting(HostTier()),
+        "host, cache": Setting(HostTier(**CACHE)),
+    }
+    if everything:
+        found |= {
+            "host, overlap off": Setting(HostTier(background=False), overlap=False),
+            "host, cache per head, small ring": Setting(HostTier(**CACHE, cache_per_head=True, margin=4)),
+            "host, poisoned": Setting(HostTier(**CACHE, debug=True, margin=4)),
+        }
+    return found
+
+
+def captured(name: str) -> dict[str, Setting]:
+    """Ways with CUDA graphs, and with a selection made ahead that is always corrected, for the methods that can."""
+    if "graphs" not in {field.name for field in fields(Setting)} or name not in CAPTURED:
+        return {}
+    graphs: dict[str, Any] = {"graphs": True}
+    found = {"device, graphs": Setting(**graphs)}
+    if name == "pqcache":
+        ahead: dict[str, Any] = {"select_ahead": True, "correction": 1.0}
+        found |= {
+            "host, graphs": Setting(HostTier(), **graphs),
+            "host, cache, graphs": Setting(HostTier(**CACHE), **graphs),
+            "host, selected ahead": Setting(HostTier(), **ahead),
+            "host, graphs, selected ahead": Setting(HostTier(), **graphs, **ahead),
+        }
+    return found
+
+
+def _tiers(
+    result: Result, model: PreTrainedModel, ids: Tensor, name: str, method: Method, everything: bool, note: str = ""
+) -> None:  # fmt: skip
+    """One method over every tier against the device tier without overlap."""
+    with result.guarded(f"{name}{note}"):
+        expected = generate(model, ids, method, max_new_tokens=NEW, setting=Setting(DeviceTier(), overlap=False))
+        for label, setting in {**settings(everything), **(captured(name) if everything else {})}.items():
+            row = f"{name} over {label}{note}"
+            with result.guarded(row):
+                try:
+                    got = generate(model, ids, method, max_new_tokens=NEW, setting=setting)
+                except ConfigError as reason:
+                    raise Skipped(str(reason)) from reason
+                same = int((got == expected).long().cumprod(1).sum())
+                enough = NEW if model.dtype == torch.float32 else NEAR_HALF
+                result.row(row, same >= enough, same_tokens=same, tokens=expected.numel())
+
+
+def _bodies(result: Result, model: PreTrainedModel, ids: Tensor, name: str, method: Method, steps: int) -> None:
+    """Logits of one method by the Triton body and by the reference, over the same tokens. K-Means by two bodies parts
+    ways, so PQCache keeps the centroids it starts with."""
+    if isinstance(method, PQCache):
+        method = PQCache(method.budget, m=method.m, b=method.b, iterations=0)
+    tokens = generate(model, ids, method, max_new_tokens=steps, setting=Setting(body="reference", overlap=False))
+    expected, got = (forced(model, ids, method, Setting(body=body), tokens) for body in ("reference", "gpu"))
+    errors = (got - expected).abs().amax(-1) / expected.std(-1)
+    agreeing = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
+    near = float(errors.median())
+    result.row(f"{name}: kernels gpu against reference", agreeing >= AGREEING and near <= NEAR[name],
+               same_choice=agreeing, median_error=near, worst_error=float(errors.max()))  # fmt: skip
+
+
+@torch.inference_mode()
+def forced(model: PreTrainedModel, ids: Tensor, method: Method, setting: Setting, tokens: Tensor) -> Tensor:
+    """Logits ``[n, V]`` after each of the given tokens ``[1, n]``, decoded by a method."""
+    prefilled = prefill(model, ids, [method], reserve=tokens.shape[1], setting=setting)
+    prefilled.build(0)
+    cache, position, found = prefilled.fork(0, spend=True), prefilled.lengths[:, None], []
+    with attached(model):
+        for i in range(tokens.shape[1]):
+            found.append(forward(model, tokens[:, i : i + 1], cache, None, position + i)[0].float())
+    for layer in cache.selective.values():
+        for group in layer.groups:
+            group.store.settle()
+    prefilled.close()
+    return torch.stack(found)

@@ -1,0 +1,64 @@
+"""What a device must be and hold before work starts, each checked with one line that says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import psutil
+import torch
+
+from pqbench.errors import ModelError
+
+CAPABILITY = (8, 0)  # of a GPU; the Triton kernels compute with bfloat16, which older ones lack
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device, those that torch holds for later use included."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    return int(psutil.virtual_memory().available)
+
+
+def check_room(needed: int, device: torch.device, what: str, remedy: str) -> None:
+    """Raises ModelError when ``needed`` bytes for ``what`` do not fit the device; ``remedy`` says what to do then."""
+    free = available_bytes(device)
+    if needed > free:
+        raise ModelError(f"{what} need {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free: {remedy}")
+
+
+def check_device(device: str) -> None:
+    """Raises ModelError when the device does not exist here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ModelError(f"model.device is {device!r}: use cpu, cuda, cuda:N or auto") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device=cuda, but no CUDA device is available here: set model.device=cpu")
+
+
+def check_kernels(body: str, device: torch.device) -> None:
+    """Raises ModelError when a kernel body cannot compute on a device: the Triton one needs a GPU of capability
+    :data:`CAPABILITY`, and computes on the CPU in Triton's interpreter alone."""
+    if body == "gpu" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        remedy = (
+            "set model.device=cuda, or kernels=auto"
+            if torch.cuda.is_available()
+            else "there is none here, set kernels=auto"
+        )
+        raise ModelError(f"kernels=gpu computes on a GPU, not on {device.type}: {remedy}")
+    if body == "gpu" or (body == "auto" and device.type == "cuda"):
+        _check_triton()
+    if device.type == "cuda" and body in ("gpu", "auto"):
+        found = torch.cuda.get_device_capability(device)
+        if found < CAPABILITY:
+            raise ModelError("the Triton kernels need a GPU of compute capability {}.{}, and ".format(*CAPABILITY)
+                             + f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: "
+                             "set kernels=reference, or model.device=cpu")  # fmt: skip
+
+
+def _check_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ModelError("kernels on a GPU are written in Triton, which is not installed here: `pip install triton`, "
+                         "or set kernels=reference")  # fmt: skip

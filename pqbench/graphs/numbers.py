@@ -1,0 +1,39 @@
+"""Numbers that a captured step reads from device memory, written by the host before every replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SLOTS = 4  # copies that may be under way: so many steps the host may run ahead of the device
+
+
+class Numbers:
+    """``count`` numbers in one int32 tensor on the device. They arrive by one copy that nobody waits for, from pinned
+    memory that is written again only once its copy has left."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.values = torch.zeros(count, dtype=torch.int32, device=device)
+        self._pinned = device.type == "cuda"
+        slots = _SLOTS if self._pinned else 1
+        self._host = [torch.zeros(count, dtype=torch.int32, pin_memory=self._pinned) for _ in range(slots)]
+        self._left: list[torch.cuda.Event | None] = [None] * slots
+        self._next = 0
+
+    def views(self, first: int, count: int) -> tuple[Tensor, ...]:
+        """Numbers ``first`` to ``first + count``, each as a tensor with one element."""
+        return tuple(self.values[i : i + 1] for i in range(first, first + count))
+
+    def send(self, numbers: Sequence[int]) -> None:
+        """Have the device see these numbers in whatever is launched on the current stream from now on."""
+        slot, self._next = self._next, (self._next + 1) % len(self._host)
+        left = self._left[slot]
+        if left is not None:
+            left.synchronize()
+        self._host[slot].copy_(torch.tensor(numbers, dtype=torch.int32))
+        self.values.copy_(self._host[slot], non_blocking=True)
+        if self._pinned:
+            self._left[slot] = left = torch.cuda.Event() if left is None else left
+            left.record(torch.cuda.current_stream(self.values.device))

@@ -1,0 +1,65 @@
+"""What one layer's decode may cost on a GPU: launches of a step, what comes on top now and then, and waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from tests.fake_cuda.drive import Decode
+from tests.fake_cuda.tally import COPY, SYNC, TORCH, TRITON
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The most that a decode of 80 steps may do in one layer.
+
+    Attributes:
+        launches: kernels of an ordinary step, Triton's and torch's.
+        more: kernels that all steps together launch beyond that. Tokens are encoded every 16 steps and sent to the host
+            every 32, and the first step makes room.
+        copies: memcpys of all steps together.
+        waits: how often the host waits for the GPU, all steps together.
+    """
+
+    launches: int
+    more: int = 0
+    copies: int = 0
+    waits: int = 0
+
+    def exceeded(self, decode: Decode) -> str:
+        """What a decode did beyond this, with the lines that did it; empty where it did not."""
+        parts = []
+        more = decode.all(TRITON, TORCH) - len(decode.steps) * decode.launches
+        if decode.launches > self.launches:
+            parts.append(f"{decode.launches} launches in an ordinary step, budget {self.launches}")
+        if more > self.more:
+            parts.append(f"{more} launches beyond the ordinary ones, budget {self.more}")
+        if parts:
+            parts.append(max(decode.steps, key=lambda step: step.launches).listed(TRITON, TORCH))
+        for kind, most in ((COPY, self.copies), (SYNC, self.waits)):
+            if decode.all(kind) > most:
+                parts.append(f"{decode.all(kind)} times {kind}, budget {most}\n{decode.listed(kind)}")
+        return "\n".join(parts)
+
+
+Row = tuple[Cost, Cost, Cost]  # on the device, on the host, on the host with cached blocks
+_ENCODING = 6  # launches that 80 steps need to encode tokens and to make room for their codes
+_PQ: Row = (Cost(7, _ENCODING), Cost(8, 33), Cost(11, 35))
+_EVICTING = {"h2o": 84, "pyramidkv": 63, "snapkv": 63, "streaming_llm": 73, "tova": 66}  # all tiers are the device
+_COSTS: dict[str, Row] = {
+    **{name: (Cost(launches),) * 3 for name, launches in _EVICTING.items()},
+    "full": (Cost(2), Cost(3, 38, 640), Cost(3, 38, 640)),
+    "infllm": (Cost(86, 1), Cost(87, 18), Cost(90, 20)),
+    "magicpig": (Cost(97, waits=80), Cost(97, 16, waits=80), Cost(103, 18, waits=80)),  # how many tokens it samples
+    "oracle": (Cost(10), Cost(15, 17), Cost(18, 19)),
+    "paper_infinitebench": _PQ,
+    "paper_longbench": _PQ,
+    "pqcache": _PQ,
+    "pqcache_plus": (Cost(54), Cost(55, 8), Cost(58, 10)),
+    "quest": (Cost(30), Cost(31, 17), Cost(34, 19)),
+    "random_tokens": (Cost(8), Cost(9, 17), Cost(12, 19)),
+    "sparq": (Cost(56), Cost(57, 17), Cost(60, 19)),
+    "vattention": (Cost(19, _ENCODING), Cost(20, 22), Cost(23, 24)),
+}
+COSTS: Mapping[str, Row] = MappingProxyType(_COSTS)

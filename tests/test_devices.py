@@ -1,0 +1,170 @@
+"""What a machine lacks is one line before any work: a GPU, one that is new enough, Triton, or memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from methods.full import Full
+from methods.pqcache import PQCache
+from pqbench import devices
+from pqbench.config import load_model
+from pqbench.devices import check_kernels, check_room
+from pqbench.errors import ConfigError, ModelError
+from pqbench.method import Method
+from pqbench.prompt import Setting
+from pqbench.store.tiers import DeviceTier, HostTier, Tier
+from pqbench.timing import attention, latency
+from pqbench.timing.attention import Attention
+from pqbench.timing.base import TimingJob
+from pqbench.timing.latency import Latency, check_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ("needle", "infinitebench_quick", "ruler_quick", "longbench", "fidelity", "latency", "attention",
+              "attention_scores")  # fmt: skip
+METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQCache(m=2, b=4)}
+
+
+def command(*overrides: str) -> tuple[int, list[str], str]:
+    """Exit code, errors line by line and output of a command as users type it."""
+    line = [sys.executable, "-m", "pqbench", *overrides, "model=tiny", "threads=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("error")], done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_kernels_without_a_gpu_are_one_line_for_every_benchmark(tmp_path: Path) -> None:
+    sweep = ("--multirun", f"benchmark={','.join(BENCHMARKS)}")
+    code, errors, output = command(*sweep, "kernels=gpu", f"results={tmp_path}")
+    assert code == 1
+    once, count, again = errors
+    assert once == again
+    assert "kernels=gpu computes on a GPU, not on cpu: there is none here, set kernels=auto" in once
+    assert count == f"error: {len(BENCHMARKS)} failures in {len(BENCHMARKS)} runs:"
+    assert output.strip() == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["multirun"]  # Hydra's own: no sample was begun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_one_line(tmp_path: Path) -> None:
+    code, errors, _ = command("benchmark=attention", "benchmark.device=cuda", f"results={tmp_path}")
+    assert code == 1
+    assert len(errors) == 1
+    assert "no CUDA device is available here" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("body", ["gpu", "auto"])
+def test_a_card_that_is_too_old_says_what_is_needed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with pytest.raises(ModelError, match=r"compute capability 8\.0, and Tesla T4 has 7\.5: set kernels=reference"):
+        check_kernels(body, torch.device("cuda"))
+    check_kernels("reference", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    check_kernels(body, torch.device("cuda"))
+
+
+def test_a_gpu_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="pip install triton"):
+        check_kernels("auto", torch.device("cuda"))
+    check_kernels("auto", torch.device("cpu"))
+
+
+def test_too_little_room_names_bytes_and_remedy() -> None:
+    check_room(10, torch.device("cpu"), "three words", "do this")
+    with pytest.raises(ModelError, match=r"three words need 1000000000\.0 GB on cpu and .* GB are free: do this"):
+        check_room(10**18, torch.device("cpu"), "three words", "do this")
+
+
+def test_a_model_larger_than_the_device_is_refused_before_it_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_bytes", lambda _: 1000)
+    with pytest.raises(ModelError, match=r"the weights of tiny need 0\.0 GB on cpu and 0\.0 GB are free"):
+        load_model("tiny")
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(latency, "available_bytes", lambda _: size)
+
+
+# Of the tiny model: 2 layers x K and V x 2 heads x 16 x 4 bytes = 512 bytes a token.
+@pytest.mark.parametrize(
+    ("size", "tier", "chunk", "words"),
+    [
+        (1_000_000, DeviceTier(), None, ["benchmark.contexts has 2000", "keys and values 0.0", "chunk=250",
+                                         "shorter benchmark.contexts"]),
+        (1_000_000, DeviceTier(), 20, ["shorter benchmark.contexts"]),
+        (700_000, HostTier(), None, ["chunk=250", "shorter benchmark.contexts"]),
+    ],
+)  # fmt: skip
+def test_memory_of_a_prefill_is_looked_at_before_it(
+    monkeypatch: pytest.MonkeyPatch, size: int, tier: Tier, chunk: int | None, words: list[str]
+) -> None:
+    loaded = load_model("tiny")
+    job = TimingJob(loaded, METHODS, {}, Setting(tier, body="reference"), chunk=chunk)
+    free(monkeypatch, size)
+    with pytest.raises(ConfigError) as caught:
+        check_memory(job, loaded.model, 2000, 8, 512)
+    text = str(caught.value)
+    assert [word for word in words if word not in text] == []
+    assert ("chunk=" in text) == any("chunk=" in word for word in words)
+    assert "GB are free: use" in text
+    free(monkeypatch, 10**9)
+    check_memory(job, loaded.model, 2000, 8, 512)
+
+
+def test_what_a_prefill_needs_grows_with_keys_values_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least memory that is accepted, found by bisection, against a sum by hand for a chunk of one token."""
+    loaded = load_model("tiny")
+
+    def least(chunk: int | None, tier: Tier) -> int:
+        job = TimingJob(loaded, METHODS, {}, Setting(tier, body="reference"), chunk=chunk)
+        low, high = 0, 1 << 34
+        while high - low > 1:
+            middle = (low + high) // 2
+            free(monkeypatch, middle)
+            enough = accepted(lambda: check_memory(job, loaded.model, 2000, 8, 512))
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+    kept = 2008 * 512
+    assert kept <= least(1, DeviceTier()) <= 1.2 * kept
+    assert least(None, DeviceTier()) - least(1, DeviceTier()) >= 1999 * 4 * (3 * 128 + 2 * 64)
+    assert least(1, HostTier()) <= least(1, DeviceTier())
+
+
+def accepted(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except ConfigError:
+        return False
+    return True
+
+
+def test_latency_looks_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model("tiny")
+    free(monkeypatch, 1000)
+    monkeypatch.setattr(latency, "run_once", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(ConfigError, match=r"needs 0\.0 GB on cpu .* and 0\.0 GB are free: use"):
+        Latency(contexts=[128], new_tokens=4).measure(TimingJob(loaded, METHODS, {}, Setting(body="reference")))
+
+
+def test_one_layer_on_the_host_needs_room_for_a_copy_per_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(HostTier, "check", lambda _, tokens, row_bytes: asked.append((tokens, row_bytes)))
+    monkeypatch.setattr(attention, "take_turns", lambda *_: None)
+    benchmark = Attention(geometry="tiny", contexts=[512], budgets=[0.25])
+    cells = [attention.Cell("float32", 512, 0.25)]
+    job: Any = TimingJob(None, METHODS, {}, Setting(HostTier(), body="reference"))
+    benchmark._check(job, cells, torch.device("cpu"))
+    assert asked == [(512, 2 * (2 * 2 * 16 * 4))]

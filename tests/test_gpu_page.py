@@ -1,0 +1,93 @@
+"""The page of results on a GPU and README's table: made of the records there are, and up to date."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpucheck.page import OnGpu, page, readme
+from gpucheck.plan import STEPS
+from pqbench.records import RecordFile
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = {"device": "Some Card", "driver": "1.2", "cuda": "13.0", "torch": "9.9", "capability": "9.0", "commit": "abc"}
+TIMES = {"ttft_s": 1.0, "tt2t_s": 1.5, "tpot_s": 0.0123, "context": 4096, "budget": "10 %", "dtype": "bfloat16"}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """The results that are part of the checkout; a developer's own do not count."""
+    listed = subprocess.run(["git", "ls-files", "results/gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    for name in listed.stdout.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path / "results"
+
+
+def put(folder: Path, number: int, machine: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
+    """A result as a step writes it."""
+    step = STEPS[number]
+    content = {"step": number, "name": step.name, "title": step.title, "status": "ok", "seconds": 12.3, "message": "",
+               "finished": "2030-01-02T03:04:05Z", "machine": machine, "rows": rows, **more}  # fmt: skip
+    (folder / "gpu").mkdir(parents=True, exist_ok=True)
+    (folder / "gpu" / step.file).write_text(json.dumps(content))
+
+
+def test_page_and_readme_are_what_the_command_makes_of_the_records(results: Path) -> None:
+    command = [sys.executable, "-m", "gpucheck.page", str(results)]
+    for options, file in (([], "docs/results/gpu.md"), (["--readme"], "README.md")):
+        made = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        there = (ROOT / file).read_text(encoding="utf-8")
+        assert made in there if options else made == there, f"python -m gpucheck.page {' '.join(options)} brings it up"
+
+
+def test_what_was_never_run_says_so(tmp_path: Path) -> None:
+    found = OnGpu.read(tmp_path / "none")
+    assert readme(found).count("not yet run") == len(STEPS)
+    assert page(found).count("Not yet run.") == len(STEPS)
+    assert "Nothing of this has run on a GPU yet." in readme(found)
+
+
+def test_a_run_on_the_cpu_is_none_on_a_gpu(tmp_path: Path) -> None:
+    put(tmp_path, 1, {"device": "a processor"}, [{"name": "top_k", "ok": True}])
+    RecordFile.create(tmp_path, "latency", "x", "full", {}).append(
+        {"benchmark": "latency", "model": "x", "method": "full", "sample_id": "a", "status": "ok", **TIMES}
+    )
+    assert page(OnGpu.read(tmp_path)) == page(OnGpu.read(tmp_path / "none"))
+
+
+def test_results_of_a_gpu_are_shown_with_their_machine(tmp_path: Path) -> None:
+    put(tmp_path, 1, CARD, [{"name": "top_k", "ok": True}, {"name": "attention", "ok": False, "error": "is | off"}],
+        status="failed", message="wrong: attention")  # fmt: skip
+    put(tmp_path, 4, CARD, [{"name": "scan", "ok": None, "gbps": 2500.0}])
+    RecordFile.create(tmp_path / "gpu" / "records", "latency", "llama31_8b", "pqcache", {}).append(
+        {"benchmark": "latency", "model": "llama31_8b", "method": "pqcache", "sample_id": "a", "status": "ok",
+         "weights": "random", "cuda_peak_bytes": 1, "kernels": "gpu", **TIMES}
+    )  # fmt: skip
+    found = OnGpu.read(tmp_path)
+    table, text = readme(found), page(found)
+    assert "On record: device Some Card, driver 1.2, cuda 13.0, torch 9.9, commit abc; 2030-01-02T03:04:05Z." in table
+    assert table.count("not yet run") == len(STEPS) - 2
+    assert "failed, 1 right, 1 wrong" in table
+    assert "attention: is | off" in text or "attention: is / off" in text
+    assert "- scan: gbps 2500" in text
+    assert "latency of llama31_8b (bfloat16, kernels gpu, random weights)" in text
+    assert "12.3" in text.partition("## Seconds")[2]
+    assert text.count("Not yet run.") == len(STEPS) - 2
+
+
+def test_targets_are_judged_by_a_full_run_alone(tmp_path: Path) -> None:
+    row = {"name": "x", "ok": None, "method": "pqcache", "store": "device", "wanted_budget": 1024, "context": 131_072}
+    put(tmp_path, 6, {**CARD, "counts": False}, [{**row, "tpot_ms": 5.0}])
+    assert "One H100" in page(OnGpu.read(tmp_path))
+    put(tmp_path, 6, {**CARD, "counts": True}, [{**row, "tpot_ms": 5.0}])
+    [line] = [line for line in page(OnGpu.read(tmp_path)).splitlines() if line.startswith("| pqcache, 128K, 1024") and
+              "device" in line]  # fmt: skip
+    assert "5 ms a token" in line
+    assert " met" in line
