@@ -46,7 +46,7 @@ class H2OState(LayerState):
         self.scores = GrowingBuffer(empty)
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        sums = self.geometry.kernels.column_sums(q, keys, self.geometry.scaling)  # [B, H, S]
+        sums = self.geometry.column_sums(q, keys)  # [B, H, S]
         if len(self.scores):
             sums[:, :, : len(self.scores)] += self.scores.view()
         self.scores = GrowingBuffer(sums)

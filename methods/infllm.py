@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+from pqbench.kernels.sinks import probabilities
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection, Split
 
 
@@ -115,7 +116,8 @@ class InfLLMState(LayerState):
         clipped = far_q @ reference.rotate(chosen, -tokens, frequencies).float()[:, :, None].transpose(3, 4)
         distance = position[:, None] - tokens[:, :, None, None]  # [B, H, 1, n, t]
         logits = torch.where(distance >= split.window, clipped, logits).masked_fill(distance < 0, float("-inf"))
-        return (logits * self.geometry.scaling).softmax(-1) @ gather_rows(values, tokens).float()[:, :, None]
+        weights = probabilities(logits * self.geometry.scaling, self.geometry.sinks)
+        return weights @ gather_rows(values, tokens).float()[:, :, None]
 
     def _prefill_vectors(self, keys: Tensor, sink: int, blocks: int) -> Tensor:
         """Vectors ``[B, H, blocks, D]`` of the first blocks, each made once, when the block has left the window."""
@@ -130,7 +132,7 @@ class InfLLMState(LayerState):
     def _score(self, q: Tensor, keys: Tensor) -> None:
         """Add the attention that a block's queries give to the tokens of their local windows."""
         window = self.method.budget.resolve(self.geometry.prompt, self.geometry.prompt).window
-        sums = self.geometry.kernels.column_sums(q, keys, self.geometry.scaling, band=window)  # [B, H, S]
+        sums = self.geometry.column_sums(q, keys, band=window)  # [B, H, S]
         if len(self.scores):
             sums[:, :, : len(self.scores)] += self.scores.view()
         self.scores = GrowingBuffer(sums)

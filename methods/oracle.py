@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pqbench.kernels.sinks import probabilities
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
 
 _RULES = ("kv_head", "query_head", "top_p")
@@ -56,15 +57,17 @@ class OracleState(LayerState):
         first, stop = split.middle(kv.length)
         body = self.geometry.kernels
         if self.method.rule == "kv_head":
-            received = body.exact_probabilities(q, keys, self.geometry.scaling)[..., first:stop]  # [B, H, M]
+            received = self.geometry.exact_probabilities(q, keys)[..., first:stop]  # [B, H, M]
             return Selection(split.around(first + body.top_k(received, split.top_k), kv.length))
         logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, S]
-        probabilities = logits.softmax(-1)
-        middle = probabilities[..., first:stop]
+        received = probabilities(logits, self.geometry.sinks)
+        middle = received[..., first:stop]
         if self.method.rule == "query_head":
             chosen = _member(self.geometry.kernels.top_k(middle, split.top_k), middle)  # [B, H, G, M]
             return _ragged(chosen, split.around, first, kv.length)
-        outside = probabilities[..., :first].sum(-1) + probabilities[..., stop:].sum(-1)  # [B, H, G]
+        outside = received[..., :first].sum(-1) + received[..., stop:].sum(-1)  # [B, H, G]
+        if self.geometry.sinks is not None:
+            outside = outside + (1 - received.sum(-1))  # what the learned sinks hold, whatever is selected
         chosen = _smallest_set(middle.mean(2), self.method.top_p - outside.mean(2))  # [B, H, M]
         return _ragged(chosen[:, :, None].expand_as(middle), split.around, first, kv.length)
 

@@ -80,7 +80,7 @@ class SnapKVState(LayerState):
             self.queries = recent.clone()  # a view would hold the whole block
         else:
             self.queries = None
-            self.votes = self.geometry.kernels.column_sums(recent, keys, self.geometry.scaling)
+            self.votes = self.geometry.column_sums(recent, keys)
 
     def finish_prefill(self, kv: KV) -> Tensor:
         if self.votes is None:

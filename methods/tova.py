@@ -47,7 +47,7 @@ class TOVAState(LayerState):
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         if keys.shape[2] == self.geometry.prompt:
-            self.last = self.geometry.kernels.column_sums(q[:, :, :, -1:], keys, self.geometry.scaling)
+            self.last = self.geometry.column_sums(q[:, :, :, -1:], keys)
 
     def finish_prefill(self, kv: KV) -> Tensor:
         if self.last is None:

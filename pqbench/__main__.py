@@ -22,7 +22,7 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
-from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets
+from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.devices import check_device, check_kernels
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.field_types import check_fields
@@ -121,7 +121,9 @@ def run_config(config: DictConfig) -> list[str]:
     plain["methods"] = {name: whole(plain["methods"][name], method) for name, method in methods.items()}
     benchmark = instantiate(config.benchmark)
     check_start(plain, benchmark)
-    return (_time if isinstance(benchmark, Measurement) else _evaluate)(plain, methods, benchmark)
+    timed = isinstance(benchmark, Measurement)
+    plain["weights"] = model_source(plain["model"]).fingerprint if not timed or benchmark.needs_model else None
+    return (_time if timed else _evaluate)(plain, methods, benchmark)
 
 
 def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benchmark) -> list[str]:
@@ -129,7 +131,7 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
     model = plain["model"]["name"]
     files = {name: _record_file(plain, methods, name, benchmark.name, model) for name in methods}
     with heartbeat(list(files.values())):
-        loaded = _loaded(plain, methods)
+        loaded = rehearsed(model_source(plain["model"]))
         chat, options = plain["model"]["chat"], plain["model"].get("chat_options") or {}
         prompter = Prompter(loaded.tokenizer, loaded.max_length, chat, options)
         job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
@@ -144,18 +146,11 @@ def _time(plain: dict[str, Any], methods: dict[str, Method], benchmark: Measurem
     subject, names = benchmark.subject(plain["model"]["name"]), dict.fromkeys([*methods, *benchmark.further])
     files = {name: _record_file(plain, methods, name, benchmark.name, subject) for name in names}
     with heartbeat(list(files.values())):
-        loaded = _loaded(plain, methods) if benchmark.needs_model else None
+        loaded = rehearsed(model_source(plain["model"])) if benchmark.needs_model else None
         job = TimingJob(loaded, methods, files, _setting(plain, methods, loaded), plain["retry_failed"], plain["chunk"])
         done = benchmark.measure(job)
     _show(benchmark.table(_records(files)), benchmark.footer(done, plain["results"]), done.failures)
     return done.failures
-
-
-def _loaded(plain: dict[str, Any], methods: Mapping[str, Method]) -> LoadedModel:
-    """The model, checked against the methods that will run it."""
-    loaded = model_source(plain["model"]).load()
-    loaded.check_reach(name for name, method in methods.items() if not method.own_prefill)
-    return loaded
 
 
 def _records(files: Mapping[str, RecordFile]) -> list[Record]:
@@ -236,6 +231,7 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
     wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
     calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
     options = {name: plain[name] for name in ("graphs", "select_ahead", "correction")}
+    options["max_length"] = None if loaded is None else loaded.max_length
     return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, **options)
 
 
@@ -246,6 +242,8 @@ def _record_file(
     settings = {part: plain[part] for part in KEYED}
     settings |= {part: plain[part] for option, parts in KEYED_WHEN_ON.items() if plain[option] for part in parts}
     settings |= {"method": plain["methods"].get(name), "code": method_code(methods[name]) if name in methods else None}
+    if plain["weights"] is not None:
+        settings["weights"] = plain["weights"]
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     return RecordFile.create(results, benchmark, subject, name, settings)
 

@@ -10,13 +10,16 @@ from transformers import PreTrainedModel
 
 from pqbench.errors import ConfigError
 from pqbench.group import Rows
+from pqbench.lengths import check_switch, length_dependent, longest_context
 from pqbench.method import Check
 
 
 def check_prompt(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, any_length: bool = False
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, any_length: bool = False,
+    max_length: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The validity mask ``[B, S]`` bool of a batch; with ``any_length`` it may exceed the model's limit.
+    """The validity mask ``[B, S]`` bool of a batch; with ``any_length`` it may exceed the model's limit, and with
+    ``max_length`` reach so far.
 
     Raises:
         ConfigError: an empty prompt, a mask with holes or right padding, or a prompt longer than the model allows.
@@ -26,7 +29,7 @@ def check_prompt(
             f"the prompt is empty: input_ids has shape {tuple(input_ids.shape)}, expected [B, S] with S > 0"
         )
     if not any_length:
-        check_length(model, input_ids.shape[1])
+        check_length(model, input_ids.shape[1], max_length)
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask.shape != input_ids.shape:
@@ -39,12 +42,22 @@ def check_prompt(
     return mask
 
 
-def check_length(model: PreTrainedModel, tokens: int) -> None:
-    """Raises ConfigError when ``tokens`` exceed what the model was built for."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise ConfigError(f"{tokens} tokens of prompt and generation exceed the model's limit of {limit}: "
-                          "shorten the prompt or choose a model with a longer context")  # fmt: skip
+def check_length(model: PreTrainedModel, tokens: int, max_length: int | None = None) -> None:
+    """Raises ConfigError when ``tokens`` exceed what the model was built for, and ``max_length`` where that is more."""
+    limit = max(longest_context(model.config), max_length or 0)
+    if tokens > limit:
+        raise ConfigError(f"{tokens} tokens of prompt and generation exceed the model's limit of {limit}: shorten the "
+                          "prompt, choose a model with a longer context, or set model.max_length")  # fmt: skip
+
+
+def check_blocks(model: PreTrainedModel, mask: Tensor, chunk: int) -> None:
+    """Raises ConfigError when a prompt of this mask, prefilled ``chunk`` columns at a time, would cross a length at
+    which the model's rotary frequencies change."""
+    if length_dependent(model.config) is None:  # else the host would wait for a GPU
+        return
+    longest = int(mask.sum(-1).max())
+    padding = mask.shape[1] - longest  # of the longest sequence
+    check_switch(model.config, min(longest, max(0, chunk - padding)), longest)
 
 
 def check_logits(logits: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from pqbench.attention import dense_prefill
+from pqbench.attention import dense_attention
 from pqbench.errors import ModelError
 from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.buffers import GrowingBuffer
@@ -25,11 +26,44 @@ from pqbench.store.tiers import Placement, Prompt
 
 
 class LayeredCache(Cache):
-    """A transformers cache that knows which of its layers are ours; passed to the model also as the keyword ``kv``."""
+    """A transformers cache that knows which of its layers are ours, and that every layer must use it: a model layer
+    first updates its entry and then calls attention, once per forward pass. A model that does otherwise is refused, for
+    its attention would not be what our layers answer."""
 
     def __init__(self, layers: list[CacheLayerMixin]) -> None:
         super().__init__(layers=layers)
         self.selective: dict[int, Any] = {i: layer for i, layer in enumerate(layers) if hasattr(layer, "attention")}
+        self._updated: int | None = None  # layer whose entry was updated and whose attention was not called yet
+        self._answered = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._updated is not None:
+            raise ModelError(f"layer {self._updated} computes attention without the attention interface")
+        self._updated = layer_idx
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def begin(self) -> None:
+        """A forward pass starts."""
+        self._updated, self._answered = None, 0
+
+    def answering(self) -> CacheLayerMixin:
+        """The layer that answers the call of attention at work. Raises ModelError when none was updated for it."""
+        if self._updated is None:
+            raise ModelError("it calls attention over keys that are not the layer's own cache entry: several layers "
+                             "share keys and values, or one layer calls attention several times")  # fmt: skip
+        layer, self._updated = self.layers[self._updated], None
+        self._answered += 1
+        return layer
+
+    def end(self) -> None:
+        """A forward pass is over. Raises ModelError when not every layer was updated and answered."""
+        if self._updated is not None:
+            raise ModelError(f"layer {self._updated} computes attention without the attention interface")
+        if self._answered != len(self.layers):
+            raise ModelError(f"{len(self.layers) - self._answered} of its {len(self.layers)} layers bypass the cache")
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
@@ -74,6 +108,7 @@ class OurLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
+        self.sinks: Tensor | None = None  # [Hq], of the call at work; see attention_forward
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -86,6 +121,32 @@ class OurLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the calls of one layer's attention have in common.
+
+    Attributes:
+        kv_heads, group, head_dim: H, G and D; the larger D where keys and values differ.
+        scaling: factor on q.k.
+        device: where the layer runs.
+        sinks: ``[H, G]`` float32, logits that take part in each head's softmax and bring no value.
+    """
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    scaling: float
+    device: torch.device
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, scaling: float, sinks: Tensor | None) -> Shape:
+        """The shape of one call: q ``[B, Hq, n, D]`` and k ``[B, H, S, D]``."""
+        heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        known = None if sinks is None else sinks.detach().float().view(heads, group)
+        return cls(heads, group, q.shape[-1], scaling, q.device, known)
 
 
 class PrefillLayer(OurLayer):
@@ -108,6 +169,7 @@ class PrefillLayer(OurLayer):
         self.columns, self.reserve, self.rows, self.placement, self.on_end = columns, reserve, rows, placement, on_end
         self.observers: list[Observer] = []
         self.own = False
+        self.shape: Shape | None = None  # known after the first block
         self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
         self._prompts: dict[int, Prompt] = {}  # by padding, which tells groups apart
 
@@ -126,6 +188,8 @@ class PrefillLayer(OurLayer):
     ) -> Tensor:
         """Causal attention of a block, ``[B, n, Hq, D]``."""
         batch, heads, columns, width = q.shape
+        check_rows(k, self.seen)
+        self.shape = Shape.of(q, k, scaling, self.sinks)
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], columns, width)  # [B, H, G, n, D]
         if self.own:
             answer = torch.zeros_like(grouped)
@@ -133,11 +197,11 @@ class PrefillLayer(OurLayer):
                 observer.answer(grouped, k, v, answer)
             output = answer.view_as(q).transpose(1, 2).contiguous()
         else:
-            output = dense_prefill(module, q, k, v, mask, scaling)
+            output = dense_attention(module, q, k, v, mask, scaling, self.sinks)
         for observer in self.observers:
             observer.observe(grouped, k, v)
         if self.seen == self.columns:
-            self._end()
+            self._end(k, v)
         return output
 
     def prompt(self, rows: Rows) -> Prompt:
@@ -150,11 +214,15 @@ class PrefillLayer(OurLayer):
         """Let go of the prompt of one group; stores made from it keep what they need."""
         self._prompts.pop(rows.padding, None)
 
-    def _end(self) -> None:
-        """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch."""
+    def _end(self, k: Tensor, v: Tensor) -> None:
+        """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch. The rows
+        are those that attention used, which are not always those of the cache: latent attention expands them."""
         if self._buffers is None:
             raise RuntimeError("attention() before update()")
-        keys, values = self._buffers
+        keys, values = (
+            held if same_rows(held.view(), used) else GrowingBuffer(used, slack=max(self.reserve, 1))
+            for held, used in zip(self._buffers, (k, v), strict=True)
+        )
         for rows in self.rows:
             self._prompts[rows.padding] = self.placement.prompt(
                 keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding), self.reserve
@@ -193,15 +261,18 @@ class DecodeLayer(OurLayer):
         following = None if self.following is None else self.following()
         if following is not None:
             following.prefetch()
-        for group in self.groups:
-            group.append(key_states[group.rows.index], value_states[group.rows.index])
         self.seen += 1
         return key_states, value_states
 
     def attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """Attention of one query per sequence, ``[B, 1, Hq, D]``; the mask is implied by the groups."""
+        """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``; the mask is
+        implied by the groups."""
+        check_rows(k, 1)
+        for group in self.groups:
+            group.check(k, scaling)
+            group.append(k[group.rows.index], v[group.rows.index])
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
         if len(self.groups) == 1:
@@ -210,6 +281,17 @@ class DecodeLayer(OurLayer):
         for group in self.groups:
             output[group.rows.index] = group.attend(grouped[group.rows.index])
         return output.reshape(batch, 1, heads, width)
+
+
+def check_rows(k: Tensor, expected: int) -> None:
+    """Raises ModelError when attention runs over another number of keys than the layer's cache entry gave it."""
+    if k.shape[2] != expected:
+        raise ModelError(f"it calls attention over {k.shape[2]} keys where its cache entry gave {expected}")
+
+
+def same_rows(held: Tensor, used: Tensor) -> bool:
+    """Whether two tensors are the same memory."""
+    return held.data_ptr() == used.data_ptr() and held.shape == used.shape and held.stride() == used.stride()
 
 
 def chain(layers: Sequence[DecodeLayer]) -> None:

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models import LoadedModel, ModelSource
+from pqbench.rehearsal import profile
 
 log = logging.getLogger("pqbench")
 
@@ -83,7 +84,18 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
     foreign = sorted(set(options) - set(fields))
     if foreign:
         raise ConfigError(f"model {name} has no field {', '.join(foreign)}: it has {', '.join(map(str, fields))}")
-    return model_source({**fields, **options}).load()
+    return rehearsed(model_source({**fields, **options}))
+
+
+def rehearsed(source: ModelSource) -> LoadedModel:
+    """The model of a source, rehearsed: see :mod:`pqbench.rehearsal`.
+
+    Raises:
+        ModelError: it cannot be loaded, or no method can serve it exactly.
+    """
+    found = source.load()
+    profile(found.model)
+    return found
 
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:

@@ -110,11 +110,13 @@ def decode(
         spend: use up the method's state instead of a copy, see :meth:`Prefilled.fork`.
 
     Raises:
-        ConfigError: fewer than one token wanted, or a model that computes NaN.
+        ConfigError: fewer than one token wanted, a model that computes NaN, or a context that would cross a length at
+            which the model's rotary frequencies change.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
     model = prefilled.model
+    prefilled.check_reach(len(question) + max_new_tokens - 1)
     config = model.generation_config if config is None else config
     more = torch.tensor(extra_ends, dtype=torch.long, device=model.device)
     end = End(torch.cat([end_tokens(config, model.device), more]), min_new_tokens, pad_token(config), finished)
@@ -257,7 +259,7 @@ def generate(
         ConfigError: see :func:`prefill`; also when the context would outgrow the model.
     """
     if not method.own_prefill:
-        check_length(model, input_ids.shape[-1] + max_new_tokens)
+        check_length(model, input_ids.shape[-1] + max_new_tokens, None if setting is None else setting.max_length)
     prefilled = prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting)
     generation = decode(prefilled, 0, max_new_tokens, spend=True)
     generation.settle()

@@ -8,11 +8,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pqbench.clock import Clock, HostClock
+from pqbench.errors import ModelError
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
+from pqbench.kernels.sinks import with_sinks
 from pqbench.method import LayerState, Plan, Selection
 from pqbench.store.base import Store
 
@@ -131,6 +134,14 @@ class Group:
     def __post_init__(self) -> None:
         self.meter = Meter(self.clock)
 
+    def check(self, keys: Tensor, scaling: float) -> None:
+        """Raises ModelError when a call of attention is not of the geometry that the prompt's calls had."""
+        known = self.state.geometry
+        if (keys.shape[1], keys.shape[3]) != (known.kv_heads, known.head_dim) or scaling != known.scaling:
+            raise ModelError(f"layer {known.layer} calls attention with {keys.shape[1]} heads of width "
+                             f"{keys.shape[3]} and scaling {scaling}, but for the prompt it was {known.kv_heads}, "
+                             f"{known.head_dim} and {known.scaling}")  # fmt: skip
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store the new token ``[B, H, 1, D]`` and tell the method: a step begins."""
         self.meter.begin()
@@ -177,9 +188,9 @@ class Group:
                 keys, values, rows = gather_rows(keys, rows), gather_rows(values, rows), None
             keys = reference.rotate(keys, selection.key_shift, geometry.inverse_frequencies)
         visible, added, residual = selection.visible, selection.log_weights, selection.residual
-        wanted = self.state.needs_weights
+        wanted, sinks = self.state.needs_weights, geometry.sinks
         count = self.length if selection.count is None else selection.count
-        if rows is None and visible is None and added is None and residual is None and not wanted:
+        if rows is None and visible is None and added is None and residual is None and sinks is None and not wanted:
             return geometry.kernels.dense_attention(q, keys, values, geometry.scaling, count), None
         output, lse, weights = geometry.kernels.attention(
             q, keys, values, geometry.scaling, rows, visible, wanted, added, count
@@ -187,4 +198,7 @@ class Group:
         if residual is not None:
             log_weight = residual.log_weight + lse if residual.relative else residual.log_weight
             output = reference.merge(output, lse, residual.value, log_weight)
+            lse = lse if sinks is None else torch.logaddexp(lse, log_weight)
+        if sinks is not None:
+            output, weights = with_sinks(output, lse, weights, sinks)
         return output, weights

@@ -27,13 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pqbench.attention import attached
-from pqbench.config import conf_folder, explain, model_source, opened, own_budgets
+from pqbench.config import conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.custom_generate import stopping
 from pqbench.errors import ConfigError, DataError, PqbenchError
 from pqbench.generation import decode
 from pqbench.lm_eval_plugin import register
 from pqbench.method import compensated
-from pqbench.prompt import Prefilled, forward, prefill
+from pqbench.prompt import Prefilled, Setting, forward, prefill
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
@@ -82,8 +82,8 @@ class PqbenchLM(HFLM):
         self.method = compensated(instantiate(config.methods[method]))
         source = model_source(config.model)
         source.check_answers("lm-eval")
-        loaded = source.load()
-        loaded.check_reach([] if self.method.own_prefill else [method])
+        loaded = rehearsed(source)
+        self.setting = Setting(max_length=loaded.max_length)
         self.chunk: int | None = config.chunk
         super().__init__(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", max_length=loaded.max_length,
@@ -101,7 +101,7 @@ class PqbenchLM(HFLM):
         mask = options.pop("attention_mask", None)
         check_greedy(options)
         room = max_length - context.shape[1]
-        prefilled = prefill(self.model, context, [self.method], mask, self.chunk, reserve=room)
+        prefilled = prefill(self.model, context, [self.method], mask, self.chunk, room, self.setting)
         criteria = stop_sequences_criteria(self.tokenizer, stop, 0, context.shape[0])
         generation = decode(prefilled, 0, room, finished=stopping(criteria, context[:, :0]))
         return torch.cat([context, generation.tokens], 1)
@@ -126,7 +126,7 @@ class PqbenchLM(HFLM):
             for prompt, members in groups.items():
                 longest = max(len(requests[i][2]) for i in members)
                 ids = torch.tensor([prompt], device=self.device)
-                prefilled = prefill(self.model, ids, [self.method], chunk=self.chunk, reserve=longest)
+                prefilled = prefill(self.model, ids, [self.method], None, self.chunk, longest, self.setting)
                 for i in members:
                     texts, _, continuation = requests[i]
                     answers[i] = likelihood(prefilled, continuation)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pqbench.budget import Budget, CompensatedBudget, PaperBudget, Split
 from pqbench.errors import BudgetError, ConfigError
+from pqbench.kernels import sinks
 from pqbench.kernels.backend import Kernels, Number, kernels
 
 __all__ = [
@@ -59,11 +60,14 @@ class Geometry:
         scaling: factor on q.k before the softmax.
         prompt: length of the prompt in tokens.
         inverse_frequencies: rotary frequencies ``[D_rotary / 2]`` in radians per position, when the method asked for
-            them with ``Method.needs_positions``.
+            them with ``Method.needs_positions``; none of them where the layer does not rotate its keys.
         layers: number of full-attention layers of the model, of which this is the ``rank``-th, counted from 0.
         body: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
         device: where this layer runs.
         calibration: times of this hardware, None where nobody measured them.
+        sinks: ``[H, G]`` float32, logits that the model learned for this layer: each takes part in its head's softmax
+            and brings no value. Attention counts them by itself; probabilities of tokens come from
+            :meth:`column_sums` and :meth:`exact_probabilities`, which count them too.
         correction: with selection ahead, the cosine up to which a query counts as turned, see
             :class:`pqbench.prompt.Setting`; None without.
     """
@@ -81,7 +85,21 @@ class Geometry:
     body: str = "reference"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calibration: Calibration | None = None
+    sinks: Tensor | None = None
     correction: float | None = None
+
+    def column_sums(self, q: Tensor, keys: Tensor, band: int | None = None) -> Tensor:
+        """Attention each key received, see :func:`pqbench.kernels.reference.column_sums`: float32 ``[B, H, S]``."""
+        if self.sinks is None:
+            return self.kernels.column_sums(q, keys, self.scaling, band=band)
+        return sinks.column_sums(q, keys, self.scaling, self.sinks, band)
+
+    def exact_probabilities(self, q: Tensor, keys: Tensor) -> Tensor:
+        """Attention that each key ``[B, H, S, D]`` receives from q ``[B, H, G, D]``, group summed: float32
+        ``[B, H, S]``."""
+        if self.sinks is None:
+            return self.kernels.exact_probabilities(q, keys, self.scaling)
+        return sinks.exact_probabilities(q, keys, self.scaling, self.sinks)
 
     @property
     def kernels(self) -> Kernels:

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,15 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from pqbench.devices import check_device, check_room
 from pqbench.errors import ModelError
+from pqbench.lengths import learned_positions, longest_context
+from pqbench.weights import folder_fingerprint, hub_fingerprint
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, with the longest context to use and the one it was built for, in tokens.
+    """A model ready to run, with the longest context to use in tokens.
 
     ``weights`` says where its weights come from: ``pretrained`` or ``random``. ``stand_in`` is set where it only has
     the shape of the model whose name it bears, so that its times count and its answers do not.
@@ -50,17 +52,8 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    trained_length: int = 1 << 30
     weights: str = "pretrained"
     stand_in: bool = False
-
-    def check_reach(self, names: Iterable[str]) -> None:
-        """Raises ModelError when contexts may exceed what the model was built for; ``names`` are the methods that run
-        dense prefills."""
-        named = ", ".join(names)
-        if named and self.max_length > self.trained_length:
-            raise ModelError(f"model.max_length is {self.max_length}, above the model's own limit of "
-                             f"{self.trained_length}, which {named} cannot exceed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,8 @@ class ModelSource(ABC):
         dtype: float32, bfloat16 or float16.
         device: where the model runs: cpu, cuda, cuda:1, or auto, which spreads its layers over all GPUs.
         device_map: device by module name, as transformers understands it, for another spread; replaces ``device``.
-        max_length: longest context to use; None takes the model's own limit, above which only methods with a prefill of
-            their own run.
+        max_length: longest context to use; None takes what the model was made for, with rotary scaling. A greater one
+            is used with a warning, unless the model has a table of positions that ends before.
     """
 
     name: str
@@ -95,9 +88,14 @@ class ModelSource(ABC):
         if placement is None:
             model = _moved(model, torch.device(self.device), self.name)
         check_placement(model)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        length = self.max_length or limit
-        return LoadedModel(self.name, model.eval(), tokenizer, length, limit, self.origin, self.stand_in)
+        length = reach(model, self.max_length)
+        return LoadedModel(self.name, model.eval(), tokenizer, length, self.origin, self.stand_in)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What changes with the weights where the fields do not; part of every record's key. None where the fields say
+        all."""
+        return None
 
     @property
     def origin(self) -> str:
@@ -170,6 +168,13 @@ class Pretrained(ModelSource):
         if local.is_dir() and not (local / "config.json").exists():
             raise ModelError(f"{local} holds no config.json: point model.path at a folder written by save_pretrained()")
         return load_folder(str(local) if local.is_dir() else self.path, dtype, self.placement)
+
+    @property
+    def fingerprint(self) -> str | None:
+        local = Path(self.path).expanduser()
+        if local.is_dir():
+            return folder_fingerprint(local)
+        return hub_fingerprint(self.path, hub_reachable()) if self.path else None
 
 
 @dataclass(frozen=True)
@@ -335,6 +340,20 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise ModelError(f"model.dtype is {name!r}: use one of {', '.join(known)}")
     return known[name]
+
+
+def reach(model: PreTrainedModel, wanted: int | None) -> int:
+    """The longest context to use: ``wanted``, or what the model was made for. Raises ModelError beyond learned
+    positions."""
+    made_for = longest_context(model.config)
+    if wanted is None or wanted <= made_for:
+        return wanted or made_for
+    table = learned_positions(model)
+    if table is not None:
+        raise ModelError(f"model.max_length is {wanted}, but the model has learned positions for {table} tokens alone")
+    log.warning("model.max_length is %d, above the %d tokens that the model was made for: its answers may be worthless",
+                wanted, made_for)  # fmt: skip
+    return wanted
 
 
 def check_placement(model: PreTrainedModel) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pqbench.attention import attached
-from pqbench.cache import OurLayer
+from pqbench.cache import OurLayer, check_rows
 from pqbench.group import Group
 from pqbench.kernels import reference
+from pqbench.kernels.sinks import left_by_sinks, with_sinks
 from pqbench.method import Selection, Split
 from pqbench.prompt import Prefilled, forward
 from pqbench.store.base import Store
@@ -27,12 +28,13 @@ class Exact:
     """Full attention of one step in one layer: what every method's answer to the same query is compared with.
 
     Attributes:
-        weights: probabilities ``[B, H, G, S]``.
+        weights: probabilities ``[B, H, G, S]``; with sinks that the model learned they add up to less than one.
         output: ``[B, H, G, D]`` float32.
+        sunk: probability that learned sinks hold, ``[B, H]``: mean over the query group. No method can lose it.
     """
 
-    def __init__(self, weights: Tensor, output: Tensor) -> None:
-        self.weights, self.output = weights, output.float()
+    def __init__(self, weights: Tensor, output: Tensor, sunk: Tensor | float = 0.0) -> None:
+        self.weights, self.output, self.sunk = weights, output.float(), sunk
         self._best: dict[tuple[int, int, int], Tensor] = {}
 
     @cached_property
@@ -62,11 +64,11 @@ class Seen:
     visible: Tensor | None
 
     def mass(self, exact: Exact) -> Tensor:
-        """Share of the exact probability that they hold, ``[B, H]``: mean over the query group."""
+        """Share of the exact probability that they and learned sinks hold, ``[B, H]``: mean over the query group."""
         if self.visible is None:
-            return exact.received.gather(2, self.positions).sum(-1) / exact.weights.shape[2]
+            return exact.received.gather(2, self.positions).sum(-1) / exact.weights.shape[2] + exact.sunk
         at = self.positions[:, :, None].expand(self.visible.shape)
-        return (exact.weights.gather(3, at) * self.visible).sum(-1).mean(2)
+        return (exact.weights.gather(3, at) * self.visible).sum(-1).mean(2) + exact.sunk
 
     def hits(self, wanted: Tensor, length: int) -> Tensor:
         """Which of the positions ``wanted`` ``[B, H, k]`` some query head attends to, bool."""
@@ -119,12 +121,6 @@ class ProbeLayer(OurLayer):
         self.dense, self.groups, self.fidelities, self.splits, self.seen = dense, groups, fidelities, splits, seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.dense.append(key_states, value_states)
-        for group in self.groups:
-            if group.store is self.dense:
-                group.state.append(group.store)
-            else:
-                group.append(key_states, value_states)
         self.seen += 1
         return key_states, value_states
 
@@ -132,12 +128,24 @@ class ProbeLayer(OurLayer):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
         """Dense attention of one query per sequence, ``[B, 1, Hq, D]``."""
+        check_rows(k, 1)
+        self.dense.append(k, v)
+        for group in self.groups:
+            group.check(k, scaling)
+            if group.store is self.dense:
+                group.state.append(group.store)
+            else:
+                group.append(k, v)
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
-        full, _, weights = reference.attention(
+        full, lse, weights = reference.attention(
             grouped, self.dense.keys(), self.dense.values(), scaling, need_weights=True
         )
-        exact = Exact(cast(Tensor, weights), full)
+        known, sunk = self.groups[0].state.geometry.sinks, None
+        if known is not None:
+            full, weights = with_sinks(full, lse, weights, known)
+            sunk = (1 - left_by_sinks(lse, known)).mean(2)
+        exact = Exact(cast(Tensor, weights), full, 0.0 if sunk is None else sunk)
         for group, fidelity, split in zip(self.groups, self.fidelities, self.splits, strict=True):
             selection = group.state.select(grouped, group.store)
             check_selection(selection, group.store.length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 
@@ -13,16 +13,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from pqbench.attention import attached, rotary_frequencies
-from pqbench.batch import check_indices, check_logits, check_prompt, group_rows
+from pqbench.attention import attached
+from pqbench.attention import forward as forward
+from pqbench.batch import check_blocks, check_indices, check_logits, check_prompt, group_rows
 from pqbench.beside import Beside, Finished, IdleCores, Pending, SideStream, tensors_of
-from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, layer_types, sliding_layers
+from pqbench.cache import DecodeLayer, LayeredCache, PrefillLayer, chain, copy_sliding, sliding_layers
 from pqbench.clock import Clock, Spans, Streams, clock_of, streams_of
 from pqbench.errors import ConfigError
 from pqbench.graphs.check import check_batch_captured
 from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.backend import kernels
+from pqbench.lengths import check_switch, length_dependent
 from pqbench.method import Geometry, Method
+from pqbench.rehearsal import geometry_of, profile
+from pqbench.rotary import layer_frequencies
 from pqbench.setting import Setting as Setting
 from pqbench.store.base import Store
 from pqbench.store.tiers import Need, Placement
@@ -65,6 +69,15 @@ class Prefilled:
     observe_seconds: list[float] = field(default_factory=list)
     _built: dict[tuple[int, int, int], Pending[Built]] = field(default_factory=dict)  # by method, layer and group
     _spent: set[int] = field(default_factory=set)  # methods whose own state went into a decode
+
+    def check_reach(self, tokens: int) -> None:
+        """Raises ConfigError when so many tokens more would cross a length at which rotary frequencies change."""
+        if length_dependent(self.model.config) is None:  # else the host would wait for a GPU
+            return
+        longest = int(self.lengths.max())
+        columns = longest if self.mask is None else self.mask.shape[1]  # generate() counts padding
+        for first in (longest, columns):
+            check_switch(self.model.config, first, first + tokens)
 
     def start(self, layer: int) -> None:
         """A layer's prompt is complete: build its indices beside what follows, if there is a place for that."""
@@ -205,13 +218,16 @@ def prefill(
         setting: how to run it.
 
     Raises:
+        ModelError: a model that no method can serve exactly, or that one of these methods cannot serve.
         ConfigError: an empty prompt, padding that is not on the left, a prompt longer than the model allows, a model
             that computes NaN, a tier that this machine does not have or that cannot hold the prompt, a method with a
             prefill of its own that is not alone, or a setting that the model, a method or the batch cannot follow.
     """
     setting = Setting() if setting is None else setting
     setting.check({type(method).__name__: method for method in methods}, model)
-    mask, columns = check_prompt(model, input_ids, attention_mask, check_own_prefill(methods)), input_ids.shape[1]
+    any_length = check_own_prefill(methods)
+    mask, columns = check_prompt(model, input_ids, attention_mask, any_length, setting.max_length), input_ids.shape[1]
+    check_blocks(model, mask, chunk or columns)
     groups = group_rows(mask)
     if setting.graphs:
         check_batch_captured(groups, not bool(mask.all()))
@@ -249,35 +265,31 @@ def _open(
     """Everything a prompt needs before its first token."""
     body, streams = kernels(model.device, setting.body), streams_of(model.device, setting.streams)
     body.use_threads(torch.get_num_threads())
-    types = layer_types(model.config.get_text_config())
-    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    known = profile(model)
     if setting.tier.offloads and len(devices(model)) > 1:
         raise ConfigError("store=host serves models on one device: use store=device, or a model that fits one GPU")
     placement = setting.tier.open(model.device, setting.body)
-    rotary = frequencies(model, methods, full[0]) if full else None
+    rotary = frequencies(model, methods)
     alone = setting.overlap and len(methods) == 1
     beside: Beside | None = None
     if alone:
         beside = IdleCores.of(body) if streams is None else SideStream(streams)
     prefilled = Prefilled(
-        model, methods, groups, {}, sliding_layers(model.config.get_text_config()),
+        model, methods, groups, {}, sliding_layers(model.config.get_text_config(decoder=True)),
         None if bool(mask.all()) else mask, mask.long().sum(-1), placement, streams, setting.named, beside,
         setting.graphs,
     )  # fmt: skip
-    for i in full:
+    for i in known.layers:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
         layer.own = any(method.own_prefill for method in methods)
         layer.observers = [
-            _observer(method, geometry(model, i, rows, columns, rotary, setting), rows, setting)
+            _observer(method, geometry(model, i, rows, columns, rotary.get(i), setting), rows, setting)
             for method in methods
             for rows in groups
         ]
         prefilled.layers[i] = layer
-    if full:
-        known = geometry(model, full[0], groups[0], columns, None, setting)
-        row = 2 * known.kv_heads * known.head_dim * model.dtype.itemsize * len(full)
-        need = Need(model.device, len(full), reserve * len(mask))
-        setting.tier.check((columns + reserve) * len(mask), row, need)
+    need = Need(model.device, len(known.layers), reserve * len(mask))
+    setting.tier.check((columns + reserve) * len(mask), known.row_numbers * model.dtype.itemsize, need)
     return prefilled
 
 
@@ -296,37 +308,20 @@ def devices(model: PreTrainedModel) -> set[torch.device]:
     return {torch.device(f"cuda:{place}" if str(place).isdigit() else place) for place in placed.values()}
 
 
-def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None."""
-    output = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, kv=cache, use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
-    logits: Tensor = output.logits[:, -1]
-    return logits
-
-
-def frequencies(model: PreTrainedModel, methods: Sequence[Method], layer: int) -> Tensor | None:
-    """Rotary frequencies of the full-attention layers, of which ``layer`` is one, if any of the methods renumbers."""
+def frequencies(model: PreTrainedModel, methods: Sequence[Method]) -> dict[int, Tensor]:
+    """Rotary frequencies of every full-attention layer if any of the methods renumbers positions, else of none."""
     wanted = any(method.needs_positions for method in methods)
-    return rotary_frequencies(model, layer, "full_attention") if wanted else None
+    return layer_frequencies(model, list(profile(model).layers)) if wanted else {}
 
 
 def geometry(
     model: PreTrainedModel, layer: int, rows: Rows, columns: int, rotary: Tensor | None, setting: Setting
 ) -> Geometry:  # fmt: skip
     """What a method's state of one layer and group needs to know; ``rotary`` are its :func:`frequencies`."""
-    config = model.config.get_text_config()
-    attention = model.get_decoder().layers[layer].self_attn
-    heads = config.num_attention_heads
-    full = [i for i, kind in enumerate(layer_types(config)) if kind == "full_attention"]
-    device = next(attention.parameters()).device
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Geometry(
-        layer=layer, batch=rows.count, kv_heads=kv_heads, group=heads // kv_heads, head_dim=width,
-        scaling=float(attention.scaling), prompt=columns - rows.padding,
-        inverse_frequencies=None if rotary is None else rotary.to(device), layers=len(full), rank=full.index(layer),
-        body=setting.body, device=device, calibration=setting.calibration,
+    full = list(profile(model).layers)
+    known = geometry_of(profile(model).layers[layer], layer, rows, columns - rows.padding, setting.body)
+    return replace(
+        known, inverse_frequencies=None if rotary is None else rotary.to(known.device), layers=len(full),
+        rank=full.index(layer), calibration=setting.calibration,
         correction=setting.correction if setting.select_ahead else None,
     )  # fmt: skip

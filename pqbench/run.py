@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
-from pqbench.cache import layer_types
 from pqbench.devices import check_kernels
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
 from pqbench.generation import Generation, decode
@@ -25,6 +24,7 @@ from pqbench.models import LoadedModel
 from pqbench.probe import probe
 from pqbench.prompt import Prefilled, Setting, frequencies, geometry, prefill
 from pqbench.records import VERSION, Record, RecordFile
+from pqbench.rehearsal import profile
 from pqbench.terminal import plain
 
 log = logging.getLogger(__name__)
@@ -283,11 +283,9 @@ def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting
     setting.check(methods, model)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
         log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))
-    types = layer_types(model.config.get_text_config())
-    first = [i for i, kind in enumerate(types) if kind == "full_attention"][:1]  # layers are alike
-    for (name, method), layer in product(methods.items(), first):
+    for (name, method), layer in product(methods.items(), profile(model).kinds):
         try:
-            rotary = frequencies(model, [method], layer)
+            rotary = frequencies(model, [method]).get(layer)
             method.layer(geometry(model, layer, Rows(slice(None), 0, 1), 1024, rotary, setting))
         except (ConfigError, ModelError) as error:
             raise type(error)(f"{name}: {error}") from error

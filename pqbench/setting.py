@@ -33,6 +33,7 @@ class Setting:
             whose query has turned since; for methods that can.
         correction: a query has turned when its cosine with the one before, averaged over the query heads of a KV head,
             is at most this; 1 corrects always.
+        max_length: longest context to run, where that is more than the model was made for; None for the model's own.
 
     Raises:
         ConfigError: ``correction`` is no cosine.
@@ -47,6 +48,7 @@ class Setting:
     graphs: bool = False
     select_ahead: bool = False
     correction: float = 0.9
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if not -1 <= self.correction <= 1:

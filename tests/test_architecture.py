@@ -14,7 +14,7 @@ METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
     "timing", "devices", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models",
-    "benchmarks", "environment", "batch", "terminal", "timings", "clock", "graphs",
+    "benchmarks", "environment", "batch", "terminal", "timings", "clock", "graphs", "rehearsal",
 }  # fmt: skip
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
@@ -88,18 +88,24 @@ def test_rooms_import_only_what_they_may(room: str, allowed: set[str]) -> None:
         ("errors", set()),
         ("budget", {"errors"}),
         ("method", {"budget", "errors", "kernels"}),
+        ("lengths", {"errors"}),
+        ("weights", set()),
         ("devices", {"errors"}),
-        ("models", {"errors", "devices"}),
+        ("models", {"errors", "devices", "lengths", "weights"}),
         ("attention", CORE | {"kernels", "cache"}),  # the cache as a type only, see below
         ("clock", set()),
         ("beside", {"clock", "kernels"}),
+        ("rehearsal", CORE | {"attention", "batch", "cache", "group", "store"}),
+        ("rotary", CORE | {"attention", "batch", "cache", "kernels", "lengths"}),
         ("group", CORE | {"kernels", "store", "clock"}),
         ("cache", CORE | {"kernels", "store", "attention", "group"}),
-        ("batch", CORE | {"group"}),
+        ("batch", CORE | {"group", "lengths"}),
         ("setting", CORE | {"store", "clock", "graphs"}),
         (
             "prompt",
-            CORE | {"setting", "attention", "cache", "batch", "group", "kernels", "store", "clock", "beside", "graphs"},
+            CORE
+            | {"setting", "attention", "cache", "batch", "group", "kernels", "store", "clock", "beside", "graphs"}
+            | {"lengths", "rehearsal", "rotary"},
         ),
         ("generation", CORE | {"attention", "cache", "batch", "group", "prompt", "clock", "graphs"}),
         ("custom_generate", CORE | {"generation", "prompt"}),

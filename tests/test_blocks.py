@@ -72,13 +72,13 @@ def test_blocks_without_a_mask_give_what_one_shot_gives(monkeypatch: pytest.Monk
     whole = prefill(model, ids, [Full()])
     monkeypatch.setattr(attention, "block_mask", lambda **_: None)
     masks: list[Any] = []
-    dense = attention.dense_prefill
+    dense = attention.dense_attention
 
-    def noted(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float) -> Any:
+    def noted(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, sinks: Any) -> Any:
         masks.append(mask)
-        return dense(module, q, k, v, mask, scaling)
+        return dense(module, q, k, v, mask, scaling, sinks)
 
-    monkeypatch.setattr("pqbench.cache.dense_prefill", noted)
+    monkeypatch.setattr("pqbench.cache.dense_attention", noted)
     blocks = prefill(model, ids, [Full()], chunk=16)
     assert masks == [None] * 4 * 2
     assert torch.allclose(blocks.logits, whole.logits, atol=1e-4)

@@ -14,8 +14,6 @@ from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -206,15 +204,6 @@ def test_soft_capping_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="soft-capping"):
         generate(model, prompt_of(8), Full(), max_new_tokens=2)
     assert model.config._attn_implementation != NAME
-
-
-def test_learned_sinks_are_refused_by_name() -> None:
-    config = GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1, sliding_window=16)
-    model = GptOssForCausalLM(config).eval()
-    before = model.config._attn_implementation
-    with pytest.raises(ModelError, match="sinks"):
-        generate(model, prompt_of(8), Full(), max_new_tokens=2)
-    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize(

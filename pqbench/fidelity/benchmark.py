@@ -128,7 +128,7 @@ class FidelityBenchmark(Measurement):
             raise ConfigError(
                 f"benchmark.steps is {self.steps}, but the model takes {loaded.max_length} tokens at most"
             )
-        row = row_bytes(loaded.model, job)
+        row = row_bytes(loaded.model)
         if not row:
             raise ConfigError(f"model {loaded.name} has no full-attention layer that a method could serve")
         for variant in variants:

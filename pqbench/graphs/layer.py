@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pqbench.cache import DecodeLayer, OurLayer
+from pqbench.cache import DecodeLayer, OurLayer, check_rows
 
 
 class CapturedLayer(OurLayer):
@@ -18,13 +18,15 @@ class CapturedLayer(OurLayer):
         self.seen = layer.seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.group.store.write(key_states, value_states)
         return key_states, value_states
 
     def attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """Attention of one query per sequence, ``[B, 1, Hq, D]``."""
+        """Write the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``."""
+        check_rows(k, 1)
+        self.group.check(k, scaling)
+        self.group.store.write(k, v)
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
         return self.group.attend_captured(grouped).reshape(batch, 1, heads, width)

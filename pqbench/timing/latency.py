@@ -18,11 +18,12 @@ from pqbench.cache import layer_types
 from pqbench.devices import available_bytes
 from pqbench.errors import ConfigError
 from pqbench.generation import Generation, decode
-from pqbench.group import PHASES, Rows
+from pqbench.group import PHASES
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
-from pqbench.prompt import Prefilled, geometry, prefill
+from pqbench.prompt import Prefilled, prefill
 from pqbench.records import Record
+from pqbench.rehearsal import profile
 from pqbench.run import check_alive, check_methods
 from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
@@ -146,7 +147,7 @@ class Latency(Measurement):
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
-        longest, row = max(cell.prompt for cell in cells), row_bytes(model, job)
+        longest, row = max(cell.prompt for cell in cells), row_bytes(model)
         job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
         check_memory(job, model, longest, self.new_tokens, row)
 
@@ -331,11 +332,6 @@ def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens
                           f"use {remedy}")  # fmt: skip
 
 
-def row_bytes(model: PreTrainedModel, job: TimingJob) -> int:
+def row_bytes(model: PreTrainedModel) -> int:
     """Bytes of the keys and values of one token in all full-attention layers."""
-    types = layer_types(model.config.get_text_config())
-    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-    if not full:
-        return 0
-    known = geometry(model, full[0], Rows(slice(None), 0, 1), 1, None, job.setting)
-    return 2 * known.kv_heads * known.head_dim * model.dtype.itemsize * len(full)
+    return profile(model).row_numbers * model.dtype.itemsize

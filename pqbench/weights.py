@@ -1,0 +1,44 @@
+"""What tells the weights of a model from others under the same path."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+_DIGITS = 16
+_HEADER = struct.Struct("<Q")  # a safetensors file begins with the length of its header
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hexadecimal digits that change with a model folder: of the configuration, tokenizer and template files their
+    content; of the safetensors files the header, the size and the time of the last change, since they are too large to
+    read. A copy that keeps its times keeps its fingerprint."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            stat = path.stat()
+            with path.open("rb") as file:
+                length = file.read(_HEADER.size)
+                header = file.read(min(_HEADER.unpack(length)[0], stat.st_size)) if len(length) == _HEADER.size else b""
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} ".encode() + header)
+        elif path.suffix in (".json", ".jinja", ".model", ".txt"):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def hub_fingerprint(name: str, reachable: bool) -> str | None:
+    """The commit of a model on the hub that loading takes: the newest one there or, without a network, the one in the
+    cache. None where neither is known."""
+    if reachable:
+        try:
+            commit = HfApi().model_info(name, timeout=10).sha
+        except (HfHubHTTPError, HFValidationError, OSError):
+            commit = None
+        if commit:
+            return commit[:_DIGITS]
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent.name[:_DIGITS] if isinstance(cached, str) else None
