@@ -70,10 +70,12 @@ DEVICE ?= cuda
 SIZE ?= full
 LIMIT ?= 525
 STEPS ?=
+GPU_RESULTS ?=
 WHEELS ?= wheels
 BARE_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 gpu-check:
-	@$(BARE_PYTHON) -m gpucheck --device=$(DEVICE) --size=$(SIZE) --limit=$(LIMIT) --steps=$(STEPS) --wheels=$(WHEELS)
+	@$(BARE_PYTHON) -m gpucheck --device=$(DEVICE) --size=$(SIZE) --limit=$(LIMIT) --steps=$(STEPS) --wheels=$(WHEELS) \
+		--results=$(GPU_RESULTS)
 
 # What a bare image lacks, as a folder to bring along to a machine without a network.
 gpu-wheels:

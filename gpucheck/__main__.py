@@ -69,7 +69,7 @@ def check(options: Options, began: float) -> int:
         summary = summarise(options.folder)
         (options.folder / "summary.md").write_text(summary.text, encoding="utf-8")
         write_json(options.folder / "summary.json", summary.content)
-    say(f"\n{summary.text}\n{time.monotonic() - began:.0f} s; summary in {options.results}/summary.md")
+    say(f"\n{summary.text}\n{time.monotonic() - began:.0f} s; summary in {options.folder}/summary.md")
     return 1 if summary.wrong else 0
 
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from gpucheck.options import ROOT, Options
+from gpucheck.options import Options
 from gpucheck.process import Ended, run
 from gpucheck.result import Result
 from pqbench.records import Record, read_all
@@ -61,12 +59,6 @@ def derived(record: Record) -> dict[str, Any]:
     return {
         f"{name}_ms": record[f"{name}_s"] * 1e3 for name in ("tpot", "total") if record.get(f"{name}_s") is not None
     }
-
-
-def offered(file: str, option: str) -> bool:
-    """Whether a yaml of ``conf`` has an option."""
-    content = yaml.safe_load((ROOT / "conf" / file).read_text(encoding="utf-8"))
-    return option in content
 
 
 def listed(values: Iterable[object]) -> str:

@@ -31,6 +31,7 @@ HBM = {"H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.04e12, "H200": 4.8e12, "A100-SX
 GATHERED = (4_096, 32_768, 102_400)  # rows of 512 bytes
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+AHEAD = 800_000  # clock cycles, half a millisecond, in which the host launches all that is timed
 SHORT = 10e-6  # seconds; what moves its bytes in less is limited by launching it
 NEAR = 0.02  # how far full attention by a back-end may be from the definition, of its largest value
 
@@ -52,7 +53,8 @@ class Timed:
 
 
 class Stopwatch:
-    """Times work on a device. Caches are overwritten before every run, as other layers do in a model."""
+    """Times work on a device. Caches are overwritten before every run, as other layers do in a model. The GPU pauses
+    until the launches are there, so that their time is its own and not the host's."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self._repeats = device, repeats
@@ -66,6 +68,7 @@ class Stopwatch:
         for _ in range(3 + self._repeats):
             if sweep:
                 self._sweep.add_(1.0)
+            torch.cuda._sleep(AHEAD)
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()
@@ -215,7 +218,9 @@ def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: flo
     """What a decode step asks of a host store without a cache: find the selected rows and bring them over."""
     split = Split(sink=32, window=32, top_k=count)
     placement = HostTier().open(case.device)
-    store = placement.prompt(GrowingBuffer(case.keys), GrowingBuffer(case.values)).store(lambda _: split)
+    prompt = placement.prompt(GrowingBuffer(case.keys), GrowingBuffer(case.values))
+    store = prompt.store(lambda _: split)
+    prompt.let_go()
     store.settle()
     store.open()
     first, stop = split.middle(case.shape.tokens)

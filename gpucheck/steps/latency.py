@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 
 from gpucheck.options import Options
-from gpucheck.product import listed, measure, offered, report
+from gpucheck.product import listed, measure, report
 from gpucheck.result import Result
 from gpucheck.targets import MILLION
 
@@ -41,9 +41,9 @@ class Case:
         return " ".join(parts + ([f"cache {self.cache_tokens}"] if self.cache_tokens else []))
 
     @property
-    def needs(self) -> set[str]:
-        """Options of the run that must exist."""
-        return {name for name in ("graphs", "select_ahead") if getattr(self, name)}
+    def switches(self) -> list[str]:
+        """The options of the run that are on."""
+        return [f"{name}=true" for name in ("graphs", "select_ahead") if getattr(self, name)]
 
 
 CASES = (
@@ -64,9 +64,7 @@ def run(result: Result, options: Options) -> None:
     """The cases in the order of what they settle, each as soon as there is time for it; a million tokens last."""
     contexts = (256, 512) if options.tiny else (16_384, 131_072)
     for case in TINY if options.tiny else CASES:
-        if not all(offered("config.yaml", option) for option in case.needs):
-            result.row(case.label, skipped=f"there is no option {', '.join(sorted(case.needs))}")
-        elif result.left < LEAST:
+        if result.left < LEAST:
             result.row(case.label, skipped="no time left")
         else:
             _case(result, options, case, contexts)
@@ -81,7 +79,7 @@ def _case(result: Result, options: Options, case: Case, contexts: tuple[int, ...
         "benchmark=latency", f"method={case.method}", f"store={case.store}", f"benchmark.contexts={listed(contexts)}",
         f"benchmark.new_tokens={12 if options.tiny else 80}", "benchmark.repeats=1",
         f"budget.tokens={tokens}", f"budget.ratio={ratio}",
-        *model(options), *(f"{name}=true" for name in sorted(case.needs)), *small(options, case.method),
+        *model(options), *case.switches, *small(options, case.method),
         *([f"store.cache_tokens={case.cache_tokens}"] if case.cache_tokens else []), *more,
     ], min(result.left - 3, max(result.left / 2, MOST)))  # fmt: skip
     report(result, measured, case.label, len(contexts), FIGURES, store=case.store, wanted_budget=case.budget,
@@ -107,7 +105,7 @@ def small(options: Options, method: str) -> list[str]:
 def _million(result: Result, options: Options) -> None:
     """A million tokens from the host, if host memory and time are there: prefill alone takes minutes."""
     needed, free = MILLION * ROW, psutil.virtual_memory().available
-    case = Case("pqcache", "host", graphs=offered("config.yaml", "graphs"))
+    case = Case("pqcache", "host", graphs=True)
     if needed > free:
         result.row("pqcache host, a million tokens", skipped=f"its KV needs {needed / 1e9:.0f} GB of host memory and "
                    f"{free / 1e9:.0f} GB are free; step 5 has one layer of it")  # fmt: skip

@@ -115,7 +115,10 @@ class Case:
     def store(self, placement: Placement) -> Store:
         """A store of the prompt, in memory of its own."""
         keys, values = (GrowingBuffer(x[:, :, : self.length].clone()) for x in (self._keys, self._values))
-        return placement.prompt(keys, values).store(self.split)
+        prompt = placement.prompt(keys, values, STEPS)
+        store = prompt.store(self.split)
+        prompt.let_go()
+        return store
 
     def token(self, step: int) -> tuple[Tensor, Tensor]:
         """Key and value ``[1, H, 1, D]`` of a decoded token."""

@@ -7,7 +7,6 @@ bodies round differently, so their logits are compared, over the same tokens.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -103,17 +102,15 @@ def settings(everything: bool) -> dict[str, Setting]:
 
 def captured(name: str) -> dict[str, Setting]:
     """Ways with CUDA graphs, and with a selection made ahead that is always corrected, for the methods that can."""
-    if "graphs" not in {field.name for field in fields(Setting)} or name not in CAPTURED:
+    if name not in CAPTURED:
         return {}
-    graphs: dict[str, Any] = {"graphs": True}
-    found = {"device, graphs": Setting(**graphs)}
+    found = {"device, graphs": Setting(graphs=True)}
     if name == "pqcache":
-        ahead: dict[str, Any] = {"select_ahead": True, "correction": 1.0}
         found |= {
-            "host, graphs": Setting(HostTier(), **graphs),
-            "host, cache, graphs": Setting(HostTier(**CACHE), **graphs),
-            "host, selected ahead": Setting(HostTier(), **ahead),
-            "host, graphs, selected ahead": Setting(HostTier(), **graphs, **ahead),
+            "host, graphs": Setting(HostTier(), graphs=True),
+            "host, cache, graphs": Setting(HostTier(**CACHE), graphs=True),
+            "host, selected ahead": Setting(HostTier(), select_ahead=True, correction=1.0),
+            "host, graphs, selected ahead": Setting(HostTier(), graphs=True, select_ahead=True, correction=1.0),
         }
     return found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from pqbench.method import (
     Selection,
 )
 
-_AHEAD = 16  # tokens encoded at once
+AHEAD = 16  # tokens encoded at once
 
 
 @dataclass(frozen=True)
@@ -120,25 +119,9 @@ def adaptive_iterations(idle: float, fit: tuple[float, float], points: int) -> i
     return max(3, min(300, int((idle - a) / max(b * points, 1e-12))))
 
 
-class Ahead:
-    """What the index says of the next tokens to leave the window: tokens leave one by one, in order, and to encode one
-    takes as long as to encode sixteen."""
-
-    def __init__(self) -> None:
-        self._first = 0
-        self._rows: Tensor | None = None
-
-    def take(self, start: int, stop: int, length: int, encode: Callable[[int, int], Tensor]) -> Tensor:
-        """``encode(start, stop)`` ``[B, H, n, ...]``, by calls for up to :data:`_AHEAD` of ``length`` tokens."""
-        rows = self._rows
-        if rows is None or start < self._first or stop > self._first + rows.shape[2]:
-            rows = self._rows = encode(start, min(length, max(stop, start + _AHEAD)))
-            self._first = start
-        return rows[:, :, start - self._first : stop - self._first]
-
-
 class PQCacheState(LayerState):
-    """Codebook ``[B, H, m, 2**b, D/m]`` and codes uint8 ``[B, H, middle, m]``; None until there are keys enough."""
+    """Codebook ``[B, H, m, 2**b, D/m]`` and codes uint8 ``[B, H, n, m]``, of the middle and of a few
+    tokens behind it; None until there are keys enough."""
 
     def __init__(self, method: PQCache, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -146,7 +129,7 @@ class PQCacheState(LayerState):
         self.codebook: Tensor | None = None
         self.codes: GrowingBuffer | HostCodes | None = None
         self.arriving: Arrival | None = None
-        self.ahead = Ahead()
+        self.middle = 0  # tokens whose codes count; some that are still in the window have theirs already
         self.iterations = 0
         self.finite: Tensor | None = None  # bool [], whether the keys of the codebook were; the device may not know yet
         self.previous = None if geometry.correction is None else PreviousQuery(geometry.correction)
@@ -259,11 +242,17 @@ class PQCacheState(LayerState):
             if stop - first > self.method.clusters:
                 self._train(kv, first, stop)
         elif stop - first > len(self.codes):
-            start = first + len(self.codes)
-            self._admit(kv, start, stop, self.ahead.take(start, stop, kv.length, partial(self._encode, kv)))
+            self._join(kv, first + len(self.codes), stop)
+        self.middle = stop - first
+
+    def _join(self, kv: KV, start: int, stop: int) -> None:
+        """Rows ``start`` to ``stop`` have left the window and get their codes. So do the next ones to leave it, since
+        to encode one token and to encode sixteen takes as long."""
+        self._known.append(self._encode(kv, start, min(kv.length, max(stop, start + AHEAD))))
 
     def _codes(self, kv: KV) -> Tensor:
-        """All codes ``[B, H, middle, m]`` on the device: what was asked for a layer ago, and what has joined since."""
+        """Codes ``[B, H, n, m]`` on the device, those of the middle first: what was asked for a layer ago, and what has
+        joined since."""
         if self.numbers is not None:
             return self._on_device.whole  # of which a number counts
         if self.method.codes_on == "device":
@@ -299,14 +288,10 @@ class PQCacheState(LayerState):
             raise RuntimeError("no codebook before finish_prefill()")
         return self.geometry.kernels.encode(kv.keys(start, stop), self.codebook)
 
-    def _admit(self, kv: KV, start: int, stop: int, encoded: Tensor) -> None:
-        """Rows ``start`` to ``stop`` have left the window, with what :meth:`_encode` says of them."""
-        self._known.append(encoded)
-
     def _train(self, kv: KV, start: int, stop: int) -> None:
         """Make the codebook from rows ``start`` to ``stop``, and their codes."""
+        self.middle = stop - start
         codebook, codes = self._clustered(kv.stored_keys(start, stop))
-        self.ahead = Ahead()
         self.codebook = codebook.to(kv.device)
         self.codes, self.arriving = GrowingBuffer(codes.to(kv.device)), None  # others may be on their way
 
@@ -348,8 +333,8 @@ class PQCacheState(LayerState):
 
     @property
     def index_bytes(self) -> int:
-        return 0 if self.codes is None else self.codes.bytes
+        return 0 if self.codes is None else self.codes.bytes // len(self.codes) * self.middle
 
     @property
     def resident_bytes(self) -> int:
-        return self.index_bytes + (0 if self.codebook is None else self.codebook.nbytes)
+        return (0 if self.codes is None else self.codes.bytes) + (0 if self.codebook is None else self.codebook.nbytes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from methods.pqcache.cells import InvertedLists, cell_numbers, searches_cells
 from methods.pqcache.codebook import KeyMap, key_map
-from methods.pqcache.method import PQCacheState
+from methods.pqcache.method import AHEAD, PQCacheState
 from methods.pqcache.queries import SeenQueries
 from methods.pqcache.spread import Spread
 from methods.pqcache.tail import (
@@ -34,6 +36,23 @@ _CALIBRATION = 64  # queries
 _TILE = 1 << 24  # elements of the largest temporary of calibration
 
 
+class Ahead:
+    """What the index says of the next tokens to leave the window: tokens leave one by one, in order, and to encode one
+    takes as long as to encode sixteen."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._rows: Tensor | None = None
+
+    def take(self, start: int, stop: int, length: int, encode: Callable[[int, int], Tensor]) -> Tensor:
+        """``encode(start, stop)`` ``[B, H, n, ...]``, by calls for up to :data:`AHEAD` of ``length`` tokens."""
+        rows = self._rows
+        if rows is None or start < self._first or stop > self._first + rows.shape[2]:
+            rows = self._rows = encode(start, min(length, max(stop, start + AHEAD)))
+            self._first = start
+        return rows[:, :, start - self._first : stop - self._first]
+
+
 class PQCachePlusState(PQCacheState):
     """Beside the keys' codebook: value codes (stored behind the key codes of a token), the spread, what was learnt from
     queries, the lists of the cells, and the factor of the tail."""
@@ -42,6 +61,7 @@ class PQCachePlusState(PQCacheState):
 
     def __init__(self, method: PQCachePlus, geometry: Geometry) -> None:
         super().__init__(method, geometry)
+        self.ahead = Ahead()
         self.map = KeyMap()
         self.value_codebook: Tensor | None = None  # [B, H, m_v, 2**b_v, D/m_v]
         self.value_sum: Tensor | None = None  # [B, H, 1, D] over the middle
@@ -172,6 +192,7 @@ class PQCachePlusState(PQCacheState):
 
     def _train(self, kv: KV, start: int, stop: int) -> None:
         super()._train(kv, start, stop)
+        self.ahead = Ahead()
         method, codes = self.method, self._known.view()
         if method.tail == "pq":
             sample = None if method.sample is None else method.sample * 2**method.b_v
@@ -217,11 +238,14 @@ class PQCachePlusState(PQCacheState):
             parts.append(self.spread.of(keys, book, parts[0])[..., None])
         return torch.cat(parts, dim=3)
 
-    def _admit(self, kv: KV, start: int, stop: int, encoded: Tensor) -> None:
+    def _join(self, kv: KV, start: int, stop: int) -> None:
+        """Rows ``start`` to ``stop`` have left the window. Lists and sums hold the middle alone, so tokens join one by
+        one, but they are encoded together."""
+        encoded = self.ahead.take(start, stop, kv.length, partial(self._encode, kv))
         if self.spread is not None:
             self.spread.numbers.append(encoded[..., -1])
             encoded = encoded[..., :-1]
-        super()._admit(kv, start, stop, encoded)
+        self._known.append(encoded)
         if self.lists is not None:
             self.lists.append(cell_numbers(self._key_codes(encoded), self.method.b), self.geometry.kernels)
         if self.value_sum is not None:

@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install pqben
 
 from pqbench.generation import decode
 from pqbench.prompt import Setting, prefill
+from tests.fake_cuda.budgets import COSTS
 from tests.fake_cuda.device import CUDA, Device, fake_device
-from tests.fake_cuda.drive import METHODS, TIERS, method_of
+from tests.fake_cuda.drive import METHODS, STEPS, TIERS, method_of
 from tests.fake_cuda.tally import COPY, SYNC, Counts
 
 SHAPE: dict[str, Any] = {
@@ -24,7 +25,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "bos_token_id": None,
     "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
-PROMPT, NEW = 2048, 6
+LAYERS, PROMPT, NEW = 2, 2048, 6
 LOOP = ("pqbench/generation.py",)  # asks in every step whether the answer has ended, because the tests watch each step
 
 
@@ -38,7 +39,7 @@ class Run:
 
     @property
     def later_waits(self) -> int:
-        """Waits of the steps after the first two, in which an index is waited for and buffers are made."""
+        """Waits of the last steps: in the first ones an index is waited for and buffers are made."""
         return self.waits[-1] - self.waits[2]
 
 
@@ -56,7 +57,7 @@ def model(layers: int) -> PreTrainedModel:
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
-def run(device: Device, name: str, tier: str, overlap: bool, layers: int = 2) -> Run:
+def run(device: Device, name: str, tier: str, overlap: bool, layers: int = LAYERS, **fields: Any) -> Run:
     """Prefill, and decode a few tokens."""
     setting = Setting(TIERS[tier], overlap)
     ids, waits = torch.zeros(1, PROMPT, dtype=torch.long, device=CUDA), []
@@ -66,7 +67,7 @@ def run(device: Device, name: str, tier: str, overlap: bool, layers: int = 2) ->
         return torch.zeros(len(tokens), dtype=torch.bool, device=CUDA)
 
     with device.tally.part() as first:
-        prefilled = prefill(model(layers), ids, [method_of(name)], None, None, NEW, setting)
+        prefilled = prefill(model(layers), ids, [method_of(name, **fields)], None, None, NEW, setting)
     with device.tally.part() as later:
         generation = decode(prefilled, 0, NEW, NEW, watched, spend=True)
     generation.settle()
@@ -81,6 +82,16 @@ def run(device: Device, name: str, tier: str, overlap: bool, layers: int = 2) ->
 @pytest.mark.parametrize("name", METHODS)
 def test_no_step_waits(name: str, tier: str, overlap: bool, device: Device) -> None:
     done = run(device, name, tier, overlap)
+    assert not device.tally.faults
+    each = COSTS[name][list(TIERS).index(tier)].waits // STEPS  # of a layer and step
+    assert done.later_waits <= each * LAYERS * (NEW - 3), done.decode.listed(SYNC, COPY)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", ["pqcache", "pqcache_plus"])
+def test_no_step_waits_for_codes_on_the_host(name: str, tier: str, overlap: bool, device: Device) -> None:
+    done = run(device, name, tier, overlap, codes_on="host")
     assert not device.tally.faults
     assert done.later_waits == 0, done.decode.listed(SYNC, COPY)
 
