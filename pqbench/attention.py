@@ -119,7 +119,7 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tens
     token = _RUNNING.set(cache)
     try:
         output = model(
-            input_ids=ids, attention_mask=None if mask is None else mask.long(), past_key_values=cache, use_cache=True,
+            ids, attention_mask=None if mask is None else mask.long(), past_key_values=cache, use_cache=True,
             **{name: value for name, value in options.items() if name in known},
         )  # fmt: skip
     finally:

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -111,15 +111,21 @@ def page(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([head, *rows]) + "\n"
 
 
-def tried(kinds: Sequence[str], jobs: int = 1, seconds: float = _SECONDS) -> Iterator[Outcome]:
-    """The outcome of each type, in the order in which they end, each from a process of its own."""
-    context = multiprocessing.get_context("fork")  # what was imported is there at once
+def tried(
+    kinds: Sequence[str], jobs: int = 1, seconds: float = _SECONDS, find: Callable[[str], Outcome] | None = None
+) -> Iterator[Outcome]:  # fmt: skip
+    """The outcome of each type, in the order in which they end, each from a process of its own. ``find`` gives an
+    outcome, :func:`outcome` by default."""
+    context = multiprocessing.get_context("forkserver")  # a process that has imported all and computed nothing
+    context.set_forkserver_preload([__spec__.name])
     waiting, running = list(reversed(kinds)), list[tuple[str, float, Connection, BaseProcess]]()
     while waiting or running:
         while waiting and len(running) < jobs:
             kind = waiting.pop()
             ours, theirs = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(target=_report, args=(kind, theirs))
+            process: BaseProcess = context.Process(
+                target=_report, args=(kind, theirs, outcome if find is None else find)
+            )
             process.start()
             theirs.close()
             running.append((kind, time.monotonic() + seconds, ours, process))
@@ -151,14 +157,14 @@ def _received(
         process.join()
 
 
-def _report(kind: str, pipe: Connection) -> None:
+def _report(kind: str, pipe: Connection, find: Callable[[str], Outcome]) -> None:
     """What runs in a process of its own."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)  # some models write to the terminal
     os.dup2(silent, 2)
-    pipe.send(outcome(kind))
+    pipe.send(find(kind))
 
 
 def outcome(kind: str) -> Outcome:

@@ -16,13 +16,13 @@ from methods.full import Full
 from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.pqcache import PQCache
-from pqbench import generate
+from pqbench import generate, load_model
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.benchmarks.recall import string_recall
 from pqbench.errors import BudgetError
 from pqbench.kernels import cpu
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
-from pqbench.models import LoadedModel, Random
+from pqbench.models import LoadedModel
 from pqbench.records import RecordFile
 from pqbench.run import Job, Summary, run
 
@@ -83,7 +83,7 @@ class Twice(Lazy):
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    return Random(name="tiny").load()
+    return load_model("tiny")  # as a run gets it: rehearsed
 
 
 def job(loaded: LoadedModel, folder: Path, methods: Mapping[str, Method], **options: Any) -> Job:
