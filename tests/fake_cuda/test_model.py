@@ -55,7 +55,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         return rehearsal._by_layers(*given, ids, mask, ids[:, 0], rehearsal._COLUMNS)[1]
 
     monkeypatch.setattr(rehearsal, "_compared", shapes_alone)
-    monkeypatch.setattr(rotary, "_found", lambda keys, positions, frequencies, accuracy: frequencies[0].to(keys.device))
+    monkeypatch.setattr(rotary, "_found", lambda keys, _, frequencies, *__: frequencies[0].to(keys.device))
     with fake_device(monkeypatch) as made:
         yield made
 
