@@ -27,8 +27,8 @@ END = 3  # seconds that are kept for the end
 
 def run(result: Result, options: Options) -> None:
     """Start all processes, gather their rows as they come, and say which checks never came to an end."""
-    # The tests beside them are the sixth process. In the interpreter two processes do half of the comparisons.
-    shares = ["0/4", "2/4"] if options.tiny else [f"{i}/{PROCESSES - 1}" for i in range(PROCESSES - 1)]
+    # The tests beside them are the sixth process. In the interpreter two processes do a third of the comparisons.
+    shares = ["0/6", "3/6"] if options.tiny else [f"{i}/{PROCESSES - 1}" for i in range(PROCESSES - 1)]
     folder = options.folder / "logs"
     workers = [Worker(options.device, share, folder / f"kernels-{i}") for i, share in enumerate(shares)]
     tests = [Running([sys.executable, *TESTS], folder / "kernels-tests.log")] if options.on_gpu else []
