@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table to stdout. Returns 1 when some type is at fault."""
     parser = argparse.ArgumentParser(prog="python -m pqbench.support", description=__doc__.partition("\n")[0])
     parser.add_argument("types", nargs="*", help="model types; a few common ones without")
-    parser.add_argument("--all", action="store_true", help="every causal model type, about half an hour on one core")
+    parser.add_argument("--all", action="store_true", help="every causal model type, some minutes on two cores")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     options = parser.parse_args(arguments)
     log_to_terminal()
