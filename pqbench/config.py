@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pqbench.errors import ConfigError, PqbenchError
+from pqbench.generation import changes_of_greedy
 from pqbench.models import LoadedModel, ModelSource
 from pqbench.rehearsal import profile
 
@@ -63,7 +64,7 @@ def own_budgets(config: DictConfig) -> None:
                 own["ratio" if "tokens" in own else "tokens"] = None
             node.budget = OmegaConf.merge(config.budget, own)
     if fields:
-        raise ConfigError(f"budgets.{next(iter(fields))}: no method of that name runs here")
+        raise ConfigError(f"methods.{next(iter(fields))}.budget: no method of that name runs here")
 
 
 def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
@@ -95,6 +96,14 @@ def rehearsed(source: ModelSource) -> LoadedModel:
     """
     found = source.load()
     profile(found.model)
+    changed = changes_of_greedy(found.model)
+    if changed:
+        log.warning(
+            "%s: its generation settings change what greedy decoding chooses (%s); pqbench decodes without them, so "
+            "that answers differ from those of transformers' generate",
+            found.name,
+            ", ".join(changed),
+        )
     return found
 
 

@@ -267,6 +267,20 @@ def generate(
     return generation.tokens
 
 
+def changes_of_greedy(model: PreTrainedModel) -> list[str]:
+    """The settings of a model's generation configuration that change what greedy decoding chooses in transformers; this
+    loop knows none of them but end tokens."""
+    config = model.generation_config
+    neutral = {
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "begin_suppress_tokens": None,
+        "bad_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None,
+        "exponential_decay_length_penalty": None, "encoder_repetition_penalty": 1.0, "min_length": 0,
+        "min_new_tokens": None,
+    }  # fmt: skip
+    found = {name: getattr(config, name, None) for name in neutral}
+    return [f"{name}={value}" for name, value in found.items() if value is not None and value != neutral[name]]
+
+
 def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:
     """Greedy token ``[B]``; ``forbidden`` tokens are out of the question."""
     if forbidden is not None and len(forbidden):

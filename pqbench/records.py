@@ -241,9 +241,8 @@ def read_all(root: Path, all_code: bool = False) -> list[Record]:
         else:
             hidden += len(newest)
     if hidden:
-        log.warning(
-            "%s: left out %d record(s) of older code, measured again since: --all-code shows them", root, hidden
-        )
+        how = "`python -m pqbench.tables --all-code` shows them"
+        log.warning("%s: left out %d record(s) of older code, measured again since: %s", root, hidden, how)
     if foreign:
         log.warning("%s: left out %s", root, _other_version(foreign))
     return records

@@ -30,6 +30,9 @@ _COLUMNS, _SHORT, _CHUNK = 6, 4, 4  # tokens of the sequences, of the shorter on
 # may then choose another expert; a fault of the kinds looked for changes logits as a whole.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.2
+# In half precision rounding can send a token to another expert of a mixture, which changes everything behind it. It
+# does so for few prompts; what is wrong is wrong for all.
+_HALF_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,18 @@ def rehearse(model: PreTrainedModel) -> Profile:
     if "full_attention" not in types:
         raise ModelError(f"all its {len(types)} layers have sliding windows, so that no method has a layer to serve; "
                          "with sliding_window null in the model's config.json they attend to everything")  # fmt: skip
-    ids, mask = _batch(model, config)
-    shapes = _compared(model, config, types, ids[:1], mask[:1], _COLUMNS)
-    _compared(model, config, types, ids, mask, _CHUNK)
-    return Profile(shapes)
+    attempts = 1 if model.dtype in _TOLERANCE else _HALF_ATTEMPTS
+    for attempt in range(attempts):
+        ids, mask = _batch(model, config, attempt)
+        try:
+            shapes = _compared(model, config, types, ids[:1], mask[:1], _COLUMNS)
+            _compared(model, config, types, ids, mask, _CHUNK)
+        except ModelError:
+            if attempt == attempts - 1:
+                raise
+        else:
+            return Profile(shapes)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _compared(
@@ -128,13 +139,13 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ModelError("its attention uses logit soft-capping (attn_logit_softcapping)")
 
 
-def _batch(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
+def _batch(model: PreTrainedModel, config: PreTrainedConfig, seed: int) -> tuple[Tensor, Tensor]:
     """Two sequences of ordinary tokens, the second padded on the left: ids and mask ``[2, columns]``."""
     every = {**model.config.to_dict(), **config.to_dict()}
     special = {value for name, value in every.items() if name.endswith(("_token_id", "_token_index"))
                if isinstance(value, int)}  # fmt: skip
     ordinary = torch.tensor([token for token in range(min(config.vocab_size, 1000)) if token not in special])
-    order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))
     ids = ordinary[order[torch.arange(2 * _COLUMNS) % len(order)]].view(2, _COLUMNS)
     mask = torch.ones_like(ids)
     mask[1, : _COLUMNS - _SHORT] = 0

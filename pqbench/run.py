@@ -184,10 +184,11 @@ def evaluate(job: Job, sample: Sample, names: Sequence[str], summary: Summary) -
 
 def add_fidelity(job: Job, sample: Sample, prefilled: Prefilled, records: list[Record], summary: Summary) -> None:
     """Measure fidelity over the reference answer and put it into the records of the methods that succeeded. Where a
-    method made keys and values by a prefill of its own there is no full attention to compare with."""
+    method made keys and values by a prefill of its own there is no full attention to compare with; and a probe knows
+    no step before, with whose query it could select ahead."""
     answer = job.prompter.encode(f" {sample.references[0]}")[: job.probe_tokens] if sample.references else []
     good = [i for i, record in enumerate(records) if record["status"] == "ok" and not prefilled.methods[i].own_prefill]
-    if not answer or not good:
+    if not answer or not good or job.setting.select_ahead:
         return
     began = time.perf_counter()
     try:

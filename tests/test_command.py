@@ -17,7 +17,7 @@ from hydra.errors import InstantiationException
 import pqbench.run
 from methods.sparq import SparQ
 from pqbench.__main__ import main
-from pqbench.config import check_yamls, explain
+from pqbench.config import check_yamls, explain, load_model
 from pqbench.errors import BudgetError, ConfigError, DataError
 from pqbench.records import Record, RecordFile, parse, read_all
 
@@ -92,7 +92,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["threads=1000000"], ["threads is 1000000", "cores: use"]),
     (["results="], ["results is empty"]),
     (["method=full", "methods.full.budget.ratio=0.2"], ["methods.full has no budget"]),
-    (["method=full", "methods.h2o.budget.ratio=0.2"], ["budgets.h2o: no method of that name runs here"]),
+    (["method=full", "methods.h2o.budget.ratio=0.2"], ["methods.h2o.budget: no method of that name runs here"]),
     (["method=pqcache", "budget.ratio=null", "budget.tokens=20"], ["budget.tokens is 20", "below sink + window"]),
     (["method=h2o", "budget.window=40", "budget.minimum=1"], ["h2o", "is below sink 32 + window 40"]),
     (["method=[full,h2o]", "budget.ratio=null", "budget.tokens=5000"], ["h2o", "5000, above the longest context"]),
@@ -241,6 +241,19 @@ def test_tokens_need_no_ratio_of_null_and_are_the_same_run_with_it(command: Comm
 
 def test_the_version_is_pqbenchs(command: Command) -> None:
     assert command("--version").out == f"pqbench {version('pqbench')}\n"
+
+
+def test_settings_that_change_greedy_decoding_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    loaded = load_model("tiny")
+    assert not any("greedy" in message for message in caplog.messages)
+    loaded.model.generation_config.repetition_penalty = 1.05
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    load_model("hf", path=str(tmp_path), name="mine")
+    (message,) = [message for message in caplog.messages if "greedy" in message]
+    assert "repetition_penalty=1.05" in message
 
 
 def test_only_a_deleted_sample_runs_again(command: Command, tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ class FidelityBenchmark(Measurement):
         """
         if job.loaded is None:
             raise ConfigError("benchmark=fidelity needs a model")
+        if job.setting.select_ahead:
+            raise ConfigError("benchmark=fidelity measures single steps, none ahead of another: use select_ahead=false")
         loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
         body.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
