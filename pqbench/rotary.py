@@ -64,6 +64,8 @@ def layer_frequencies(model: PreTrainedModel, layers: list[int]) -> dict[int, Te
     cache = LayeredCache([every[i] for i in range(len(every))])
     with attached(model):
         check_logits(forward(model, torch.full_like(positions, 5), cache, None, positions))
+    for layer in ours.values():
+        check_logits(layer.keys.flatten(1))  # keys that are no numbers are turned by nothing
     accuracy = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.03
     found = {i: _found(layer.keys[:, :, 0], positions[:, 0], frequencies, accuracy) for i, layer in ours.items()}
     if any(one is None for one in found.values()):
