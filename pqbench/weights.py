@@ -40,5 +40,8 @@ def hub_fingerprint(name: str, reachable: bool) -> str | None:
             commit = None
         if commit:
             return commit[:_DIGITS]
-    cached = try_to_load_from_cache(name, "config.json")
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no name at all: loading says so
+        return None
     return Path(cached).parent.name[:_DIGITS] if isinstance(cached, str) else None

@@ -109,7 +109,6 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["kernels=gpu"], ["kernels=gpu computes on a GPU, not on cpu", "kernels=auto"]),
     (["method=paper_longbench", "budget.ratio=3"], ["budget.ratio is 3"]),
     (["benchmark.lengths=[8192]"], ["8192", "the model takes 4096 tokens at most"]),
-    (["model.max_length=9999"], ["model.max_length is 9999", "4096"]),
     (["model.dtype=int8"], ["model.dtype is 'int8'", "float32, bfloat16, float16"]),
     (["model.device=nope"], ["model.device is 'nope'"]),
     (["model=hf", "model.path=/absent/model"], ["cannot load model '/absent/model'", "model.path="]),
