@@ -17,7 +17,8 @@ from types import ModuleType
 import plots
 from plots.data import with_settings
 from pqbench.errors import PqbenchError
-from pqbench.records import read_all, read_settings
+from pqbench.folders import read_settings
+from pqbench.records import read_all
 from pqbench.summaries import frame
 from pqbench.terminal import log_to_terminal
 

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from pqbench.environment import differences, environment
 from pqbench.errors import DataError
+from pqbench.folders import environments, older_code, run_folders, tell_of_older
 from pqbench.identity import class_names, harness_code
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ VERSION = 2  # of the record format; part of every key, so that formats never mi
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
 FINISHED = ("ok", "refused")  # statuses that are no failure; refused: this machine lacks what was to be measured
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ class RecordFile:
             with file.lock():
                 config = file.folder / "config.yaml"
                 if not config.exists():
-                    _tell_of_older(file.folder, settings)
+                    tell_of_older(file.folder, settings)
                     write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
                 file._note_environment()
                 file.path.open("ab").close()  # better refused now than after the first measurement
@@ -249,75 +249,6 @@ def read_all(root: Path, all_code: bool = False) -> list[Record]:
     return records
 
 
-def older_code(root: Path) -> set[Path]:
-    """Folders under ``root`` whose settings another folder has too, measured later with other code of the method or by
-    another version of pqbench.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
-    runs: dict[str, list[Path]] = {}
-    for folder in run_folders(root):
-        settings = _settings(folder)
-        if settings:
-            same = json.dumps([str(folder.parent), folder.name.rpartition("-")[0], _bare(settings)], sort_keys=True)
-            runs.setdefault(same, []).append(folder)
-    ordered = [sorted(folders, key=_begun) for folders in runs.values()]
-    return {folder for folders in ordered for folder in folders[:-1]}
-
-
-def _begun(folder: Path) -> float:
-    """When the run in a folder began: its configuration is written once."""
-    return (folder / "config.yaml").stat().st_mtime
-
-
-def _bare(settings: Mapping[str, Any]) -> Any:
-    """The settings without the method's code."""
-    return json.loads(json.dumps(class_names({n: v for n, v in settings.items() if n != "code"}), default=str))
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run; empty when they cannot be read."""
-    try:
-        found = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
-    except (OSError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Say that a new run repeats an old one, and why."""
-    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/records.jsonl")):
-        known = _settings(path.parent)
-        if path.parent != folder and known and _bare(known) == _bare(settings):
-            reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
-            log.warning("%s: measured %s; this run measures anew in %s", path.parent, reason, folder.name)
-
-
-def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Settings and first environment of every run under a results folder, by key; {} for what cannot be read.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
-    found = {}
-    for folder in run_folders(root):
-        first = next(iter(environments(folder / "environment.json")), {})
-        found[folder.name.rpartition("-")[2]] = _settings(folder), first
-    return found
-
-
-def run_folders(root: Path) -> list[Path]:
-    """The folders under ``root`` that hold records, in alphabetical order.
-
-    Raises:
-        DataError: ``root`` is no folder.
-    """
-    if not root.is_dir():
-        raise DataError(f"no results folder {root}: run `python -m pqbench` first, or name another folder")
-    return [path.parent for path in sorted(root.rglob("records.jsonl"))]
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content at once: a reader or a kill never meets half of it."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -382,16 +313,6 @@ def _other_version(found: list[Any]) -> str:
         f"{len(found)} record(s) of format version {versions}; this pqbench reads {known}: use the one that "
         "wrote them, or measure again (new records go to folders of their own)"
     )
-
-
-def environments(path: Path) -> list[dict[str, Any]]:
-    """The environments that an ``environment.json`` lists, oldest first; none when it is absent or damaged."""
-    try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return []
-    listed = known if isinstance(known, list) else [known]
-    return [one for one in listed if isinstance(one, dict)]
 
 
 def _umask() -> int:

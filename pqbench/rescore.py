@@ -14,6 +14,7 @@ import yaml
 
 from pqbench.benchmarks.base import Benchmark
 from pqbench.errors import DataError, PqbenchError
+from pqbench.folders import run_folders
 from pqbench.records import (
     READABLE,
     Record,
@@ -21,7 +22,6 @@ from pqbench.records import (
     encode,
     parse,
     plain_json,
-    run_folders,
     unwritable,
     write_atomically,
 )

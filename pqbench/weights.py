@@ -42,6 +42,6 @@ def hub_fingerprint(name: str, reachable: bool) -> str | None:
             return commit[:_DIGITS]
     try:
         cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no name at all: loading says so
+    except HFValidationError:  # no name of a model; loading says so
         return None
     return Path(cached).parent.name[:_DIGITS] if isinstance(cached, str) else None

@@ -68,7 +68,7 @@ def uses(path: Path, package: str) -> bool:
     ("room", "allowed"),
     [
         ("methods", {"method", "errors", "kernels"}),
-        ("plots", {"records", "tables", "summaries", "timings", "terminal", "errors", "costs", "cost_fit"}),
+        ("plots", {"folders", "records", "tables", "summaries", "timings", "terminal", "errors", "costs", "cost_fit"}),
         ("pqbench/kernels", {"kernels"}),
         ("pqbench/store", {"store", "kernels"} | CORE),
         ("pqbench/graphs", {"graphs", "group", "cache", "kernels", "store"} | CORE),

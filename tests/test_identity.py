@@ -14,8 +14,9 @@ import pytest
 from methods.h2o import H2O
 from methods.pqcache import PQCache
 from methods.vattention import VAttention
+from pqbench.folders import older_code
 from pqbench.identity import class_names, harness_code, method_code, source_code
-from pqbench.records import RecordFile, older_code, read_all, run_key
+from pqbench.records import RecordFile, read_all, run_key
 from pqbench.tables import main as tables
 
 CODE = '''"""A method."""

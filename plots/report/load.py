@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pqbench.records import FINISHED, READABLE, Record, environments, newest_of, older_code, read_lines, run_folders
+from pqbench.folders import environments, older_code, run_folders
+from pqbench.records import FINISHED, READABLE, Record, newest_of, read_lines
 from pqbench.summaries import frame
 from pqbench.timings import is_timing
 

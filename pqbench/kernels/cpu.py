@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -283,9 +284,9 @@ def noise(heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
     """Random numbers int32 ``[H, S]``; see :func:`pqbench.kernels.reference_noise.noise`."""
     if device.type != "cpu":
         return reference.noise(heads, tokens, seed, device)
-    numbers = torch.empty(heads, tokens, dtype=torch.int32)
-    fill_noise(numbers.numpy(), seed & 0xFFFFFFFF, seed >> 32)
-    return numbers
+    numbers = np.empty((heads, tokens), dtype=np.int32)
+    fill_noise(numbers, seed & 0xFFFFFFFF, seed >> 32)
+    return torch.from_numpy(numbers)
 
 
 def _row_bytes(x: Tensor) -> int:

@@ -9,7 +9,8 @@ import pytest
 
 from plots.__main__ import figures, main
 from plots.data import PUBLISHED, alike, machine, published, without
-from pqbench.records import RecordFile, read_settings
+from pqbench.folders import read_settings
+from pqbench.records import RecordFile
 from tests.plots.support import Results
 
 ROOT = Path(__file__).resolve().parents[2]

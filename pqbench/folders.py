@@ -1,0 +1,97 @@
+"""Run folders: where records, settings and environments lie, and which runs were measured again with other code."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pqbench.errors import DataError
+from pqbench.identity import class_names
+
+log = logging.getLogger(__name__)
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def run_folders(root: Path) -> list[Path]:
+    """The folders under ``root`` that hold records, in alphabetical order.
+
+    Raises:
+        DataError: ``root`` is no folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"no results folder {root}: run `python -m pqbench` first, or name another folder")
+    return [path.parent for path in sorted(root.rglob("records.jsonl"))]
+
+
+def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Settings and first environment of every run under a results folder, by key; {} for what cannot be read.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    found = {}
+    for folder in run_folders(root):
+        first = next(iter(environments(folder / "environment.json")), {})
+        found[folder.name.rpartition("-")[2]] = _settings(folder), first
+    return found
+
+
+def environments(path: Path) -> list[dict[str, Any]]:
+    """The environments that an ``environment.json`` lists, oldest first; none when it is absent or damaged."""
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    listed = known if isinstance(known, list) else [known]
+    return [one for one in listed if isinstance(one, dict)]
+
+
+def older_code(root: Path) -> set[Path]:
+    """Folders under ``root`` whose settings another folder has too, measured later with other code of the method or by
+    another version of pqbench.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
+    runs: dict[str, list[Path]] = {}
+    for folder in run_folders(root):
+        settings = _settings(folder)
+        if settings:
+            same = json.dumps([str(folder.parent), folder.name.rpartition("-")[0], _bare(settings)], sort_keys=True)
+            runs.setdefault(same, []).append(folder)
+    ordered = [sorted(folders, key=_begun) for folders in runs.values()]
+    return {folder for folders in ordered for folder in folders[:-1]}
+
+
+def tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Say that a new run repeats an old one, and why."""
+    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/records.jsonl")):
+        known = _settings(path.parent)
+        if path.parent != folder and known and _bare(known) == _bare(settings):
+            reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
+            log.warning("%s: measured %s; this run measures anew in %s", path.parent, reason, folder.name)
+
+
+def _begun(folder: Path) -> float:
+    """When the run in a folder began: its configuration is written once."""
+    return (folder / "config.yaml").stat().st_mtime
+
+
+def _bare(settings: Mapping[str, Any]) -> Any:
+    """The settings without the method's code."""
+    return json.loads(json.dumps(class_names({n: v for n, v in settings.items() if n != "code"}), default=str))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run; empty when they cannot be read."""
+    try:
+        found = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
+    except (OSError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
