@@ -49,6 +49,7 @@ def test_a_cut_file_has_a_fingerprint_and_an_unknown_name_has_none(tmp_path: Pat
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     assert folder_fingerprint(tmp_path)
     assert hub_fingerprint("no-such-owner/no-such-model", reachable=False) is None
+    assert hub_fingerprint("/no/such/folder", reachable=False) is None
     assert Random("tiny").fingerprint is None
     assert PackagedGGUF("x", package="p", file="f", version="1").fingerprint is None
 
