@@ -29,7 +29,7 @@ class Options:
         size: ``full`` for the shapes whose figures count, ``tiny`` for the same code in seconds.
         limit: seconds after which nothing runs any more; the least important steps are skipped for it.
         steps: the numbers of the steps to run; step 0 always runs, since it says what the machine is.
-        results: folder of the results; empty for results/gpu, or results/gpu-tiny when the size is tiny.
+        results: folder of the results; empty for results/gpu, or build/gpu-tiny when the size is tiny.
         wheels: folder with the packages that the image lacks.
     """
 
@@ -62,7 +62,7 @@ class Options:
     @property
     def folder(self) -> Path:
         """The folder of the results, as an absolute path."""
-        return (ROOT / (self.results or ("results/gpu-tiny" if self.tiny else "results/gpu"))).resolve()
+        return (ROOT / (self.results or ("build/gpu-tiny" if self.tiny else "results/gpu"))).resolve()
 
     def text(self) -> str:
         """The same as JSON, for the process of a step."""

@@ -100,12 +100,14 @@ def profile(rows: pd.DataFrame, shape: ModelShape, dtype: str, peak: float) -> M
 
 
 def _points(run: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and context: medians over repeats."""
+    """One row per method and context: medians over repeats of rows that have all figures. Captured steps have no
+    phases."""
     missing = [name for name in _NEEDED if name not in run]
     if missing:
         raise DataError(f"latency records without {', '.join(missing)}: measure again with this version of pqbench")
     numbers = run[["method", "context"]].assign(**{name: pd.to_numeric(run[name], errors="coerce") for name in _NEEDED})
-    points = numbers.groupby(["method", "context"], as_index=False, sort=False).median()
+    whole = numbers.dropna()
+    points = whole.groupby(["method", "context"], as_index=False, sort=False).median()
     return points.assign(context=points["context"].astype(int))
 
 

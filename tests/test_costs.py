@@ -218,3 +218,13 @@ def test_noise_gives_no_negative_constants() -> None:
     found = fit_machine(table.assign(**noisy), MODELS["smollm2"]).hardware
     assert min(found.bandwidth, found.vector, found.link_bandwidth, *found.peak.values()) > 0
     assert min(found.layer_overhead, found.select_overhead, found.link_latency) >= 0
+
+
+def test_captured_steps_have_no_phases_and_do_not_enter_the_fit() -> None:
+    run = made_by(HARDWARE["a100"], (4096, 16384))
+    captured = run.assign(**dict.fromkeys(("dense_step_s", "attend_step_s", "select_step_s"), float("nan")))
+    expected = fit_machine(run, MODELS["llama31_8b"])
+    found = fit_machine(pd.concat([run, captured]), MODELS["llama31_8b"])
+    assert found.hardware == expected.hardware
+    with pytest.raises(DataError, match="two contexts"):
+        fit_machine(captured, MODELS["llama31_8b"])

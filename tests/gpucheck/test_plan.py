@@ -88,7 +88,7 @@ def test_options_reach_the_process_of_a_step_unchanged() -> None:
     assert options.steps == (3, 5)
     assert Options.from_text(options.text()) == options
     assert str(options.folder) == "/somewhere"
-    assert replace(options, results="").folder == ROOT / "results/gpu-tiny"
+    assert replace(options, results="").folder == ROOT / "build/gpu-tiny"
     assert Options().folder == ROOT / "results/gpu"
 
 
