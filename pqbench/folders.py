@@ -15,7 +15,8 @@ from pqbench.identity import class_names
 
 log = logging.getLogger(__name__)
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+CONFIG_LIMIT = 1 << 20  # bytes; ours have about two thousand
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -38,7 +39,7 @@ def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
     found = {}
     for folder in run_folders(root):
         first = next(iter(environments(folder / "environment.json")), {})
-        found[folder.name.rpartition("-")[2]] = _settings(folder), first
+        found[folder.name.rpartition("-")[2]] = settings_of(folder), first
     return found
 
 
@@ -61,7 +62,7 @@ def older_code(root: Path) -> set[Path]:
     """
     runs: dict[str, list[Path]] = {}
     for folder in run_folders(root):
-        settings = _settings(folder)
+        settings = settings_of(folder)
         if settings:
             same = json.dumps([str(folder.parent), folder.name.rpartition("-")[0], _bare(settings)], sort_keys=True)
             runs.setdefault(same, []).append(folder)
@@ -72,7 +73,7 @@ def older_code(root: Path) -> set[Path]:
 def tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
     """Say that a new run repeats an old one, and why."""
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/records.jsonl")):
-        known = _settings(path.parent)
+        known = settings_of(path.parent)
         if path.parent != folder and known and _bare(known) == _bare(settings):
             reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
             log.warning("%s: measured %s; this run measures anew in %s", path.parent, reason, folder.name)
@@ -88,10 +89,13 @@ def _bare(settings: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(class_names({n: v for n, v in settings.items() if n != "code"}), default=str))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run; empty when they cannot be read."""
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of a run; empty when its configuration is absent, damaged, far too large, or none."""
+    path = folder / "config.yaml"
     try:
-        found = yaml.load((folder / "config.yaml").read_bytes(), Loader=_LOADER)
-    except (OSError, yaml.YAMLError):
+        if path.stat().st_size > CONFIG_LIMIT:
+            return {}
+        found = yaml.load(path.read_bytes(), Loader=_LOADER)  # a safe loader
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from pqbench.folders import environments, older_code, run_folders
+from pqbench.folders import environments, older_code, run_folders, settings_of
 from pqbench.records import FINISHED, READABLE, Record, newest_of, read_lines
 from pqbench.summaries import frame
 from pqbench.timings import is_timing
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast
 REAL_LINKS = ("auto", "local", "cuda")  # every other setting of a link is a model of one
-CONFIG_LIMIT = 1 << 20  # bytes; ours have about two thousand
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def load(root: Path) -> Loaded:
         loaded.broken += _written(path / "records.jsonl") - len(lines)
         loaded.owner += [len(loaded.folders)] * len(kept)
         loaded.records += kept
-        loaded.folders.append(Folder(_config(path / "config.yaml"), environments(path / "environment.json")))
+        loaded.folders.append(Folder(settings_of(path), environments(path / "environment.json")))
     timing = [is_timing(record.get("benchmark")) for record in loaded.records]
     scored = [record for record, timed in zip(loaded.records, timing, strict=True) if not timed]
     loaded.table = frame(scored)
@@ -116,14 +113,3 @@ def _placed(record: Record) -> bool:
 def _written(path: Path) -> int:
     """Lines of a file that are not empty."""
     return sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """The settings of a run; empty when the file is absent, damaged or no configuration."""
-    try:
-        if path.stat().st_size > CONFIG_LIMIT:
-            return {}
-        found = yaml.load(path.read_bytes(), Loader=_Loader)  # a safe loader
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
