@@ -124,10 +124,13 @@ def test_attention_knows_the_cache_as_a_type_only() -> None:
 
 def loaded_with() -> dict[str, set[str]]:
     """Which of our modules each of ours loads when it is imported: imports at the top of the file, types excepted."""
-    graph = {}
+    graph: dict[str, set[str]] = {}
     for path in files("pqbench"):
-        top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
-        graph[module(path)] = {node.module for node in top if node.module and node.module.startswith("pqbench.")}
+        found = graph.setdefault(module(path), set())
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pqbench"):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if _is_module(name) else node.module for name in names}
     return graph
 
 

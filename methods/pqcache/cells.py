@@ -1,4 +1,4 @@
-"""When to search by cells, and the lists that it needs. :mod:`pqbench.kernels.reference_cells` says what it finds."""
+"""When to search by cells, and the lists that it needs. :mod:`pqbench.kernels.reference.cells` says what it finds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class InvertedLists:
     their cells; from time to time they are merged in.
 
     Attributes:
-        tokens, starts: the lists, see :mod:`pqbench.kernels.reference_cells`.
+        tokens, starts: the lists, see :mod:`pqbench.kernels.reference.cells`.
     """
 
     def __init__(self, cells: Tensor, bits: int, kernels: Kernels) -> None:

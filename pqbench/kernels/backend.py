@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from pqbench.kernels.reference_blocks import Residency
-from pqbench.kernels.reference_rows import Blocks, Found, HostTokens
+if TYPE_CHECKING:  # the reference itself speaks of a Number
+    from pqbench.kernels.reference.blocks import Residency
+    from pqbench.kernels.reference.rows import Blocks, Found, HostTokens
 
 BODIES = ("auto", "reference", "cpu", "gpu")
 
@@ -50,7 +51,7 @@ class Kernels(Protocol):
         self, q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """The tokens of largest approximate attention from lists by cell, and what the others weigh; see
-        :mod:`pqbench.kernels.reference_cells`."""
+        :mod:`pqbench.kernels.reference.cells`."""
 
     def merge_lists(self, starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
         """Lists by cell with the pending tokens at their ends."""
@@ -74,7 +75,7 @@ class Kernels(Protocol):
         """Attention each key received from a block of prompt queries."""
 
     def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
-        """Random numbers int32 ``[H, S]``, the same in every body; see :mod:`pqbench.kernels.reference_noise`."""
+        """Random numbers int32 ``[H, S]``, the same in every body; see :mod:`pqbench.kernels.reference.noise`."""
 
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
@@ -83,13 +84,13 @@ class Kernels(Protocol):
         self, keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number,
         local: Tensor | None = None, sinks: int = 0,
     ) -> None:  # fmt: skip
-        """Write new rows into buffers; see :mod:`pqbench.kernels.reference_rows`."""
+        """Write new rows into buffers; see :mod:`pqbench.kernels.reference.rows`."""
 
     def find_rows(
         self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1,
         first: int = 0,
     ) -> Found:  # fmt: skip
-        """Where tokens lie on the device, and which do not; see :mod:`pqbench.kernels.reference_rows`."""
+        """Where tokens lie on the device, and which do not; see :mod:`pqbench.kernels.reference.rows`."""
 
     def fetch_rows(
         self, indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens,
@@ -110,7 +111,7 @@ class Kernels(Protocol):
     def admit_blocks(
         self, counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
     ) -> Tensor:  # fmt: skip
-        """Which blocks a cache lets in, and where; see :mod:`pqbench.kernels.reference_blocks`."""
+        """Which blocks a cache lets in, and where; see :mod:`pqbench.kernels.reference.blocks`."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy between strided tensors, also of host memory."""

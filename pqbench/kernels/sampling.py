@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.backend import kernels
-from pqbench.kernels.reference_noise import LEAST
+from pqbench.kernels.reference.noise import LEAST
 
 
 def step_seed(seed: int, layer: int, length: int) -> int:

@@ -3,7 +3,7 @@ recently used blocks leaving first.
 
 Differs from the released code: only blocks whose tokens are all on the host are admitted, the blocks of one step never
 evict each other, and every store starts with an empty cache. What enters and what leaves is decided where the counts
-are, by :func:`pqbench.kernels.reference_blocks.admit_blocks`.
+are, by :func:`pqbench.kernels.reference.blocks.admit_blocks`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pqbench.kernels.backend import Kernels, Number
-from pqbench.kernels.reference_blocks import Residency
+from pqbench.kernels.reference.blocks import Residency
 
 POLICIES = ("lfu", "lru")
 

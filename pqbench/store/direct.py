@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.backend import Kernels, Number
-from pqbench.kernels.reference_rows import Blocks
+from pqbench.kernels.reference.rows import Blocks
 from pqbench.store.block_cache import BlockCache
 from pqbench.store.host_rows import HostRows
 from pqbench.store.link import Direction, Transfer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pqbench.kernels.backend import Number, kernels
 from pqbench.kernels.buffers import gather_rows
-from pqbench.kernels.reference_rows import Found
+from pqbench.kernels.reference.rows import Found
 from pqbench.method import Split
 from pqbench.store.base import Store
 from pqbench.store.block_cache import BlockCache

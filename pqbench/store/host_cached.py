@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.backend import Number, kernels
-from pqbench.kernels.reference_rows import Found
+from pqbench.kernels.reference.rows import Found
 from pqbench.method import Split
 from pqbench.store.block_cache import Admission, BlockCache, CacheOptions
 from pqbench.store.host import HostStore

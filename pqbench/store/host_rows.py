@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pqbench.errors import ConfigError
 from pqbench.kernels.pages import empty_rows
-from pqbench.kernels.reference_rows import HostTokens
+from pqbench.kernels.reference.rows import HostTokens
 from pqbench.store.link import Copy, Direction, Link, Transfer, poison
 
 _CHUNK = 1024  # rows of the smallest chunk a store adds

@@ -43,7 +43,7 @@ def test_a_launch_on_pageable_memory_is_found(device: Device) -> None:
     assert not device.tally.faults
     gpu.gather(source, indices, target)
     (fault,) = device.tally.faults
-    assert "pqbench/kernels/gpu_rows.py" in fault
+    assert "pqbench/kernels/gpu/rows.py" in fault
     assert "pageable host memory as source" in fault
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from methods.pqcache.cells import cell_numbers
-from pqbench.kernels import reference, reference_cells
+from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
+from pqbench.kernels.reference import cells as reference_cells
 from tests.kernels import gpu_select_checks
 from tests.kernels.closeness import close, close_each, close_logs
 from tests.kernels.gpu_inputs import Check, body, draw_rows, normal

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pqbench.kernels.reference_blocks import Residency
-from pqbench.kernels.reference_rows import Blocks, HostTokens
+from pqbench.kernels.reference.blocks import Residency
+from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
@@ -175,7 +175,7 @@ def row_calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], ob
 @contextmanager
 def noting(folder: Path) -> Iterator[Callable[[str, Callable[[], object]], list[Launch]]]:
     """A function that makes a call under a name, and returns what it would have compiled."""
-    from pqbench.kernels import gpu_launch
+    from pqbench.kernels.gpu import launch as gpu_launch
 
     with triton.knobs.cache.scope(), triton.knobs.runtime.scope(), pytest.MonkeyPatch.context() as patch:
         triton.knobs.cache.dir = str(folder)

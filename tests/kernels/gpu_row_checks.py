@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pqbench.kernels import reference
 from pqbench.kernels.backend import Kernels
-from pqbench.kernels.reference_blocks import Residency
-from pqbench.kernels.reference_rows import Blocks, HostTokens
+from pqbench.kernels.reference.blocks import Residency
+from pqbench.kernels.reference.rows import Blocks, HostTokens
 from tests.kernels.gpu_inputs import Check, body
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -91,7 +91,7 @@ class Scene:
         self.tally = torch.zeros(3, dtype=torch.int64, device=device)
 
     def fetch(self, kernels_: Kernels, tokens: HostTokens, count: int | Tensor | None = None) -> Tensor:
-        """See :func:`pqbench.kernels.reference_rows.fetch_rows`."""
+        """See :func:`pqbench.kernels.reference.rows.fetch_rows`."""
         return kernels_.fetch_rows(
             self.indices, self.local, self.table, self.resident, self.staging, tokens, self.tally, self.blocks, count
         )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pqbench.kernels import cpu, reference
-from pqbench.kernels.reference_rows import Blocks, HostTokens
+from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 BODIES = pytest.mark.parametrize("body", [reference, cpu], ids=["reference", "cpu"])
 BATCH, HEADS, PAIRS, LENGTH, SIZE, SLOTS, FIRST = 2, 2, 4, 30, 4, 3, 9

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pqbench.kernels.reference_rows import Blocks, HostTokens
+from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
@@ -116,7 +116,7 @@ def test_every_kernel_is_compiled(tmp_path: Path) -> None:
     from tests.kernels.gpu_compile import launches
 
     names = set()
-    for path in (Path(__file__).resolve().parents[2] / "pqbench/kernels").glob("gpu*.py"):
+    for path in (Path(__file__).resolve().parents[2] / "pqbench/kernels/gpu").glob("*.py"):
         for part in path.read_text(encoding="utf-8").split("@triton.jit")[1:]:
             signature = part.partition('"""')[0]
             names |= set(re.findall(r"\ndef (\w+)\(", signature)) if "-> None:" in signature else set()

@@ -13,7 +13,7 @@ from methods.pqcache import PQCachePlus, PQCachePlusState
 from methods.pqcache.cells import InvertedLists, cell_numbers, searches_cells
 from pqbench.kernels import cpu, reference
 from pqbench.kernels.backend import Kernels
-from pqbench.kernels.reference_cells import cell_scores
+from pqbench.kernels.reference.cells import cell_scores
 from pqbench.method import Budget
 from tests.support import advance, case, output_of, start, tokens_of
 

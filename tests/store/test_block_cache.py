@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pqbench.kernels import cpu, reference
 from pqbench.kernels.backend import kernels
-from pqbench.kernels.reference_blocks import Residency
+from pqbench.kernels.reference.blocks import Residency
 from pqbench.store.block_cache import BlockCache, CacheOptions
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import exp2, splat4
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.lanes import exp2, splat4
+from pqbench.kernels.cpu.vector import (
     OPTIONS,
     add,
     address_of,
@@ -25,7 +25,7 @@ from pqbench.kernels.cpu_vector import (
     subtract,
     write_f32x4,
 )
-from pqbench.kernels.cpu_weights import exact, into_shares, mass_of, spread_of
+from pqbench.kernels.cpu.weights import exact, into_shares, mass_of, spread_of
 
 _HEADROOM = 100  # powers of two that the tables carry together; a sum of 2**26 tokens still fits
 _PART = 8192  # tokens that one thread takes at once

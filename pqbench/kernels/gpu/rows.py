@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.gpu_launch import blocks, on, options, outer, power, rows_of
+from pqbench.kernels.gpu.launch import blocks, on, options, outer, power, rows_of
 
 _TILE = 4096  # bytes that one program has on the way at once: two loads of 16 for each of its threads
 
@@ -47,7 +47,7 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
 
 
 def copy(source: Tensor, target: Tensor) -> None:
-    """See :func:`pqbench.kernels.reference_rows.copy`. Rows ``[B, H, n, ...]``, each of them in one piece, take one
+    """See :func:`pqbench.kernels.reference.rows.copy`. Rows ``[B, H, n, ...]``, each of them in one piece, take one
     launch."""
     if source.ndim < 4 or source.dtype != target.dtype or not (_packed(source) and _packed(target)):
         target.copy_(source, non_blocking=True)

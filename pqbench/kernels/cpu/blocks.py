@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from pqbench.kernels.cpu_vector import OPTIONS, read_i64, write_i64
+from pqbench.kernels.cpu.vector import OPTIONS, read_i64, write_i64
 
 _LAST = np.int64(1) << 62
 
@@ -44,7 +44,7 @@ def choose(
     counts: int, stride: int, complete: int, most: int, frequent: bool, where: int, held: int, uses: int, since: int,
     clock: int, moves: int, owners: int, capacity: int,
 ) -> int:  # fmt: skip
-    """See :func:`pqbench.kernels.reference_blocks.admit_blocks`: ``counts`` and ``where`` have ``stride`` blocks per
+    """See :func:`pqbench.kernels.reference.blocks.admit_blocks`: ``counts`` and ``where`` have ``stride`` blocks per
     owner, ``moves`` are filled with -1; all are addresses of int64 numbers. Returns how many blocks entered."""
     entered = 0
     for owner in range(owners):

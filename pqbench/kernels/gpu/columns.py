@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels import gpu_launch as launch
-from pqbench.kernels.gpu_launch import blocks, chunk_for, dense_rows, on, options, precision_for, row_products, rows_of
+from pqbench.kernels.gpu import launch
+from pqbench.kernels.gpu.launch import blocks, chunk_for, dense_rows, on, options, precision_for, row_products, rows_of
 
 
 @triton.jit

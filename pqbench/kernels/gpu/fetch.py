@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pqbench.kernels.backend import Number
-from pqbench.kernels.gpu_launch import blocks as tiles
-from pqbench.kernels.gpu_launch import dense_rows, on, options, outer, power, read, rows_of
-from pqbench.kernels.gpu_rows import tile
-from pqbench.kernels.reference_rows import Blocks, HostTokens
+from pqbench.kernels.gpu.launch import blocks as tiles
+from pqbench.kernels.gpu.launch import dense_rows, on, options, outer, power, read, rows_of
+from pqbench.kernels.gpu.rows import tile
+from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 
 @triton.jit(do_not_specialize=[
@@ -54,7 +54,7 @@ def append_rows(
     keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number, local: Tensor | None = None,
     sinks: int = 0,
 ) -> None:  # fmt: skip
-    """See :func:`pqbench.kernels.reference_rows.append_rows`."""
+    """See :func:`pqbench.kernels.reference.rows.append_rows`."""
     batch, heads, count, width = keys.shape
     keys, values = dense_rows(keys.to(key_rows.dtype)), dense_rows(values.to(value_rows.dtype))
     (unit, new), (row_unit, old) = outer(keys, values), outer(key_rows, value_rows)
@@ -93,7 +93,7 @@ def find_and_copy(
     held_more: tl.tensor, shared: tl.tensor, every: tl.tensor, size: tl.tensor, first: tl.tensor,
     cached: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A few tokens of one head; see :func:`pqbench.kernels.reference_rows.fetch_rows`."""
+    """A few tokens of one head; see :func:`pqbench.kernels.reference.rows.fetch_rows`."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     matters = n < tl.minimum(read(count), number)
@@ -122,7 +122,7 @@ def fetch_rows(
     indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens, tally: Tensor,
     blocks: Blocks | None = None, count: Number | None = None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`pqbench.kernels.reference_rows.fetch_rows`; tokens that do not exist are not copied."""
+    """See :func:`pqbench.kernels.reference.rows.fetch_rows`; tokens that do not exist are not copied."""
     batch, heads, number = indices.shape
     slots = torch.empty(batch, heads, number, dtype=torch.int64, device=indices.device)
     sizes, known = tile(table.shape[1] * table.shape[2], table.dtype), blocks is not None

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import bits_of, copy_bytes, exp2, largest, splat, total, trailing_zeros
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.lanes import bits_of, copy_bytes, exp2, largest, splat, total, trailing_zeros
+from pqbench.kernels.cpu.vector import (
     OPTIONS,
     add,
     address_of,

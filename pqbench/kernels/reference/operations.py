@@ -12,18 +12,7 @@ from torch.nn import functional
 
 from pqbench.kernels.backend import Number
 from pqbench.kernels.buffers import gather_rows
-from pqbench.kernels.reference_blocks import admit_blocks as admit_blocks
-from pqbench.kernels.reference_cells import best_of_cells as best_of_cells
-from pqbench.kernels.reference_cells import merge_lists as merge_lists
-from pqbench.kernels.reference_noise import noise as noise
-from pqbench.kernels.reference_rows import Found as Found
-from pqbench.kernels.reference_rows import append_rows as append_rows
-from pqbench.kernels.reference_rows import copy as copy
-from pqbench.kernels.reference_rows import copy_blocks as copy_blocks
-from pqbench.kernels.reference_rows import fetch_rows as fetch_rows
-from pqbench.kernels.reference_rows import find_rows as find_rows
-from pqbench.kernels.reference_rows import vacate_rows as vacate_rows
-from pqbench.kernels.reference_select import check_room, lay_out
+from pqbench.kernels.reference.select import check_room, lay_out
 
 _TILE = 1 << 19  # elements of the largest temporary score tile
 CODE = torch.uint8  # one byte per code; K <= 256
@@ -176,7 +165,7 @@ def pq_select(
         out: a buffer to write into, int64 ``[B, H, room]``.
 
     Raises:
-        ValueError: see :func:`pqbench.kernels.reference_select.check_room`.
+        ValueError: see :func:`pqbench.kernels.reference.select.check_room`.
     """
     check_room(codes, sink, top_k, length, middle, room, only, out)
     best = _best_of_codes(q, codebook, codes[:, :, : int(middle)], scaling, int(top_k))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.gpu_launch import (
+from pqbench.kernels.gpu.launch import (
     blocks,
     chunk_for,
     dense_rows,

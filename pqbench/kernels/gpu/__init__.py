@@ -8,19 +8,19 @@ module imports wherever Triton is installed; its functions need tensors on a GPU
 
 from __future__ import annotations
 
-from pqbench.kernels.gpu_attention import attention, dense_attention
-from pqbench.kernels.gpu_blocks import admit_blocks, copy_blocks, vacate_rows
-from pqbench.kernels.gpu_cells import best_of_cells
-from pqbench.kernels.gpu_columns import column_sums
-from pqbench.kernels.gpu_fetch import append_rows, fetch_rows
-from pqbench.kernels.gpu_kmeans import encode, train_codebook
-from pqbench.kernels.gpu_noise import noise
-from pqbench.kernels.gpu_rows import copy, gather
-from pqbench.kernels.gpu_scoring import exact_probabilities, pq_probabilities
-from pqbench.kernels.gpu_select import pq_select
-from pqbench.kernels.gpu_top_k import top_k
-from pqbench.kernels.reference_cells import merge_lists
-from pqbench.kernels.reference_rows import find_rows
+from pqbench.kernels.gpu.attention import attention, dense_attention
+from pqbench.kernels.gpu.blocks import admit_blocks, copy_blocks, vacate_rows
+from pqbench.kernels.gpu.cells import best_of_cells
+from pqbench.kernels.gpu.columns import column_sums
+from pqbench.kernels.gpu.fetch import append_rows, fetch_rows
+from pqbench.kernels.gpu.kmeans import encode, train_codebook
+from pqbench.kernels.gpu.noise import noise
+from pqbench.kernels.gpu.rows import copy, gather
+from pqbench.kernels.gpu.scoring import exact_probabilities, pq_probabilities
+from pqbench.kernels.gpu.select import pq_select
+from pqbench.kernels.gpu.top_k import top_k
+from pqbench.kernels.reference.cells import merge_lists
+from pqbench.kernels.reference.rows import find_rows
 
 __all__ = [
     "admit_blocks", "append_rows", "attention", "best_of_cells", "column_sums", "copy", "copy_blocks",

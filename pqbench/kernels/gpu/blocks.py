@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from pqbench.kernels.backend import Number
-from pqbench.kernels.gpu_fetch import copy_tile
-from pqbench.kernels.gpu_launch import blocks as tiles
-from pqbench.kernels.gpu_launch import on, options, power, read
-from pqbench.kernels.gpu_rows import tile
-from pqbench.kernels.reference_blocks import Residency
-from pqbench.kernels.reference_rows import Blocks, HostTokens
+from pqbench.kernels.gpu.fetch import copy_tile
+from pqbench.kernels.gpu.launch import blocks as tiles
+from pqbench.kernels.gpu.launch import on, options, power, read
+from pqbench.kernels.gpu.rows import tile
+from pqbench.kernels.reference.blocks import Residency
+from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 
 @triton.jit(do_not_specialize=["every", "complete", "most", "capacity"])
@@ -23,7 +23,7 @@ def choose_blocks(
     moves: tl.tensor, tally: tl.tensor, every: tl.tensor, complete: tl.tensor, most: tl.tensor, capacity: tl.tensor,
     frequent: tl.constexpr, block_b: tl.constexpr, block_c: tl.constexpr, block_a: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One owner's step; see :func:`pqbench.kernels.reference_blocks.admit_blocks`. What the slots hold is kept in
+    """One owner's step; see :func:`pqbench.kernels.reference.blocks.admit_blocks`. What the slots hold is kept in
     registers, a number of a list is read by a sum in which all others are zero."""
     owner = tl.program_id(0).to(tl.int64)
     b, c, a = tl.arange(0, block_b), tl.arange(0, block_c), tl.arange(0, block_a)
@@ -82,7 +82,7 @@ def choose_blocks(
 def admit_blocks(
     counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
 ) -> Tensor:  # fmt: skip
-    """See :func:`pqbench.kernels.reference_blocks.admit_blocks`."""
+    """See :func:`pqbench.kernels.reference.blocks.admit_blocks`."""
     (owners, every), capacity = counts.shape, residency.held.shape[1]
     most = min(admit, capacity)
     moves = torch.empty(owners, most, 2, dtype=torch.int64, device=counts.device)
@@ -101,7 +101,7 @@ def save_rows(
     staging: tl.tensor, shared: tl.tensor, every: tl.tensor, size: tl.tensor, first: tl.tensor, width: tl.constexpr,
     block_n: tl.constexpr, block_w: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A few tokens of one head; see :func:`pqbench.kernels.reference_rows.vacate_rows`."""
+    """A few tokens of one head; see :func:`pqbench.kernels.reference.rows.vacate_rows`."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     slot = tl.load(slots + pair * number + n, mask=n < number, other=-1)
@@ -118,7 +118,7 @@ def save_rows(
 def vacate_rows(
     indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
 ) -> None:  # fmt: skip
-    """See :func:`pqbench.kernels.reference_rows.vacate_rows`."""
+    """See :func:`pqbench.kernels.reference.rows.vacate_rows`."""
     batch, heads, number = indices.shape
     owners, every = blocks.where.shape
     sizes = tile(table.shape[1] * table.shape[2], table.dtype)
@@ -137,7 +137,7 @@ def copy_moved(
     resident: tl.tensor, start: tl.tensor, middle: tl.tensor, stop: tl.tensor, held: tl.tensor, held_more: tl.tensor,
     size: tl.tensor, first: tl.tensor, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A few rows of one block for one head; see :func:`pqbench.kernels.reference_rows.copy_blocks`."""
+    """A few rows of one block for one head; see :func:`pqbench.kernels.reference.rows.copy_blocks`."""
     pair, move = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     entry = moves + ((pair // shared) * most + move) * 2 + n * 0
@@ -150,7 +150,7 @@ def copy_moved(
 
 
 def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
-    """See :func:`pqbench.kernels.reference_rows.copy_blocks`."""
+    """See :func:`pqbench.kernels.reference.rows.copy_blocks`."""
     owners, most = moves.shape[:2]
     pairs = tokens.rows.shape[0] * tokens.rows.shape[1]
     sizes = tile(table.shape[1] * table.shape[2], table.dtype)

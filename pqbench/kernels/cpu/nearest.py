@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pqbench.kernels.cpu_lanes import count_from, index_of_largest, largest, splat, where_greater
-from pqbench.kernels.cpu_products import COLUMNS, ROWS, fetch, pack, padded, products
-from pqbench.kernels.cpu_tiles import prefetch_row
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.lanes import count_from, index_of_largest, largest, splat, where_greater
+from pqbench.kernels.cpu.products import COLUMNS, ROWS, fetch, pack, padded, products
+from pqbench.kernels.cpu.tiles import prefetch_row
+from pqbench.kernels.cpu.vector import (
     FLOAT32,
     INLINE,
     OPTIONS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import bits_of, float_of, not_less_mask, splat, trailing_zeros
-from pqbench.kernels.cpu_vector import INLINE, OPTIONS, read_f32, read_f32x8, write_i64
+from pqbench.kernels.cpu.lanes import bits_of, float_of, not_less_mask, splat, trailing_zeros
+from pqbench.kernels.cpu.vector import INLINE, OPTIONS, read_f32, read_f32x8, write_i64
 
 _COARSE, _FINE = 20, 10  # bits below the first and the second histogram
 

@@ -1,4 +1,4 @@
-"""Triton: the hash of :mod:`pqbench.kernels.reference_noise`."""
+"""Triton: the hash of :mod:`pqbench.kernels.reference.noise`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels import gpu_launch as launch
+from pqbench.kernels.gpu import launch
 
 _BLOCK = 1024
 
@@ -34,7 +34,7 @@ def fill_noise(noise: tl.tensor, tokens: tl.tensor, low: tl.tensor, high: tl.ten
 
 
 def noise(heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
-    """See :func:`pqbench.kernels.reference_noise.noise`."""
+    """See :func:`pqbench.kernels.reference.noise.noise`."""
     numbers = torch.empty(heads, tokens, dtype=torch.int32, device=device)
     low = seed & 0xFFFFFFFF
     with launch.on(numbers):

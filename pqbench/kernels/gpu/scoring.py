@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels import gpu_launch as launch
 from pqbench.kernels.backend import Number
-from pqbench.kernels.gpu_launch import read, row_products, rows_of, share
-from pqbench.kernels.gpu_top_k import ordered
+from pqbench.kernels.gpu import launch
+from pqbench.kernels.gpu.launch import read, row_products, rows_of, share
+from pqbench.kernels.gpu.top_k import ordered
 
 _LOGITS = 8192  # of a tile of tokens by look-up
 UNIT = 4096  # tokens; the second launch and those behind it split a row by these

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pqbench.kernels.cpu_lanes import exp2, greater_mask, prefetch, splat, sums_of_four, swap_halves
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.lanes import exp2, greater_mask, prefetch, splat, sums_of_four, swap_halves
+from pqbench.kernels.cpu.vector import (
     BFLOAT16,
     INLINE,
     add,

@@ -19,23 +19,18 @@ from torch.nn.functional import pad
 
 from pqbench.kernels import reference
 from pqbench.kernels.backend import Number
-from pqbench.kernels.cpu_attention import attend
-from pqbench.kernels.cpu_blocks import choose
-from pqbench.kernels.cpu_cells import merge, search
-from pqbench.kernels.cpu_columns import sum_columns
-from pqbench.kernels.cpu_kmeans import encode_keys, train
-from pqbench.kernels.cpu_noise import fill_noise
-from pqbench.kernels.cpu_rows import copy_rows, find
-from pqbench.kernels.cpu_scoring import probabilities
-from pqbench.kernels.cpu_top_k import top_of_rows
-from pqbench.kernels.cpu_vector import BLOCK
-from pqbench.kernels.reference_blocks import Residency
-from pqbench.kernels.reference_rows import append_rows as append_rows
-from pqbench.kernels.reference_rows import copy as copy
-from pqbench.kernels.reference_rows import copy_blocks as copy_blocks
-from pqbench.kernels.reference_rows import fetch_rows as fetch_rows
-from pqbench.kernels.reference_rows import vacate_rows as vacate_rows
-from pqbench.kernels.reference_select import check_room, lay_out
+from pqbench.kernels.cpu.attention import attend
+from pqbench.kernels.cpu.blocks import choose
+from pqbench.kernels.cpu.cells import merge, search
+from pqbench.kernels.cpu.columns import sum_columns
+from pqbench.kernels.cpu.kmeans import encode_keys, train
+from pqbench.kernels.cpu.noise import fill_noise
+from pqbench.kernels.cpu.rows import copy_rows, find
+from pqbench.kernels.cpu.scoring import probabilities
+from pqbench.kernels.cpu.top_k import top_of_rows
+from pqbench.kernels.cpu.vector import BLOCK
+from pqbench.kernels.reference.blocks import Residency
+from pqbench.kernels.reference.select import check_room, lay_out
 
 _SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
 _LOG2_E = 1.4426950408889634
@@ -172,7 +167,7 @@ def best_of_cells(
     q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """The best tokens int64 ``[B, H, wanted]`` from lists by cell, and the weight of the others ``[B, H, G]``; see
-    :func:`pqbench.kernels.reference_cells.best_of_cells`."""
+    :func:`pqbench.kernels.reference.cells.best_of_cells`."""
     batch, heads, group, _ = q.shape
     _, _, parts, clusters, width = codebook.shape
     lists = [part.contiguous() for part in (starts, tokens, pending)]
@@ -281,7 +276,7 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
 
 
 def noise(heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
-    """Random numbers int32 ``[H, S]``; see :func:`pqbench.kernels.reference_noise.noise`."""
+    """Random numbers int32 ``[H, S]``; see :func:`pqbench.kernels.reference.noise.noise`."""
     if device.type != "cpu":
         return reference.noise(heads, tokens, seed, device)
     numbers = np.empty((heads, tokens), dtype=np.int32)
@@ -339,7 +334,7 @@ def find_rows(
 def admit_blocks(
     counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
 ) -> Tensor:  # fmt: skip
-    """Which blocks a cache lets in, and where; see :func:`pqbench.kernels.reference_blocks.admit_blocks`."""
+    """Which blocks a cache lets in, and where; see :func:`pqbench.kernels.reference.blocks.admit_blocks`."""
     (owners, every), capacity = counts.shape, residency.held.shape[1]
     most = min(admit, capacity)
     moves = torch.full((owners, most, 2), -1, dtype=torch.int64)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import bits_of, exp2, largest, splat, swap_halves
-from pqbench.kernels.cpu_tiles import (
+from pqbench.kernels.cpu.lanes import bits_of, exp2, largest, splat, swap_halves
+from pqbench.kernels.cpu.tiles import (
     TILE,
     add_values,
     addresses,
@@ -25,7 +25,7 @@ from pqbench.kernels.cpu_tiles import (
     softmax_step,
     weigh,
 )
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.vector import (
     BFLOAT16,
     FLOAT32,
     INLINE,

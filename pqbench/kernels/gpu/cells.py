@@ -1,5 +1,5 @@
 """Triton: search by cells. Cells are scored by table look-up of their digits, as tokens are in
-:mod:`pqbench.kernels.gpu_scoring`; ranking and taking tokens from lists is sorting and gathering, which torch's kernels
+:mod:`pqbench.kernels.gpu.scoring`; ranking and taking tokens from lists is sorting and gathering, which torch's kernels
 do without waiting for the GPU."""
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels import gpu_launch as launch
-from pqbench.kernels.gpu_launch import share
-from pqbench.kernels.gpu_scoring import fold, scored_tables, sum_over_group
-from pqbench.kernels.reference_cells import cell_counts, shares, taken
+from pqbench.kernels.gpu import launch
+from pqbench.kernels.gpu.launch import share
+from pqbench.kernels.gpu.scoring import fold, scored_tables, sum_over_group
+from pqbench.kernels.reference.cells import cell_counts, shares, taken
 
 _CELLS = 128  # of a tile
 
@@ -50,7 +50,7 @@ def score_cells(
 def best_of_cells(
     q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`pqbench.kernels.reference_cells.best_of_cells`."""
+    """See :func:`pqbench.kernels.reference.cells.best_of_cells`."""
     counts = cell_counts(starts, pending)
     scores, probabilities = cell_probabilities(q, codebook, counts, scaling)
     take = shares(probabilities.masked_fill(counts == 0, -1.0), counts, wanted)

@@ -1,11 +1,11 @@
-"""The hash of :mod:`pqbench.kernels.reference_noise`, compiled: faster than a sequential generator."""
+"""The hash of :mod:`pqbench.kernels.reference.noise`, compiled: faster than a sequential generator."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-from pqbench.kernels.cpu_vector import INLINE, OPTIONS
+from pqbench.kernels.cpu.vector import INLINE, OPTIONS
 
 
 @njit(**INLINE)

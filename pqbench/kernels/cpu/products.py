@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pqbench.kernels.cpu_lanes import splat
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.lanes import splat
+from pqbench.kernels.cpu.vector import (
     INLINE,
     fma,
     load_in_order,

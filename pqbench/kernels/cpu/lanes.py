@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.vector import (
     F32X4,
     F32X8,
     FLOAT,

@@ -1,6 +1,6 @@
 """Triton: the selection of a step in three launches, none of which waits for another on the GPU or for the host.
 
-1. Look-up tables, a scan of the codes, and log-sum-exps by part (:func:`pqbench.kernels.gpu_scoring.scan`).
+1. Look-up tables, a scan of the codes, and log-sum-exps by part (:func:`pqbench.kernels.gpu.scoring.scan`).
 2. Probabilities summed over the group, and how many fall into each of 256 bins, by piece of a row.
 3. Every piece adds up the histograms of its row and so knows the bin on the edge of the selection, and how many tokens
    the pieces before it hold from that bin up. It writes its own such tokens behind theirs, in order. Whichever piece of
@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels import gpu_launch as launch
 from pqbench.kernels.backend import Number
-from pqbench.kernels.gpu_launch import read, share
-from pqbench.kernels.gpu_scoring import UNIT, awake, bin_of, pieces_for, scan, sum_over_group
-from pqbench.kernels.gpu_top_k import cut, ordered, parts_of, placed
-from pqbench.kernels.reference_select import check_room
+from pqbench.kernels.gpu import launch
+from pqbench.kernels.gpu.launch import read, share
+from pqbench.kernels.gpu.scoring import UNIT, awake, bin_of, pieces_for, scan, sum_over_group
+from pqbench.kernels.gpu.top_k import cut, ordered, parts_of, placed
+from pqbench.kernels.reference.select import check_room
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def collect(
 ) -> None:  # fmt: skip
     """Sinks, the best of the middle and the window of one row, ``indices`` ``[B*H, room]``; one program for each of its
     pieces. ``sums`` ``[B*H, S]`` and ``histograms`` ``[B*H, pieces, 256]`` are those of
-    :func:`pqbench.kernels.gpu_scoring.sum_group`, ``counters`` ``[B*H]`` begin with 0. ``lists`` ``[3, B*H, S]`` are
+    :func:`pqbench.kernels.gpu.scoring.sum_group`, ``counters`` ``[B*H]`` begin with 0. ``lists`` ``[3, B*H, S]`` are
     scratch: the tokens from the edge bin up, their keys, and the keys of those in the edge bin."""
     pair, number, pieces = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     sink, length, middle = read(sink), read(length), read(middle)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import copy_bytes
-from pqbench.kernels.cpu_nearest import assign, make_table, reassign, sum_clusters, table_size
-from pqbench.kernels.cpu_products import fetch
-from pqbench.kernels.cpu_vector import BFLOAT16, FLOAT32, OPTIONS, address_of, hold, read_f32, read_i64, write_f32
+from pqbench.kernels.cpu.lanes import copy_bytes
+from pqbench.kernels.cpu.nearest import assign, make_table, reassign, sum_clusters, table_size
+from pqbench.kernels.cpu.products import fetch
+from pqbench.kernels.cpu.vector import BFLOAT16, FLOAT32, OPTIONS, address_of, hold, read_f32, read_i64, write_f32
 
 _PART = 2048  # keys that one thread encodes at once
 

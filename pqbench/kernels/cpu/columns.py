@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import exp2, largest, splat, total
-from pqbench.kernels.cpu_products import COLUMNS, ROWS, pack, padded, products
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.lanes import exp2, largest, splat, total
+from pqbench.kernels.cpu.products import COLUMNS, ROWS, pack, padded, products
+from pqbench.kernels.cpu.vector import (
     BFLOAT16,
     FLOAT32,
     INLINE,

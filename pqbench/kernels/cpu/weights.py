@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pqbench.kernels.cpu_lanes import exp2, splat4, sums_of_quads
-from pqbench.kernels.cpu_vector import (
+from pqbench.kernels.cpu.lanes import exp2, splat4, sums_of_quads
+from pqbench.kernels.cpu.vector import (
     INLINE,
     OPTIONS,
     add,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from pqbench.kernels.cpu_lanes import copy_bytes
-from pqbench.kernels.cpu_tiles import prefetch_row
-from pqbench.kernels.cpu_vector import OPTIONS, read_i64, write_i64
+from pqbench.kernels.cpu.lanes import copy_bytes
+from pqbench.kernels.cpu.tiles import prefetch_row
+from pqbench.kernels.cpu.vector import OPTIONS, read_i64, write_i64
 
 _PART = 256  # rows that one thread takes at once
 _AHEAD = 8  # rows requested before they are copied
@@ -49,7 +49,7 @@ def find(
     indices: int, heads: int, count: int, local: int, positions: int, resident: int, where: int, shared: int,
     blocks: int, block: int, first: int, slots: int, missing: int, counts: int,
 ) -> tuple[bool, int]:  # fmt: skip
-    """See :func:`pqbench.kernels.reference_rows.find_rows`: ``heads`` are those of all sequences, ``shared`` of them
+    """See :func:`pqbench.kernels.reference.rows.find_rows`: ``heads`` are those of all sequences, ``shared`` of them
     have one owner; arrays are addresses of int64 numbers, ``where`` and ``counts`` 0 without blocks.
 
     Returns whether all tokens exist, and how many are missing.

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels import gpu_launch as launch
-from pqbench.kernels.gpu_launch import MOST_SPLITS, blocks, dense_rows, on, options, power, share
+from pqbench.kernels.gpu import launch
+from pqbench.kernels.gpu.launch import MOST_SPLITS, blocks, dense_rows, on, options, power, share
 
 _WHOLE = 4096  # scores that one program holds
 _CHUNK = 4096  # scores of a tile where a row is split
