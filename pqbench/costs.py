@@ -48,7 +48,7 @@ class Hardware:
 
 # No data sheet states these: launches of some ten kernels per layer at 2 to 3 us each, without CUDA graphs; assumed.
 _LAUNCHES = 25e-6
-# Copies of several MB reach about 78 % of the line rate of PCIe x16, as in pqbench.store.link_emulated.
+# Copies of several MB reach about 78 % of the line rate of PCIe x16, as in pqbench.store.link.emulated.
 _PCIE4, _PCIE5, _PCIE_LATENCY = 24.6e9, 49.2e9, 10e-6
 
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(

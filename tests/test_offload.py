@@ -17,9 +17,9 @@ from pqbench.generation import Generation, decode
 from pqbench.kernels import reference
 from pqbench.method import Budget
 from pqbench.prompt import Setting, prefill
-from pqbench.store.host import HostStore
-from pqbench.store.host_rows import HostPrompt
-from pqbench.store.link_local import LocalLink
+from pqbench.store.host.rows import HostPrompt
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.local import LocalLink
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import case, prompt_of
 

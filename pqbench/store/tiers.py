@@ -14,16 +14,16 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Split
 from pqbench.store.base import Store
-from pqbench.store.block_cache import POLICIES, CacheOptions
 from pqbench.store.device import DeviceStore
-from pqbench.store.host import HostStore
-from pqbench.store.host_cached import CachedHostStore
-from pqbench.store.host_rows import HostPrompt
-from pqbench.store.link import Link
-from pqbench.store.link_cuda import CudaLink
-from pqbench.store.link_emulated import EmulatedLink, speed
-from pqbench.store.link_local import LocalLink
-from pqbench.store.scratch import Scratch
+from pqbench.store.host.blocks import POLICIES, CacheOptions
+from pqbench.store.host.cached import CachedHostStore
+from pqbench.store.host.rows import HostPrompt
+from pqbench.store.host.scratch import Scratch
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.base import Link
+from pqbench.store.link.cuda import CudaLink
+from pqbench.store.link.emulated import EmulatedLink, speed
+from pqbench.store.link.local import LocalLink
 
 
 class Prompt(ABC):
@@ -193,7 +193,7 @@ class HostTier(Tier):
     """All of it on the host; sinks, window and cached blocks on the device as well.
 
     Attributes:
-        link: auto (cuda on a GPU, else local), local, cuda, a preset of :mod:`pqbench.store.link_emulated`, or numbers
+        link: auto (cuda on a GPU, else local), local, cuda, a preset of :mod:`pqbench.store.link.emulated`, or numbers
             such as ``20GB/s+5us``.
         cache_tokens: tokens per layer and KV head that the block cache holds; 0 for no cache.
         cache_block: tokens of a block.

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install pqben
 
 from pqbench.prompt import Setting
 from pqbench.records import RecordFile
-from pqbench.store.link import Copy, Direction
-from pqbench.store.link_cuda import CudaLink
+from pqbench.store.link.base import Copy, Direction
+from pqbench.store.link.cuda import CudaLink
 from pqbench.timing import machine
 from pqbench.timing.attention import Attention
 from pqbench.timing.base import TimingJob

@@ -18,8 +18,8 @@ from gpucheck.result import Result
 from gpucheck.steps import kernels, stores, tokens
 from methods.full import Full
 from pqbench.prompt import Setting
-from pqbench.store.host import HostStore
-from pqbench.store.link import GuardedTransfer
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.base import GuardedTransfer
 from pqbench.store.tiers import HostTier
 
 CPU = torch.device("cpu")

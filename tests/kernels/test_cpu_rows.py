@@ -125,15 +125,13 @@ def test_column_sums_do_not_depend_on_the_number_of_threads() -> None:
 WARM = """
 import importlib, pkgutil
 from numba.core.registry import CPUDispatcher
-import pqbench.kernels
 from pqbench import generate
 from pqbench.kernels import cpu
 from pqbench.prompt import Setting
 from tests.support import prompt_of, tiny_model
 from tests.test_generation import SMALL, methods
 
-names = [m.name for m in pkgutil.iter_modules(pqbench.kernels.__path__) if m.name.startswith("cpu")]
-modules = [importlib.import_module(f"pqbench.kernels.{name}") for name in names]
+modules = [importlib.import_module(f"{cpu.__name__}.{found.name}") for found in pkgutil.iter_modules(cpu.__path__)]
 compiled = lambda: {id(f): len(f.signatures) for m in modules for f in vars(m).values() if isinstance(f, CPUDispatcher)}
 cpu.warm_up()
 before = compiled()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pqbench.store import host_rows
+from pqbench.store.host import rows as host_rows
 
 
 @pytest.fixture(autouse=True)

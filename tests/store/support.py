@@ -13,14 +13,14 @@ from torch import Tensor
 from pqbench.kernels.buffers import gather_rows
 from pqbench.method import Budget, Split
 from pqbench.store.base import Store
-from pqbench.store.block_cache import CacheOptions
 from pqbench.store.device import DeviceStore
-from pqbench.store.host import HostStore
-from pqbench.store.host_cached import CachedHostStore
-from pqbench.store.host_rows import HostPrompt
-from pqbench.store.link import Link
-from pqbench.store.link_local import LocalLink
-from pqbench.store.scratch import Scratch
+from pqbench.store.host.blocks import CacheOptions
+from pqbench.store.host.cached import CachedHostStore
+from pqbench.store.host.rows import HostPrompt
+from pqbench.store.host.scratch import Scratch
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.base import Link
+from pqbench.store.link.local import LocalLink
 from tests.support import store_of
 
 PROMPT, STEPS, BATCH, HEADS, WIDTH = 150, 260, 2, 2, 4

@@ -14,7 +14,7 @@ from torch import Tensor
 from pqbench.kernels import cpu, reference
 from pqbench.kernels.backend import kernels
 from pqbench.kernels.reference.blocks import Residency
-from pqbench.store.block_cache import BlockCache, CacheOptions
+from pqbench.store.host.blocks import BlockCache, CacheOptions
 
 CPU = torch.device("cpu")
 BODIES = pytest.mark.parametrize("body", [reference, cpu], ids=["reference", "cpu"])

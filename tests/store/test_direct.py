@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.buffers import gather_rows
-from pqbench.store.link_local import LocalLink
+from pqbench.store.link.local import LocalLink
 from tests.store.support import (
     BATCH,
     BUDGET,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pqbench.store.held import Held
+from pqbench.store.link.held import Held
 
 
 @dataclass

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from pqbench.kernels.buffers import gather_rows
 from pqbench.method import Budget, Split
-from pqbench.store.host import HostStore
-from pqbench.store.host_cached import CachedHostStore
-from pqbench.store.host_rows import HostPrompt, HostRows
-from pqbench.store.link import OrderingError
-from pqbench.store.link_emulated import PRESETS, EmulatedLink
-from pqbench.store.link_local import LocalLink
-from pqbench.store.outbox import Outbox
-from pqbench.store.scratch import Scratch
+from pqbench.store.host.cached import CachedHostStore
+from pqbench.store.host.outbox import Outbox
+from pqbench.store.host.rows import HostPrompt, HostRows
+from pqbench.store.host.scratch import Scratch
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.base import OrderingError
+from pqbench.store.link.emulated import PRESETS, EmulatedLink
+from pqbench.store.link.local import LocalLink
 from tests.store.support import (
     BATCH,
     BUDGET,

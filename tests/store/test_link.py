@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import gather_rows
-from pqbench.store import link_emulated
-from pqbench.store.link import Copy, Direction, Link, OrderingError, poison, poisoned
-from pqbench.store.link_cuda import CudaLink
-from pqbench.store.link_emulated import PRESETS, Clock, EmulatedLink, Speed, speed
-from pqbench.store.link_local import LocalLink
+from pqbench.store.link import emulated as link_emulated
+from pqbench.store.link.base import Copy, Direction, Link, OrderingError, poison, poisoned
+from pqbench.store.link.cuda import CudaLink
+from pqbench.store.link.emulated import PRESETS, Clock, EmulatedLink, Speed, speed
+from pqbench.store.link.local import LocalLink
 
 PATIENCE = 30.0  # seconds after which a test gives up; never waited for where the link works
 LINKS = [LocalLink, lambda debug=False: EmulatedLink(PRESETS["pcie4"], debug)]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
-from pqbench.store.host import HostStore
-from pqbench.store.host_rows import HostPrompt
-from pqbench.store.link import Link
-from pqbench.store.link_local import LocalLink
+from pqbench.store.host.rows import HostPrompt
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.base import Link
+from pqbench.store.link.local import LocalLink
 from pqbench.store.tiers import HostTier
 from tests.store.test_host import PROMPT, STEPS, split_of, tokens
 

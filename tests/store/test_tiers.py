@@ -12,10 +12,10 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import Budget
 from pqbench.store.device import DeviceStore
-from pqbench.store.host import HostStore
-from pqbench.store.host_cached import CachedHostStore
-from pqbench.store.host_rows import page_locked
-from pqbench.store.link import OrderingError
+from pqbench.store.host.cached import CachedHostStore
+from pqbench.store.host.rows import page_locked
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.base import OrderingError
 from pqbench.store.tiers import DeviceTier, HostTier, Need, Tier
 
 CPU = torch.device("cpu")

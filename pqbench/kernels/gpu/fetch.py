@@ -2,7 +2,7 @@
 
 Rows are read by the GPU where they lie: the launcher asks the driver for the device address of page-locked memory. A
 program copies a few rows, with loads of 16 bytes a thread, so that many requests are on the link at once. Offsets have
-64 bits. Whoever frees host memory that a kernel reads must wait for it: see :mod:`pqbench.store.held`.
+64 bits. Whoever frees host memory that a kernel reads must wait for it: see :mod:`pqbench.store.link.held`.
 """
 
 from __future__ import annotations

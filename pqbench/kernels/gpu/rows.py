@@ -40,8 +40,8 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
 
     ``source`` or ``target`` may be page-locked host memory: the launcher asks the driver for the address under which
     the GPU sees it, and rows cross the link straight from where they are. The kernel runs on the current stream;
-    whoever reuses or frees host memory must wait for it first, see :mod:`pqbench.store.held`. ``indices`` are on the
-    GPU or page-locked as well.
+    whoever reuses or frees host memory must wait for it first, see :mod:`pqbench.store.link.held`. ``indices`` are on
+    the GPU or page-locked as well.
     """
     _copy(source, indices.contiguous(), target)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.store.device import DeviceStore
-from pqbench.store.host_rows import HostRows
-from pqbench.store.link import Direction
+from pqbench.store.host.rows import HostRows
+from pqbench.store.link.base import Direction
 
 
 class KeptRows(DeviceStore):

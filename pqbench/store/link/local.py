@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.threads import stay_alone
-from pqbench.store.link import Copy, Direction, Link, Meters, Transfer
+from pqbench.store.link.base import Copy, Direction, Link, Meters, Transfer
 
 
 class Task:

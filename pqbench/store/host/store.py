@@ -12,15 +12,15 @@ from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.reference.rows import Found
 from pqbench.method import Split
 from pqbench.store.base import Store
-from pqbench.store.block_cache import BlockCache
-from pqbench.store.direct import DirectRows
-from pqbench.store.host_rows import HostPrompt, HostRows
-from pqbench.store.kept import KeptRows
-from pqbench.store.link import Arriving, Copy, Direction
-from pqbench.store.outbox import Outbox
-from pqbench.store.pool import Pool
-from pqbench.store.scratch import Scratch
-from pqbench.store.traffic import Traffic
+from pqbench.store.host.blocks import BlockCache
+from pqbench.store.host.direct import DirectRows
+from pqbench.store.host.kept import KeptRows
+from pqbench.store.host.outbox import Outbox
+from pqbench.store.host.pool import Pool
+from pqbench.store.host.rows import HostPrompt, HostRows
+from pqbench.store.host.scratch import Scratch
+from pqbench.store.host.traffic import Traffic
+from pqbench.store.link.base import Arriving, Copy, Direction
 
 _BOTH, _KEYS, _VALUES = slice(0, 2), slice(0, 1), slice(1, 2)  # of a row [2, D]
 

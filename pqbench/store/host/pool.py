@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pqbench.store.link import poison
+from pqbench.store.link.base import poison
 
 
 class Pool:

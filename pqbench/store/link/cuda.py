@@ -14,8 +14,8 @@ from torch import Tensor
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.kernels.buffers import gather_rows
-from pqbench.store.held import Held
-from pqbench.store.link import Copy, Direction, Link, Meters, Transfer
+from pqbench.store.link.base import Copy, Direction, Link, Meters, Transfer
+from pqbench.store.link.held import Held
 
 _PIECE = 1 << 18  # bytes; a copy of less costs more to launch than to do
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pqbench.kernels.backend import Kernels, Number
 from pqbench.kernels.reference.rows import Blocks
-from pqbench.store.block_cache import BlockCache
-from pqbench.store.host_rows import HostRows
-from pqbench.store.link import Direction, Transfer
-from pqbench.store.pool import Pool
+from pqbench.store.host.blocks import BlockCache
+from pqbench.store.host.pool import Pool
+from pqbench.store.host.rows import HostRows
+from pqbench.store.link.base import Direction, Transfer
 
 
 class DirectRows:

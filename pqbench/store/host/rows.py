@@ -13,7 +13,7 @@ from torch import Tensor
 from pqbench.errors import ConfigError
 from pqbench.kernels.pages import empty_rows
 from pqbench.kernels.reference.rows import HostTokens
-from pqbench.store.link import Copy, Direction, Link, Transfer, poison
+from pqbench.store.link.base import Copy, Direction, Link, Transfer, poison
 
 _CHUNK = 1024  # rows of the smallest chunk a store adds
 _SHARE = 8  # one of so many parts of the rows held is added where that is more

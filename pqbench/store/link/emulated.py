@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from pqbench.errors import ConfigError
-from pqbench.store.link import Copy, Direction, Meters, Transfer
-from pqbench.store.link_local import Lane, LocalLink, Task
+from pqbench.store.link.base import Copy, Direction, Meters, Transfer
+from pqbench.store.link.local import Lane, LocalLink, Task
 
 
 @dataclass(frozen=True)

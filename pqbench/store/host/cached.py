@@ -10,11 +10,11 @@ from torch import Tensor
 from pqbench.kernels.backend import Number, kernels
 from pqbench.kernels.reference.rows import Found
 from pqbench.method import Split
-from pqbench.store.block_cache import Admission, BlockCache, CacheOptions
-from pqbench.store.host import HostStore
-from pqbench.store.host_rows import HostPrompt
-from pqbench.store.link import Copy, Direction, Transfer
-from pqbench.store.scratch import Scratch
+from pqbench.store.host.blocks import Admission, BlockCache, CacheOptions
+from pqbench.store.host.rows import HostPrompt
+from pqbench.store.host.scratch import Scratch
+from pqbench.store.host.store import HostStore
+from pqbench.store.link.base import Copy, Direction, Transfer
 
 
 class CachedHostStore(HostStore):

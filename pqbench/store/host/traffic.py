@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pqbench.store.link import Copy, Direction, Link, Transfer
+from pqbench.store.link.base import Copy, Direction, Link, Transfer
 
 
 class Traffic:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pqbench.store.host_rows import HostRows
-from pqbench.store.link import Copy, Direction, Transfer
-from pqbench.store.pool import Pool
-from pqbench.store.traffic import Traffic
+from pqbench.store.host.pool import Pool
+from pqbench.store.host.rows import HostRows
+from pqbench.store.host.traffic import Traffic
+from pqbench.store.link.base import Copy, Direction, Transfer
 
 
 class Outbox:
