@@ -23,14 +23,14 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
-from pqbench.devices import check_device, check_kernels
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.field_types import check_fields
 from pqbench.heartbeat import heartbeat
 from pqbench.identity import method_code
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.method import Budget, Method, compensated
-from pqbench.models import LoadedModel
+from pqbench.models.devices import check_device, check_kernels
+from pqbench.models.sources import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
 from pqbench.run import Job, Summary, run

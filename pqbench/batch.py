@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from pqbench.errors import ConfigError
 from pqbench.group import Rows
-from pqbench.lengths import check_switch, length_dependent, longest_context
 from pqbench.method import Check
+from pqbench.models.lengths import check_switch, length_dependent, longest_context
 
 
 def check_prompt(

@@ -25,7 +25,7 @@ from pqbench.clock import Spans, clock_of, streams_of
 from pqbench.environment import environment
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import Kernels, kernels
-from pqbench.models import cache_folder
+from pqbench.models.sources import cache_folder
 from pqbench.records import run_key, write_atomically
 
 log = logging.getLogger(__name__)

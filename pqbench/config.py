@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.generation import changes_of_greedy
-from pqbench.models import LoadedModel, ModelSource
+from pqbench.models.sources import LoadedModel, ModelSource
 from pqbench.rehearsal import profile
 
 log = logging.getLogger("pqbench")

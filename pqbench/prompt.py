@@ -23,8 +23,8 @@ from pqbench.errors import ConfigError
 from pqbench.graphs.check import check_batch_captured
 from pqbench.group import Group, Observer, Rows
 from pqbench.kernels.backend import kernels
-from pqbench.lengths import check_switch, length_dependent
 from pqbench.method import Geometry, Method
+from pqbench.models.lengths import check_switch, length_dependent
 from pqbench.rehearsal import geometry_of, profile
 from pqbench.rotary import layer_frequencies
 from pqbench.setting import Setting as Setting

@@ -18,7 +18,7 @@ from pqbench.batch import check_logits
 from pqbench.cache import LayeredCache, OurLayer, sliding_layers
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
-from pqbench.lengths import length_dependent
+from pqbench.models.lengths import length_dependent
 
 _POSITIONS = (0, 1, 7, 60, 1000)
 

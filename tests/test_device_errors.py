@@ -15,7 +15,7 @@ from methods.h2o import H2O
 from pqbench.clock import CudaStreams
 from pqbench.errors import DeviceError
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
-from pqbench.models import LoadedModel, Random
+from pqbench.models.sources import LoadedModel, Random
 from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
 from pqbench.run import run

@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 import pqbench.lm_eval_model
 from pqbench.errors import ConfigError, DataError
 from pqbench.lm_eval_model import PqbenchLM, composed, main
-from pqbench.models import Random
+from pqbench.models.sources import Random
 from pqbench.prompt import Prefilled
 
 ROOT = Path(__file__).resolve().parents[1]

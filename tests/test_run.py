@@ -22,7 +22,7 @@ from pqbench.benchmarks.recall import string_recall
 from pqbench.errors import BudgetError
 from pqbench.kernels import cpu
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.records import RecordFile
 from pqbench.run import Job, Summary, run
 

@@ -18,7 +18,7 @@ from pqbench.fidelity.documents import file_documents, speech_documents
 from pqbench.fidelity.table import sections
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.records import Record
 from pqbench.run import check_methods
 from pqbench.store.tiers import Need

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 
 from pqbench.benchmarks.grid import whole
-from pqbench.devices import available_bytes, check_device, check_kernels
 from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.group import PHASES
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
-from pqbench.models import torch_dtype
+from pqbench.models.devices import available_bytes, check_device, check_kernels
+from pqbench.models.sources import torch_dtype
 from pqbench.records import Record
 from pqbench.store.tiers import DeviceTier
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked

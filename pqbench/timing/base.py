@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pqbench.errors import BudgetError, ConfigError
 from pqbench.method import Method
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import FINISHED, VERSION, Record, RecordFile
 from pqbench.terminal import plain

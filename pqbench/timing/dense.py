@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pqbench.devices import available_bytes
 from pqbench.kernels.backend import Kernels
 from pqbench.method import Geometry
+from pqbench.models.devices import available_bytes
 
 Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 

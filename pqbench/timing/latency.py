@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
 from pqbench.cache import layer_types
-from pqbench.devices import available_bytes
 from pqbench.errors import ConfigError
 from pqbench.generation import Generation, decode
 from pqbench.group import PHASES
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
+from pqbench.models.devices import available_bytes
 from pqbench.prompt import Prefilled, prefill
 from pqbench.records import Record
 from pqbench.rehearsal import profile

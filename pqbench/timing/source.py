@@ -12,7 +12,7 @@ from torch import Tensor
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.prose import any_text, prose
 from pqbench.method import Geometry, LayerState, Method
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.prompt import Setting, prefill
 from pqbench.timing.geometries import Shape
 

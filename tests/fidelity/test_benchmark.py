@@ -23,7 +23,7 @@ from pqbench.errors import ConfigError, DataError
 from pqbench.fidelity import cell
 from pqbench.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.records import Record, read_all
 from tests.fidelity.conftest import Run
 

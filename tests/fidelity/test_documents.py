@@ -10,7 +10,7 @@ from pqbench.benchmarks.base import Frame, Prompter
 from pqbench.benchmarks.prose import speeches
 from pqbench.errors import DataError
 from pqbench.fidelity.documents import file_documents, speech_documents
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 
 
 @pytest.fixture(scope="module")

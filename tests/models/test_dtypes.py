@@ -15,7 +15,7 @@ from methods.h2o import H2O
 from methods.pqcache import PQCache
 from methods.snapkv import SnapKV
 from pqbench import Budget, Method, decode, generate, prefill
-from pqbench.miniature import small_model
+from pqbench.support.miniature import small_model
 from tests.support import left_padded, prompt_of
 
 NEW = 8

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from pqbench.miniature import small_model
-from pqbench.models import PackagedGGUF, Pretrained, Random, byte_tokenizer
-from pqbench.weights import folder_fingerprint, hub_fingerprint
+from pqbench.models.sources import PackagedGGUF, Pretrained, Random, byte_tokenizer
+from pqbench.models.weights import folder_fingerprint, hub_fingerprint
+from pqbench.support.miniature import small_model
 
 
 def saved(model: PreTrainedModel, folder: Path) -> str:

@@ -13,7 +13,7 @@ from methods.full import Full
 from methods.h2o import H2O
 from pqbench import Budget, decoding_with
 from pqbench.errors import ConfigError
-from pqbench.miniature import small_model
+from pqbench.support.miniature import small_model
 from tests.support import prompt_of
 
 NEW = 6

@@ -23,11 +23,11 @@ from methods.tova import TOVA
 from pqbench import Budget, Method, decode, generate, prefill
 from pqbench.attention import dense_attention
 from pqbench.kernels import reference, sinks
-from pqbench.miniature import small_model
 from pqbench.probe import probe
 from pqbench.prompt import Setting
 from pqbench.rehearsal import profile
 from pqbench.store.tiers import HostTier
+from pqbench.support.miniature import small_model
 from tests.support import left_padded, prompt_of, softmax
 
 NEW = 8

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pqbench.errors import ConfigError
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.timing.attention_scores import SHARES, AttentionScores, ranks_up_to, sorted_scores
 from tests.support import case
 from tests.timing.conftest import Run

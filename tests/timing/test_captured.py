@@ -13,7 +13,7 @@ from methods.pqcache import PQCache
 from pqbench.errors import ConfigError
 from pqbench.group import PHASES
 from pqbench.method import Budget, Method
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.timing.attention import Attention
 from pqbench.timing.captured import STEPS, CapturedSteps

@@ -16,7 +16,7 @@ from pqbench.benchmarks.base import Prompter
 from pqbench.errors import ConfigError
 from pqbench.group import PHASES
 from pqbench.method import KV, Budget, Geometry, LayerState, Method
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.prompt import Setting
 from pqbench.records import Record
 from pqbench.store.tiers import HostTier

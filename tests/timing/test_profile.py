@@ -15,7 +15,7 @@ from methods.pqcache import PQCache
 from pqbench.clock import PREFIX, HostClock, NamedClock, Spans, clock_of
 from pqbench.errors import ConfigError
 from pqbench.method import Budget, Method
-from pqbench.models import LoadedModel
+from pqbench.models.sources import LoadedModel
 from pqbench.timing import latency
 from pqbench.timing.latency import Latency
 from pqbench.timing.profile import REST, phases, profile_facts, read_trace

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pqbench import support
-from pqbench.miniature import causal_types, small_model
-from pqbench.support import COMMON, Outcome, page, tried
+from pqbench.support import trial as support
+from pqbench.support.miniature import causal_types, small_model
+from pqbench.support.trial import COMMON, Outcome, page, tried
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from methods.full import Full
 from pqbench import generate
 from pqbench.config import conf_folder, load_model, model_source
 from pqbench.errors import ModelError
-from pqbench.models import Pretrained, Random, byte_tokenizer, shape_config
+from pqbench.models.sources import Pretrained, Random, byte_tokenizer, shape_config
 from pqbench.records import read_all
 from tests.support import prompt_of
 

@@ -18,7 +18,7 @@ from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
 from pqbench.benchmarks.prose import prose
 from pqbench.method import Budget, Method
-from pqbench.models import LoadedModel, PackagedGGUF
+from pqbench.models.sources import LoadedModel, PackagedGGUF
 
 pytestmark = pytest.mark.embedded
 WHOLE = Budget(ratio=1.0)
@@ -39,7 +39,7 @@ def smollm2() -> LoadedModel:
     """The model of conf/model/smollm2.yaml."""
     options = yaml.safe_load((Path(__file__).parent.parent / "conf/model/smollm2.yaml").read_text(encoding="utf-8"))
     fields = {name: options[name] for name in ("name", "package", "version", "file", "dtype", "device")}
-    assert options["_target_"] == "pqbench.models.PackagedGGUF"
+    assert options["_target_"] == "pqbench.models.sources.PackagedGGUF"
     return PackagedGGUF(**fields).load()
 
 

@@ -32,10 +32,10 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from pqbench.devices import check_device, check_room
 from pqbench.errors import ModelError
-from pqbench.lengths import learned_positions, longest_context
-from pqbench.weights import folder_fingerprint, hub_fingerprint
+from pqbench.models.devices import check_device, check_room
+from pqbench.models.lengths import learned_positions, longest_context
+from pqbench.models.weights import folder_fingerprint, hub_fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from methods.full import Full
 from pqbench import generate, load_model
 from pqbench.errors import ConfigError, ModelError
-from pqbench.models import (
+from pqbench.models.sources import (
     LoadedModel,
     ModelSource,
     PackagedGGUF,

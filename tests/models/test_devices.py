@@ -15,11 +15,11 @@ import torch
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from pqbench import devices
 from pqbench.config import load_model
-from pqbench.devices import check_kernels, check_room
 from pqbench.errors import ConfigError, ModelError
 from pqbench.method import Method
+from pqbench.models import devices
+from pqbench.models.devices import check_kernels, check_room
 from pqbench.prompt import Setting
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from pqbench.timing import attention, latency

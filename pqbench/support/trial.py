@@ -30,8 +30,8 @@ from pqbench.config import conf_folder
 from pqbench.errors import PqbenchError
 from pqbench.generation import generate
 from pqbench.method import Method
-from pqbench.miniature import VOCABULARY, causal_types, small_model
 from pqbench.rehearsal import check_config
+from pqbench.support.miniature import VOCABULARY, causal_types, small_model
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
@@ -117,7 +117,7 @@ def tried(
     """The outcome of each type, in the order in which they end, each from a process of its own. ``find`` gives an
     outcome, :func:`outcome` by default."""
     context = multiprocessing.get_context("forkserver")  # a process that has imported all and computed nothing
-    context.set_forkserver_preload([__spec__.name])
+    context.set_forkserver_preload([__name__])
     waiting, running = list(reversed(kinds)), list[tuple[str, float, Connection, BaseProcess]]()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -260,7 +260,3 @@ def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Te
     mask = torch.ones_like(ids) if mask is None else mask
     tokens: Tensor = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=_NEW, pad_token_id=0)
     return tokens[:, ids.shape[1] :]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
