@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pqbench.config import load_model
     from pqbench.custom_generate import decoding_with
-    from pqbench.generation import decode, generate, prefill
+    from pqbench.engine.decode import decode, generate, prefill
     from pqbench.method import Budget, Method
 
 __all__ = ["Budget", "Method", "decode", "decoding_with", "generate", "load_model", "prefill"]
 
-_HOMES = {"decoding_with": "custom_generate", "load_model": "config", "Budget": "method", "Method": "method"}
+_HOMES = {
+    "Budget": "pqbench.method",
+    "Method": "pqbench.method",
+    "decode": "pqbench.engine.decode",
+    "decoding_with": "pqbench.custom_generate",
+    "generate": "pqbench.engine.decode",
+    "load_model": "pqbench.config",
+    "prefill": "pqbench.engine.decode",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Public names load their module on first use: reading records needs neither torch nor transformers."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"pqbench.{_HOMES.get(name, 'generation')}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
-from pqbench.calibration import calibrate
 from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.engine.calibration import calibrate
+from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.field_types import check_fields
 from pqbench.heartbeat import heartbeat
@@ -31,7 +32,6 @@ from pqbench.kernels.backend import BODIES, kernels
 from pqbench.method import Budget, Method, compensated
 from pqbench.models.devices import check_device, check_kernels
 from pqbench.models.sources import LoadedModel
-from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
 from pqbench.run import Job, Summary, run
 from pqbench.sweep import Failures

@@ -14,10 +14,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from pqbench.engine.decode import changes_of_greedy
+from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError, PqbenchError
-from pqbench.generation import changes_of_greedy
 from pqbench.models.sources import LoadedModel, ModelSource
-from pqbench.rehearsal import profile
 
 log = logging.getLogger("pqbench")
 
@@ -89,7 +89,7 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
 
 
 def rehearsed(source: ModelSource) -> LoadedModel:
-    """The model of a source, rehearsed: see :mod:`pqbench.rehearsal`.
+    """The model of a source, rehearsed: see :mod:`pqbench.engine.rehearsal`.
 
     Raises:
         ModelError: it cannot be loaded, or no method can serve it exactly.

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from pqbench.engine.decode import decode
+from pqbench.engine.prefill import prefill
 from pqbench.errors import ConfigError
-from pqbench.generation import decode
 from pqbench.method import Method
-from pqbench.prompt import prefill
 
 # What generate() adds by itself and our loop decides by itself.
 _OURS = frozenset({"attention_mask", "use_cache", "logits_to_keep", "cache_position"})
@@ -83,8 +83,8 @@ def usual(input_ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def stopping(criteria: Callable[..., Any], prompt: Tensor) -> Callable[[Tensor], Tensor]:
-    """Stopping criteria of transformers as :func:`pqbench.generation.decode` takes them: bool ``[B]`` for the tokens so
-    far; ``prompt`` ``[B, S]`` is what the criteria see before those."""
+    """Stopping criteria of transformers as :func:`pqbench.engine.decode.decode` takes them: bool ``[B]`` for the
+    tokens so far; ``prompt`` ``[B, S]`` is what the criteria see before those."""
 
     def finished(tokens: Tensor) -> Tensor:
         stopped = torch.as_tensor(criteria(torch.cat([prompt, tokens], 1), None), device=tokens.device)

@@ -64,7 +64,7 @@ def _processor() -> str:
 @cache
 def _commit() -> str | None:
     """Commit of the checkout this package lies in, with + when it has local changes; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None  # an installed package may lie inside somebody else's checkout
     try:

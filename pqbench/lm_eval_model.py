@@ -26,14 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from pqbench.attention import attached
 from pqbench.config import conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.custom_generate import stopping
+from pqbench.engine.attention import attached
+from pqbench.engine.decode import decode
+from pqbench.engine.prefill import Prefilled, Setting, forward, prefill
 from pqbench.errors import ConfigError, DataError, PqbenchError
-from pqbench.generation import decode
 from pqbench.lm_eval_plugin import register
 from pqbench.method import compensated
-from pqbench.prompt import Prefilled, Setting, forward, prefill
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")

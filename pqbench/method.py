@@ -69,7 +69,7 @@ class Geometry:
             and brings no value. Attention counts them by itself; probabilities of tokens come from
             :meth:`column_sums` and :meth:`exact_probabilities`, which count them too.
         correction: with selection ahead, the cosine up to which a query counts as turned, see
-            :class:`pqbench.prompt.Setting`; None without.
+            :class:`pqbench.engine.prefill.Setting`; None without.
     """
 
     layer: int

@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pqbench.attention import attached
-from pqbench.cache import OurLayer, check_rows
-from pqbench.group import Group
+from pqbench.engine.attention import attached
+from pqbench.engine.cohort import Group
+from pqbench.engine.layers import OurLayer, check_rows
+from pqbench.engine.prefill import Prefilled, forward
 from pqbench.kernels import reference
 from pqbench.kernels.sinks import left_by_sinks, with_sinks
 from pqbench.method import Selection, Split
-from pqbench.prompt import Prefilled, forward
 from pqbench.store.base import Store
 
 

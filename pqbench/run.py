@@ -14,17 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
+from pqbench.engine.cohort import Rows
+from pqbench.engine.decode import Generation, decode
+from pqbench.engine.prefill import Prefilled, Setting, frequencies, geometry, prefill
+from pqbench.engine.rehearsal import profile
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
-from pqbench.generation import Generation, decode
-from pqbench.group import Rows
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
 from pqbench.models.devices import check_kernels
 from pqbench.models.sources import LoadedModel
 from pqbench.probe import probe
-from pqbench.prompt import Prefilled, Setting, frequencies, geometry, prefill
 from pqbench.records import VERSION, Record, RecordFile
-from pqbench.rehearsal import profile
 from pqbench.terminal import plain
 
 log = logging.getLogger(__name__)

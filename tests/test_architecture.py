@@ -117,9 +117,9 @@ def test_modules_import_only_what_they_may(name: str, allowed: set[str]) -> None
 
 
 def test_attention_knows_the_cache_as_a_type_only() -> None:
-    tree = ast.parse((ROOT / "pqbench/attention.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "pqbench/engine/attention.py").read_text(encoding="utf-8"))
     top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert "pqbench.cache" not in top
+    assert "pqbench.engine.layers" not in top
 
 
 def loaded_with() -> dict[str, set[str]]:

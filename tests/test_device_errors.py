@@ -12,18 +12,18 @@ from torch import Tensor
 
 from methods.full import Full
 from methods.h2o import H2O
-from pqbench.clock import CudaStreams
+from pqbench.engine.clock import CudaStreams
+from pqbench.engine.prefill import Setting
 from pqbench.errors import DeviceError
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.models.sources import LoadedModel, Random
-from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
 from pqbench.run import run
 from pqbench.timing import machine
 from pqbench.timing.attention import Attention
 from pqbench.timing.base import Measurement, TimingJob
 from pqbench.timing.latency import Latency
-from tests.streams import Streams
+from tests.engine.streams import Streams
 from tests.test_run import job, records
 
 

@@ -21,12 +21,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import pqbench.lm_eval_model
+from pqbench.engine.prefill import Prefilled
 from pqbench.errors import ConfigError, DataError
 from pqbench.lm_eval_model import PqbenchLM, composed, main
 from pqbench.models.sources import Random
-from pqbench.prompt import Prefilled
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [f"Line {i}: " + "the quick brown fox jumps over the lazy dog. " * (2 * i + 1) + "Answer:" for i in range(5)]
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from pqbench.reference import GROUPS, page, reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 PAGES = [CONF / "config.yaml", *(path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml")))]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedConfig, cache_utils
 
-from pqbench.cache import layer_types, sliding_layers
+from pqbench.engine.layers import layer_types, sliding_layers
 
 CONFIGS: dict[str, tuple[PreTrainedConfig, list[str], list[int]]] = {
     "mixed": (

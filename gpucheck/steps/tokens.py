@@ -16,13 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from gpucheck.options import Options
 from gpucheck.result import Result, Skipped
 from methods.pqcache import PQCache
-from pqbench.attention import attached
+from pqbench.engine.attention import attached
+from pqbench.engine.decode import generate
+from pqbench.engine.prefill import Setting, forward, prefill
 from pqbench.errors import ConfigError
-from pqbench.generation import generate
 from pqbench.method import Budget, Method
-from pqbench.prompt import Setting, forward, prefill
 from pqbench.store.tiers import DeviceTier, HostTier
-from tests.test_generation import methods
+from tests.engine.test_generation import methods
 
 CACHE: dict[str, Any] = {"cache_tokens": 64, "cache_block": 16, "cache_admit": 2}
 FIRST = (

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pqbench.engine.prefill import Prefilled, prefill
 from pqbench.fidelity.clean import CleanFigures, each_alone
 from pqbench.fidelity.documents import Document
 from pqbench.fidelity.forced import Dense, Drift, dense_logits, read_abreast
 from pqbench.fidelity.record import clean_facts, cost_facts, drift_facts
 from pqbench.method import Method
-from pqbench.prompt import Prefilled, prefill
 from pqbench.records import Record
 from pqbench.run import check_alive
 from pqbench.timing.base import Ledger, TimingJob

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pqbench.attention import attached
+from pqbench.engine.attention import attached
+from pqbench.engine.prefill import Prefilled, forward
 from pqbench.method import Split
 from pqbench.probe import Exact, Fidelity, ProbeLayer, Seen
-from pqbench.prompt import Prefilled, forward
 
 AGES = ("prompt", "early", "late")
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pqbench.attention import attached
-from pqbench.batch import check_logits
-from pqbench.cache import DecodeLayer, LayeredCache, OurLayer
-from pqbench.clock import Spans
-from pqbench.generation import Generation
+from pqbench.engine.attention import attached
+from pqbench.engine.batch import check_logits
+from pqbench.engine.clock import Spans
+from pqbench.engine.decode import Generation
+from pqbench.engine.layers import DecodeLayer, LayeredCache, OurLayer
+from pqbench.engine.prefill import Prefilled, forward
 from pqbench.method import Geometry, LayerState, Method
-from pqbench.prompt import Prefilled, forward
 
 
 @dataclass(frozen=True)

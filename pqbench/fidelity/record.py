@@ -42,9 +42,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pqbench.engine.decode import Generation
 from pqbench.fidelity.clean import AGES, CleanFigures
 from pqbench.fidelity.forced import Drift
-from pqbench.generation import Generation
 from pqbench.records import Record
 
 _DIGITS = 5

@@ -25,12 +25,12 @@ from hydra.utils import instantiate
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from pqbench.cache import layer_types
 from pqbench.config import conf_folder
+from pqbench.engine.decode import generate
+from pqbench.engine.layers import layer_types
+from pqbench.engine.rehearsal import check_config
 from pqbench.errors import PqbenchError
-from pqbench.generation import generate
 from pqbench.method import Method
-from pqbench.rehearsal import check_config
 from pqbench.support.miniature import VOCABULARY, causal_types, small_model
 from pqbench.terminal import log_to_terminal
 
@@ -59,7 +59,7 @@ Made by `python -m pqbench.support --all > docs/models.md` with transformers {ve
 small and random, compared with transformers' own `generate`. *Exact* means the same tokens with
 {methods} at a budget that holds everything, for prompts of {lengths} tokens, for a
 left-padded batch of three, and prefilled in blocks of {chunk}. *Refused* means one line before anything runs. A model
-that is loaded goes through the same comparison on a few tokens (`pqbench/rehearsal.py`), so that options of its
+that is loaded goes through the same comparison on a few tokens (`pqbench/engine/rehearsal.py`), so that options of its
 configuration that no default has are noticed as well.
 
 {counts}

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from pqbench.benchmarks.grid import whole
+from pqbench.engine.cohort import PHASES
 from pqbench.errors import ConfigError, DeviceError, ModelError
-from pqbench.group import PHASES
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes, check_device, check_kernels

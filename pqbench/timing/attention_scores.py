@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
+from pqbench.engine.prefill import Setting, prefill
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Geometry, LayerState, Method
-from pqbench.prompt import Setting, prefill
 from pqbench.records import Record
 from pqbench.terminal import plain
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked

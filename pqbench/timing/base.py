@@ -14,10 +14,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pqbench.engine.prefill import Setting
 from pqbench.errors import BudgetError, ConfigError
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.prompt import Setting
 from pqbench.records import FINISHED, VERSION, Record, RecordFile
 from pqbench.terminal import plain
 from pqbench.timings import DENSE, timing_table

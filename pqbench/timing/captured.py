@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pqbench.graphs.engine import Engine, ready
-from pqbench.group import Group
+from pqbench.engine.cohort import Group
+from pqbench.engine.graphs.engine import Engine, ready
 
 STEPS = 3  # before a step is nothing but a replay: one that is not captured, the rehearsal, the capture
 

@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
-from pqbench.cache import layer_types
+from pqbench.engine.cohort import PHASES
+from pqbench.engine.decode import Generation, decode
+from pqbench.engine.layers import layer_types
+from pqbench.engine.prefill import Prefilled, prefill
+from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
-from pqbench.generation import Generation, decode
-from pqbench.group import PHASES
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes
-from pqbench.prompt import Prefilled, prefill
 from pqbench.records import Record
-from pqbench.rehearsal import profile
 from pqbench.run import check_alive, check_methods
 from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked

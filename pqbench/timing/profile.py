@@ -1,8 +1,8 @@
 """What a run does, phase by phase, as a torch profiler saw it: launches, synchronisations, and time on host and device.
 
-The phases are spans of :class:`pqbench.clock.NamedClock`. A decode step is made of the phases select, fetch, attend and
-append of every layer, and of the rest of the model; before it come the prefill, what a method watches of it, and its
-index.
+The phases are spans of :class:`pqbench.engine.clock.NamedClock`. A decode step is made of the phases select, fetch,
+attend and append of every layer, and of the rest of the model; before it come the prefill, what a method watches of
+it, and its index.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pqbench.clock import PREFIX
+from pqbench.engine.clock import PREFIX
 from pqbench.records import Record
 
 STEP = "step"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.prose import any_text, prose
+from pqbench.engine.prefill import Setting, prefill
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.models.sources import LoadedModel
-from pqbench.prompt import Setting, prefill
 from pqbench.timing.geometries import Shape
 
 BASE = 4096  # rows that longer contexts are tiled from

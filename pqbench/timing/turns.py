@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pqbench.batch import check_indices
-from pqbench.clock import Spans, clock_of, streams_of
-from pqbench.group import PHASES, Group, Rows
+from pqbench.engine.batch import check_indices
+from pqbench.engine.clock import Spans, clock_of, streams_of
+from pqbench.engine.cohort import PHASES, Group, Rows
+from pqbench.engine.prefill import Setting
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method
-from pqbench.prompt import Setting
 from pqbench.store.tiers import Placement, Tier
 from pqbench.timing.captured import CapturedSteps
 from pqbench.timing.dense import DenseGeometry, DenseKernel

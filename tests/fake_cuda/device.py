@@ -233,7 +233,7 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
     """
     from triton.runtime.jit import JITFunction
 
-    import pqbench.prompt
+    import pqbench.engine.prefill
     from pqbench.kernels import cpu, gpu
 
     tally, pinned = Tally(), Pinned()
@@ -246,7 +246,7 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
         own.setattr(Tensor, "record_stream", _nothing)
         own.setattr(FakeTensor, "tolist", _tolist(tally))
         own.setattr(pages, "_LEAST", 1 << 62)  # memory maps hold real bytes
-        own.setattr(pqbench.prompt, "ThreadPoolExecutor", AtOnce, raising=False)
+        own.setattr(pqbench.engine.prefill, "ThreadPoolExecutor", AtOnce, raising=False)
         for name in gpu.__all__:
             if hasattr(cpu, name) and hasattr(reference, name):
                 own.setattr(cpu, name, _host_kernel(tally, name))

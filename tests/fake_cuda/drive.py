@@ -14,8 +14,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from pqbench.engine.prefill import Setting
 from pqbench.method import Method
-from pqbench.prompt import Setting
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from pqbench.timing.geometries import shape_of
 from pqbench.timing.source import synthetic

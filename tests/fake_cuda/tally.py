@@ -24,8 +24,8 @@ class RunawayError(Exception):
 
 
 def caller() -> str:
-    """The innermost line of the project that is at work, as ``pqbench/group.py:94``; ``model`` inside transformers,
-    ``test`` where nobody of these is."""
+    """The innermost line of the project that is at work, as ``pqbench/engine/cohort.py:94``; ``model`` inside
+    transformers, ``test`` where nobody of these is."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

@@ -13,10 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-from pqbench import rehearsal, rotary
-from pqbench.generation import decode
-from pqbench.prompt import Setting, prefill
-from pqbench.rehearsal import profile
+from pqbench.engine import rehearsal, rotary
+from pqbench.engine.decode import decode
+from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.rehearsal import profile
 from tests.fake_cuda.budgets import COSTS
 from tests.fake_cuda.device import CUDA, Device, fake_device
 from tests.fake_cuda.drive import METHODS, STEPS, TIERS, method_of
@@ -28,7 +28,9 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 LAYERS, PROMPT, NEW = 2, 2048, 6
-LOOP = ("pqbench/generation.py",)  # asks in every step whether the answer has ended, because the tests watch each step
+LOOP = (
+    "pqbench/engine/decode.py",
+)  # asks in every step whether the answer has ended, because the tests watch each step
 
 
 @dataclass

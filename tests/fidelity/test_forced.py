@@ -16,10 +16,10 @@ from methods.oracle import Oracle
 from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
+from pqbench.engine.decode import Generation
 from pqbench.errors import ConfigError
 from pqbench.fidelity.forced import Dense, Drift, dense_logits, read, read_abreast
 from pqbench.fidelity.record import cost_facts, drift_facts
-from pqbench.generation import Generation
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from tests.fidelity.test_clean import BUDGET, PROMPT, STEPS, Odd, answer, chosen_tokens
 from tests.support import prompt_of, softmax, tiny_model

@@ -127,9 +127,9 @@ import importlib, pkgutil
 from numba.core.registry import CPUDispatcher
 from pqbench import generate
 from pqbench.kernels import cpu
-from pqbench.prompt import Setting
+from pqbench.engine.prefill import Setting
 from tests.support import prompt_of, tiny_model
-from tests.test_generation import SMALL, methods
+from tests.engine.test_generation import SMALL, methods
 
 modules = [importlib.import_module(f"{cpu.__name__}.{found.name}") for found in pkgutil.iter_modules(cpu.__path__)]
 compiled = lambda: {id(f): len(f.signatures) for m in modules for f in vars(m).values() if isinstance(f, CPUDispatcher)}

@@ -22,7 +22,7 @@ from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from methods.tova import TOVA
 from methods.vattention import VAttention
-from pqbench.group import Group, Rows
+from pqbench.engine.cohort import Group, Rows
 from pqbench.method import Budget, Method, PaperBudget
 from tests.support import append, case, finish, output_of, rows_of, start, tokens_of
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from methods.full import Full
 from methods.pqcache import PQCache
 from methods.pqcache.previous import PreviousQuery
-from pqbench.generation import decode, generate
+from pqbench.engine.decode import decode, generate
+from pqbench.engine.prefill import Setting, prefill
 from pqbench.method import Budget
-from pqbench.prompt import Setting, prefill
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import append, case, prompt_of, start
 

@@ -17,9 +17,9 @@ from methods.pqcache import PQCache
 from methods.snapkv import SnapKV
 from methods.streaming_llm import StreamingLLM
 from pqbench import Budget, Method, generate
+from pqbench.engine.prefill import Setting
+from pqbench.engine.rehearsal import profile
 from pqbench.errors import ModelError
-from pqbench.prompt import Setting
-from pqbench.rehearsal import profile
 from pqbench.store.tiers import HostTier
 from pqbench.support.miniature import small_model
 from tests.support import left_padded, prompt_of

@@ -16,18 +16,18 @@ import torch
 from methods.full import Full
 from methods.pqcache import PQCache
 from pqbench.config import load_model
+from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, ModelError
 from pqbench.method import Method
 from pqbench.models import devices
 from pqbench.models.devices import check_kernels, check_room
-from pqbench.prompt import Setting
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from pqbench.timing import attention, latency
 from pqbench.timing.attention import Attention
 from pqbench.timing.base import TimingJob
 from pqbench.timing.latency import Latency, check_memory
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ("needle", "infinitebench_quick", "ruler_quick", "longbench", "fidelity", "latency", "attention",
               "attention_scores")  # fmt: skip
 METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQCache(m=2, b=4)}

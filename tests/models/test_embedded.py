@@ -37,7 +37,7 @@ NEW = 16
 @pytest.fixture(scope="module")
 def smollm2() -> LoadedModel:
     """The model of conf/model/smollm2.yaml."""
-    options = yaml.safe_load((Path(__file__).parent.parent / "conf/model/smollm2.yaml").read_text(encoding="utf-8"))
+    options = yaml.safe_load((Path(__file__).parents[2] / "conf/model/smollm2.yaml").read_text(encoding="utf-8"))
     fields = {name: options[name] for name in ("name", "package", "version", "file", "dtype", "device")}
     assert options["_target_"] == "pqbench.models.sources.PackagedGGUF"
     return PackagedGGUF(**fields).load()

@@ -21,7 +21,7 @@ from pqbench.models.sources import Pretrained, Random, byte_tokenizer, shape_con
 from pqbench.records import read_all
 from tests.support import prompt_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 4, "num_key_value_heads": 1}
 TINY = {**SMALL, "num_hidden_layers": 2, "head_dim": 32, "vocab_size": 512}
 # Parameters as the model cards' safetensors have them; then heads, KV heads, layers, head dimension.

@@ -21,11 +21,11 @@ from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from methods.tova import TOVA
 from pqbench import Budget, Method, decode, generate, prefill
-from pqbench.attention import dense_attention
+from pqbench.engine.attention import dense_attention
+from pqbench.engine.prefill import Setting
+from pqbench.engine.rehearsal import profile
 from pqbench.kernels import reference, sinks
 from pqbench.probe import probe
-from pqbench.prompt import Setting
-from pqbench.rehearsal import profile
 from pqbench.store.tiers import HostTier
 from pqbench.support.miniature import small_model
 from tests.support import left_padded, prompt_of, softmax

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from methods.full import Full
 from pqbench import generate, load_model
+from pqbench.engine.prefill import Setting, devices, prefill
 from pqbench.errors import ConfigError, ModelError
 from pqbench.models.sources import (
     LoadedModel,
@@ -27,7 +28,6 @@ from pqbench.models.sources import (
     cache_folder,
     check_placement,
 )
-from pqbench.prompt import Setting, devices, prefill
 from pqbench.store.tiers import HostTier
 from tests.support import prompt_of
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pqbench.config import load_model
+from pqbench.engine.prefill import Setting
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.prompt import Setting
 from pqbench.records import Record, RecordFile
 from pqbench.timing import machine
 from pqbench.timing.base import Measured, Measurement, TimingJob

@@ -16,12 +16,12 @@ from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
-from pqbench.clock import HostClock
+from pqbench.engine.clock import HostClock
+from pqbench.engine.cohort import PHASES
+from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError
-from pqbench.group import PHASES
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget, Selection
 from pqbench.models.sources import LoadedModel
-from pqbench.prompt import Setting
 from pqbench.records import Record
 from pqbench.store.tiers import HostTier
 from pqbench.timing import attention, dense

@@ -10,11 +10,11 @@ import torch
 from methods.full import Full
 from methods.h2o import H2O
 from methods.pqcache import PQCache
+from pqbench.engine.cohort import PHASES
+from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError
-from pqbench.group import PHASES
 from pqbench.method import Budget, Method
 from pqbench.models.sources import LoadedModel
-from pqbench.prompt import Setting
 from pqbench.timing.attention import Attention
 from pqbench.timing.captured import STEPS, CapturedSteps
 from pqbench.timing.geometries import SHAPES

@@ -12,10 +12,10 @@ import torch
 
 from methods.full import Full
 from methods.pqcache import PQCache
+from pqbench.engine.prefill import Setting
 from pqbench.kernels import reference
 from pqbench.method import Method
 from pqbench.progress import read_runs
-from pqbench.prompt import Setting
 from pqbench.store.device import DeviceStore
 from pqbench.store.tiers import DeviceTier, HostTier
 from pqbench.timing import attention, dense

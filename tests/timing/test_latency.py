@@ -13,11 +13,11 @@ from methods.full import Full
 from methods.h2o import H2O
 from methods.pqcache import PQCache
 from pqbench.benchmarks.base import Prompter
+from pqbench.engine.cohort import PHASES
+from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError
-from pqbench.group import PHASES
 from pqbench.method import KV, Budget, Geometry, LayerState, Method
 from pqbench.models.sources import LoadedModel
-from pqbench.prompt import Setting
 from pqbench.records import Record
 from pqbench.store.tiers import HostTier
 from pqbench.timing import latency

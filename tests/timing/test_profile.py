@@ -12,7 +12,7 @@ import torch
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from pqbench.clock import PREFIX, HostClock, NamedClock, Spans, clock_of
+from pqbench.engine.clock import PREFIX, HostClock, NamedClock, Spans, clock_of
 from pqbench.errors import ConfigError
 from pqbench.method import Budget, Method
 from pqbench.models.sources import LoadedModel

@@ -1,0 +1,202 @@
+"""The only contact with transformers' attention dispatch: one attention function, one mask function, no model names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pqbench.errors import ModelError
+
+if TYPE_CHECKING:
+    from pqbench.engine.layers import LayeredCache
+
+NAME = "pqbench"
+_RUNNING: ContextVar[LayeredCache | None] = ContextVar("cache of the forward pass at work", default=None)
+# Tensors that a call may bring besides queries, keys, values, mask and learned sinks: attention does not read them.
+_IGNORED = frozenset({"position_ids", "cache_position", "s_aux"})
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Registered under :data:`NAME`, with the parameter names of transformers. The layer whose cache entry the model
+    updated last answers the call; the scaling is always the call's. Sliding layers, which are not ours, get plain SDPA.
+    All are causal, whatever their modules say: some leave that to a mask that is left out where it says nothing more.
+
+    Where keys and values differ in width (latent attention), both are padded with zeros to the larger width, which
+    changes no product and no sum, and the output is cut to the width of the values.
+
+    Raises:
+        ModelError: the layer asks for something that no method here would honour.
+    """
+    cache, sinks = _RUNNING.get(), kwargs.get("s_aux")
+    check_call(kwargs)
+    if cache is None:
+        raise ModelError("it calls attention outside of a forward pass of pqbench")
+    layer = cache.answering()
+    factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if not hasattr(layer, "attention"):
+        return dense_attention(module, query, key, value, attention_mask, factor, sinks), None
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ModelError("its attention brings a bias on the scores of its own (a mask of numbers, as ALiBi is)")
+    layer.sinks = sinks
+    width, value_width = max(key.shape[-1], value.shape[-1]), value.shape[-1]
+    query, key, value = (_widened(rows, width) for rows in (query, key, value))
+    return layer.attention(module, query, key, value, attention_mask, factor)[..., :value_width], None
+
+
+def check_call(options: dict[str, Any]) -> None:
+    """Raises ModelError when a call of attention brings something that changes its result and that no kernel here
+    computes."""
+    if options.get("softcap") is not None:
+        raise ModelError("its attention uses logit soft-capping (softcap), which pqbench does not support")
+    for name, value in options.items():
+        if isinstance(value, Tensor) and name not in _IGNORED:
+            raise ModelError(f"its attention is called with {name}, which pqbench does not support")
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """Rows ``[..., D]`` with zeros behind them up to ``width``; the same tensor where nothing is missing."""
+    return rows if rows.shape[-1] == width else functional.pad(rows, (0, width - rows.shape[-1]))
+
+
+def dense_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Exact attention of a block, ``[B, n, Hq, D]``: q ``[B, Hq, n, D]`` are the last n of the tokens of k and v
+    ``[B, H, S, D]``. ``sinks`` ``[Hq]`` are logits that take part in each head's softmax and bring no value.
+
+    A sink becomes one more key in front of the others: queries get one more dimension that holds the sink, keys get
+    zeros there, and the new key has nothing else. SDPA then needs no mask that it would not need without.
+    """
+    square = sinks is not None and mask is None and q.shape[2] == k.shape[2]
+    if sinks is not None:
+        scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = _with_sink_key(q, k, v, scaling, sinks, dummy_query=square)
+        mask = None if mask is None else functional.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if mask is None and 1 < q.shape[2] < k.shape[2]:
+        return causal_block(q, k, v, scaling)
+    output: Tensor = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)[0]
+    return output[:, 1:] if square else output
+
+
+def _with_sink_key(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, sinks: Tensor, dummy_query: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k and v with the sink as key 0. ``dummy_query`` also puts a query in front, so that there are as many as keys
+    and a causal mask stays implied; eight dimensions more keep rows aligned for fast kernels."""
+    batch, heads, count, _ = q.shape
+    logit = sinks.to(q.dtype).view(1, heads, 1, 1).expand(batch, heads, count, 1)
+    q = torch.cat([q, logit, q.new_zeros(batch, heads, count, 7)], dim=-1)
+    k, v = functional.pad(k, (0, 8, 1, 0)), functional.pad(v, (0, 0, 1, 0))
+    k[:, :, 0, -8] = 1 / scaling
+    return (functional.pad(q, (0, 0, 1, 0)) if dummy_query else q), k, v
+
+
+def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None.
+
+    Raises:
+        ModelError: some layer computed attention elsewhere, or did not use its cache.
+    """
+    known = _parameters(type(model).forward)
+    options = {"position_ids": positions, "logits_to_keep": 1}
+    cache.begin()
+    token = _RUNNING.set(cache)
+    try:
+        output = model(
+            ids, attention_mask=None if mask is None else mask.long(), past_key_values=cache, use_cache=True,
+            **{name: value for name, value in options.items() if name in known},
+        )  # fmt: skip
+    finally:
+        _RUNNING.reset(token)
+    cache.end()
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+@lru_cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """Names of the parameters that a model's forward pass takes."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the caller tells the model the positions of its tokens; others count them by themselves."""
+    return "position_ids" in _parameters(type(model).forward)
+
+
+def causal_block(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of a block of queries ``[B, Hq, n, D]`` at the end of keys ``[B, H, S, D]``: ``[B, n, Hq, D]``.
+
+    Torch's ``is_causal`` lets the first query see the first key, and a mask ``[n, S]`` keeps flash attention from
+    serving the call; this bias says the same without either.
+    """
+    bias: Any = _lower_right(q.shape[2], k.shape[2])
+    output = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _lower_right(count: int, total: int) -> Tensor:
+    """The bias of a block; every layer asks for the same one."""
+    return causal_lower_right(count, total)
+
+
+def block_mask(**options: Any) -> Tensor | None:
+    """The mask that transformers gives its SDPA layers; none where on a GPU it would say nothing but "causal", which
+    :func:`causal_block` knows. ``options`` are those of :func:`transformers.masking_utils.sdpa_mask`."""
+    causal = options.get("attention_mask") is None and options.get("local_size") is None
+    on_gpu = torch.device(options.get("device", "cpu")).type == "cuda"
+    if causal and on_gpu and options.get("allow_is_causal_skip", True):
+        return None
+    mask: Tensor | None = sdpa_mask(**options)
+    return mask
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[None]:
+    """Route the model's attention through :func:`attention_forward`; the former implementation returns on exit, also
+    after an exception."""
+    before = _implementations(model.config)
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, block_mask)
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        model.set_attn_implementation(before)
+        raise ModelError(_fixed(model)) from error
+    if model.config._attn_implementation != NAME:
+        raise ModelError(_fixed(model))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """The attention implementation of a configuration and, by name, those of the configurations inside it."""
+    inside = {name: getattr(config, name, None) for name in config.sub_configs}
+    own: dict[str, Any] = {"": config._attn_implementation}
+    chosen = {name: part for name, part in inside.items() if getattr(part, "_attn_implementation", None) is not None}
+    return own | {name: _implementations(part) for name, part in chosen.items()}
+
+
+def _fixed(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} does not let its attention be replaced: it does not use the attention interface"

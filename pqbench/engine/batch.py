@@ -1,0 +1,88 @@
+"""Prompts as a batch: validity of what goes in and comes out, and the grouping of left-padded sequences by length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pqbench.engine.cohort import Rows
+from pqbench.errors import ConfigError
+from pqbench.method import Check
+from pqbench.models.lengths import check_switch, length_dependent, longest_context
+
+
+def check_prompt(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, any_length: bool = False,
+    max_length: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The validity mask ``[B, S]`` bool of a batch; with ``any_length`` it may exceed the model's limit, and with
+    ``max_length`` reach so far.
+
+    Raises:
+        ConfigError: an empty prompt, a mask with holes or right padding, or a prompt longer than the model allows.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ConfigError(
+            f"the prompt is empty: input_ids has shape {tuple(input_ids.shape)}, expected [B, S] with S > 0"
+        )
+    if not any_length:
+        check_length(model, input_ids.shape[1], max_length)
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ConfigError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids is {tuple(input_ids.shape)}")
+    mask = attention_mask.to(input_ids.device, torch.bool)
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ConfigError("attention_mask has holes or right padding: pad on the left (tokenizer.padding_side='left')")
+    if not bool(mask[:, -1].all()):
+        raise ConfigError("a sequence of the batch is all padding: its prompt is empty")
+    return mask
+
+
+def check_length(model: PreTrainedModel, tokens: int, max_length: int | None = None) -> None:
+    """Raises ConfigError when ``tokens`` exceed what the model was built for, and ``max_length`` where that is more."""
+    limit = max(longest_context(model.config), max_length or 0)
+    if tokens > limit:
+        raise ConfigError(f"{tokens} tokens of prompt and generation exceed the model's limit of {limit}: shorten the "
+                          "prompt, choose a model with a longer context, or set model.max_length")  # fmt: skip
+
+
+def check_blocks(model: PreTrainedModel, mask: Tensor, chunk: int) -> None:
+    """Raises ConfigError when a prompt of this mask, prefilled ``chunk`` columns at a time, would cross a length at
+    which the model's rotary frequencies change."""
+    if length_dependent(model.config) is None:  # else the host would wait for a GPU
+        return
+    longest = int(mask.sum(-1).max())
+    padding = mask.shape[1] - longest  # of the longest sequence
+    check_switch(model.config, min(longest, max(0, chunk - padding)), longest)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises ConfigError when the model or a method's attention computed NaN: its tokens would look like an answer."""
+    if bool(logits.isnan().any()):
+        raise ConfigError("the model's logits are NaN: weights or keys are not finite, try model.dtype=float32")
+
+
+def check_indices(checks: Sequence[Check]) -> None:
+    """Raises ConfigError with the message of the first check that does not hold; waits for the device once."""
+    if not checks:
+        return
+    first = checks[0].holds.device
+    for check, holds in zip(checks, torch.stack([c.holds.to(first) for c in checks]).tolist(), strict=True):
+        if not holds:
+            raise ConfigError(check.message)
+
+
+def group_rows(mask: Tensor) -> list[Rows]:
+    """Sequences of a validity mask ``[B, S]`` by equal length, longest first."""
+    padding = (~mask).long().sum(-1)
+    if int(padding.min()) == int(padding.max()):
+        return [Rows(slice(None), int(padding[0]), mask.shape[0])]
+    groups = []
+    for columns in padding.unique(sorted=True).tolist():
+        index = (padding == columns).nonzero().squeeze(1)
+        groups.append(Rows(index, columns, len(index)))
+    return groups

@@ -1,0 +1,33 @@
+"""The cache layer that the model sees while a decode step is captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pqbench.engine.layers import DecodeLayer, OurLayer, check_rows
+
+
+class CapturedLayer(OurLayer):
+    """The device work of a :class:`pqbench.engine.layers.DecodeLayer` with one group; the host's is done before each
+    replay."""
+
+    def __init__(self, layer: DecodeLayer) -> None:
+        super().__init__()
+        self.group = layer.groups[0]
+        self.seen = layer.seen
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def attention(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Write the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``."""
+        check_rows(k, 1)
+        self.group.check(k, scaling)
+        self.group.store.write(k, v)
+        batch, heads, _, width = q.shape
+        grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
+        return self.group.attend_captured(grouped).reshape(batch, 1, heads, width)

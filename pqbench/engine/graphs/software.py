@@ -1,0 +1,158 @@
+"""What stands for a CUDA graph on the CPU: every operation of a step, recorded and done again with what was frozen.
+
+A CUDA graph freezes all that the host decided while it was captured: shapes, Python numbers, addresses. Only what
+memory holds may change from one replay to the next. This class freezes the same, so that a step which would go wrong in
+a CUDA graph goes wrong here, where it can be tested.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pqbench.engine.graphs.base import Work
+from pqbench.errors import ModelError
+from pqbench.kernels.backend import Kernels
+
+# What makes the host wait for what the device computes; so does indexing with bool, whose result has as many rows as
+# there are hits.
+_READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operation with its arguments as they were, and the tensors it gave."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    given: list[Tensor]
+    name: str
+
+    def again(self) -> None:
+        """Do it once more; what it gives goes into the tensors it gave first, where later operations read it.
+
+        Raises:
+            ModelError: the result has another shape now, which no graph can follow.
+        """
+        fresh = _tensors(self.run(*self.arguments, **self.options))
+        for before, now in zip(self.given, fresh, strict=True):
+            if before.shape != now.shape:
+                raise ModelError(f"{self.name} gave {tuple(before.shape)} when it was captured and now gives "
+                                 f"{tuple(now.shape)}: its shape depends on the step")  # fmt: skip
+            if before.data_ptr() != now.data_ptr():  # else a view, or written in place
+                before.copy_(now)
+
+
+class SoftwareGraph:
+    """See :class:`pqbench.engine.graphs.base.Graph`.
+
+    Torch operations are recorded one by one. A kernel is recorded as what a GPU would be given: with Triton's
+    interpreter every launch, with other bodies the call of the body, which reads its numbers when it runs.
+    """
+
+    def __init__(self, body: Kernels) -> None:
+        self._body = body
+        self._launches: list[Launch] = []
+        self._inside = False  # a kernel: what it is made of is no operation of its own
+        self._done = False
+
+    def rehearse(self, work: Work) -> Tensor:
+        """See :meth:`pqbench.engine.graphs.base.Graph.rehearse`."""
+        return work()
+
+    def capture(self, work: Work) -> Tensor:
+        """See :meth:`pqbench.engine.graphs.base.Graph.capture`. Recording does the work, so that the first replay
+        has nothing left to do.
+
+        Raises:
+            ModelError: the host reads what the device computes, which cannot be captured.
+        """
+        self._launches.clear()
+        with self._kernels(), _Operations(self._operation):
+            result = work()
+        self._done = True
+        return result
+
+    def replay(self) -> None:
+        """See :meth:`pqbench.engine.graphs.base.Graph.replay`."""
+        if not self._done:
+            for launch in self._launches:
+                launch.again()
+        self._done = False
+
+    def _operation(self, run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """A torch operation."""
+        result = run(*arguments, **options)
+        if not self._inside:
+            name = str(run.name())  # type: ignore[attr-defined]
+            if _waits(name.partition(".")[0], arguments):
+                raise ModelError(f"a step that is captured reads on the host what the device computes ({name})")
+            self._launches.append(Launch(run, arguments, options, _tensors(result), name))
+        return result
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Record kernels while this lasts."""
+        interpreter = sys.modules.get("triton.runtime.interpreter")
+        with ExitStack() as stack:
+            if self._body.__name__.endswith(".gpu") and interpreter is not None:
+                stack.enter_context(self._kernel(interpreter.GridExecutor, "__call__"))
+            else:
+                for name in (name for name in vars(Kernels) if not name.startswith("_")):
+                    stack.enter_context(self._kernel(self._body, name))
+            yield
+
+    @contextmanager
+    def _kernel(self, owner: Any, name: str) -> Iterator[None]:
+        """Record calls of ``owner.name`` while this lasts."""
+        kernel = getattr(owner, name)
+
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            if self._inside:
+                return kernel(*arguments, **options)
+            self._inside = True
+            try:
+                result = kernel(*arguments, **options)
+            finally:
+                self._inside = False
+            self._launches.append(Launch(kernel, arguments, options, _tensors(result), name))
+            return result
+
+        setattr(owner, name, recorded)
+        try:
+            yield
+        finally:
+            setattr(owner, name, kernel)
+
+
+class _Operations(TorchDispatchMode):
+    """Passes every torch operation to ``record``."""
+
+    def __init__(self, record: Callable[..., Any]) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._record(func, args, kwargs or {})
+
+
+def _waits(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an operation makes the host wait for the device."""
+    hits = name in _INDEXING and any(part is not None and part.dtype == torch.bool for part in arguments[1])
+    return hits or name in _READS
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -1,0 +1,305 @@
+"""The caches handed to transformers: one kind of layer per phase, so a phase is never inferred from shapes.
+
+:class:`PrefillLayer` keeps the whole prompt and computes dense attention; :class:`DecodeLayer` answers one query per
+sequence through a method.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from pqbench.engine.attention import dense_attention
+from pqbench.engine.cohort import Group, Observer, Rows
+from pqbench.errors import ModelError
+from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.store.tiers import Placement, Prompt
+
+
+class LayeredCache(Cache):
+    """A transformers cache that knows which of its layers are ours, and that every layer must use it: a model layer
+    first updates its entry and then calls attention, once per forward pass. A model that does otherwise is refused, for
+    its attention would not be what our layers answer."""
+
+    def __init__(self, layers: list[CacheLayerMixin]) -> None:
+        super().__init__(layers=layers)
+        self.selective: dict[int, Any] = {i: layer for i, layer in enumerate(layers) if hasattr(layer, "attention")}
+        self._updated: int | None = None  # layer whose entry was updated and whose attention was not called yet
+        self._answered = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._updated is not None:
+            raise ModelError(f"layer {self._updated} computes attention without the attention interface")
+        self._updated = layer_idx
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def begin(self) -> None:
+        """A forward pass starts."""
+        self._updated, self._answered = None, 0
+
+    def answering(self) -> CacheLayerMixin:
+        """The layer that answers the call of attention at work. Raises ModelError when none was updated for it."""
+        if self._updated is None:
+            raise ModelError("it calls attention over keys that are not the layer's own cache entry: several layers "
+                             "share keys and values, or one layer calls attention several times")  # fmt: skip
+        layer, self._updated = self.layers[self._updated], None
+        self._answered += 1
+        return layer
+
+    def end(self) -> None:
+        """A forward pass is over. Raises ModelError when not every layer was updated and answered."""
+        if self._updated is not None:
+            raise ModelError(f"layer {self._updated} computes attention without the attention interface")
+        if self._answered != len(self.layers):
+            raise ModelError(f"{len(self.layers) - self._answered} of its {len(self.layers)} layers bypass the cache")
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """Attention type of every layer. Raises ModelError for a type that is neither full nor sliding attention."""
+    types, _ = _described(config)
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ModelError(
+            f"the model has layers of type {', '.join(unknown)}; pqbench serves full and sliding attention"
+        )
+    return types
+
+
+def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
+    """Transformers' own cache layers for the layers that methods leave alone."""
+    types, options = _described(config)
+    return {i: DynamicSlidingWindowLayer(**options[i]) for i, kind in enumerate(types) if kind == "sliding_attention"}
+
+
+def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Attention type of every layer, and the arguments that its cache layer is made with. Releases of transformers
+    differ: the newest answer layer by layer, 5.17 with one set of arguments for all layers, older ones not at all."""
+    describe = getattr(cache_utils, "get_layer_types_and_kwargs", None)
+    if describe is None:
+        window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+        types = (
+            getattr(config, "layer_types", None)
+            or ["full_attention" if window is None else "sliding_attention"] * count
+        )
+        return list(types), [{} if window is None else {"sliding_window": window}] * count
+    types, options = describe(config)
+    return list(types), options if isinstance(options, list) else [options] * len(types)
+
+
+class OurLayer(CacheLayerMixin):
+    """What transformers asks of a cache layer; eviction is invisible to it, positions count all tokens seen."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.sinks: Tensor | None = None  # [Hq], of the call at work; see attention_forward
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the calls of one layer's attention have in common.
+
+    Attributes:
+        kv_heads, group, head_dim: H, G and D; the larger D where keys and values differ.
+        scaling: factor on q.k.
+        device: where the layer runs.
+        sinks: ``[H, G]`` float32, logits that take part in each head's softmax and bring no value.
+    """
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    scaling: float
+    device: torch.device
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, scaling: float, sinks: Tensor | None) -> Shape:
+        """The shape of one call: q ``[B, Hq, n, D]`` and k ``[B, H, S, D]``."""
+        heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        known = None if sinks is None else sinks.detach().float().view(heads, group)
+        return cls(heads, group, q.shape[-1], scaling, q.device, known)
+
+
+class PrefillLayer(OurLayer):
+    """Holds the prompt's keys and values, answers with dense attention (or with the method's own, where ``own``) and
+    shows each block to the observers.
+
+    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in: from then on the prompt's rows
+    belong to the tier (:meth:`prompt`), which may be moving them while the next layers compute.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        reserve: int,
+        rows: Sequence[Rows],
+        placement: Placement,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.columns, self.reserve, self.rows, self.placement, self.on_end = columns, reserve, rows, placement, on_end
+        self.observers: list[Observer] = []
+        self.own = False
+        self.shape: Shape | None = None  # known after the first block
+        self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
+        self._prompts: dict[int, Prompt] = {}  # by padding, which tells groups apart
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._buffers is None:
+            capacity = self.columns + self.reserve
+            self._buffers = GrowingBuffer.like(key_states, capacity), GrowingBuffer.like(value_states, capacity)
+        keys, values = self._buffers
+        keys.append(key_states)
+        values.append(value_states)
+        self.seen += key_states.shape[2]
+        return keys.view(), values.view()
+
+    def attention(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Causal attention of a block, ``[B, n, Hq, D]``."""
+        batch, heads, columns, width = q.shape
+        check_rows(k, self.seen)
+        self.shape = Shape.of(q, k, scaling, self.sinks)
+        grouped = q.view(batch, k.shape[1], heads // k.shape[1], columns, width)  # [B, H, G, n, D]
+        if self.own:
+            answer = torch.zeros_like(grouped)
+            for observer in self.observers:
+                observer.answer(grouped, k, v, answer)
+            output = answer.view_as(q).transpose(1, 2).contiguous()
+        else:
+            output = dense_attention(module, q, k, v, mask, scaling, self.sinks)
+        for observer in self.observers:
+            observer.observe(grouped, k, v)
+        if self.seen == self.columns:
+            self._end(k, v)
+        return output
+
+    def prompt(self, rows: Rows) -> Prompt:
+        """The finished prompt of one group, from which stores are made."""
+        if not self._prompts:
+            raise RuntimeError("prompt() before the last token was prefilled")
+        return self._prompts[rows.padding]
+
+    def release(self, rows: Rows) -> None:
+        """Let go of the prompt of one group; stores made from it keep what they need."""
+        self._prompts.pop(rows.padding, None)
+
+    def _end(self, k: Tensor, v: Tensor) -> None:
+        """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch. The rows
+        are those that attention used, which are not always those of the cache: latent attention expands them."""
+        if self._buffers is None:
+            raise RuntimeError("attention() before update()")
+        keys, values = (
+            held if same_rows(held.view(), used) else GrowingBuffer(used, slack=max(self.reserve, 1))
+            for held, used in zip(self._buffers, (k, v), strict=True)
+        )
+        for rows in self.rows:
+            self._prompts[rows.padding] = self.placement.prompt(
+                keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding), self.reserve
+            )
+        self._buffers = None
+        done, self.on_end = self.on_end, None  # it holds what holds this layer: once called, let go
+        if done is not None:
+            done()
+        for prompt in self._prompts.values():
+            prompt.let_go()
+
+
+class DecodeLayer(OurLayer):
+    """One new token per sequence: stored, then answered group by group.
+
+    ``make`` gives the groups when the first step reaches the layer: it waits for an index that is still being built.
+    """
+
+    def __init__(self, make: Callable[[], list[Group]], seen: int) -> None:
+        super().__init__()
+        self._make = make
+        self.seen = seen
+        self.following: Callable[[], DecodeLayer | None] | None = None  # weak: layers in a ring would not be freed
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The groups, made at first use."""
+        return self._make()
+
+    def prefetch(self) -> None:
+        """The layer before starts its step. Nothing to ask for while an index is still being built."""
+        for group in self.__dict__.get("groups", ()):
+            group.state.prefetch(group.store)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        following = None if self.following is None else self.following()
+        if following is not None:
+            following.prefetch()
+        self.seen += 1
+        return key_states, value_states
+
+    def attention(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``; the mask is
+        implied by the groups."""
+        check_rows(k, 1)
+        for group in self.groups:
+            group.check(k, scaling)
+            group.append(k[group.rows.index], v[group.rows.index])
+        batch, heads, _, width = q.shape
+        grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
+        if len(self.groups) == 1:
+            return self.groups[0].attend(grouped).reshape(batch, 1, heads, width)
+        output = torch.empty_like(grouped)
+        for group in self.groups:
+            output[group.rows.index] = group.attend(grouped[group.rows.index])
+        return output.reshape(batch, 1, heads, width)
+
+
+def check_rows(k: Tensor, expected: int) -> None:
+    """Raises ModelError when attention runs over another number of keys than the layer's cache entry gave it."""
+    if k.shape[2] != expected:
+        raise ModelError(f"it calls attention over {k.shape[2]} keys where its cache entry gave {expected}")
+
+
+def same_rows(held: Tensor, used: Tensor) -> bool:
+    """Whether two tensors are the same memory."""
+    return held.data_ptr() == used.data_ptr() and held.shape == used.shape and held.stride() == used.stride()
+
+
+def chain(layers: Sequence[DecodeLayer]) -> None:
+    """Let each layer announce its step to the next, and the last to the first, whose step is the next token's."""
+    for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
+        layer.following = weakref.ref(following)
+
+
+def copy_sliding(layers: dict[int, CacheLayerMixin]) -> dict[int, CacheLayerMixin]:
+    """Sliding layers that can go on from here without changing the originals (their updates replace tensors)."""
+    return {i: copy.copy(layer) for i, layer in layers.items()}

@@ -1,0 +1,82 @@
+"""How prompts are run, whatever the method: what the options of a run say, and who can follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from pqbench.engine.clock import CudaStreams, Streams
+from pqbench.engine.graphs.check import check_captured, check_methods_ahead
+from pqbench.errors import ConfigError, DeviceError
+from pqbench.method import Calibration, Method
+from pqbench.store.tiers import DeviceTier, Tier
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How prompts are run, whatever the method.
+
+    Attributes:
+        tier: where KV lives while decoding.
+        overlap: with a single method, build each layer's index while the next layers compute, on a stream of its own
+            beside a model on a GPU, else on cores that the model's threads leave idle; the tokens are the same without.
+            With several methods no index overlaps, so that their times stay apart.
+        body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
+        calibration: times of this hardware for methods that adapt to it.
+        streams: the queues of the device; None for CUDA's on a GPU and for none on the CPU.
+        named: the phases of the work bear their names in what a torch profiler records.
+        graphs: capture one decode step in a CUDA graph and replay it for every further token (on the CPU a recording
+            stands for the graph); for methods that can, on batches of prompts of one length.
+        select_ahead: select with the query of the step before, while the layer before computes, and again for KV heads
+            whose query has turned since; for methods that can.
+        correction: a query has turned when its cosine with the one before, averaged over the query heads of a KV head,
+            is at most this; 1 corrects always.
+        max_length: longest context to run, where that is more than the model was made for; None for the model's own.
+
+    Raises:
+        ConfigError: ``correction`` is no cosine.
+    """
+
+    tier: Tier = field(default_factory=DeviceTier)
+    overlap: bool = True
+    body: str = "auto"
+    calibration: Calibration | None = None
+    streams: Streams | None = None
+    named: bool = False
+    graphs: bool = False
+    select_ahead: bool = False
+    correction: float = 0.9
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.correction <= 1:
+            raise ConfigError(f"correction is {self.correction}: it is a cosine, from -1 to 1")
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Those that change how a step runs and are off unless asked for, as far as they are on."""
+        ahead = {"select_ahead": True, "correction": self.correction} if self.select_ahead else {}
+        return {**({"graphs": True} if self.graphs else {}), **ahead}
+
+    def check(self, methods: Mapping[str, Method], model: PreTrainedModel | None = None) -> None:
+        """Raises ConfigError when a method, or a model, cannot do what is asked for here."""
+        if self.graphs:
+            check_captured(methods, self.tier, model)
+        if self.select_ahead:
+            check_methods_ahead(methods)
+
+    def device_answers(self) -> bool:
+        """Whether a GPU, if there is one, can go on after an error: after one of memory it can, after an illegal access
+        it cannot."""
+        streams = CudaStreams() if self.streams is None else self.streams
+        return streams.alive()
+
+    def check_device(self, error: object) -> None:
+        """Raises DeviceError when the device answers no more after an error; to be called when that is on record."""
+        if not self.device_answers():
+            raise DeviceError(
+                f"the GPU answers no more after this error: {error}. What was measured before is kept, and the same "
+                "command goes on from there"
+            )
