@@ -19,9 +19,9 @@ from gpucheck.plan import STEPS, Step
 from gpucheck.result import read_json
 from gpucheck.summary import errors_of, figures_of
 from gpucheck.targets import TARGETS
-from pqbench.records import Record, read_all
+from pqbench.records.file import Record, read_all
+from pqbench.tables.timings import Section, is_timing, sections
 from pqbench.terminal import markdown_table
-from pqbench.timings import Section, is_timing, sections
 
 NOT_YET = "not yet run"
 MACHINE = ("device", "driver", "cuda", "torch", "triton", "transformers", "python", "commit")

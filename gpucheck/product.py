@@ -12,7 +12,7 @@ from typing import Any
 from gpucheck.options import Options
 from gpucheck.process import Ended, run
 from gpucheck.result import Result
-from pqbench.records import Record, read_all
+from pqbench.records.file import Record, read_all
 
 LONG = ("steps", "steps_s")  # fields with a number for every step; they stay in the records
 

@@ -17,9 +17,9 @@ from types import ModuleType
 import plots
 from plots.data import with_settings
 from pqbench.errors import PqbenchError
-from pqbench.folders import read_settings
-from pqbench.records import read_all
-from pqbench.summaries import frame
+from pqbench.records.file import read_all
+from pqbench.records.folders import read_settings
+from pqbench.tables.summaries import frame
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("plots")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from plots.data import alike, families, machine, numbers, samples, setting, unique
 from plots.fidelity import measured
 from plots.style import footer, headline, number, save, style, tokens, write_cells
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=ablation"
 PARTS = ("codebook", "m", "b", "tail", "spread")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from plots.data import measured
 from plots.style import BASELINE, footer, number, save, style, threads, tokens
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench benchmark=attention method=[full,pqcache]"
 # Field of a record, name, colour; blue, orange, green and grey of the colour-blind-safe palette.

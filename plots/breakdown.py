@@ -12,7 +12,7 @@ from plots.attention import PHASES as STEP
 from plots.data import alike, emulated, families, link, machine, measured, samples, setting, unique
 from plots.latency import FEW
 from plots.style import BASELINE, footer, headline, number, save, style, tokens
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=breakdown"
 PHASES = (

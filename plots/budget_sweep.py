@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from plots.curves import Curve, baseline, curves, draw_curves, name_curves
 from plots.data import alike, families, machine, measured, numbers, samples, unique, without
 from plots.style import BASELINE, Look, footer, headline, looks, save, style
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=token_budget"
 # Field of a record, title, unit of the axis, factor, what full attention has by definition.

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from plots.data import alike, emulated, link, machine, measured, numbers, published, samples, setting, unique
 from plots.style import footer, headline, number, save, style, tokens
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=cache"
 POLICIES = {"lfu": ("#0072B2", "s", "-"), "lru": ("#D55E00", "o", (0, (4, 1.5)))}  # colour, marker, dash

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from plots.data import alike, families, machine, measured, numbers, samples, setting, unique
 from plots.style import HEAT, footer, headline, save, style, write_cells
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=codebooks"
 # Field, title, factor, colour map: dark is bad in both.

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from plots.curves import baseline, curves, draw_curves, name_curves
 from plots.data import alike, families, machine, measured, numbers, samples, setting, unique
 from plots.style import BASELINE, Look, footer, headline, looks, save, style
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=communication_budget"
 PANELS = (("score", "score", "% of the official metric", 1.0), ("output_error", "error of the attention output",

@@ -15,10 +15,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from plots.latency import RUN, headline, timed
 from plots.style import BASELINE, Look, footer, looks, save, style, threads, tokens
-from pqbench.cost_fit import Fit, fit_machine
-from pqbench.costs import HARDWARE, MethodProfile, ModelShape, fits, model_shape, tpot, ttft
+from pqbench.costs.fit import Fit, fit_machine
+from pqbench.costs.model import HARDWARE, MethodProfile, ModelShape, fits, model_shape, tpot, ttft
 from pqbench.errors import PqbenchError
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 log = logging.getLogger("plots")
 

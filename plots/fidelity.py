@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from plots.style import BASELINE, Look, footer, headline, looks, name_ends, number, save, style, threads, tokens
-from pqbench.records import plain_name
-from pqbench.summaries import LEVEL, resampled
+from pqbench.records.file import plain_name
+from pqbench.tables.summaries import LEVEL, resampled
 
 MADE_BY = "python -m pqbench benchmark=fidelity method=[oracle,random_tokens,streaming_llm,pqcache,pqcache_plus]"
 # Field of a record, title of its panel, label of its axis.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from plots.data import alike, emulated, families, link, machine, measured, numbers, samples, setting, unique
 from plots.style import footer, headline, looks, save, style
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=iterations and experiment=iterations_latency"
 # Field, title, unit, factor; those of a benchmark with scores, then those of benchmark=latency.

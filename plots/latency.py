@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 
 from plots.data import families, measured, without
 from plots.style import BASELINE, Look, footer, looks, name_ends, number, save, style, threads, tokens
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=latency"
 # Field of a record, title of its panel, factor, unit.

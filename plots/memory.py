@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from plots.data import machine, measured, numbers, published, unique
 from plots.style import BASELINE, footer, headline, name_ends, save, style, tokens
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=memory"
 LENGTHS = tuple(2**n for n in range(12, 21))  # 4K to 1M

@@ -12,13 +12,13 @@ from matplotlib.image import AxesImage
 
 from plots.data import measured
 from plots.style import HEAT, footer, save, style
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 BASELINE = "full"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.summaries.frame`).
+    """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.tables.summaries.frame`).
 
     The newest run of a method is ``needle_<method>``; older ones and other models get a suffix. Empty list without
     needle records.

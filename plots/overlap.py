@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from plots.data import alike, emulated, link, machine, measured, samples, setting, unique
 from plots.style import footer, headline, save, style, tokens
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=overlap"
 # Column, name, colour; from left to right, up to the second token.

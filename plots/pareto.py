@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from plots.data import alike, families, machine, measured, numbers, samples, unique
 from plots.style import Look, footer, headline, looks, name_ends, save, style
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "make bench METHOD=pqcache"
 

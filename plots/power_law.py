@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from plots.data import machine, measured, unique
 from plots.style import footer, headline, number, save, style, tokens
-from pqbench.records import plain_name
+from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=power_law"
 NEEDED = {"ranks", "probabilities", "mass", "mass_shares"}

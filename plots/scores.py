@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from plots.data import alike, families, machine, measured, published, setting, unique
 from plots.style import BASELINE, Look, footer, headline, looks, save, style
-from pqbench.records import plain_name
-from pqbench.summaries import Estimate, suites
+from pqbench.records.file import plain_name
+from pqbench.tables.summaries import Estimate, suites
 
 MADE_BY = "python -m pqbench experiment=infinitebench_1_10"
 SUITES = ("infinitebench", "longbench", "ruler")  # those with tasks of their own; needles have heatmaps

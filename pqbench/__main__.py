@@ -26,16 +26,16 @@ from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.field_types import check_fields
-from pqbench.heartbeat import heartbeat
-from pqbench.identity import method_code
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.method import Budget, Method, compensated
 from pqbench.models.devices import check_device, check_kernels
 from pqbench.models.sources import LoadedModel
-from pqbench.records import Record, RecordFile
+from pqbench.records.file import Record, RecordFile
+from pqbench.records.heartbeat import heartbeat
+from pqbench.records.identity import method_code
 from pqbench.run import Job, Summary, run
 from pqbench.sweep import Failures
-from pqbench.tables import bench_table
+from pqbench.tables.document import bench_table
 from pqbench.terminal import log_to_terminal
 from pqbench.timing.base import Measurement, TimingJob
 

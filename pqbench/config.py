@@ -32,7 +32,7 @@ EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 def conf_folder() -> Path:
     """The configuration folder: beside the package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else package / "conf"
 

@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pqbench.errors import PqbenchError
-from pqbench.folders import run_folders
-from pqbench.heartbeat import SILENCE_S, Beat, read_beat
-from pqbench.records import FINISHED, RecordFile, newest_of, read_lines
+from pqbench.records.file import FINISHED, RecordFile, newest_of, read_lines
+from pqbench.records.folders import run_folders
+from pqbench.records.heartbeat import SILENCE_S, Beat, read_beat
 from pqbench.terminal import log_to_terminal, plain
 
 log = logging.getLogger("pqbench.progress")

@@ -24,7 +24,7 @@ from pqbench.method import Method
 from pqbench.models.devices import check_kernels
 from pqbench.models.sources import LoadedModel
 from pqbench.probe import probe
-from pqbench.records import VERSION, Record, RecordFile
+from pqbench.records.file import VERSION, Record, RecordFile
 from pqbench.terminal import plain
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from methods.sparq import SparQ
 from pqbench.__main__ import main
 from pqbench.config import check_yamls, explain, load_model
 from pqbench.errors import BudgetError, ConfigError, DataError
-from pqbench.records import Record, RecordFile, parse, read_all
+from pqbench.records.file import Record, RecordFile, parse, read_all
 
 SMALL = (
     "model=tiny",

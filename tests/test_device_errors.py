@@ -17,7 +17,7 @@ from pqbench.engine.prefill import Setting
 from pqbench.errors import DeviceError
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.models.sources import LoadedModel, Random
-from pqbench.records import Record, RecordFile
+from pqbench.records.file import Record, RecordFile
 from pqbench.run import run
 from pqbench.timing import machine
 from pqbench.timing.attention import Attention

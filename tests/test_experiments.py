@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pqbench.__main__ import KEYED
 from pqbench.benchmarks.base import Benchmark
 from pqbench.method import BudgetError, CompensatedBudget, Method, PaperBudget, compensated
-from pqbench.records import run_key
+from pqbench.records.file import run_key
 from pqbench.timing.base import Measurement
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ import pytest
 
 from gpucheck.page import OnGpu, page, readme
 from gpucheck.plan import STEPS
-from pqbench.records import RecordFile
+from pqbench.records.file import RecordFile
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {"device": "Some Card", "driver": "1.2", "cuda": "13.0", "torch": "9.9", "capability": "9.0", "commit": "abc"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pqbench.records import parse
+from pqbench.records.file import parse
 
 KILLS = 17  # of workers forked after the imports, and
 COMMAND_KILLS = 3  # of the command as users start it

@@ -23,7 +23,7 @@ from pqbench.errors import BudgetError
 from pqbench.kernels import cpu
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.models.sources import LoadedModel
-from pqbench.records import RecordFile
+from pqbench.records.file import RecordFile
 from pqbench.run import Job, Summary, run
 
 

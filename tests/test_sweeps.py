@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from pqbench.progress import read_runs
-from pqbench.records import parse
+from pqbench.records.file import parse
 
 # Four runs. Both budgets of a benchmark share the folder of ``full``, whose figures no budget changes: a race.
 SWEEP = ("-m", "model=tiny", "threads=1", "method=[full,h2o]", "benchmark=needle,ruler_quick",

@@ -14,7 +14,7 @@ import torch
 
 from gpucheck.options import Options
 from gpucheck.result import Result
-from pqbench.environment import environment
+from pqbench.records.environment import environment
 
 CAPABILITY = (8, 0)  # bfloat16 on tensor cores, as the kernels use it
 PACKAGES = ("torch", "triton", "transformers", "numba", "numpy", "safetensors", "hydra-core", "omegaconf")

@@ -11,7 +11,7 @@ from pathlib import Path
 from plots.report.load import load
 from plots.report.page import render
 from pqbench.errors import DataError, PqbenchError
-from pqbench.records import unwritable, write_atomically
+from pqbench.records.file import unwritable, write_atomically
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("plots")

@@ -12,7 +12,7 @@ import pandas as pd
 from plots.report.load import Loaded
 from plots.report.text import name
 from plots.style import BASELINE
-from pqbench.summaries import COSTS, KEYS, Run, Suite, suites
+from pqbench.tables.summaries import COSTS, KEYS, Run, Suite, suites
 
 # Field of a row -> (heading, unit, factor, format, what it is).
 Column = tuple[str, str, float, str, str]

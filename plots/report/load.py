@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from pqbench.folders import environments, older_code, run_folders, settings_of
-from pqbench.records import FINISHED, READABLE, Record, newest_of, read_lines
-from pqbench.summaries import frame
-from pqbench.timings import is_timing
+from pqbench.records.file import FINISHED, READABLE, Record, newest_of, read_lines
+from pqbench.records.folders import environments, older_code, run_folders, settings_of
+from pqbench.tables.summaries import frame
+from pqbench.tables.timings import is_timing
 
 REAL_LINKS = ("auto", "local", "cuda")  # every other setting of a link is a model of one
 

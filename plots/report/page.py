@@ -17,7 +17,7 @@ from plots.report.samples import browser
 from plots.report.sections import method_sections, provenance
 from plots.report.text import name
 from plots.style import looks
-from pqbench.timings import group_records, sections
+from pqbench.tables.timings import group_records, sections
 
 ROWS, CELLS, PANELS, METHODS = 1500, 20_000, 60, 100  # limits of the page; what they cut off is said where it is cut
 

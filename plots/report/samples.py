@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from plots.report.load import Loaded
 from plots.report.text import clip, facts, inert, name
-from pqbench.records import Record
-from pqbench.timings import is_timing
+from pqbench.records.file import Record
+from pqbench.tables.timings import is_timing
 
 BYTES = 6_000_000  # of the embedded text
 PREDICTION, REFERENCE, REFERENCES = 1200, 300, 5  # characters, characters, how many

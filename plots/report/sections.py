@@ -18,8 +18,8 @@ from plots.report.descriptions import Description, describe
 from plots.report.load import Loaded
 from plots.report.text import facts, name
 from plots.style import BASELINE, HEAT, tokens
-from pqbench.records import Record
-from pqbench.timings import group_records, link_of, middle
+from pqbench.records.file import Record
+from pqbench.tables.timings import group_records, link_of, middle
 
 SETTINGS, HEATMAPS, CELLS, LATENCIES = 8, 12, 400, 40  # columns, tables, cells and rows that a method's section shows
 

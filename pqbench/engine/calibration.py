@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 
 from pqbench.engine.clock import Spans, clock_of, streams_of
 from pqbench.engine.layers import layer_types
-from pqbench.environment import environment
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.models.sources import cache_folder
-from pqbench.records import run_key, write_atomically
+from pqbench.records.environment import environment
+from pqbench.records.file import run_key, write_atomically
 
 log = logging.getLogger(__name__)
 

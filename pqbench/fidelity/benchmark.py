@@ -15,13 +15,13 @@ from pqbench.benchmarks.grid import fits, whole
 from pqbench.errors import ConfigError
 from pqbench.fidelity.cell import Cell, CellRun, Variant
 from pqbench.fidelity.documents import file_documents, speech_documents
-from pqbench.fidelity.table import sections
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.run import check_methods
 from pqbench.store.tiers import Need
+from pqbench.tables.fidelity import sections
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
 from pqbench.timing.budgets import with_budget
 from pqbench.timing.dense import body_name

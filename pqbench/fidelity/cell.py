@@ -16,7 +16,7 @@ from pqbench.fidelity.documents import Document
 from pqbench.fidelity.forced import Dense, Drift, dense_logits, read_abreast
 from pqbench.fidelity.record import clean_facts, cost_facts, drift_facts
 from pqbench.method import Method
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.run import check_alive
 from pqbench.timing.base import Ledger, TimingJob
 from pqbench.timing.machine import device_name

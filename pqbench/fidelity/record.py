@@ -45,7 +45,7 @@ from torch import Tensor
 from pqbench.engine.decode import Generation
 from pqbench.fidelity.clean import AGES, CleanFigures
 from pqbench.fidelity.forced import Drift
-from pqbench.records import Record
+from pqbench.records.file import Record
 
 _DIGITS = 5
 THIRDS = ("low", "middle", "high")

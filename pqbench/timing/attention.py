@@ -15,7 +15,7 @@ from pqbench.kernels.backend import Kernels, kernels
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes, check_device, check_kernels
 from pqbench.models.sources import torch_dtype
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.store.tiers import DeviceTier
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
 from pqbench.timing.budgets import budgets_of, dtypes_of, selects, with_budget

@@ -16,7 +16,7 @@ from pqbench.engine.prefill import Setting, prefill
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Geometry, LayerState, Method
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.terminal import plain
 from pqbench.timing.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
 from pqbench.timing.dense import body_name

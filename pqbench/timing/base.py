@@ -18,9 +18,9 @@ from pqbench.engine.prefill import Setting
 from pqbench.errors import BudgetError, ConfigError
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.records import FINISHED, VERSION, Record, RecordFile
+from pqbench.records.file import FINISHED, VERSION, Record, RecordFile
+from pqbench.tables.timings import DENSE, timing_table
 from pqbench.terminal import plain
-from pqbench.timings import DENSE, timing_table
 
 __all__ = ["DENSE", "Ledger", "Measured", "Measurement", "TimingJob", "at_least", "check_split", "outcome", "tracked"]
 

@@ -23,7 +23,7 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.run import check_alive, check_methods
 from pqbench.store.tiers import Need
 from pqbench.timing.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pqbench.environment import environment
+from pqbench.records.environment import environment
 
 COPIED = 1 << 28  # bytes of the buffer that bandwidth is measured with; far above any CPU cache
 QUEUED = 10  # copies timed together on a GPU, which takes as long for one as a launch and a synchronisation take

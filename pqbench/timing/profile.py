@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pqbench.engine.clock import PREFIX
-from pqbench.records import Record
+from pqbench.records.file import Record
 
 STEP = "step"
 REST = "rest of the model"

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
 from pqbench.engine.prefill import Setting
-from pqbench.records import RecordFile
+from pqbench.records.file import RecordFile
 from pqbench.store.link.base import Copy, Direction
 from pqbench.store.link.cuda import CudaLink
 from pqbench.timing import machine

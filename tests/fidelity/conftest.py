@@ -14,7 +14,7 @@ from pqbench.engine.prefill import Setting
 from pqbench.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.records import Record, RecordFile
+from pqbench.records.file import Record, RecordFile
 from pqbench.timing.base import Measured, TimingJob
 
 Run = Callable[..., tuple[Measured, list[Record]]]

@@ -24,7 +24,7 @@ from pqbench.fidelity import cell
 from pqbench.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget
 from pqbench.models.sources import LoadedModel
-from pqbench.records import Record, read_all
+from pqbench.records.file import Record, read_all
 from tests.fidelity.conftest import Run
 
 SMALL: dict[str, Any] = {"lengths": [200, 320], "documents": 2, "steps": 6, "ratios": [0.3, 0.5]}

@@ -18,7 +18,7 @@ from pqbench import generate
 from pqbench.config import conf_folder, load_model, model_source
 from pqbench.errors import ModelError
 from pqbench.models.sources import Pretrained, Random, byte_tokenizer, shape_config
-from pqbench.records import read_all
+from pqbench.records.file import read_all
 from tests.support import prompt_of
 
 ROOT = Path(__file__).resolve().parents[2]

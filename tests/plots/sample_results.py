@@ -1,11 +1,11 @@
-"""A small results folder with known numbers, written through pqbench.records, some of its text hostile."""
+"""A small results folder with known numbers, written through pqbench.records.file, some of its text hostile."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from pqbench.records import Record, RecordFile
+from pqbench.records.file import Record, RecordFile
 
 EVIL = "<script>document.title='owned'</script>\x1b[31mred\x1b[0m\u202egnp\x00 ../../etc \ud800 | `x` & \"'</script>"
 SCORES = {"full": (100.0, 100.0, 50.0, 100.0), "pqcache": (100.0, 0.0, 50.0, 90.0), "h2o": (0.0, 25.0, 0.0, 10.0)}

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from plots.data import with_settings
-from pqbench.summaries import frame
+from pqbench.tables.summaries import frame
 
 Row = dict[str, Any]
 Settings = dict[str, Any]

@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from plots import costs
 from plots.latency import timed
 from plots.style import looks
-from pqbench.cost_fit import Fit, fit_machine
-from pqbench.costs import HARDWARE, MODELS, MethodProfile, fits, tpot
-from tests.test_costs import EXACT, made_by
+from pqbench.costs.fit import Fit, fit_machine
+from pqbench.costs.model import HARDWARE, MODELS, MethodProfile, fits, tpot
+from tests.costs.test_costs import EXACT, made_by
 
 COMMON: dict[str, Any] = {
     "benchmark": "latency", "model": "smollm2", "status": "ok", "threads": 2, "kernels": "cpu", "link": "local",

@@ -9,8 +9,8 @@ import pytest
 
 from plots.__main__ import figures, main
 from plots.data import PUBLISHED, alike, machine, published, without
-from pqbench.folders import read_settings
-from pqbench.records import RecordFile
+from pqbench.records.file import RecordFile
+from pqbench.records.folders import read_settings
 from tests.plots.support import Results
 
 ROOT = Path(__file__).resolve().parents[2]

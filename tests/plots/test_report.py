@@ -21,8 +21,8 @@ from plots.report.load import load
 from plots.report.page import render
 from plots.report.pareto import frontier
 from plots.report.text import clip, facts, inert
-from pqbench import tables
-from pqbench.records import VERSION, encode
+from pqbench.records.file import VERSION, encode
+from pqbench.tables import command as tables
 from tests.plots.sample_results import BYTES_READ, EVIL, SCORES, record, write
 
 

@@ -14,7 +14,7 @@ from pqbench.config import load_model
 from pqbench.engine.prefill import Setting
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.records import Record, RecordFile
+from pqbench.records.file import Record, RecordFile
 from pqbench.timing import machine
 from pqbench.timing.base import Measured, Measurement, TimingJob
 

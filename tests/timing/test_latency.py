@@ -18,7 +18,7 @@ from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError
 from pqbench.method import KV, Budget, Geometry, LayerState, Method
 from pqbench.models.sources import LoadedModel
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.store.tiers import HostTier
 from pqbench.timing import latency
 from pqbench.timing.latency import Latency, weight_bytes

@@ -16,10 +16,10 @@ from pqbench.engine.clock import PREFIX, HostClock, NamedClock, Spans, clock_of
 from pqbench.errors import ConfigError
 from pqbench.method import Budget, Method
 from pqbench.models.sources import LoadedModel
+from pqbench.tables.timings import sections
 from pqbench.timing import latency
 from pqbench.timing.latency import Latency
 from pqbench.timing.profile import REST, phases, profile_facts, read_trace
-from pqbench.timings import sections
 from tests.timing.conftest import Run
 
 SMALL: dict[str, Any] = {"contexts": [160], "new_tokens": 6, "repeats": 2, "warmup": 0, "profile": True}

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, TASKS
 from pqbench.errors import DataError
-from pqbench.records import VERSION, RecordFile, encode
-from pqbench.rescore import rescore, stored_benchmark
-from pqbench.summaries import DRAWS, Estimate, resampled
-from pqbench.tables import bench_table, document, frame, main, suites, wide
+from pqbench.records.file import VERSION, RecordFile, encode
+from pqbench.tables.command import main
+from pqbench.tables.document import bench_table, document, frame, suites, wide
+from pqbench.tables.rescore import rescore, stored_benchmark
+from pqbench.tables.summaries import DRAWS, Estimate, resampled
 
 EVIL = "a|b\n\x1b[31m[red]\u202e& %_$#{}~^\\<b>`x`[t](http://x)"
 

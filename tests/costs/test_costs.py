@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pqbench.cost_fit import FIELDS, fit_machine
-from pqbench.costs import (
+from pqbench.costs.fit import FIELDS, fit_machine
+from pqbench.costs.model import (
     HARDWARE,
     MODELS,
     Hardware,

@@ -125,7 +125,7 @@ MODELS: Mapping[str, ModelShape] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MethodProfile:
-    """What one step of a method touches, by cached token. :func:`profile` in :mod:`pqbench.cost_fit` takes it from
+    """What one step of a method touches, by cached token. :func:`profile` in :mod:`pqbench.costs.fit` takes it from
     records, :func:`product_quantised` from settings.
 
     Attributes:

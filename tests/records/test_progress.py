@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pqbench.heartbeat import NAME, SILENCE_S, Beat, heartbeat, read_beat
 from pqbench.progress import duration, main, read_runs
-from pqbench.records import RecordFile
+from pqbench.records.file import RecordFile
+from pqbench.records.heartbeat import NAME, SILENCE_S, Beat, heartbeat, read_beat
 
 
 def run_folder(root: Path, method: str, ok: int, failed: int = 0, key: str = "0123456789ab") -> Path:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pqbench.records import RecordFile, write_atomically
+from pqbench.records.file import RecordFile, write_atomically
 
 log = logging.getLogger(__name__)
 

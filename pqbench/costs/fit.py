@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from pqbench.costs import Hardware, MethodProfile, ModelShape, prefill_operations, step_cost, tpot, ttft
+from pqbench.costs.model import Hardware, MethodProfile, ModelShape, prefill_operations, step_cost, tpot, ttft
 from pqbench.errors import DataError
 
 FIELDS = ("ttft_s", "tpot_s")

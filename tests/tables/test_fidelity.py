@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pqbench.fidelity.table import lines_of, multiples, sections
-from pqbench.records import VERSION, encode
+from pqbench.records.file import VERSION, encode
+from pqbench.tables.fidelity import lines_of, multiples, sections
 
 ERRORS = {("oracle", 0.1): (0.1, 0.3), ("oracle", 0.2): (0.05, 0.15), ("h2o", 0.1): (0.4, 0.6), ("full", None): (0, 0)}
 

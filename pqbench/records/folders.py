@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pqbench.errors import DataError
-from pqbench.identity import class_names
+from pqbench.records.identity import class_names
 
 log = logging.getLogger(__name__)
 

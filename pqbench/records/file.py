@@ -19,10 +19,10 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from pqbench.environment import differences, environment
 from pqbench.errors import DataError
-from pqbench.folders import environments, older_code, run_folders, tell_of_older
-from pqbench.identity import class_names, harness_code
+from pqbench.records.environment import differences, environment
+from pqbench.records.folders import environments, older_code, run_folders, tell_of_older
+from pqbench.records.identity import class_names, harness_code
 
 log = logging.getLogger(__name__)
 

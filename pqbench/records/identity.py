@@ -38,7 +38,7 @@ def method_code(method: Any) -> str:
 @cache
 def harness_code() -> str:
     """Twelve hex digits of the source of the whole harness: what a failure is a failure of."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return _digest([_plain(ast.parse(path.read_text(encoding="utf-8"))) for path in files])
 
 

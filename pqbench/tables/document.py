@@ -1,27 +1,19 @@
-"""Records to tables: ``python -m pqbench.tables results/``."""
+"""Records to tables: on a terminal, as markdown, as LaTeX, and as one row per run."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
-from pqbench.errors import DataError, PqbenchError
-from pqbench.records import Record, read_all
-from pqbench.summaries import COSTS, KEYS, Run, Suite, frame, suites, summarise
-from pqbench.terminal import latex_table, log_to_terminal, markdown, markdown_table, plain
-from pqbench.timings import flat, is_timing, sections
+from pqbench.records.file import Record
+from pqbench.tables.summaries import COSTS, KEYS, Run, Suite, frame, suites, summarise
+from pqbench.tables.timings import sections
+from pqbench.terminal import latex_table, markdown, markdown_table, plain
 
-__all__ = ["bench_table", "frame", "main", "suites", "summarise", "wide"]
-
-log = logging.getLogger("pqbench")
+__all__ = ["bench_table", "frame", "suites", "summarise", "wide"]
 
 # Column -> (heading, factor, format).
 SHOWN = {
@@ -134,78 +126,3 @@ def _count(good: int, failed: int) -> str:
 def _figure(value: float | None, column: str) -> str:
     _, factor, form = SHOWN[column]
     return "-" if value is None or pd.isna(value) else form.format(value * factor)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables of a results folder. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pqbench.tables", description=__doc__)
-    parser.add_argument("results", type=Path, help="folder that runs wrote to")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write one row per run (timings: per record) to this file"
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="print markdown (the default)")
-    form.add_argument("--latex", action="store_true", help="print LaTeX instead (package booktabs)")
-    parser.add_argument(
-        "--relative", metavar="METHOD", help="also show fidelity as multiples of METHOD's, document by document"
-    )
-    parser.add_argument(
-        "--all-code", action="store_true", help="also show runs that were measured again with newer code of the method"
-    )
-    parser.add_argument("--rescore", action="store_true", help="first compute all scores again from stored predictions")
-    options = parser.parse_args(arguments)
-    log_to_terminal()
-    try:
-        failed = _rescore(options.results) if options.rescore else 0
-        records = read_all(options.results, options.all_code)
-        if not records:
-            raise DataError(f"no records under {options.results}: nothing was measured yet")
-        timed = [record for record in records if is_timing(record.get("benchmark"))]
-        if options.relative is not None:
-            _check_base(options.relative, timed)
-        table = frame([record for record in records if not is_timing(record.get("benchmark"))])
-        if options.csv:
-            parts = [part for part in (wide(table), pd.DataFrame(flat(timed))) if not part.empty]
-            _write_csv(pd.concat(parts), options.csv)
-        print_document(document(table, timed, latex=options.latex, base=options.relative))
-    except PqbenchError as error:
-        log.error(error)
-        return 1
-    return 1 if failed else 0
-
-
-def _rescore(results: Path) -> int:
-    from pqbench.rescore import rescore  # loads the benchmarks, which plain tables do not need
-
-    total = rescore(results)
-    counts = f"{total.changed} scores changed, {total.failed} runs or records could not be scored"
-    log.info("rescored %d records of %d runs: %s", total.records, total.runs, counts)
-    return total.failed
-
-
-def _check_base(base: str, timed: Sequence[Record]) -> None:
-    """Raises DataError when there is nothing to compare with."""
-    known = dict.fromkeys(str(record["method"]) for record in timed if record["benchmark"] == "fidelity")
-    if base not in known:
-        there = f"there are {', '.join(known)}" if known else "there are no fidelity records"
-        raise DataError(f"--relative: no fidelity records of {base!r}: {there}")
-
-
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    try:
-        table.to_csv(path, index=False)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def print_document(text: str) -> None:
-    """Write to standard output; a reader that left (``| head``) is no error."""
-    try:
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
-
-
-if __name__ == "__main__":
-    sys.exit(main())

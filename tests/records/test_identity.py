@@ -14,10 +14,10 @@ import pytest
 from methods.h2o import H2O
 from methods.pqcache import PQCache
 from methods.vattention import VAttention
-from pqbench.folders import older_code
-from pqbench.identity import class_names, harness_code, method_code, source_code
-from pqbench.records import RecordFile, read_all, run_key
-from pqbench.tables import main as tables
+from pqbench.records.file import RecordFile, read_all, run_key
+from pqbench.records.folders import older_code
+from pqbench.records.identity import class_names, harness_code, method_code, source_code
+from pqbench.tables.command import main as tables
 
 CODE = '''"""A method."""
 from own_methods.helper import twice
@@ -142,7 +142,7 @@ def test_a_failure_of_other_code_runs_again_by_itself(tmp_path: Path, monkeypatc
     file.append(record("a"))
     file.append(record("b", status="error", error="it broke"))
     assert file.outcomes() == {"a": None, "b": "it broke"}
-    monkeypatch.setattr("pqbench.records.harness_code", lambda: "mended")
+    monkeypatch.setattr("pqbench.records.file.harness_code", lambda: "mended")
     assert file.outcomes() == {"a": None}
     assert file.append(record("b", status="error", error="it broke"))  # again, by other code: worth a line
 

@@ -14,8 +14,7 @@ import yaml
 
 from pqbench.benchmarks.base import Benchmark
 from pqbench.errors import DataError, PqbenchError
-from pqbench.folders import run_folders
-from pqbench.records import (
+from pqbench.records.file import (
     READABLE,
     Record,
     RecordFile,
@@ -25,6 +24,7 @@ from pqbench.records import (
     unwritable,
     write_atomically,
 )
+from pqbench.records.folders import run_folders
 
 log = logging.getLogger(__name__)
 

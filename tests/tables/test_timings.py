@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from pqbench.records import VERSION, Record, encode
-from pqbench.tables import document, frame, main
-from pqbench.timings import facts, flat, link_of, sections, timing_table
+from pqbench.records.file import VERSION, Record, encode
+from pqbench.tables.command import main
+from pqbench.tables.document import document, frame
+from pqbench.tables.timings import facts, flat, link_of, sections, timing_table
 
 
 def latency(method: str, repeat: int, tpot_s: float, context: int = 1024, **fields: Any) -> Record:

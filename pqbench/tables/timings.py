@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.terminal import plain
 
 DENSE = "full"  # what times are compared with
@@ -103,7 +103,7 @@ def is_timing(benchmark: object) -> bool:
 
 def sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
     """The tables of every timing benchmark and subject among the records, in the order they first appear; those of
-    fidelity also as multiples of a ``base`` method, see :func:`pqbench.fidelity.table.multiples`."""
+    fidelity also as multiples of a ``base`` method, see :func:`pqbench.tables.fidelity.multiples`."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if is_timing(record.get("benchmark")):
@@ -262,7 +262,7 @@ def _shown(value: Any, factor: float, form: str) -> str:
 
 
 def _fidelity(records: Sequence[Record], base: str | None) -> list[Section]:
-    from pqbench.fidelity.table import sections as fidelity_sections  # which is made of what is here
+    from pqbench.tables.fidelity import sections as fidelity_sections  # which is made of what is here
 
     return fidelity_sections(records, base)
 

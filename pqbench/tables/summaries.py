@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, averages
-from pqbench.records import Record
+from pqbench.records.file import Record
 from pqbench.terminal import plain
 
 KEYS = ["benchmark", "model", "method", "budget", "question", "key"]  # what tells one run from another

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pqbench.records import Record
-from pqbench.summaries import LEVEL, resampled
-from pqbench.timings import Section, facts, group_records
+from pqbench.records.file import Record
+from pqbench.tables.summaries import LEVEL, resampled
+from pqbench.tables.timings import Section, facts, group_records
 
 # Field -> (heading, factor, format, whether the interval is shown).
 Column = tuple[str, str, float, str, bool]

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
-from pqbench import records
-from pqbench.environment import differences
 from pqbench.errors import DataError
-from pqbench.records import VERSION, RecordFile, encode, parse, plain_name, read_all, run_key, write_atomically
+from pqbench.records import file as records
+from pqbench.records.environment import differences
+from pqbench.records.file import VERSION, RecordFile, encode, parse, plain_name, read_all, run_key, write_atomically
 
 SETTINGS = {"benchmark": {"lengths": [1, 2]}, "method": {"m": 2}}
 
