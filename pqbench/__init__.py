@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pqbench.config import load_model
-    from pqbench.custom_generate import decoding_with
+    from pqbench.config.compose import load_model
     from pqbench.engine.decode import decode, generate, prefill
+    from pqbench.integrations.transformers import decoding_with
     from pqbench.method import Budget, Method
 
 __all__ = ["Budget", "Method", "decode", "decoding_with", "generate", "load_model", "prefill"]
@@ -17,9 +17,9 @@ _HOMES = {
     "Budget": "pqbench.method",
     "Method": "pqbench.method",
     "decode": "pqbench.engine.decode",
-    "decoding_with": "pqbench.custom_generate",
+    "decoding_with": "pqbench.integrations.transformers",
     "generate": "pqbench.engine.decode",
-    "load_model": "pqbench.config",
+    "load_model": "pqbench.config.compose",
     "prefill": "pqbench.engine.decode",
 }
 

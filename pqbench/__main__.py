@@ -21,23 +21,23 @@ from rich.table import Table
 from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark, Prompter
-from pqbench.config import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.compose import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.fields import check_fields
+from pqbench.config.sweep import Failures
 from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, DeviceError
-from pqbench.field_types import check_fields
 from pqbench.kernels.backend import BODIES, kernels
+from pqbench.measure.base import Measurement, TimingJob
+from pqbench.measure.scored import Job, Summary, run
 from pqbench.method import Budget, Method, compensated
 from pqbench.models.devices import check_device, check_kernels
 from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record, RecordFile
 from pqbench.records.heartbeat import heartbeat
 from pqbench.records.identity import method_code
-from pqbench.run import Job, Summary, run
-from pqbench.sweep import Failures
 from pqbench.tables.document import bench_table
 from pqbench.terminal import log_to_terminal
-from pqbench.timing.base import Measurement, TimingJob
 
 log = logging.getLogger("pqbench")
 

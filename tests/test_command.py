@@ -14,10 +14,10 @@ import torch
 import yaml
 from hydra.errors import InstantiationException
 
-import pqbench.run
+import pqbench.measure.scored
 from methods.sparq import SparQ
 from pqbench.__main__ import main
-from pqbench.config import check_yamls, explain, load_model
+from pqbench.config.compose import check_yamls, explain, load_model
 from pqbench.errors import BudgetError, ConfigError, DataError
 from pqbench.records.file import Record, RecordFile, parse, read_all
 
@@ -296,7 +296,7 @@ def untimed_lines(lines: list[bytes]) -> list[str]:
 def test_failures_become_rows_and_are_retried_on_request(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:
-    decode = pqbench.run.decode
+    decode = pqbench.measure.scored.decode
 
     def failing(prefilled: Any, method: int, *rest: Any, **more: Any) -> Any:
         if method == 1:
@@ -304,7 +304,7 @@ def test_failures_become_rows_and_are_retried_on_request(
         return decode(prefilled, method, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pqbench.run, "decode", failing)
+        patch.setattr(pqbench.measure.scored, "decode", failing)
         outcome = command("method=[full,h2o]")
     assert outcome.code == 1
     assert outcome.errors == [
@@ -338,7 +338,7 @@ def test_a_bug_in_one_cell_of_a_sweep_is_one_line(command: Command, monkeypatch:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr(pqbench.run, "check_budgets", broken)
+    monkeypatch.setattr(pqbench.measure.scored, "check_budgets", broken)
     outcome = command()
     assert (outcome.code, outcome.errors) == (1, ["error: ZeroDivisionError: by nothing (debug=true shows where)"])
 
@@ -354,7 +354,7 @@ def test_interrupting_gives_130(command: Command, monkeypatch: pytest.MonkeyPatc
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pqbench.run, "check_budgets", interrupt)
+    monkeypatch.setattr(pqbench.measure.scored, "check_budgets", interrupt)
     outcome = command()
     assert outcome.code == 130
     assert outcome.errors == ["error: interrupted: finished samples are kept, the same command goes on from there"]

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from pqbench.__main__ import KEYED
 from pqbench.benchmarks.base import Benchmark
+from pqbench.measure.base import Measurement
 from pqbench.method import BudgetError, CompensatedBudget, Method, PaperBudget, compensated
 from pqbench.records.file import run_key
-from pqbench.timing.base import Measurement
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))

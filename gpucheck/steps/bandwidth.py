@@ -23,9 +23,9 @@ from gpucheck.result import Result
 from pqbench.kernels import reference
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.measure.machine import bandwidth
 from pqbench.method import Split
 from pqbench.store.tiers import HostTier
-from pqbench.timing.machine import bandwidth
 
 HBM = {"H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.04e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12, "B200": 8.0e12}
 GATHERED = (4_096, 32_768, 102_400)  # rows of 512 bytes

@@ -10,8 +10,8 @@ import pytest
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.prose import any_text, made_up, prose
+from pqbench.measure.source import timing_tokens
 from pqbench.models.sources import byte_tokenizer
-from pqbench.timing.source import timing_tokens
 
 PROMPTER = Prompter(byte_tokenizer(), 1 << 20)
 

@@ -26,7 +26,7 @@ from pqbench.costs.model import (
     ttft,
 )  # fmt: skip
 from pqbench.errors import ConfigError, DataError
-from pqbench.timing.geometries import SHAPES
+from pqbench.measure.geometries import SHAPES
 
 # 2 layers, 2 query heads and 1 KV head of 4 dimensions, hidden 8, feed-forward 10, 16 words, tied.
 TOY = ModelShape("toy", 2, 2, 1, 4, 8, 10, 16, tied=True)

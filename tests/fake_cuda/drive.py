@@ -15,11 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from pqbench.engine.prefill import Setting
+from pqbench.measure.geometries import shape_of
+from pqbench.measure.layer.turns import Layer, Subject
+from pqbench.measure.source import synthetic
 from pqbench.method import Method
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
-from pqbench.timing.geometries import shape_of
-from pqbench.timing.source import synthetic
-from pqbench.timing.turns import Layer, Subject
 from tests.fake_cuda.device import CUDA, fake_device
 from tests.fake_cuda.tally import ROOT, Counts, Tally
 

@@ -12,14 +12,14 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
 from pqbench.engine.prefill import Setting
+from pqbench.measure import machine
+from pqbench.measure.base import TimingJob
+from pqbench.measure.geometries import shape_of
+from pqbench.measure.layer.attention import Attention
+from pqbench.measure.source import on, synthetic
 from pqbench.records.file import RecordFile
 from pqbench.store.link.base import Copy, Direction
 from pqbench.store.link.cuda import CudaLink
-from pqbench.timing import machine
-from pqbench.timing.attention import Attention
-from pqbench.timing.base import TimingJob
-from pqbench.timing.geometries import shape_of
-from pqbench.timing.source import on, synthetic
 from tests.fake_cuda.device import CUDA, Device, fake_device
 from tests.fake_cuda.drive import TIERS, method_of
 from tests.fake_cuda.tally import COPY, SYNC, TRITON

@@ -30,6 +30,6 @@ def test_a_decode_stays_within_its_budget(
 def test_the_index_is_made_on_the_gpu(tier: str, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = decode_layer(monkeypatch, method_of("pqcache"), TIERS[tier], body=body, steps=2)
     assert not decode.tally.faults
-    work = {place: size for place, size in decode.tally.host_work.items() if "pqbench/timing/source.py" not in place}
+    work = {place: size for place, size in decode.tally.host_work.items() if "pqbench/measure/source.py" not in place}
     assert work == {}
     assert decode.building.of(SYNC) <= 5, decode.building.listed(SYNC)

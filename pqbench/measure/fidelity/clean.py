@@ -1,0 +1,153 @@
+"""Fidelity with clean inputs: every layer sees the dense model's queries, and figures stay apart by layer and KV head.
+
+One pass serves all methods, as in :mod:`pqbench.measure.probe`, whose layer does the work; here are other books to
+keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pqbench.engine.attention import attached
+from pqbench.engine.prefill import Prefilled, forward
+from pqbench.measure.probe import Exact, Fidelity, ProbeLayer, Seen
+from pqbench.method import Split
+
+AGES = ("prompt", "early", "late")
+
+
+class HeadFidelity(Fidelity):
+    """Figures of one method in one layer, for each step and KV head; one sequence, so B = 1.
+
+    Attributes:
+        edges: first positions of the ages (:data:`AGES`) and one past the last: prompt tokens, tokens generated in the
+            first half of the steps, and in the second.
+        held: ``[H]`` a step, share of the exact probability that the attended tokens hold.
+        errors: ``[H]`` a step, relative error of the head's output over its query group.
+        layer_errors: ``[]`` a step, the same of the whole layer's output.
+        found: ``[H, ages]`` a step, how many of the exact top-k of each age are attended.
+        wanted: ``[H, ages]`` a step, how many there are.
+    """
+
+    def __init__(self, prompt: int, steps: int) -> None:
+        super().__init__()
+        self.edges = (0, prompt, prompt + steps // 2, prompt + steps)
+        self.held: list[Tensor] = []
+        self.errors: list[Tensor] = []
+        self.layer_errors: list[Tensor] = []
+        self.found: list[Tensor] = []
+        self.wanted: list[Tensor] = []
+
+    def add(self, exact: Exact, output: Tensor, seen: Seen, split: Split | None) -> None:
+        """Count one step, see :meth:`pqbench.measure.probe.Fidelity.add`."""
+        self.held.append(seen.mass(exact)[0])
+        off, size = (output.float() - exact.output)[0].flatten(1), exact.output[0].flatten(1)  # [H, G * D]
+        self.errors.append(off.norm(dim=1) / size.norm(dim=1))
+        self.layer_errors.append(off.norm() / size.norm())
+        best = None if split is None else exact.best(split)[0]  # [H, k]
+        if best is None or not best.shape[1]:
+            return
+        hit = seen.hits(best[None], exact.weights.shape[3])[0]
+        ages = torch.bucketize(best, best.new_tensor(self.edges[1:-1]), right=True)  # [H, k], 0 .. len(AGES) - 1
+        none = ages.new_zeros(len(best), len(AGES))
+        self.found.append(none.scatter_add(1, ages, hit.long()))
+        self.wanted.append(none.scatter_add(1, ages, torch.ones_like(ages)))
+
+
+class Entropy(Fidelity):
+    """Entropy of the exact attention of one layer in nats, mean over the query group: ``[H]`` a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nats: list[Tensor] = []
+
+    def add(self, exact: Exact, output: Tensor, seen: Seen, split: Split | None) -> None:
+        """Count one step, see :meth:`HeadFidelity.add`."""
+        self.nats.append(torch.special.entr(exact.weights).sum(-1).mean(2)[0])
+
+
+@dataclass(frozen=True)
+class CleanFigures:
+    """One method on one document, means over the steps. L full-attention layers, H KV heads.
+
+    Attributes:
+        layers: indices of the layers in the model.
+        recall: ``[L, H]``, share of the exact top-k (same group rule, same k, middle tokens only) that is attended, all
+            steps together; NaN where none was to be found.
+        mass: ``[L, H]``, share of the exact probability that the attended tokens hold.
+        output_error: ``[L, H]``, ||o - o_full|| / ||o_full|| of a KV head's output, its query group together.
+        layer_error: ``[L]``, the same of all heads together, which is what the benchmarks' probe calls output error.
+        entropy: ``[L, H]``, of the exact attention in nats.
+        age_found, age_wanted: ``[ages]``, tokens of the exact top-k by age, of all layers, heads and steps together.
+    """
+
+    layers: list[int]
+    recall: Tensor
+    mass: Tensor
+    output_error: Tensor
+    layer_error: Tensor
+    entropy: Tensor
+    age_found: Tensor
+    age_wanted: Tensor
+
+
+@torch.inference_mode()
+def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int]) -> list[CleanFigures]:
+    """Fidelity of the ``chosen`` methods (indices into the prompt's methods) over the steps that read ``tokens``.
+
+    Method 0 of the prompt must be full attention. Raises whatever a method's own code raises.
+    """
+    if len(prefilled.groups) != 1 or prefilled.groups[0].count != 1:
+        raise RuntimeError("clean_figures() takes one sequence at a time")
+    prompt, steps = int(prefilled.lengths[0]), len(tokens)
+    splits = [partial(prefilled.methods[m].split, prompt=prompt) for m in (0, *chosen)]
+    books: dict[int, list[HeadFidelity]] = {}
+    entropies: dict[int, Entropy] = {}
+    layers: dict[int, ProbeLayer] = {}
+    for i, layer in prefilled.layers.items():
+        entropies[i], books[i] = Entropy(), [HeadFidelity(prompt, steps) for _ in chosen]
+        dense, groups = prefilled.over_one_store(i, (0, *chosen))
+        layers[i] = ProbeLayer(dense, groups, [entropies[i], *books[i]], splits, layer.seen)
+    cache, position = prefilled.cache(layers), prefilled.lengths[:, None]
+    with attached(prefilled.model):
+        for step, token in enumerate(tokens):
+            forward(prefilled.model, torch.full_like(position, token), cache, None, position + step)
+    for probed in layers.values():
+        for store in (probed.dense, *(group.store for group in probed.groups)):
+            store.settle()
+    entropy = torch.stack([torch.stack(one.nats).mean(0) for one in entropies.values()]).cpu()
+    return [_figures(list(layers), [books[i][n] for i in layers], entropy) for n in range(len(chosen))]
+
+
+def each_alone(
+    prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int]
+) -> list[CleanFigures | Exception]:  # fmt: skip
+    """:func:`clean_figures` of all at once; where that fails one by one, so that one method's fault is only its own."""
+    try:
+        return list(clean_figures(prefilled, tokens, chosen))
+    except Exception as error:  # noqa: BLE001 - becomes the row of the method at fault
+        if len(chosen) == 1:
+            return [error]
+    return [found for method in chosen for found in each_alone(prefilled, tokens, [method])]
+
+
+def _figures(layers: list[int], books: Sequence[HeadFidelity], entropy: Tensor) -> CleanFigures:
+    """Means over the steps of one method's books, one for each layer."""
+    nothing = torch.zeros(1, entropy.shape[1], len(AGES))
+    found = torch.stack([torch.stack(b.found).cpu().sum(0) if b.found else nothing[0] for b in books])  # [L, H, ages]
+    wanted = torch.stack([torch.stack(b.wanted).cpu().sum(0) if b.wanted else nothing[0] for b in books])
+    return CleanFigures(
+        layers=layers,
+        recall=found.sum(-1) / wanted.sum(-1),  # 0 / 0 is NaN
+        mass=torch.stack([torch.stack(b.held).mean(0) for b in books]).cpu(),
+        output_error=torch.stack([torch.stack(b.errors).mean(0) for b in books]).cpu(),
+        layer_error=torch.stack([torch.stack(b.layer_errors).mean() for b in books]).cpu(),
+        entropy=entropy,
+        age_found=found.sum((0, 1)),
+        age_wanted=wanted.sum((0, 1)),
+    )

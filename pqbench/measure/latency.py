@@ -1,0 +1,337 @@
+"""``benchmark=latency``: time to first token, second token and per output token of a whole model, and what takes it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from pqbench.benchmarks.base import Prompter
+from pqbench.benchmarks.grid import whole
+from pqbench.engine.cohort import PHASES
+from pqbench.engine.decode import Generation, decode
+from pqbench.engine.layers import layer_types
+from pqbench.engine.prefill import Prefilled, prefill
+from pqbench.engine.rehearsal import profile
+from pqbench.errors import ConfigError
+from pqbench.kernels.backend import kernels
+from pqbench.measure.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
+from pqbench.measure.dense import body_name
+from pqbench.measure.machine import (
+    Bandwidth,
+    bandwidth,
+    device_name,
+    forget_peak,
+    peak_device,
+    peak_rss,
+    spread,
+    undisturbed,
+)  # fmt: skip
+from pqbench.measure.profile import TOKENS, phases, profile_facts, profiled, read_trace
+from pqbench.measure.scored import check_alive, check_methods
+from pqbench.measure.source import timing_tokens
+from pqbench.method import Method
+from pqbench.models.devices import available_bytes
+from pqbench.records.file import Record
+from pqbench.store.tiers import Need
+
+log = logging.getLogger(__name__)
+
+LAYERS_AWAY = 4  # layers whose keys and values lie on the device while the prefill of a host tier goes on
+INDEX_SHARE = 0.05  # of the bytes of keys and values: 36 to 100 bits beside the 4096 of a row in half precision
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a method on a prompt, once. ``prompt`` tokens leave room for the answer in the model."""
+
+    repeat: int
+    context: int
+    prompt: int
+    method: str
+
+    @property
+    def sample_id(self) -> str:
+        """Unique within a method's records."""
+        return f"{self.context}-{self.repeat}"
+
+
+@dataclass
+class Latency(Measurement):
+    """Greedy decoding of prose by one method at a time, each with a prefill of its own. Where the package with the
+    prose is missing, made-up words stand in for it; records say which text it was.
+
+    Attributes:
+        contexts: prompt lengths in tokens. Where prompt and answer together exceed the model, the prompt is cut to what
+            leaves room for the answer; records hold both lengths.
+        new_tokens: tokens generated, whatever the model says about the end; at least 3.
+        repeats: rounds; each goes through all contexts and methods.
+        warmup: runs of every method on the shortest prompt before the first round; kernels are compiled there.
+        profile: run every method once more on every prompt under torch's profiler, which slows it, and record launches,
+            synchronisations and times by phase; the trace lies beside the records, for Perfetto.
+        seed: of the prose.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names the field.
+    """
+
+    name: ClassVar[str] = "latency"
+
+    contexts: Sequence[int] = (1024, 2048, 4096, 8192)
+    new_tokens: int = 32
+    repeats: int = 3
+    warmup: int = 1
+    profile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.contexts = whole("contexts", self.contexts)
+        for field, least in (("new_tokens", 3), ("repeats", 1), ("warmup", 0), ("seed", 0)):
+            at_least(field, getattr(self, field), least)
+        if type(self.profile) is not bool:
+            raise ConfigError(f"benchmark.profile is {self.profile!r}: use true or false")
+
+    @property
+    def needs_model(self) -> bool:
+        return True
+
+    def measure(self, job: TimingJob) -> Measured:
+        """See the base class.
+
+        Raises:
+            ConfigError: a context beyond the model, or a method or budget that does not fit it.
+        """
+        if job.loaded is None:
+            raise ConfigError("benchmark=latency needs a model")
+        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
+        body.use_threads(torch.get_num_threads())
+        ledger = Ledger(self.name, loaded.name, job, body_name(body))
+        cells = self._cells(job.methods, loaded.max_length)
+        self._check(job, loaded.model, cells)
+        missing = [cell for cell in cells if ledger.missing(cell.method, cell.sample_id)]
+        if not missing:
+            return ledger.close()
+        prompter = Prompter(loaded.tokenizer, loaded.max_length)
+        longest, text = timing_tokens(prompter, max(cell.prompt for cell in missing), self.seed)
+        roof = bandwidth(loaded.model.device)
+        shortest = longest[: min(cell.prompt for cell in cells)]
+        with tracked(self.name, len(missing)) as follow:
+            follow("warm-up")
+            warm = {name: self._warm(job, loaded.model, name, shortest) for name in {c.method: 0 for c in missing}}
+            for i, cell in enumerate(missing):
+                if i:
+                    follow(f"{cell.prompt} tokens, {cell.method}, round {cell.repeat + 1} of {self.repeats}")
+                self._record(job, ledger, cell, longest[: cell.prompt], roof, warm[cell.method], text)
+        return ledger.close()
+
+    def _cells(self, methods: Mapping[str, Method], max_length: int) -> list[Cell]:
+        """Everything to measure, in the order in which it is: methods take turns."""
+        longest = max_length - self.new_tokens
+        if max(self.contexts) > max_length or longest < 1:
+            raise ConfigError(f"benchmark.contexts has {max(self.contexts)} and benchmark.new_tokens is "
+                              f"{self.new_tokens}, but the model takes {max_length} tokens at most")  # fmt: skip
+        return [
+            Cell(repeat, context, min(context, longest), name)
+            for repeat in range(self.repeats)
+            for context in self.contexts
+            for name in methods
+        ]
+
+    def _check(self, job: TimingJob, model: PreTrainedModel, cells: Sequence[Cell]) -> None:
+        check_methods(job.methods, model, job.setting)
+        for cell in cells:
+            check_split(cell.method, job.methods[cell.method], cell.prompt)
+        longest, row = max(cell.prompt for cell in cells), row_bytes(model)
+        job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
+        check_memory(job, model, longest, self.new_tokens, row)
+
+    def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
+        """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
+        total = 0.0
+        for _ in range(self.warmup):
+            try:
+                generation = run_once(job, model, job.methods[name], prompt, self.new_tokens)[0]
+                total += generation.tt2t_s + sum(generation.steps_s[1:])
+            except Exception:  # noqa: BLE001 - as above
+                continue
+        return total
+
+    def _record(
+        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
+    ) -> None:  # fmt: skip
+        if job.loaded is None:
+            raise RuntimeError("a latency record without a model")
+        model, method = job.loaded.model, job.methods[cell.method]
+        budget = getattr(method, "budget", None)
+        facts: Record = {
+            "budget": "all" if budget is None else budget.label,
+            "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
+            "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
+            "overlap": job.setting.overlap, "warmup_s": warm, "weights": job.loaded.weights, "text": text,
+            **roof.facts(), **job.setting.options,
+        }  # fmt: skip
+        forget_peak(model.device)
+        try:
+            generation, prefilled = run_once(job, model, method, prompt, self.new_tokens)
+            check_alive(method, generation, cell.prompt)
+            figures = times(generation) | step_costs(generation, model, roof) | link_facts(generation, prefilled)
+            figures |= {"peak_rss_bytes": peak_rss(), **peak_device(model.device)}
+            figures["built_beside"] = prefilled.beside is not None
+        except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
+            ledger.failed(cell.method, cell.sample_id, error, facts)
+            job.setting.check_device(error)
+        else:
+            record = facts | figures
+            if self.profile and cell.repeat == 0:
+                record |= self._profile(job, cell, model, prompt, record)
+            ledger.ok(cell.method, cell.sample_id, record)
+
+    def _profile(
+        self, job: TimingJob, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record
+    ) -> Record:  # fmt: skip
+        """The same once more under the profiler, with every part of the work by itself. What fails here is said, and
+        costs no measurement."""
+        setting = replace(job.setting, overlap=False, named=True)
+        apart, path = replace(job, setting=setting), job.files[cell.method].folder / f"trace-{cell.context}.json.gz"
+        tokens = min(TOKENS, self.new_tokens)
+        try:
+            profiled(lambda: run_once(apart, model, job.methods[cell.method], prompt, tokens), path, model.device)
+            return {"profile": profile_facts(phases(read_trace(path)), figures), "trace": path.name}
+        except Exception as error:  # noqa: BLE001 - as above
+            log.warning("no profile of %s on %d tokens: %s", cell.method, cell.prompt, error)
+            return {"profile_error": outcome(error)["error"]}
+
+
+def run_once(
+    job: TimingJob, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
+) -> tuple[Generation, Prefilled]:  # fmt: skip
+    """Prefill with one method alone, decode ``new_tokens``, and end what runs in the background."""
+    gc.collect()
+    ids = torch.tensor([prompt], device=model.device)
+    prefilled = prefill(model, ids, [method], None, job.chunk, new_tokens, job.setting)
+    try:
+        with undisturbed():
+            generation = decode(prefilled, 0, new_tokens, min_new_tokens=new_tokens, spend=True)
+        generation.settle()
+    finally:
+        prefilled.close()
+    return generation, prefilled
+
+
+def times(generation: Generation) -> Record:
+    """Times of one generation in seconds. ``tpot_s`` is the median step after the first, on a GPU of those whose phases
+    were not timed; ``tpot_released_s`` follows PQCache's released code: (time of all n tokens - TT2T) / (n - 2)."""
+    later, usual = generation.steps_s[1:], generation.usual_steps_s
+    wait = max(0.0, generation.steps_s[0] - median(usual))
+    return {
+        "ttft_s": generation.ttft_s,
+        "tt2t_s": generation.tt2t_s,
+        **spread("tpot", usual),
+        "tpot_released_s": sum(later) / (generation.tokens.shape[1] - 2),
+        "observe_s": generation.observe_s,
+        "build_s": generation.build_s,
+        "index_build_s": generation.index_s,
+        "pending_s": generation.pending_s,
+        "wait_s": generation.pending_s + wait,  # for the index, between first token and a step of the usual length
+        "first_wait_s": wait,
+        "steps_s": [round(seconds, 9) for seconds in generation.steps_s],
+    }
+
+
+def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
+    """Where a step's time goes, means in seconds over the steps whose phases were timed; and the bytes that a step
+    reads against what memory can do."""
+    groups, meters = generation.groups(), generation.meters()
+    steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
+    spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
+    phases = {f"{phase}_step_s": sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
+    first, *later = generation.steps_s
+    usual = median(generation.usual_steps_s)
+    every = [min(first, usual), *later]  # without the wait for the index
+    mean = fmean([every[i] for i in sorted(generation.phased)] or every)
+    attended = fmean(meter.attended / max(1, meter.steps) for meter in meters)
+    index_bytes = sum(meter.index_bytes for meter in meters) / steps
+    known = groups[0].state.geometry
+    kv_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * model.dtype.itemsize
+    weights = weight_bytes(model)
+    rate = (weights + kv_bytes + index_bytes) / usual
+    phases["dense_step_s"] = max(0.0, mean - sum(phases.values()))
+    return {
+        **(phases if generation.replays is None else {}),  # nobody can time the phases of a captured step
+        "attended_tokens": attended,
+        "weight_bytes": weights,
+        "attended_bytes": kv_bytes,
+        "index_bytes": index_bytes,
+        "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
+        "index_facts": groups[0].state.facts,
+        "corrected_heads": generation.corrected_heads,
+        "bandwidth_gbps": rate / 1e9,
+        "copy_share": rate / roof.copy,
+    }
+
+
+def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
+    """Bytes by where they lie and over the link per step, hits of the block cache, and what the link is."""
+    stores, steps = [group.store for group in generation.groups()], len(generation.steps_s)
+    link: Any = getattr(prefilled.placement, "link", None)
+    lookups = sum(store.cache_lookups for store in stores)
+    return {
+        "device_bytes": sum(store.device_bytes for store in stores),
+        "host_bytes": sum(store.host_bytes for store in stores),
+        "to_device_bytes_step": sum(store.bytes_to_device for store in stores) / steps,
+        "to_host_bytes_step": sum(store.bytes_to_host for store in stores) / steps,
+        "link_bytes_step": sum(store.link_bytes for store in stores) / steps,
+        "cache_lookups": lookups,
+        "cache_hit_rate": sum(store.cache_hits for store in stores) / lookups if lookups else None,
+        "link": None if link is None else link.label,
+        "emulated": link is not None and link.emulated,
+        "link_wait_s": None if link is None else link.seconds_waited,
+    }
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that one step reads: all but an input embedding that is not the output's as well."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    untied = head is not None and embedding.weight is not head.weight
+    skipped = {id(embedding.weight)} if untied else set()
+    return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
+
+
+def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
+    """Whether prefill and decoding of a prompt fit the device beside the weights that lie there already.
+
+    Counted are the keys and values, ``row`` bytes a token, or of :data:`LAYERS_AWAY` layers where they leave for the
+    host; the index, as a share of them; and what a block of the prefill computes in one layer.
+
+    Raises:
+        ConfigError: they do not; the message has the bytes and the option that lowers them.
+    """
+    config = model.config.get_text_config()
+    layers = max(1, len(layer_types(config)))
+    kept = min(LAYERS_AWAY, layers) / layers if job.setting.tier.offloads else 1.0
+    rows = (prompt + new_tokens) * row
+    block = min(prompt, job.chunk or prompt)
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = 4 * config.hidden_size + 3 * wide + row // (layers * model.dtype.itemsize)
+    parts = {"keys and values": kept * rows, "the index": INDEX_SHARE * rows,
+             "the prefill of a block": float(block * width * model.dtype.itemsize)}  # fmt: skip
+    needed, free = sum(parts.values()), available_bytes(model.device)
+    if needed > free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        chunk = f"chunk={max(1, block // 8)}" if parts["the prefill of a block"] > needed / 4 else ""
+        away = "" if job.setting.tier.offloads or model.device.type == "cpu" else "store=host"
+        remedy = " or ".join(filter(None, (chunk, away, "shorter benchmark.contexts")))
+        raise ConfigError(f"benchmark.contexts has {prompt}: beside its weights the model "
+                          f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
+                          f"use {remedy}")  # fmt: skip
+
+
+def row_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token in all full-attention layers."""
+    return profile(model).row_numbers * model.dtype.itemsize

@@ -1,0 +1,310 @@
+"""``benchmark=attention``: seconds of one layer's decode step, phase by phase, at any length and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from pqbench.benchmarks.grid import whole
+from pqbench.engine.cohort import PHASES
+from pqbench.errors import ConfigError, DeviceError, ModelError
+from pqbench.kernels.backend import Kernels, kernels
+from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
+from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
+from pqbench.measure.dense import RefusedError, body_name, captured_kernel, dense_kernels
+from pqbench.measure.geometries import Shape, shape_of
+from pqbench.measure.layer.captured import STEPS as CAPTURING
+from pqbench.measure.layer.turns import Layer, Subject, geometry_of, take_turns
+from pqbench.measure.machine import (
+    Bandwidth,
+    Sweeper,
+    bandwidth,
+    device_name,
+    forget_peak,
+    peak_device,
+    peak_rss,
+    spread,
+)  # fmt: skip
+from pqbench.measure.source import Source, captured, synthetic
+from pqbench.method import Method
+from pqbench.models.devices import available_bytes, check_device, check_kernels
+from pqbench.models.sources import torch_dtype
+from pqbench.records.file import Record
+from pqbench.store.tiers import DeviceTier
+
+SMALL = 2048  # tokens of the layer on which kernels are compiled
+SLACK = 1.2  # memory a layer may need, as a multiple of its keys and values
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is timed in turns with each other: every method with one budget, and the dense kernels."""
+
+    dtype: str
+    context: int
+    budget: float | int
+
+
+@dataclass
+class Attention(Measurement):
+    """One attention layer with a long context: index build, and select, fetch, attend and append of each decode step.
+
+    The layer is built alone, directly in a store, so that a million tokens of an 8B model's layer fit a laptop.
+    Methods are built and stepped through the same code as in decoding. Full attention is timed with every dense
+    kernel there is, as rows of the method ``full``; one that a machine refuses is a row that says why. On a GPU these
+    rows read KV that lies on the device, whatever ``store`` says. Methods that watch the prefill see its last 64
+    queries only.
+
+    Attributes:
+        geometry: shape of the layer, see :mod:`pqbench.measure.geometries`.
+        contexts: prompt lengths in tokens.
+        budgets: tokens (2 or more) or share of the context (at most 1), in place of the methods' own.
+        dtypes: float32, bfloat16, float16.
+        repeats: rounds; every method has its turn in each.
+        steps: decode steps per round, taken in turns.
+        warmup: steps before, not counted.
+        keys: ``real`` tiles what the configured model makes of prose; ``random`` draws clustered keys.
+        seed: of the keys, and of the order of turns.
+        sweep_mb: MB overwritten before each step, so that CPU caches hold nothing of the layer, as in a model with
+            many; 0 leaves them warm. What a method asks for a layer ahead (codes in host memory) crosses the link
+            meanwhile.
+        device: where; null for the model's device, or the CPU without a model.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names the field.
+    """
+
+    name: ClassVar[str] = "attention"
+    further: ClassVar[tuple[str, ...]] = (DENSE,)
+
+    geometry: str = "llama31_8b"
+    contexts: Sequence[int] = (4096, 32768)
+    budgets: Sequence[float] = (0.1,)
+    dtypes: Sequence[str] = ("float32",)
+    repeats: int = 5
+    steps: int = 4
+    warmup: int = 2
+    keys: str = "random"
+    seed: int = 0
+    sweep_mb: int = 64
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        self.shape: Shape = shape_of(self.geometry)
+        self.contexts = whole("contexts", self.contexts)
+        self.budgets = budgets_of(self.budgets)
+        self.dtypes = dtypes_of(self.dtypes)
+        for field, least in (("repeats", 1), ("steps", 1), ("warmup", 0), ("sweep_mb", 0), ("seed", 0)):
+            at_least(field, getattr(self, field), least)
+        if self.keys not in ("real", "random"):
+            raise ConfigError(f"benchmark.keys is {self.keys!r}: use real or random")
+        if self.device is not None:
+            check_device(self.device)
+
+    @property
+    def needs_model(self) -> bool:
+        return self.keys == "real"
+
+    def subject(self, model: str) -> str:
+        return self.geometry
+
+    def measure(self, job: TimingJob) -> Measured:
+        """See the base class. Full attention is measured beside the methods whatever is asked for, but only put on
+        record when ``job.files`` has a file for it.
+
+        Raises:
+            ConfigError: an unknown budget for a method, or a context that needs more memory than there is.
+        """
+        device = self._device(job)
+        check_kernels(job.setting.body, device)
+        cells = [Cell(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
+        body = kernels(device, job.setting.body)
+        body.use_threads(torch.get_num_threads())
+        ledger = Ledger(self.name, self.geometry, job, body_name(body))
+        self._check(job, cells, device)
+        wanted = {cell: self._wanted(job, ledger, cell, body) for cell in cells}
+        if not any(wanted.values()):
+            return ledger.close()
+        source = captured(job.loaded, self.shape, self.seed) if job.loaded else synthetic(self.shape, self.seed)
+        roof = bandwidth(device, self.shape.head_dim * torch_dtype(self.dtypes[0]).itemsize)
+        with tracked(self.name, sum(map(bool, wanted.values()))) as follow:
+            for cell, names in wanted.items():
+                if names:
+                    follow(f"{cell.dtype}, {cell.context} tokens, budget {cell.budget:g}")
+                    self._cell(job, ledger, cell, names, source, body, device, roof)
+        return ledger.close()
+
+    def _cell(
+        self, job: TimingJob, ledger: Ledger, cell: Cell, names: Sequence[str], source: Source, body: Kernels,
+        device: torch.device, roof: Bandwidth,
+    ) -> None:  # fmt: skip
+        """Time the methods ``names`` and all dense kernels in turns, and append their records."""
+        subjects = list(self._subjects(job, cell, names, body))
+        warmup = max(self.warmup, CAPTURING) if job.setting.graphs else self.warmup
+        count = warmup + self.repeats * self.steps
+        forget_peak(device)
+        small = self._rehearsal([s.method for s in subjects if s.method], cell)
+        try:
+            layers = [
+                Layer(self.shape, torch_dtype(cell.dtype), length, count, source, device, job.setting)
+                for length in (cell.context, small)
+            ]
+            take_turns(subjects, *layers, self.repeats, self.steps, warmup, Sweeper(self.sweep_mb, device),
+                       self.seed)  # fmt: skip
+        except DeviceError:
+            self._put_failures(ledger, cell, subjects)
+            raise
+        except Exception as error:  # noqa: BLE001 - a layer that cannot be made is a row of every method
+            for subject in subjects:
+                subject.error = error
+        machine = roof.facts() | {"device": device_name(device), "peak_rss_bytes": peak_rss(), **peak_device(device)}
+        machine["weights"] = None if job.loaded is None else job.loaded.weights
+        dense = [subject for subject in subjects if subject.method is None and subject.error is None]
+        fastest = min(dense, key=median_total, default=None)
+        self._put_failures(ledger, cell, subjects)
+        for subject in (subject for subject in subjects if subject.error is None):
+            identity = self._facts(cell, subject)
+            if ledger.missing(subject.name, identity["sample_id"]):  # else on record, or measured for comparison alone
+                ledger.ok(subject.name, identity["sample_id"], identity | self._times(subject, fastest, roof) | machine)
+        for subject in subjects:
+            job.setting.check_device(subject.error)
+            subject.close()
+
+    def _put_failures(self, ledger: Ledger, cell: Cell, subjects: Sequence[Subject]) -> None:
+        """Record the subjects that failed, and those that this machine does not offer."""
+        for subject in subjects:
+            identity = self._facts(cell, subject)
+            if subject.error is None or not ledger.missing(subject.name, identity["sample_id"]):
+                continue
+            if isinstance(subject.error, RefusedError):
+                ledger.refused(subject.name, identity["sample_id"], subject.error, identity)
+            else:
+                ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
+
+    def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
+        device = self._device(job)
+        tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
+        dense = dense_kernels(body, self.shape.group, device)
+        for kernel in [*dense, *([captured_kernel(body)] if job.setting.graphs else [])]:
+            yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=DeviceTier() if kernel.captured else tier)
+        for name in names:
+            if name != DENSE:
+                method = with_budget(job.methods[name], cell.budget)
+                budget = getattr(method, "budget", None)
+                yield Subject(name, body_name(body), "all" if budget is None else budget.label, method)
+
+    def _wanted(self, job: TimingJob, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
+        """Names that lack a record in a cell."""
+        return list(dict.fromkeys(
+            subject.name
+            for subject in self._subjects(job, cell, list(job.methods), body)
+            if ledger.missing(subject.name, self._facts(cell, subject)["sample_id"])
+        ))  # fmt: skip
+
+    def _facts(self, cell: Cell, subject: Subject) -> Record:
+        """What names a row."""
+        what = subject.kernel if subject.method is None else f"{cell.budget:g}"
+        return {
+            "sample_id": f"{cell.dtype}-{cell.context}-{what}",
+            "geometry": self.geometry,
+            "dtype": cell.dtype,
+            "context": cell.context,
+            "budget": subject.budget,
+            "kernel": subject.kernel,
+            "keys": self.keys,
+            "metadata": {
+                "budget": cell.budget,
+                "repeats": self.repeats,
+                "steps": self.steps,
+                "sweep_mb": self.sweep_mb,
+            },
+        }
+
+    def _times(self, subject: Subject, fastest: Subject | None, roof: Bandwidth) -> Record:
+        """Times of one subject, compared with the ``fastest`` dense kernel; bandwidth counts the rows of keys and
+        values attended to."""
+        if subject.group is None:
+            raise RuntimeError("times of a subject that was never built")
+        count, group = len(subject.steps), subject.group
+        link: Any = getattr(subject.placement, "link", None)
+        phases = [phase for phase in (*PHASES, "total") if all(phase in step for step in subject.steps)]
+        by_phase = {phase: [step[phase] for step in subject.steps] for phase in phases}
+        figures: Record = {}
+        for phase, seconds in by_phase.items():
+            figures |= spread(phase, seconds)
+        attended = subject.attended / count
+        moved = attended * self.shape.row_bytes(group.store.keys(0, 1).dtype)
+        reading = figures["fetch_s"] + figures["attend_s"] if "fetch_s" in figures else figures["total_s"]
+        rate = moved / max(1e-12, reading)
+        return figures | {
+            **({"graphs": True} if subject.captured else {}),
+            "build_s": subject.build_s,
+            "observe_s": subject.observe_s,
+            "warmup_s": subject.warmup_s,
+            "timed_steps": count,
+            "attended_tokens": attended,
+            "attended_bytes": moved,
+            "index_bytes": subject.index_bytes / count,
+            "index_resident_bytes": group.state.resident_bytes,
+            "device_bytes": group.store.device_bytes,
+            "host_bytes": group.store.host_bytes,
+            "to_device_bytes": group.store.bytes_to_device,
+            "to_host_bytes": group.store.bytes_to_host,
+            "link": None if link is None else link.label,
+            "emulated": link is not None and link.emulated,
+            "bandwidth_gbps": rate / 1e9,
+            "copy_share": rate / roof.copy,
+            "dense_ratio": None if fastest is None else median_total(fastest) / figures["total_s"],
+            "fastest_dense": None if fastest is None else fastest.kernel,
+            "steps": {phase: [round(s, 9) for s in seconds] for phase, seconds in by_phase.items()},
+        }
+
+    def _device(self, job: TimingJob) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cpu") if job.loaded is None else job.loaded.model.device
+
+    def _rehearsal(self, methods: Sequence[Method], cell: Cell) -> int:
+        """A short length at which every method selects, so that the kernels it will use are compiled there."""
+        length = SMALL
+        while length < cell.context and not all(selects(method, length) for method in methods):
+            length *= 2
+        return min(length, cell.context)
+
+    def _check(self, job: TimingJob, cells: Sequence[Cell], device: torch.device) -> None:
+        # Rows of full attention are those of the dense kernels, wherever the methods keep theirs.
+        job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
+        free = available_bytes(device)
+        for cell in cells:
+            row = self.shape.row_bytes(torch_dtype(cell.dtype))
+            if job.setting.tier.offloads:  # every method keeps a copy on the host
+                job.setting.tier.check(cell.context, row * max(1, len(job.methods)))
+            needed = SLACK * cell.context * row
+            if needed > free:
+                raise ConfigError(
+                    f"benchmark.contexts has {cell.context}: {cell.dtype} keys and values of one {self.geometry} layer "
+                    f"need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
+                )
+            if cell.budget >= cell.context:
+                raise ConfigError(f"benchmark.budgets has {cell.budget:g} tokens, which is all of a context of "
+                                  f"{cell.context}: lower it or lengthen benchmark.contexts")  # fmt: skip
+            for name in job.methods:
+                self._check_method(job, name, cell, device)
+
+    def _check_method(self, job: TimingJob, name: str, cell: Cell, device: torch.device) -> None:
+        try:
+            method = with_budget(job.methods[name], cell.budget)
+            method.split(cell.context, cell.context)
+            method.layer(geometry_of(self.shape, cell.context, device, job.setting))
+        except (ConfigError, ModelError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        except MemoryError:
+            return  # becomes a row where it is measured
+
+
+def median_total(subject: Subject) -> float:
+    """Median seconds of a timed step."""
+    return spread("total", [step["total"] for step in subject.steps])["total_s"]

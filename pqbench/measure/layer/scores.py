@@ -1,0 +1,165 @@
+"""``benchmark=attention_scores``: how exact attention spreads over tokens, from the heaviest to the lightest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from pqbench.benchmarks.base import Prompter
+from pqbench.benchmarks.grid import whole
+from pqbench.engine.prefill import Setting, prefill
+from pqbench.errors import ConfigError
+from pqbench.kernels.backend import kernels
+from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
+from pqbench.measure.dense import body_name
+from pqbench.measure.machine import device_name
+from pqbench.measure.source import prose_tokens
+from pqbench.method import Geometry, LayerState, Method
+from pqbench.records.file import Record
+from pqbench.terminal import plain
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the tokens, for the mass that the heaviest of them hold
+
+
+@dataclass
+class AttentionScores(Measurement):
+    """Sorted attention probabilities of the last queries of a prompt of prose, per layer and KV head.
+
+    The probabilities of every query are sorted from large to small; a record holds, for one layer, the mean over
+    queries and query heads at each of the ``ranks`` and the share of the probability that the heaviest tokens hold.
+    What methods decide plays no part: the records are those of full attention (PQCache's figure 6).
+
+    Attributes:
+        contexts: prompt lengths in tokens.
+        queries: last queries of the prompt that are looked at; with a prefill in blocks, those of the last block.
+        seed: of the prose.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names the field.
+    """
+
+    name: ClassVar[str] = "attention_scores"
+    further: ClassVar[tuple[str, ...]] = (DENSE,)
+
+    contexts: Sequence[int] = (2048,)
+    queries: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.contexts = whole("contexts", self.contexts)
+        at_least("queries", self.queries, 1)
+        at_least("seed", self.seed, 0)
+        if self.queries >= min(self.contexts):
+            raise ConfigError(
+                f"benchmark.queries is {self.queries}, all of a context of {min(self.contexts)}: lower it"
+            )
+
+    @property
+    def needs_model(self) -> bool:
+        return True
+
+    @property
+    def needs_answers(self) -> bool:
+        return True
+
+    def measure(self, job: TimingJob) -> Measured:
+        """See the base class.
+
+        Raises:
+            ConfigError: a context beyond the model.
+        """
+        if job.loaded is None:
+            raise ConfigError("benchmark=attention_scores needs a model")
+        loaded = job.loaded
+        if max(self.contexts) > loaded.max_length:
+            raise ConfigError(f"benchmark.contexts has {max(self.contexts)}, but the model takes {loaded.max_length} "
+                              "tokens at most")  # fmt: skip
+        body = kernels(loaded.model.device, job.setting.body)
+        ledger = Ledger(self.name, loaded.name, job, body_name(body))
+        missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
+        prompter = Prompter(loaded.tokenizer, loaded.max_length)
+        with tracked(self.name, len(missing)) as follow:
+            for context in missing:
+                follow(f"{context} tokens")
+                ids = torch.tensor([prose_tokens(prompter, context, self.seed)], device=loaded.model.device)
+                setting = Setting(overlap=False, body=job.setting.body)
+                prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
+                for number, layer in reversed(list(enumerate(prefilled.layers))):  # what is missing is told by layer 0
+                    state: Any = prefilled.observer(0, layer, 0).state
+                    facts = {"budget": "all", "context": context, "layer": layer, "dtype": str(loaded.model.dtype)[6:],
+                             "device": device_name(loaded.model.device)}  # fmt: skip
+                    ledger.ok(DENSE, f"{context}-{number}", facts | state.figures)
+                prefilled.close()
+        return ledger.close()
+
+    def table(self, records: list[Record]) -> Table:
+        """Mass of the heaviest tokens, mean over layers and heads."""
+        table = Table(title="share of the attention probability that the heaviest tokens hold")
+        for column in ("model", "context", "layers", *(f"{100 * share:g} %" for share in SHARES)):
+            table.add_column(column, justify="right")
+        good = [record for record in records if record["status"] == "ok"]
+        for name, context in dict.fromkeys((record["model"], record["context"]) for record in good):
+            rows = [record["mass"] for record in good if (record["model"], record["context"]) == (name, context)]
+            means = torch.tensor(rows).mean((0, 1))
+            table.add_row(plain(name), str(context), str(len(rows)), *(f"{mass:.3f}" for mass in means.tolist()))
+        return table
+
+
+def ranks_up_to(count: int) -> list[int]:
+    """1 to ``count`` in about eight steps per doubling at most: 1, 2, 3, ... then evenly on a logarithmic scale."""
+    return sorted({round(2 ** (step / 4)) for step in range(4 * count.bit_length()) if round(2 ** (step / 4)) <= count}
+                  | {count})  # fmt: skip
+
+
+def sorted_scores(q: Tensor, keys: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Mean sorted probabilities ``[B, H, S - n + 1]``, and the mass of the heaviest :data:`SHARES` ``[B, H, shares]``.
+
+    q ``[B, H, G, n, D]`` are the queries at the last n of S positions, keys ``[B, H, S, D]``; each query sees the keys
+    up to its own position.
+    """
+    count, total = q.shape[3], keys.shape[2]
+    most = total - count + 1  # ranks that every query has
+    curve = torch.zeros(*q.shape[:2], most, device=q.device)
+    mass = torch.zeros(*q.shape[:2], len(SHARES), device=q.device)
+    for i in range(count):
+        seen = most + i
+        logits = torch.einsum("bhgd,bhsd->bhgs", q[:, :, :, i].float(), keys[:, :, :seen].float()) * scaling
+        ordered = logits.softmax(-1).sort(-1, descending=True).values
+        curve += ordered[..., :most].mean(2)
+        held = ordered.cumsum(-1)
+        mass += torch.stack([held[..., max(1, round(share * seen)) - 1] for share in SHARES], -1).mean(2)
+    return curve / count, mass / count
+
+
+@dataclass(frozen=True)
+class _Sorting(Method):
+    """Full attention that looks at the last queries of the prefill."""
+
+    queries: int = 64
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return _SortingState(self, geometry)
+
+
+class _SortingState(LayerState):
+    def __init__(self, method: _Sorting, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+        self.figures: Record = {}
+
+    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        if keys.shape[2] < self.geometry.prompt:
+            return
+        last = q[:, :, :, -self.method.queries :]
+        curve, mass = sorted_scores(last, keys, self.geometry.scaling)
+        ranks = ranks_up_to(curve.shape[2])
+        chosen = curve[0, :, [rank - 1 for rank in ranks]]  # one sequence
+        self.figures = {
+            "ranks": ranks, "probabilities": chosen.tolist(), "mass": mass[0].tolist(), "mass_shares": list(SHARES),
+            "queries": last.shape[3],
+        }  # fmt: skip

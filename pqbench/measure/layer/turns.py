@@ -1,0 +1,251 @@
+"""One layer with a long context, the methods and dense kernels at work on it, and the turns in which they are timed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pqbench.engine.batch import check_indices
+from pqbench.engine.clock import Spans, clock_of, streams_of
+from pqbench.engine.cohort import PHASES, Group, Rows
+from pqbench.engine.prefill import Setting
+from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.measure.dense import DenseGeometry, DenseKernel
+from pqbench.measure.geometries import Shape
+from pqbench.measure.layer.captured import CapturedSteps
+from pqbench.measure.machine import Sweeper, clock, undisturbed
+from pqbench.measure.source import Source, on
+from pqbench.method import Geometry, LayerState, Method
+from pqbench.store.tiers import Placement, Tier
+
+OBSERVED = 64  # last prompt queries that methods which watch the prefill are shown
+SLOW = 1.0  # seconds
+_LOGITS = 1 << 28  # most logits of one observed block
+
+
+class Layer:
+    """Keys and values of ``context`` tokens in one layer, filled block by block, with room for ``steps`` more.
+
+    Every method reads these same rows; stores of a device tier share them and write the same decoded tokens into the
+    same slack, so memory holds them once. A host tier keeps a copy per method.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, context: int, steps: int, source: Source, device: torch.device,
+        setting: Setting,
+    ) -> None:  # fmt: skip
+        self.shape, self.dtype, self.context, self.steps = shape, dtype, context, steps
+        self.device, self.setting, self.now = device, setting, clock(device)
+        self.clock = clock_of(device, streams_of(device, setting.streams), every=1)
+        self.source = on(source, device)
+        like = torch.empty(1, shape.kv_heads, 0, shape.head_dim, dtype=dtype, device=device)
+        self.keys = GrowingBuffer.like(like, context + steps)
+        self.values = GrowingBuffer.like(like, context + steps)
+        for start in range(0, context, source.rows):
+            keys, values = self.source.block(start // source.rows, min(source.rows, context - start))
+            self.keys.append(keys.to(dtype))
+            self.values.append(values.to(dtype))
+        self.decoded = tuple(rows.to(dtype) for rows in self.source.decoded(steps))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values."""
+        return self.context * self.shape.row_bytes(self.dtype)
+
+    def observe(self, state: LayerState) -> None:
+        """Show a state the last :data:`OBSERVED` prompt queries: all would take time quadratic in the context."""
+        count = min(OBSERVED, self.context)
+        q = self.source.last_queries(count).to(self.dtype)
+        width = self.shape.query_heads * self.context
+        block = max(1, min(count, _LOGITS // width))
+        for start in range(0, count, block):
+            end = self.context - count + min(start + block, count)
+            state.observe(q[:, :, :, start : start + block], self.keys.view(stop=end), self.values.view(stop=end))
+
+    def token(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Key and value ``[1, H, 1, D]`` and query ``[1, H, G, D]`` of a decoded token."""
+        keys, values, queries = self.decoded
+        return keys[:, :, step : step + 1], values[:, :, step : step + 1], queries[:, :, :, step]
+
+
+def geometry_of(
+    shape: Shape, context: int, device: torch.device, setting: Setting, dense: DenseKernel | None = None
+) -> Geometry:  # fmt: skip
+    """A layer of this shape as the harness would describe it; with ``dense`` that kernel serves full attention."""
+    return DenseGeometry(
+        layer=0, batch=1, kv_heads=shape.kv_heads, group=shape.group, head_dim=shape.head_dim,
+        scaling=shape.head_dim**-0.5, prompt=context, inverse_frequencies=shape.frequencies(device),
+        body=setting.body, device=device, calibration=setting.calibration, dense=dense,
+        correction=setting.correction if setting.select_ahead else None,
+    )  # fmt: skip
+
+
+@dataclass
+class Subject:
+    """A method, or full attention by one dense kernel, in one layer. ``steps`` holds the seconds of each timed step by
+    phase, and their total; ``tier`` is where its rows lie, None for where the setting says."""
+
+    name: str
+    kernel: str
+    budget: str
+    method: Method | None = None
+    dense: DenseKernel | None = None
+    tier: Tier | None = None
+    group: Group | None = None
+    placement: Placement | None = None
+    build_s: float = 0.0
+    observe_s: float = 0.0
+    warmup_s: float = 0.0
+    error: Exception | None = None
+    steps: list[dict[str, float]] = field(default_factory=list)
+    attended: float = 0.0  # tokens per KV head over the timed steps
+    index_bytes: int = 0  # read over the timed steps
+    captured: CapturedSteps | None = None  # where the setting asks for graphs, once the steps are replays
+
+    @property
+    def slow(self) -> bool:
+        """Whether a step takes so long that a few are enough."""
+        return bool(self.steps) and min(step["total"] for step in self.steps) > SLOW
+
+    def build(self, layer: Layer) -> Group:
+        """Make the state and its index, timed, ready for the first step."""
+        geometry = geometry_of(layer.shape, layer.context, layer.device, layer.setting, self.dense)
+        state = LayerState(geometry) if self.method is None else self.method.layer(geometry)
+        self.close()
+        if self.dense is not None:
+            self.dense.check(layer.token(0)[2], layer.keys.view(), layer.values.view(), geometry.scaling)
+        tier = layer.setting.tier if self.tier is None else self.tier
+        placement = self.placement = tier.open(layer.device, layer.setting.body)
+        method = self.method
+        store = placement.prompt(layer.keys.fork(), layer.values.fork()).store(
+            None if method is None else lambda length: method.split(length, layer.context)
+        )
+        store.settle()
+        began = layer.now()
+        layer.observe(state)
+        observed = layer.now()
+        rows = state.finish_prefill(store)
+        store = store.after_prefill(rows, method is not None and method.evicts)
+        self.observe_s, self.build_s = observed - began, layer.now() - observed
+        check_indices(state.checks)
+        self.group, self.captured = Group(Rows(slice(None), 0, 1), store, state, layer.clock), None
+        return self.group
+
+    def close(self) -> None:
+        """Let go of the layer's rows, and end the link if there is one."""
+        group, placement, self.group, self.placement = self.group, self.placement, None, None
+        self.captured = None
+        if group is not None:
+            group.store.settle()
+        if placement is not None:
+            placement.close()
+
+    def step(
+        self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:  # fmt: skip
+        """One decode step, exactly as decoding does it: seconds by phase and in total. It begins when the device is
+        idle, so that what the host takes to queue it shows.
+
+        ``layer_before`` stands for the layer before, which is not timed: what a method asks for while that one computes
+        may arrive meanwhile. Asking is timed, as part of the selection. A step from a graph has a total alone.
+        """
+        if self.group is None:
+            raise RuntimeError("step() before build()")
+        captures = layer.setting.graphs and (self.dense is None or self.dense.captured)
+        if captures and self.captured is None and self.group.meter.steps:
+            self.captured = CapturedSteps.of(self.group, layer.context + layer.steps, layer.token(number))
+        if self.captured is not None:
+            return self._replay(self.captured, layer, number, layer_before)
+        key, value, q = layer.token(number)
+        asking, whole, before = Spans(layer.clock), Spans(layer.clock), self.group.meter.seconds
+        with self._chosen(), undisturbed():
+            layer.now()
+            with asking:
+                self.group.state.prefetch(self.group.store)
+            layer_before()
+            layer.now()
+            with whole:
+                self.group.append(key, value)
+                self.group.attend(q)
+            asked, total = asking.total, whole.total
+        phases = {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES}
+        return phases | {"select": phases["select"] + asked, "total": total + asked}
+
+    def _replay(
+        self, captured: CapturedSteps, layer: Layer, number: int, layer_before: Callable[[], None]
+    ) -> dict[str, float]:  # fmt: skip
+        captured.place(layer.token(number))
+        whole = Spans(layer.clock)
+        with undisturbed():
+            layer_before()
+            layer.now()
+            with whole:
+                captured.step()
+            return {"total": whole.total}
+
+    def _chosen(self) -> AbstractContextManager[None]:
+        """What must hold while a dense kernel computes; it is entered before the clock starts."""
+        return nullcontext() if self.dense is None else self.dense.chosen()
+
+    def take_turn(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> None:
+        """One step that counts."""
+        if self.group is None:
+            raise RuntimeError("take_turn() before build()")
+        meter = self.group.meter
+        attended, index_bytes = meter.attended, meter.index_bytes
+        self.steps.append(self.step(layer, number, layer_before))
+        self.attended += meter.attended - attended
+        self.index_bytes += meter.index_bytes - index_bytes
+
+
+@torch.inference_mode()
+def take_turns(
+    subjects: Sequence[Subject], layer: Layer, small: Layer, repeats: int, steps: int, warmup: int, sweeper: Sweeper,
+    seed: int = 0, follow: Callable[[str], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Rehearse every subject on a ``small`` layer, where kernels are compiled, build it on the real one, and time it.
+
+    Subjects take turns step by step, so that a drift of the machine hits all alike; each of the ``repeats`` rounds of
+    ``steps`` steps has an order of its own. One that is slow has its turns in the first round alone. A subject that
+    fails keeps its error and leaves the others alone.
+
+    Raises:
+        DeviceError: a GPU answers no more after the error that a subject keeps.
+    """
+    for subject in subjects:
+        follow(f"{subject.name}: building its index")
+        _guarded(subject, layer, partial(_prepare, subject, layer, small, warmup))
+    order = random.Random(seed)
+    for repeat in range(repeats):
+        follow(f"round {repeat + 1} of {repeats}")
+        present = order.sample(list(subjects), len(subjects))
+        for step in range(steps):
+            for subject in [subject for subject in present if subject.error is None and not (repeat and subject.slow)]:
+                number = warmup + repeat * steps + step
+                _guarded(subject, layer, partial(subject.take_turn, layer, number, sweeper.sweep))
+
+
+def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
+    began = layer.now()
+    subject.build(small)
+    subject.step(small, 0)
+    rehearsed = layer.now() - began
+    subject.build(layer)
+    began = layer.now()
+    for number in range(warmup):
+        subject.step(layer, number)
+    subject.warmup_s = rehearsed + layer.now() - began
+
+
+def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others go on
+        subject.error, subject.group = error, None
+        layer.setting.check_device(error)

@@ -1,0 +1,157 @@
+"""Keys, values and queries of one layer, at any length and shape: made up, or taken from a real model reading prose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from pqbench.benchmarks.base import Prompter
+from pqbench.benchmarks.prose import any_text, prose
+from pqbench.engine.prefill import Setting, prefill
+from pqbench.measure.geometries import Shape
+from pqbench.method import Geometry, LayerState, Method
+from pqbench.models.sources import LoadedModel
+
+BASE = 4096  # rows that longer contexts are tiled from
+CLUSTERS = 64
+_LATE = 1 << 20  # number of the first block of decoded tokens; no context has as many
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows to tile with noise, so that no two tokens are equal and any length costs the memory of one block.
+
+    Attributes:
+        keys, values: ``[1, H, R, D]`` float32.
+        queries: ``[1, H, G, R, D]``.
+        noise: standard deviation of what is added to keys and values, as a share of their own.
+        seed: of all draws.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    noise: float
+    seed: int
+
+    def block(self, number: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[1, H, count, D]`` of a block; ``count`` is at most R."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return self._noisy(self.keys, count, generator), self._noisy(self.values, count, generator)
+
+    @property
+    def rows(self) -> int:
+        """R, the tokens of a full block."""
+        return self.keys.shape[2]
+
+    def decoded(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values ``[1, H, count, D]`` and queries ``[1, H, G, count, D]`` of tokens after the context."""
+        blocks = [self.block(_LATE + start, min(self.rows, count - start)) for start in range(0, count, self.rows)]
+        keys, values = (torch.cat(parts, 2) for parts in zip(*blocks, strict=True))
+        return keys, values, self.last_queries(count, 1)
+
+    def last_queries(self, count: int, draw: int = 0) -> Tensor:
+        """``[1, H, G, count, D]``, rows picked at random."""
+        generator = torch.Generator().manual_seed(self.seed + draw)
+        chosen = torch.randint(self.queries.shape[3], (count,), generator=generator)
+        return self.queries[:, :, :, chosen.to(self.queries.device)]
+
+    def _noisy(self, base: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Rows plus other rows, centred and in random order: cheaper than new noise, and alike in every dimension.
+
+        What is random is drawn on the CPU, so that the rows are the same on every device, and moved to the rows.
+        """
+        order = torch.randperm(base.shape[2], generator=generator)[:count].to(base.device)
+        sign = (torch.randint(2, (count, 1), generator=generator) * 2.0 - 1).to(base.device)
+        return base[:, :, :count] + self.noise * sign * (base[:, :, order] - base.mean(2, keepdim=True))
+
+
+def synthetic(shape: Shape, seed: int) -> Source:
+    """Keys scattered round cluster centres of their head, and queries that look for such a centre."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, width = shape.kv_heads, shape.head_dim
+    centres = torch.randn(heads, CLUSTERS, width, generator=generator)
+    member = torch.randint(CLUSTERS, (heads, BASE), generator=generator)
+    near = centres[torch.arange(heads)[:, None], member]  # [H, R, D]
+    keys = near + 0.5 * torch.randn(near.shape, generator=generator)
+    values = torch.randn(near.shape, generator=generator)
+    wanted = torch.randint(CLUSTERS, (heads, shape.group, BASE), generator=generator)
+    sought = centres[torch.arange(heads)[:, None, None], wanted]  # [H, G, R, D]
+    queries = 0.5 * sought + 0.5 * torch.randn(sought.shape, generator=generator)
+    return Source(keys[None], values[None], queries[None], 0.3, seed)
+
+
+@torch.inference_mode()
+def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
+    """Keys after rotary embedding, values and queries of a real model that reads prose.
+
+    KV heads of the model are laid side by side, layer by layer from the middle on, until the shape's width and number
+    of heads are filled: two heads of 64 make one of 128. Heads are used again once all are.
+    """
+    limit = min(BASE, loaded.max_length)
+    prompt = torch.tensor([prose_tokens(Prompter(loaded.tokenizer, loaded.max_length), limit, seed)])
+    setting = Setting(overlap=False, body="reference")
+    prefilled = prefill(loaded.model, prompt.to(loaded.model.device), [Capture()], reserve=1, setting=setting)
+    layers = sorted(prefilled.layers)
+    ordered = layers[len(layers) // 2 :] + layers[: len(layers) // 2]
+    seen = [prefilled.observer(0, layer, 0).state for layer in ordered]
+    keys, values, queries = (
+        _heads([part for state in seen for part in _parts(state, name)], shape) for name in ("keys", "values", "q")
+    )
+    order = torch.arange(shape.group) % queries.shape[2]
+    return Source(keys[:, :, 0], values[:, :, 0], queries[:, :, order].contiguous(), 0.1, seed)
+
+
+def prose_tokens(prompter: Prompter, count: int, seed: int) -> list[int]:
+    """Exactly ``count`` token ids of prose, the tokenizer's leading special token included."""
+    return _tokens(prompter, count, prose(seed))
+
+
+def timing_tokens(prompter: Prompter, count: int, seed: int) -> tuple[list[int], str]:
+    """As :func:`prose_tokens`, of made-up words where the package with the prose is missing; and which text it is."""
+    name, text = any_text(seed)
+    return _tokens(prompter, count, text), name
+
+
+def _tokens(prompter: Prompter, count: int, text: Iterator[str]) -> list[int]:
+    ids = list(prompter.frame(chat=False).lead)
+    while len(ids) < count:
+        ids += prompter.encode(" ".join(next(text).split()) + "\n\n")
+    return list(islice(ids, count))
+
+
+@dataclass(frozen=True)
+class Capture(Method):
+    """Full attention that remembers what it saw."""
+
+    def layer(self, geometry: Geometry) -> CaptureState:
+        return CaptureState(geometry)
+
+
+class CaptureState(LayerState):
+    """q ``[1, H, G, S, D]``, keys and values ``[1, H, S, D]`` of a prompt prefilled in one shot."""
+
+    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        self.q, self.keys, self.values = (x.float().cpu().clone() for x in (q, keys[:, :, None], values[:, :, None]))
+
+
+def _parts(state: LayerState, name: str) -> list[Tensor]:
+    """The KV heads of a captured tensor, each ``[G or 1, S, D]``."""
+    return list(getattr(state, name)[0])
+
+
+def _heads(parts: Sequence[Tensor], shape: Shape) -> Tensor:
+    """Heads of the wanted width and number, ``[1, H, G or 1, S, D]``."""
+    width = -(-shape.head_dim // parts[0].shape[-1])  # parts side by side in one head
+    chosen = [parts[i % len(parts)] for i in range(width * shape.kv_heads)]
+    joined = [torch.cat(chosen[i : i + width], -1)[..., : shape.head_dim] for i in range(0, len(chosen), width)]
+    return torch.stack(joined)[None]
+
+
+def on(source: Source, device: torch.device) -> Source:
+    """The same source on a device, where blocks are then made."""
+    return replace(source, **{name: getattr(source, name).to(device) for name in ("keys", "values", "queries")})

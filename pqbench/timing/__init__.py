@@ -1,1 +1,0 @@
-"""Benchmarks that time instead of scoring: one layer's attention, and a whole model's latency."""

@@ -1,0 +1,51 @@
+"""Jobs over the tiny geometry and model: every figure a timing has, in milliseconds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pqbench.config.compose import load_model
+from pqbench.engine.prefill import Setting
+from pqbench.measure import machine
+from pqbench.measure.base import Measured, Measurement, TimingJob
+from pqbench.method import Method
+from pqbench.models.sources import LoadedModel
+from pqbench.records.file import Record, RecordFile
+
+Run = Callable[..., tuple[Measured, list[Record]]]
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bandwidth and the memory of former runs are not what these tests are about."""
+    monkeypatch.setattr(machine, "COPIED", 1 << 16)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # a third of a second in a process with torch
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def loaded() -> LoadedModel:
+    """The random model of conf/model/tiny.yaml."""
+    return load_model("tiny")
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Run:
+    """Runs a measurement into one folder; returns what it did and all records there are."""
+
+    def call(
+        measurement: Measurement, methods: dict[str, Method], loaded: LoadedModel | None = None, **options: Any
+    ) -> tuple[Measured, list[Record]]:
+        names = dict.fromkeys([*methods, *measurement.further])
+        files = {name: RecordFile.create(tmp_path, measurement.name, "x", name, {}) for name in names}
+        setting = options.pop("setting", Setting(body="reference"))
+        done = measurement.measure(TimingJob(loaded, methods, files, setting, **options))
+        return done, [record for file in files.values() for record in file.read()]
+
+    return call
