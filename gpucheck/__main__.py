@@ -121,7 +121,7 @@ def _share(step: Step, later: Sequence[Step], options: Options, end: float) -> f
 
 def _run(
     step: Step, seconds: float, options: Options, environment: Mapping[str, str], deadline: float
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run one step in a process of its own, settle its file, and say how it ended."""
     path = options.folder / step.file
     path.unlink(missing_ok=True)
@@ -160,9 +160,12 @@ def environment_of(options: Options, packages: Path | None) -> dict[str, str]:
     Triton's interpreter."""
     path = [str(ROOT), *([str(packages)] if packages else []), os.environ.get("PYTHONPATH", "")]
     found = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(part for part in path if part), "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(part for part in path if part),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
     if not options.on_gpu:
         found |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return found

@@ -28,19 +28,34 @@ class Need(NamedTuple):
 IMAGE = tuple(
     Need(package, module)
     for package, module in [
-        ("torch", "torch"), ("triton", "triton"), ("transformers", "transformers"), ("tokenizers", "tokenizers"),
-        ("safetensors", "safetensors"), ("numba", "numba"), ("numpy", "numpy"), ("psutil", "psutil"),
-        ("jinja2", "jinja2"), ("pyyaml", "yaml"), ("filelock", "filelock"), ("pytest", "pytest"),
+        ("torch", "torch"),
+        ("triton", "triton"),
+        ("transformers", "transformers"),
+        ("tokenizers", "tokenizers"),
+        ("safetensors", "safetensors"),
+        ("numba", "numba"),
+        ("numpy", "numpy"),
+        ("psutil", "psutil"),
+        ("jinja2", "jinja2"),
+        ("pyyaml", "yaml"),
+        ("filelock", "filelock"),
+        ("pytest", "pytest"),
     ]
-)  # fmt: skip
+)
 CARRIED = tuple(
     Need(package, module)
     for package, module in [
-        ("hydra-core", "hydra"), ("omegaconf", "omegaconf"), ("antlr4-python3-runtime", "antlr4"),
-        ("threadpoolctl", "threadpoolctl"), ("platformdirs", "platformdirs"), ("rich", "rich"),
-        ("markdown-it-py", "markdown_it"), ("mdurl", "mdurl"), ("pygments", "pygments"),
+        ("hydra-core", "hydra"),
+        ("omegaconf", "omegaconf"),
+        ("antlr4-python3-runtime", "antlr4"),
+        ("threadpoolctl", "threadpoolctl"),
+        ("platformdirs", "platformdirs"),
+        ("rich", "rich"),
+        ("markdown-it-py", "markdown_it"),
+        ("mdurl", "mdurl"),
+        ("pygments", "pygments"),
     ]
-)  # fmt: skip
+)
 
 
 def missing(needs: Iterable[Need]) -> list[Need]:
@@ -65,8 +80,10 @@ def bring(wheels: Path, into: Path) -> list[Need]:
     absent = missing(IMAGE)
     if absent:
         names = [need.package for need in absent]
-        raise UsageError(f"gpu-check needs {', '.join(names)}, which {sys.executable} lacks: use an image that has "
-                         f"them (PYTHON=/path/to/its/python3), or {_install(names)}")  # fmt: skip
+        raise UsageError(
+            f"gpu-check needs {', '.join(names)}, which {sys.executable} lacks: use an image that has "
+            f"them (PYTHON=/path/to/its/python3), or {_install(names)}"
+        )
     wanted, brought = missing(CARRIED), []
     for need in wanted:
         wheel = _wheel(wheels, need.package)

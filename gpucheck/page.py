@@ -75,10 +75,16 @@ def readme(found: OnGpu) -> str:
 def page(found: OnGpu) -> str:
     """The whole page."""
     lines = [
-        "# Results on a GPU", "",
+        "# Results on a GPU",
+        "",
         "Made from the records by `python -m gpucheck.page > docs/results/gpu.md`; `make gpu-check` makes the records.",
-        "", *(f"- {machine}" for machine in machines(found)), "", "## Targets", "", *_targets(found),
-    ]  # fmt: skip
+        "",
+        *(f"- {machine}" for machine in machines(found)),
+        "",
+        "## Targets",
+        "",
+        *_targets(found),
+    ]
     for step in STEPS:
         lines += ["", f"## Step {step.number}: {step.title}", "", *_step(found, step)]
     lines += ["", "## Seconds", "", *_seconds(found)]

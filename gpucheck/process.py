@@ -39,9 +39,14 @@ class Running:
         self._began = time.monotonic()
         with self.log.open("wb") as file:
             self._process = subprocess.Popen(
-                list(self.command), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env=None if self.environment is None else dict(self.environment), start_new_session=self.group,
-            )  # fmt: skip
+                list(self.command),
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=None if self.environment is None else dict(self.environment),
+                start_new_session=self.group,
+            )
 
     @property
     def running(self) -> bool:
@@ -76,9 +81,8 @@ class Running:
 
 
 def run(
-    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None,
-    group: bool = False,
-) -> Ended:  # fmt: skip
+    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None, group: bool = False
+) -> Ended:
     """Run a command for at most ``seconds``."""
     return Running(command, log, environment, group).wait(seconds)
 

@@ -36,9 +36,7 @@ def measure(options: Options, label: str, overrides: Sequence[str], seconds: flo
     return Measured(ended, read_all(folder) if folder.is_dir() else [], folder)
 
 
-def report(
-    result: Result, measured: Measured, label: str, expected: int, figures: Sequence[str], **facts: Any
-) -> None:  # fmt: skip
+def report(result: Result, measured: Measured, label: str, expected: int, figures: Sequence[str], **facts: Any) -> None:
     """A row for every record, and one for what is missing. A measurement that failed is wrong; too little memory or
     time is not. ``figures`` are the fields that the summary shows."""
     for record in measured.records:
@@ -50,8 +48,12 @@ def report(
     if measured.ended.code is None:
         result.row(f"{label}: out of time", timeout=f"{measured.ended.seconds:.0f} s", records_missing=missing)
     elif missing > 0 or (measured.ended.code and not measured.records):
-        result.row(label, False, error=f"{missing} of {expected} records are missing; exit code {measured.ended.code}: "
-                                       f"{measured.ended.said[-1500:]}")  # fmt: skip
+        result.row(
+            label,
+            False,
+            error=f"{missing} of {expected} records are missing; exit code {measured.ended.code}: "
+            f"{measured.ended.said[-1500:]}",
+        )
 
 
 def derived(record: Record) -> dict[str, Any]:

@@ -78,10 +78,16 @@ class Result:
         """Write the file; a reader sees the old one or the new one."""
         self.seconds = time.monotonic() - self.began
         content = {
-            "step": self.step.number, "name": self.step.name, "title": self.step.title, "status": self.status,
-            "seconds": round(self.seconds, 2), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "machine": self.machine, "rows": self.rows, "message": self.message,
-        }  # fmt: skip
+            "step": self.step.number,
+            "name": self.step.name,
+            "title": self.step.title,
+            "status": self.status,
+            "seconds": round(self.seconds, 2),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": self.machine,
+            "rows": self.rows,
+            "message": self.message,
+        }
         write_json(self.folder / self.step.file, content)
 
 

@@ -30,15 +30,24 @@ def summarise(folder: Path) -> Summary:
     wrong = [line for content in results for line in errors_of(content)]
     counted = [target.judge(results) for target in TARGETS] if machine.get("counts") else []
     lines = [
-        "# gpu-check", "", _machine(machine), "",
-        "| step | what | status | seconds | |", "|---|---|---|---|---|",
-        *(_table_row(content) for content in results), "",
-        *_wrong(wrong), *_targets(counted, machine), *_figures(results),
-    ]  # fmt: skip
+        "# gpu-check",
+        "",
+        _machine(machine),
+        "",
+        "| step | what | status | seconds | |",
+        "|---|---|---|---|---|",
+        *(_table_row(content) for content in results),
+        "",
+        *_wrong(wrong),
+        *_targets(counted, machine),
+        *_figures(results),
+    ]
     content = {
-        "machine": machine, "wrong": wrong, "targets": [verdict.facts() for verdict in counted],
+        "machine": machine,
+        "wrong": wrong,
+        "targets": [verdict.facts() for verdict in counted],
         "steps": [{key: value for key, value in c.items() if key not in ("rows", "machine")} for c in results],
-    }  # fmt: skip
+    }
     return Summary("\n".join(lines).rstrip() + "\n", content, wrong)
 
 
@@ -46,8 +55,11 @@ def errors_of(content: Mapping[str, Any]) -> list[str]:
     """What is wrong in one result. A step that only measures and ran out of time has shown nothing wrong; but where
     figures do not count, all that a run is for is that every step comes to its end."""
     label = f"step {content['step']} {content['name']}"
-    found = [f"{label}: {row['name']}: {row.get('error') or figures_of(row)}" for row in content["rows"]
-             if row["ok"] is False]  # fmt: skip
+    found = [
+        f"{label}: {row['name']}: {row.get('error') or figures_of(row)}"
+        for row in content["rows"]
+        if row["ok"] is False
+    ]
     wrong = {"failed"}
     if not content["machine"].get("counts", True):
         wrong |= {"timeout", "skipped"}
@@ -74,8 +86,10 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _table_row(content: Mapping[str, Any]) -> str:
-    return (f"| {content['step']} | {content['title']} | {content['status']} | {content['seconds']:.0f} | "
-            f"{_cell(content['message'])[:200]} |")  # fmt: skip
+    return (
+        f"| {content['step']} | {content['title']} | {content['status']} | {content['seconds']:.0f} | "
+        f"{_cell(content['message'])[:200]} |"
+    )
 
 
 def _wrong(wrong: Sequence[str]) -> list[str]:

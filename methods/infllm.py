@@ -52,11 +52,15 @@ class InfLLM(Method):
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or not 1 <= self.representatives <= self.block_size:
-            raise ConfigError("infllm needs block_size >= 1 and representatives between 1 and block_size, got "
-                              f"{self.block_size} and {self.representatives}")  # fmt: skip
+            raise ConfigError(
+                "infllm needs block_size >= 1 and representatives between 1 and block_size, got "
+                f"{self.block_size} and {self.representatives}"
+            )
         if self.prefill not in ("dense", "infllm") or self.exec_block < 1:
-            raise ConfigError("infllm.prefill must be dense or infllm and infllm.exec_block at least 1, got "
-                              f"{self.prefill!r} and {self.exec_block}")  # fmt: skip
+            raise ConfigError(
+                "infllm.prefill must be dense or infllm and infllm.exec_block at least 1, got "
+                f"{self.prefill!r} and {self.exec_block}"
+            )
 
     @property
     def own_prefill(self) -> bool:  # type: ignore[override]

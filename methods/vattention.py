@@ -56,8 +56,10 @@ class VAttention(Method):
         if getattr(self.base, "budget", None) is None:
             raise ConfigError(f"vattention.base is {name}, which attends to all tokens: nothing is left to sample")
         if self.base.evicts or self.base.needs_positions or self.base.own_prefill:
-            raise ConfigError(f"vattention.base is {name}, which drops or renumbers tokens: use one that only selects, "
-                              "such as methods.pqcache.PQCache or methods.sparq.SparQ")  # fmt: skip
+            raise ConfigError(
+                f"vattention.base is {name}, which drops or renumbers tokens: use one that only selects, "
+                "such as methods.pqcache.PQCache or methods.sparq.SparQ"
+            )
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
@@ -97,8 +99,10 @@ class VAttentionState(LayerState):
         self.method = method
         self.base = method.selecting.layer(geometry)
         if self.base.needs_weights:
-            raise ConfigError(f"vattention.base is {type(method.base).__name__}, which learns from what it attends to: "
-                              "a sample would be mixed in; use a base that only selects")  # fmt: skip
+            raise ConfigError(
+                f"vattention.base is {type(method.base).__name__}, which learns from what it attends to: "
+                "a sample would be mixed in; use a base that only selects"
+            )
         self._read = 0  # bytes of keys read in the last step to size the sample
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:

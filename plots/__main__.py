@@ -71,8 +71,11 @@ def report_missing(missing: Sequence[str], wanted: Mapping[str, ModuleType], opt
     if len(missing) == len(wanted):
         log.error("no records to draw in %s: run `%s` first", options.results, DEFAULT)
         return 1
-    log.info("no records for %s: `python -m plots %s NAME` says which command makes them", ", ".join(missing),
-             options.results)  # fmt: skip
+    log.info(
+        "no records for %s: `python -m plots %s NAME` says which command makes them",
+        ", ".join(missing),
+        options.results,
+    )
     return 0
 
 

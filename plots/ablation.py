@@ -75,8 +75,12 @@ def grid(run: pd.DataFrame, exact: pd.DataFrame, field: str) -> pd.DataFrame:
     mean over the documents of that cell."""
     units = numbers(exact, field).groupby(exact["document"]).mean() if len(exact) else None
     unit = 1.0 if units is None else run["document"].map(units)
-    values = run.assign(value=numbers(run, field), unit=unit, bits=run["m"] * run["b"],
-                        place=[CODEBOOKS.index(name) for name in run["codebook"]])  # fmt: skip
+    values = run.assign(
+        value=numbers(run, field),
+        unit=unit,
+        bits=run["m"] * run["b"],
+        place=[CODEBOOKS.index(name) for name in run["codebook"]],
+    )
     cells = values.groupby(["spread", "bits", "m", "place", "tail"])[["value", "unit"]].mean()
     relative = (cells["value"] / cells["unit"].where(cells["unit"] > 0)).unstack("tail")
     named = relative.set_axis([_name(*cast(tuple[bool, int, int, int], row)) for row in relative.index])
@@ -107,9 +111,11 @@ def panels(run: pd.DataFrame, exact: pd.DataFrame) -> Figure:
 
 def note(run: pd.DataFrame, relative: bool) -> str:
     """Footer: what a number is, of how many documents, where."""
-    unit = "multiples of the exact top-k's error (left) and KL (right): below 1 beats it" if relative else (
-        "relative error (left), KL in nats (right); no oracle was measured"
-    )  # fmt: skip
+    unit = (
+        "multiples of the exact top-k's error (left) and KL (right): below 1 beats it"
+        if relative
+        else ("relative error (left), KL in nats (right); no oracle was measured")
+    )
     count = samples(run.groupby("key").size())
     steps = number(run["steps"].iloc[0])
     return f"{unit}; {count} documents ({run['texts'].iloc[0]}), {steps} teacher-forced steps each;\n{machine(run)}"

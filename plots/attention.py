@@ -100,8 +100,15 @@ def stack(axis: Axes, part: pd.DataFrame) -> None:
     total = part["total_s"] * 1e3  # median of totals: not quite the sum of medians that the bar is
     for place, end, time, ratio, method in zip(places, left, total, part["ratio"], part["method"], strict=True):
         text = f"{time:.3g} ms" + ("" if pd.isna(ratio) or method == BASELINE else f", {ratio:.2f}x dense")
-        axis.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
-                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+        axis.annotate(
+            text,
+            (end, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )
     dense = total[part["method"] == BASELINE]
     if len(dense):
         axis.axvline(dense.min(), color="black", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0.5)

@@ -80,8 +80,11 @@ def panels(rows: pd.DataFrame, full: pd.DataFrame, chosen: Mapping[str, Look]) -
         name_curves(axis, lines, chosen)
     first = rows.iloc[0]
     headline(figure, f"Quality against the token budget: {first['benchmark']}, {first['model']}")
-    footer(figure, f"{samples(rows.groupby('key').size())} per point, mean and standard error; mass and error "
-           f"teacher-forced on the reference answer; {machine(rows)}")  # fmt: skip
+    footer(
+        figure,
+        f"{samples(rows.groupby('key').size())} per point, mean and standard error; mass and error "
+        f"teacher-forced on the reference answer; {machine(rows)}",
+    )
     return figure
 
 

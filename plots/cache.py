@@ -81,8 +81,16 @@ def lines(axis: Axes, rows: pd.DataFrame, field: str, paper: pd.DataFrame) -> No
             points.index, points.to_numpy(), color=colour, marker=marker, linestyle=dash, label=str(policy).upper()
         )
     if len(paper):
-        axis.plot(paper["setting"].astype(float), paper["value"].astype(float), "o", markerfacecolor="none",
-                  markeredgecolor=PAPER, markersize=9, linestyle="none", label="published")  # fmt: skip
+        axis.plot(
+            paper["setting"].astype(float),
+            paper["value"].astype(float),
+            "o",
+            markerfacecolor="none",
+            markeredgecolor=PAPER,
+            markersize=9,
+            linestyle="none",
+            label="published",
+        )
     sizes = sorted({*rows["size"].astype(int), *(paper["setting"].astype(int) if len(paper) else ())})
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [tokens(size) for size in sizes])

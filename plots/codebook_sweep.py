@@ -58,8 +58,9 @@ def panels(run: pd.DataFrame) -> Figure:
         axis.set_title(title)
     first = run.iloc[0]
     headline(figure, f"PQCache, m x b: {first['benchmark']}, {first['model']}, {first['budget']} of the tokens")
-    footer(figure, f"{samples(run.groupby('key').size())} per cell, mean; bits per key and head = m x b; "
-           f"{machine(run)}")  # fmt: skip
+    footer(
+        figure, f"{samples(run.groupby('key').size())} per cell, mean; bits per key and head = m x b; {machine(run)}"
+    )
     return figure
 
 

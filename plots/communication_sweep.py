@@ -15,8 +15,10 @@ from plots.style import BASELINE, Look, footer, headline, looks, save, style
 from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=communication_budget"
-PANELS = (("score", "score", "% of the official metric", 1.0), ("output_error", "error of the attention output",
-           "% of its norm", 100.0))  # fmt: skip
+PANELS = (
+    ("score", "score", "% of the official metric", 1.0),
+    ("output_error", "error of the attention output", "% of its norm", 100.0),
+)
 ORACLE = "oracle"  # reads every key and is not charged for it: a level, not a line
 
 
@@ -89,6 +91,9 @@ def panels(rows: pd.DataFrame, levels: pd.DataFrame, chosen: Mapping[str, Look])
     what = f"{first['benchmark']}, {first['model']}, {first['budget']} of the tokens"
     headline(figure, f"Quality against the communication budget: {what}")
     dtype = setting(first["settings"], "model.dtype", "-")
-    footer(figure, f"{samples(rows.groupby('key').size())} per point, mean and standard error; keys in {dtype}, "
-           f"codes one byte each; of equal sizes the best; {machine(rows)}")  # fmt: skip
+    footer(
+        figure,
+        f"{samples(rows.groupby('key').size())} per point, mean and standard error; keys in {dtype}, "
+        f"codes one byte each; of equal sizes the best; {machine(rows)}",
+    )
     return figure

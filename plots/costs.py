@@ -77,15 +77,24 @@ def by_context(run: pd.DataFrame, fit: Fit, shape: ModelShape, chosen: Mapping[s
             times = [factor * predict(fit.hardware, shape, profile, context, 1, dtype) for context in CONTEXTS]
             _line(row[0], CONTEXTS, times, chosen[method], method)
             points = run[run["method"] == method].groupby("prompt_tokens")[field].median() * factor
-            row[0].plot(points.index, points, color=chosen[method].colour, marker=chosen[method].marker,
-                        linestyle="none", markersize=5, label=f"{method}, measured")  # fmt: skip
+            row[0].plot(
+                points.index,
+                points,
+                color=chosen[method].colour,
+                marker=chosen[method].marker,
+                linestyle="none",
+                markersize=5,
+                label=f"{method}, measured",
+            )
         for axis, hardware in zip(row[1:], HARDWARE.values(), strict=True):
             for method, profile in profiles_on(fit).items():
                 values = [
-                    (factor * predict(hardware, target, profile, context, 1, DTYPE),
-                     fits(hardware, target, profile, context, 1, DTYPE))
+                    (
+                        factor * predict(hardware, target, profile, context, 1, DTYPE),
+                        fits(hardware, target, profile, context, 1, DTYPE),
+                    )
                     for context in CONTEXTS
-                ]  # fmt: skip
+                ]
                 _until_full(axis, CONTEXTS, values, chosen[method], method)
         row[0].set_ylabel(f"{title} ({unit})")
     for axis, name in zip(axes[0], [f"{shape.name} on {fit.hardware.name}", *_titles()], strict=True):
@@ -107,10 +116,12 @@ def by_batch(run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Look]) -> Figure:
     for axis, hardware, title in zip(axes, HARDWARE.values(), _titles(), strict=True):
         for method, profile in profiles_on(fit).items():
             values = [
-                (1e3 * tpot(hardware, target, profile, BATCH_CONTEXT, batch, DTYPE),
-                 fits(hardware, target, profile, BATCH_CONTEXT, batch, DTYPE))
+                (
+                    1e3 * tpot(hardware, target, profile, BATCH_CONTEXT, batch, DTYPE),
+                    fits(hardware, target, profile, BATCH_CONTEXT, batch, DTYPE),
+                )
                 for batch in BATCHES
-            ]  # fmt: skip
+            ]
             _until_full(axis, BATCHES, values, chosen[method], method)
         axis.set_title(title)
         _scales(axis, BATCHES)
@@ -155,16 +166,21 @@ def _line(axis: Axes, xs: Sequence[int], ys: Sequence[float], look: Look, label:
     axis.plot(xs, ys, color=look.colour, linestyle=dash, linewidth=2.8 if label == BASELINE else 1.5, label=label)
 
 
-def _until_full(
-    axis: Axes, xs: Sequence[int], values: Sequence[tuple[float, bool]], look: Look, label: str
-) -> None:  # fmt: skip
+def _until_full(axis: Axes, xs: Sequence[int], values: Sequence[tuple[float, bool]], look: Look, label: str) -> None:
     """A prediction as far as the memory goes, with a cross where it ends; nothing where nothing fits."""
     inside = [value for value, fit in values if fit]
     _line(axis, xs[: len(inside)], inside, look, label)
     if 0 < len(inside) < len(values):
         end = len(inside) - 1
-        axis.plot([xs[end]], [inside[end]], color=look.colour, marker="x", markersize=7, markeredgewidth=1.8,
-                  label=f"{label}, memory ends")  # fmt: skip
+        axis.plot(
+            [xs[end]],
+            [inside[end]],
+            color=look.colour,
+            marker="x",
+            markersize=7,
+            markeredgewidth=1.8,
+            label=f"{label}, memory ends",
+        )
 
 
 def _scales(axis: Axes, xs: Sequence[int]) -> None:
@@ -186,8 +202,14 @@ def _finish(figure: Figure, run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Lo
         handles.append(Line2D([], [], color="0.3", marker="o", linestyle="none", label="measured"))
     rows = -(-len(handles) // _COLUMNS)
     below = 0.3 * (1 + rows) / figure.get_figheight()  # title and legend, in shares of the figure
-    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1 - 0.25 / figure.get_figheight()),
-                  ncols=min(_COLUMNS, len(handles)), frameon=False, fontsize=9)  # fmt: skip
+    figure.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1 - 0.25 / figure.get_figheight()),
+        ncols=min(_COLUMNS, len(handles)),
+        frameon=False,
+        fontsize=9,
+    )
     figure.suptitle(f"{title}: dashed lines are modelled, not measured", fontsize=12, y=0.99)
     footer(figure, note(run, fit), above=below)
 
@@ -195,8 +217,9 @@ def _finish(figure: Figure, run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Lo
 def note(run: pd.DataFrame, fit: Fit) -> str:
     """The fit, its error on contexts it did not see, and what the accelerators' panels rest on."""
     seen = " and ".join(tokens(context) for context in fit.fitted)
-    errors = [f"{title} {100 * error:.1f} %" for field, title, *_ in PANELS
-              if (error := fit.median_error(field)) is not None]  # fmt: skip
+    errors = [
+        f"{title} {100 * error:.1f} %" for field, title, *_ in PANELS if (error := fit.median_error(field)) is not None
+    ]
     unseen = " and ".join(tokens(context) for context in sorted({check.context for check in fit.checks}))
     checked = (
         f"median error at {unseen}, which it did not see: {', '.join(errors)}"

@@ -29,9 +29,14 @@ def curves(rows: pd.DataFrame, x: str, y: str, by: str = "family") -> list[Curve
     for label, part in numbers.groupby(by, sort=True):
         points = part.groupby(x)[y].agg(["mean", "sem"])
         found.append(
-            Curve(str(label), str(part["family"].iloc[0]), [float(value) for value in points.index],
-                  points["mean"].tolist(), points["sem"].fillna(0.0).tolist())
-        )  # fmt: skip
+            Curve(
+                str(label),
+                str(part["family"].iloc[0]),
+                [float(value) for value in points.index],
+                points["mean"].tolist(),
+                points["sem"].fillna(0.0).tolist(),
+            )
+        )
     return found
 
 
@@ -40,9 +45,17 @@ def draw_curves(axis: Axes, lines: Sequence[Curve], chosen: Mapping[str, Look]) 
     for line in lines:
         look = chosen[line.family]
         axis.errorbar(
-            line.x, line.y, yerr=line.error if any(line.error) else None, color=look.colour, marker=look.marker,
-            linestyle=look.dash, markersize=5, linewidth=1.5, elinewidth=0.8, label=line.label,
-        )  # fmt: skip
+            line.x,
+            line.y,
+            yerr=line.error if any(line.error) else None,
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dash,
+            markersize=5,
+            linewidth=1.5,
+            elinewidth=0.8,
+            label=line.label,
+        )
     axis.grid(axis="y", color="0.9")
 
 
@@ -54,5 +67,12 @@ def name_curves(axis: Axes, lines: Sequence[Curve], chosen: Mapping[str, Look]) 
 def baseline(axis: Axes, value: float, name: str = BASELINE) -> None:
     """Full attention as a dashed level with its name above, where it has no x of its own."""
     axis.axhline(value, color="black", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
-    axis.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                  textcoords="offset points", fontsize=8, va="bottom")  # fmt: skip
+    axis.annotate(
+        name,
+        (0.01, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        fontsize=8,
+        va="bottom",
+    )

@@ -161,8 +161,16 @@ def plot(axis: Axes, lines: Sequence[Line], shown: Sequence[Line], chosen: Mappi
         size, middle = np.array(line.size)[order], np.array(line.middle)[order]
         middle = np.where(middle > 0, middle, np.nan)  # no error has no place on this axis
         spread = np.clip([middle - np.array(line.low)[order], np.array(line.high)[order] - middle], 0, None)
-        axis.plot(size, middle, color=look.colour, marker=look.marker, linestyle=look.dash, markersize=5, linewidth=1.5,
-                  label=line.label)  # fmt: skip
+        axis.plot(
+            size,
+            middle,
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dash,
+            markersize=5,
+            linewidth=1.5,
+            label=line.label,
+        )
         if line.documents[1] > 1:
             axis.errorbar(size, middle, yerr=spread, fmt="none", ecolor=look.colour, elinewidth=1, capsize=2, alpha=0.6)
     axis.set_ylim(*limits([value for line in lines for value in line.middle]))
@@ -176,8 +184,13 @@ def plot(axis: Axes, lines: Sequence[Line], shown: Sequence[Line], chosen: Mappi
     axis.grid(color="0.92")
     best = [max(zip(line.size, line.middle, strict=True)) for line in shown]  # at the largest budget
     floor = axis.get_ylim()[0]
-    name_ends(axis, [(line.label, size, max(value, floor), chosen[line.method].colour)
-                     for line, (size, value) in zip(shown, best, strict=True)])  # fmt: skip
+    name_ends(
+        axis,
+        [
+            (line.label, size, max(value, floor), chosen[line.method].colour)
+            for line, (size, value) in zip(shown, best, strict=True)
+        ],
+    )
 
 
 def named(lines: Sequence[Line]) -> list[Line]:
@@ -214,8 +227,16 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 def mark_dense(axis: Axes, size: float) -> None:
     """Full attention has no error: a line where its bytes are."""
     axis.axvline(size, color="black", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
-    axis.annotate(BASELINE, (size, 1), xycoords=("data", "axes fraction"), xytext=(-4, 0),
-                  textcoords="offset points", ha="right", va="top", fontsize=9)  # fmt: skip
+    axis.annotate(
+        BASELINE,
+        (size, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=9,
+    )
 
 
 def _bytes(size: float, _: object) -> str:

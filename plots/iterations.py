@@ -16,10 +16,16 @@ from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=iterations and experiment=iterations_latency"
 # Field, title, unit, factor; those of a benchmark with scores, then those of benchmark=latency.
-QUALITY = (("score", "score", "%", 1.0), ("output_error", "error of the attention output", "% of its norm", 100.0),
-           ("index_build_s", "index build, nothing else running", "s per prompt", 1.0))  # fmt: skip
-TIMES = (("tt2t_s", "time to second token", "s", 1.0), ("index_build_s", "index build beside the prefill", "s", 1.0),
-         ("wait_s", "wait for the index after the first token", "s", 1.0))  # fmt: skip
+QUALITY = (
+    ("score", "score", "%", 1.0),
+    ("output_error", "error of the attention output", "% of its norm", 100.0),
+    ("index_build_s", "index build, nothing else running", "s per prompt", 1.0),
+)
+TIMES = (
+    ("tt2t_s", "time to second token", "s", 1.0),
+    ("index_build_s", "index build beside the prefill", "s", 1.0),
+    ("wait_s", "wait for the index after the first token", "s", 1.0),
+)
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
@@ -66,8 +72,11 @@ def panels(run: pd.DataFrame) -> Figure:
         axis.set_ylabel(unit)
     first = run.iloc[0]
     where = f", {first['context']:.0f} tokens" if timed else ""
-    headline(figure, f"K-Means iterations of PQCache: {first['benchmark']}, {first['model']}{where}{link(run)}",
-             "emulated" if emulated(run) else "")  # fmt: skip
+    headline(
+        figure,
+        f"K-Means iterations of PQCache: {first['benchmark']}, {first['model']}{where}{link(run)}",
+        "emulated" if emulated(run) else "",
+    )
     count = samples(run.groupby("key").size())
     footer(figure, f"{count} per point, {'median' if timed else 'mean'}; budget {first['budget']}; {machine(run)}")
     return figure
@@ -85,8 +94,15 @@ def line(axis: Axes, fixed: pd.DataFrame, adaptive: pd.DataFrame) -> None:
         count, value = adaptive["done"].mean(), adaptive["value"].agg(middle)
         where = place(count, counts)
         axis.plot([where], [value], "*", color="#D55E00", markersize=13, linestyle="none", label="adaptive")
-        axis.annotate(f"adaptive: {count:.0f}", (where, value), xytext=(0, 9), textcoords="offset points",
-                      color="#D55E00", fontsize=9, ha="center")  # fmt: skip
+        axis.annotate(
+            f"adaptive: {count:.0f}",
+            (where, value),
+            xytext=(0, 9),
+            textcoords="offset points",
+            color="#D55E00",
+            fontsize=9,
+            ha="center",
+        )
     axis.set_xlim(-0.4, max(0.4, len(counts) - 0.6))
     axis.set_xlabel("iterations")
     axis.grid(axis="y", color="0.9")

@@ -80,8 +80,11 @@ def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
     repeats = run.groupby(["method", "context"]).size()
     count = f"{repeats.min()}" if repeats.min() == repeats.max() else f"{repeats.min()} to {repeats.max()}"
     first = run.iloc[0]
-    footer(figure, f"n = {count} per point, {number(first['new_tokens'])} tokens generated; {first['device']}, "
-           f"{threads(first['threads'])}, {first['dtype']}, kernels: {first['kernels']}")  # fmt: skip
+    footer(
+        figure,
+        f"n = {count} per point, {number(first['new_tokens'])} tokens generated; {first['device']}, "
+        f"{threads(first['threads'])}, {first['dtype']}, kernels: {first['kernels']}",
+    )
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.95), wspace=0.04)  # type: ignore[union-attr, call-arg]
     return figure
 
@@ -112,8 +115,16 @@ def plot(axis: Axes, lines: Sequence[Line], chosen: Mapping[str, Look]) -> None:
     for line in lines:
         look = chosen[line.method]
         axis.fill_between(line.contexts, line.low, line.high, color=look.colour, alpha=0.15, linewidth=0)
-        axis.plot(line.contexts, line.middle, color=look.colour, marker=look.marker, linestyle=look.dash,
-                  markersize=4.5, linewidth=2.2 if line.method == BASELINE else 1.5, label=line.label)  # fmt: skip
+        axis.plot(
+            line.contexts,
+            line.middle,
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dash,
+            markersize=4.5,
+            linewidth=2.2 if line.method == BASELINE else 1.5,
+            label=line.label,
+        )
     contexts = sorted({context for line in lines for context in line.contexts})
     axis.set_xscale("log", base=2)
     axis.set_xticks(contexts, [tokens(context) for context in contexts])

@@ -67,8 +67,10 @@ def panels(run: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     note = f"modelled: 2 x layers x KV heads x head size x length x batch x 2 bytes; measured: {machine(longest)}"
     size = MODEL.bytes(131072, 128) / 1e12
     for _, row in paper.iterrows():
-        note += (f"\npublished (hollow): {row['model']}, {row['setting']}, {row['certainty']}; the formula gives "
-                 f"{size:.1f} TB, and {GROUP * size:.1f} TB without grouped queries")  # fmt: skip
+        note += (
+            f"\npublished (hollow): {row['model']}, {row['setting']}, {row['certainty']}; the formula gives "
+            f"{size:.1f} TB, and {GROUP * size:.1f} TB without grouped queries"
+        )
     footer(figure, note)
     return figure
 
@@ -93,10 +95,19 @@ def modelled(axis: Axes, cache: Cache, paper: pd.DataFrame) -> None:
             zorder=3,
         )
     for _, row in paper.iterrows():
-        axis.plot([131072], [float(row["value"]) / 1e9], "o", markerfacecolor="none", markeredgecolor="black",
-                  markersize=9, linestyle="none", label="published")  # fmt: skip
-        axis.annotate("published", (131072, float(row["value"]) / 1e9), xytext=(7, 5), textcoords="offset points",
-                      fontsize=8)  # fmt: skip
+        axis.plot(
+            [131072],
+            [float(row["value"]) / 1e9],
+            "o",
+            markerfacecolor="none",
+            markeredgecolor="black",
+            markersize=9,
+            linestyle="none",
+            label="published",
+        )
+        axis.annotate(
+            "published", (131072, float(row["value"]) / 1e9), xytext=(7, 5), textcoords="offset points", fontsize=8
+        )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(LENGTHS, [f"{length >> 20}M" if length >= 1 << 20 else tokens(length) for length in LENGTHS])
@@ -111,8 +122,11 @@ def bars(axis: Axes, rows: pd.DataFrame) -> None:
     """KV bytes on the device and in host memory by method, full attention on top."""
     rows = rows.assign(other=rows["method"] != BASELINE)
     rows = rows.sort_values(["other", "device_bytes"], ascending=[True, False])
-    sizes = {"device_bytes": (DEVICE, "keys and values, device"), "host_bytes": (HOST, "keys and values, host"),
-             "index_resident_bytes": ("0.5", "index")}  # fmt: skip
+    sizes = {
+        "device_bytes": (DEVICE, "keys and values, device"),
+        "host_bytes": (HOST, "keys and values, host"),
+        "index_resident_bytes": ("0.5", "index"),
+    }
     places, left = range(len(rows)), pd.Series(0.0, index=rows.index)
     for field, (colour, name) in sizes.items():
         width = numbers(rows, field).fillna(0) / 1e6

@@ -69,8 +69,12 @@ def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("needle depth (% of context)")
     figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.9)
     count = run["sample_id"].nunique()
-    footer(figure, f"{run['model'].iloc[0]}, {count} prompts, one per cell" if count == grids[-1].size else
-           f"{run['model'].iloc[0]}, {count} prompts, mean per cell")  # fmt: skip
+    footer(
+        figure,
+        f"{run['model'].iloc[0]}, {count} prompts, one per cell"
+        if count == grids[-1].size
+        else f"{run['model'].iloc[0]}, {count} prompts, mean per cell",
+    )
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
     return figure
 
@@ -95,8 +99,9 @@ def heatmap(axis: Axes, cells: pd.DataFrame) -> AxesImage:
     if cells.size <= 150:
         for (y, x), value in np.ndenumerate(cells.to_numpy()):
             if not np.isnan(value):
-                axis.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9,
-                          color="white" if value < 50 else "black")  # fmt: skip
+                axis.text(
+                    x, y, f"{value:.0f}", ha="center", va="center", fontsize=9, color="white" if value < 50 else "black"
+                )
     return image
 
 

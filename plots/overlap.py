@@ -14,8 +14,11 @@ from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=overlap"
 # Column, name, colour; from left to right, up to the second token.
-PARTS = (("prefill", "prefill, to the first token", "#0072B2"), ("wait", "wait for the index", "#D55E00"),
-         ("step", "first decode step", "#009E73"))  # fmt: skip
+PARTS = (
+    ("prefill", "prefill, to the first token", "#0072B2"),
+    ("wait", "wait for the index", "#D55E00"),
+    ("step", "first decode step", "#009E73"),
+)
 BUILD = "#E69F00"
 
 
@@ -59,8 +62,10 @@ def panel(run: pd.DataFrame) -> Figure:
     title = f"Prefill of {first['method']} on {first['model']}, with and without overlap{link(run)}"
     headline(figure, title, "emulated" if emulated(run) else "")
     count = samples(run.groupby(["context", "overlaps"]).size())
-    footer(figure, f"{count} per bar, medians; index: sum over layers, drawn to end where the wait for it ends; "
-           f"{machine(run)}")  # fmt: skip
+    footer(
+        figure,
+        f"{count} per bar, medians; index: sum over layers, drawn to end where the wait for it ends; {machine(run)}",
+    )
     return figure
 
 
@@ -76,8 +81,14 @@ def bars(axis: Axes, run: pd.DataFrame) -> None:
             axis.barh(place, row[name], left=left, height=0.5, color=colour, label=None if place else title)
             left += row[name]
         ready = row["prefill"] + row["wait"]
-        axis.barh(place + 0.36, row["build"], left=max(0.0, ready - row["build"]), height=0.16, color=BUILD,
-                  label=None if place else "index build")  # fmt: skip
+        axis.barh(
+            place + 0.36,
+            row["build"],
+            left=max(0.0, ready - row["build"]),
+            height=0.16,
+            color=BUILD,
+            label=None if place else "index build",
+        )
         axis.annotate(
             f"{left:.2f} s", (left, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
         )

@@ -65,8 +65,11 @@ def best(points: pd.DataFrame, cost: str, quality: str, more: bool) -> pd.DataFr
 def panels(run: pd.DataFrame, points: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
     """The figure of one benchmark."""
     figure = Figure(figsize=(14.4, 4.5), layout="constrained")
-    wide = (("mb", "error", "MB read per step", "output error (% of its norm)"), ("mb", "score", "MB read per step",
-            "score (%)"), ("ms", "score", "ms per output token (median)", "score (%)"))  # fmt: skip
+    wide = (
+        ("mb", "error", "MB read per step", "output error (% of its norm)"),
+        ("mb", "score", "MB read per step", "score (%)"),
+        ("ms", "score", "ms per output token (median)", "score (%)"),
+    )
     shown = [panel for panel in wide if points[panel[1]].notna().any()]
     for axis, (cost, quality, xlabel, ylabel) in zip(
         figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
@@ -76,8 +79,11 @@ def panels(run: pd.DataFrame, points: pd.DataFrame, chosen: Mapping[str, Look]) 
         axis.set_ylabel(ylabel)
     first = run.iloc[0]
     headline(figure, f"Quality against cost: {first['benchmark']}, {first['model']}")
-    footer(figure, f"{samples(points['n'])} per point; a line joins a method's runs that none of its own beats in "
-           f"both; grey: the frontier of all; bytes: index and attended keys and values; {machine(run)}")  # fmt: skip
+    footer(
+        figure,
+        f"{samples(points['n'])} per point; a line joins a method's runs that none of its own beats in "
+        f"both; grey: the frontier of all; bytes: index and attended keys and values; {machine(run)}",
+    )
     return figure
 
 
@@ -85,14 +91,36 @@ def plot(axis: Axes, points: pd.DataFrame, cost: str, quality: str, chosen: Mapp
     """Points by method, the undominated ones of each joined, and the frontier of all methods."""
     more, ends = quality == "score", []
     frontier = best(points, cost, quality, more)
-    axis.plot(frontier[cost], frontier[quality], color="0.8", linewidth=6, zorder=0.5, solid_capstyle="round",
-              label="frontier")  # fmt: skip
+    axis.plot(
+        frontier[cost],
+        frontier[quality],
+        color="0.8",
+        linewidth=6,
+        zorder=0.5,
+        solid_capstyle="round",
+        label="frontier",
+    )
     for method, part in points.groupby("family", sort=True):
         look, joined = chosen[str(method)], best(part, cost, quality, more)
-        axis.plot(part[cost], part[quality], color=look.colour, marker=look.marker, linestyle="none", markersize=6,
-                  alpha=0.45, label=str(method))  # fmt: skip
-        axis.plot(joined[cost], joined[quality], color=look.colour, marker=look.marker, linestyle=look.dash,
-                  linewidth=1.2, markersize=6)  # fmt: skip
+        axis.plot(
+            part[cost],
+            part[quality],
+            color=look.colour,
+            marker=look.marker,
+            linestyle="none",
+            markersize=6,
+            alpha=0.45,
+            label=str(method),
+        )
+        axis.plot(
+            joined[cost],
+            joined[quality],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.dash,
+            linewidth=1.2,
+            markersize=6,
+        )
         end = joined.iloc[-1]
         ends.append((str(method), float(end[cost]), float(end[quality]), look.colour))
     axis.set_ylim(0, 105 if more else 1.1 * max(points[quality].max(), 1e-9))

@@ -43,8 +43,11 @@ def panels(run: pd.DataFrame) -> Figure:
     headline(figure, f"Attention probabilities from large to small: {first['model']}, {length} tokens")
     heads = len(first["probabilities"])
     queries = number(first.get("queries", "-"))
-    footer(figure, f"means over the last {queries} queries of a prompt of prose and query heads; {len(run)} layers "
-           f"x {heads} KV heads; band: 10 to 90 % of heads; {machine(run)}")  # fmt: skip
+    footer(
+        figure,
+        f"means over the last {queries} queries of a prompt of prose and query heads; {len(run)} layers "
+        f"x {heads} KV heads; band: 10 to 90 % of heads; {machine(run)}",
+    )
     return figure
 
 
@@ -74,8 +77,14 @@ def falling(axis: Axes, run: pd.DataFrame) -> None:
     start, fall = slope(ranks, mean)
     if not np.isnan(fall):
         ends = np.array([2, ranks[-1] / 4])
-        axis.plot(ends, np.exp(start) * ends**-fall, color=RED, linestyle=(0, (4, 2)), linewidth=1.6,
-                  label=f"power law, exponent -{fall:.2f}")  # fmt: skip
+        axis.plot(
+            ends,
+            np.exp(start) * ends**-fall,
+            color=RED,
+            linestyle=(0, (4, 2)),
+            linewidth=1.6,
+            label=f"power law, exponent -{fall:.2f}",
+        )
     axis.plot([], [], color="0.75", linewidth=0.7, label="one layer")
     axis.set_xscale("log")
     axis.set_yscale("log")

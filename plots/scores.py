@@ -74,8 +74,11 @@ def panels(run: pd.DataFrame, paper: pd.DataFrame, chosen: Mapping[str, Look]) -
     tasks = list(dict.fromkeys(run["task"].astype(str)))
     named = ", ".join(tasks) if len(tasks) < 5 else f"{len(tasks)} tasks"
     note = f"\npublished (hollow): {sure}" if sure else ""
-    footer(figure, f"n = {counts.min()} samples per method ({named}), 95 % bootstrap intervals; (C): tokens added for "
-           f"unread indices; {machine(run)}{note}")  # fmt: skip
+    footer(
+        figure,
+        f"n = {counts.min()} samples per method ({named}), 95 % bootstrap intervals; (C): tokens added for "
+        f"unread indices; {machine(run)}{note}",
+    )
     return figure
 
 
@@ -88,8 +91,16 @@ def plot(axis: Axes, found: Sequence[Dot], paper: pd.DataFrame, chosen: Mapping[
         axis.plot([score.value], [place], color=look.colour, marker=look.marker, markersize=7, linestyle="none")
         axis.annotate(f"{score.value:.1f}", (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     for _, row in paper[paper["method"].isin(names)].iterrows():
-        axis.plot([float(row["value"])], [names.index(row["method"])], "o", markerfacecolor="none",
-                  markeredgecolor="black", markersize=11, linestyle="none", label="published")  # fmt: skip
+        axis.plot(
+            [float(row["value"])],
+            [names.index(row["method"])],
+            "o",
+            markerfacecolor="none",
+            markeredgecolor="black",
+            markersize=11,
+            linestyle="none",
+            label="published",
+        )
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlim(-2, 102)

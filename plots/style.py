@@ -23,8 +23,19 @@ _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h", "*", "p", "d")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 # Each has the look of its place here in every figure; other methods get what is left.
-_KNOWN = ("pqcache", "oracle", "sparq", "infllm", "h2o", "snapkv", "pqcache_plus", "quest", "tova", "streaming_llm",
-          "pyramidkv")  # fmt: skip
+_KNOWN = (
+    "pqcache",
+    "oracle",
+    "sparq",
+    "infllm",
+    "h2o",
+    "snapkv",
+    "pqcache_plus",
+    "quest",
+    "tova",
+    "streaming_llm",
+    "pyramidkv",
+)
 _GAP = 0.062  # between labels at line ends, as a share of the panel's height
 
 _RC = {
@@ -63,9 +74,7 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 
 def _look(place: int) -> Look:
     return Look(
-        _COLOURS[place % len(_COLOURS)],
-        _MARKERS[place % len(_MARKERS)],
-        _DASHES[place // len(_COLOURS) % len(_DASHES)],
+        _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)], _DASHES[place // len(_COLOURS) % len(_DASHES)]
     )
 
 
@@ -78,10 +87,17 @@ def name_ends(axis: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
     for i, place in zip(order, apart([heights[i] for i in order], _GAP, lowest=0.0), strict=True):
         name, x, y, colour = ends[i]
         axis.annotate(
-            name, (x, y), xytext=(1.05, place), textcoords="axes fraction", color=colour, fontsize=9, va="center",
-            annotation_clip=False, parse_math=False,
+            name,
+            (x, y),
+            xytext=(1.05, place),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            parse_math=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
-        )  # fmt: skip
+        )
 
 
 def apart(heights: Sequence[float], gap: float, lowest: float = -math.inf) -> list[float]:

@@ -134,8 +134,18 @@ def _evaluate(plain: dict[str, Any], methods: dict[str, Method], benchmark: Benc
         loaded = rehearsed(model_source(plain["model"]))
         chat, options = plain["model"]["chat"], plain["model"].get("chat_options") or {}
         prompter = Prompter(loaded.tokenizer, loaded.max_length, chat, options)
-        job = Job(benchmark, loaded, prompter, methods, files, plain["chunk"], plain["question"], plain["probe_tokens"],
-                  plain["retry_failed"], _setting(plain, methods, loaded))  # fmt: skip
+        job = Job(
+            benchmark,
+            loaded,
+            prompter,
+            methods,
+            files,
+            plain["chunk"],
+            plain["question"],
+            plain["probe_tokens"],
+            plain["retry_failed"],
+            _setting(plain, methods, loaded),
+        )
         summary = run(job)
     _show(bench_table(_records(files)), footer(summary, plain["results"]), summary.failures)
     return summary.failures
@@ -237,7 +247,7 @@ def _setting(plain: dict[str, Any], methods: Mapping[str, Method], loaded: Loade
 
 def _record_file(
     plain: dict[str, Any], methods: Mapping[str, Method], name: str, benchmark: str, subject: str
-) -> RecordFile:  # fmt: skip
+) -> RecordFile:
     """Where a method's records go; the key covers all that can change a figure, the method's own code included."""
     settings = {part: plain[part] for part in KEYED}
     settings |= {part: plain[part] for option, parts in KEYED_WHEN_ON.items() if plain[option] for part in parts}

@@ -37,7 +37,7 @@ __all__ = [
     "Selection",
     "Split",
     "compensated",
-]  # fmt: skip
+]
 
 
 class Calibration(Protocol):

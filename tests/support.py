@@ -20,27 +20,38 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
-)  # fmt: skip
+)
 
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Geometry, LayerState, Method, Selection
 from pqbench.store.device import DeviceStore
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 def _gemma() -> PreTrainedModel:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **{**SHAPE, "num_hidden_layers": 3}, sliding_window=24, layer_types=kinds, query_pre_attn_scalar=16,
+            **{**SHAPE, "num_hidden_layers": 3},
+            sliding_window=24,
+            layer_types=kinds,
+            query_pre_attn_scalar=16,
             tie_word_embeddings=False,  # tied, random weights only echo the prompt
         )
-    )  # fmt: skip
+    )
 
 
 TINY: dict[str, Callable[[], PreTrainedModel]] = {
@@ -133,9 +144,15 @@ class Case:
 
 
 def case(
-    prompt: int, steps: int = 4, batch: int = 2, heads: int = 2, group: int = 2, width: int = 16, seed: int = 0,
+    prompt: int,
+    steps: int = 4,
+    batch: int = 2,
+    heads: int = 2,
+    group: int = 2,
+    width: int = 16,
+    seed: int = 0,
     spread: float = 1.5,
-) -> Case:  # fmt: skip
+) -> Case:
     """Random tensors; ``spread`` sharpens the attention so that selections differ from each other."""
     generator = torch.Generator().manual_seed(seed)
     total = prompt + steps

@@ -13,9 +13,26 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 CORE = {"method", "budget", "errors"}
 TIMING = CORE | {
-    "timing", "devices", "run", "generation", "prompt", "group", "cache", "store", "kernels", "records", "models",
-    "benchmarks", "environment", "batch", "terminal", "timings", "clock", "graphs", "rehearsal",
-}  # fmt: skip
+    "timing",
+    "devices",
+    "run",
+    "generation",
+    "prompt",
+    "group",
+    "cache",
+    "store",
+    "kernels",
+    "records",
+    "models",
+    "benchmarks",
+    "environment",
+    "batch",
+    "terminal",
+    "timings",
+    "clock",
+    "graphs",
+    "rehearsal",
+}
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
 

@@ -121,7 +121,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["probe_tokens=-1"], ["probe_tokens is -1"]),
     (["method=[full"], ["[full"]),
     (["nonsense"], ["nonsense"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(case[0]) for case in BAD])
@@ -291,8 +291,10 @@ def untimed_lines(lines: list[bytes]) -> list[str]:
     return [str({k: v for k, v in record.items() if not k.endswith("_s")}) for record in records]
 
 
-@pytest.mark.parametrize(("error", "status"), [(RuntimeError("broken\nkernel"), "error"), (MemoryError(), "oom"),
-                                               (torch.OutOfMemoryError("no room"), "oom")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError("broken\nkernel"), "error"), (MemoryError(), "oom"), (torch.OutOfMemoryError("no room"), "oom")],
+)
 def test_failures_become_rows_and_are_retried_on_request(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
 ) -> None:

@@ -31,9 +31,15 @@ def run_example(page: str, group: str, name: str, target: str, folder: Path, *ov
     assert own != yaml
     (conf / f"{name}.yaml").write_text(own)
     command = [
-        sys.executable, "-m", "pqbench", "model=tiny", "threads=1", *overrides, f"results={folder / 'results'}",
+        sys.executable,
+        "-m",
+        "pqbench",
+        "model=tiny",
+        "threads=1",
+        *overrides,
+        f"results={folder / 'results'}",
         f"hydra.searchpath=[file://{folder / 'conf'}]",
-    ]  # fmt: skip
+    ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder / 'site'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -45,9 +51,15 @@ def run_example(page: str, group: str, name: str, target: str, folder: Path, *ov
 
 def test_the_documented_method_runs_from_one_file_and_one_yaml(tmp_path: Path) -> None:
     records = run_example(
-        "add_a_method.md", "method", "random_rows", "methods.random_rows", tmp_path,
-        "method=[full,random_rows]", "benchmark.lengths=[512]", "benchmark.depths=[50]",
-    )  # fmt: skip
+        "add_a_method.md",
+        "method",
+        "random_rows",
+        "methods.random_rows",
+        tmp_path,
+        "method=[full,random_rows]",
+        "benchmark.lengths=[512]",
+        "benchmark.depths=[50]",
+    )
     [record] = [record for record in records if record["method"] == "random_rows"]
     assert record["status"] == "ok"
     assert record["attended_tokens"] == 64  # the floor of the default budget, of 512 tokens
@@ -56,12 +68,21 @@ def test_the_documented_method_runs_from_one_file_and_one_yaml(tmp_path: Path) -
 
 def test_the_documented_benchmark_runs_from_one_file_and_one_yaml(tmp_path: Path) -> None:
     records = run_example(
-        "add_a_benchmark.md", "benchmark", "code_word", "pqbench.benchmarks.code_word", tmp_path,
-        "benchmark=code_word", "method=[streaming_llm]", "benchmark.lines=20", "benchmark.count=2", "question=select",
-    )  # fmt: skip
+        "add_a_benchmark.md",
+        "benchmark",
+        "code_word",
+        "pqbench.benchmarks.code_word",
+        tmp_path,
+        "benchmark=code_word",
+        "method=[streaming_llm]",
+        "benchmark.lines=20",
+        "benchmark.count=2",
+        "question=select",
+    )
     assert [(r["benchmark"], r["sample_id"], r["status"]) for r in records] == [
-        ("code_word", "20-0", "ok"), ("code_word", "20-1", "ok"),
-    ]  # fmt: skip
+        ("code_word", "20-0", "ok"),
+        ("code_word", "20-1", "ok"),
+    ]
     # What it scores, on answers written by hand.
     name = "code_word_example"
     sys.path.insert(0, str(tmp_path / "site"))

@@ -33,8 +33,18 @@ def results(tmp_path: Path) -> Path:
 def put(folder: Path, number: int, machine: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
     """A result as a step writes it."""
     step = STEPS[number]
-    content = {"step": number, "name": step.name, "title": step.title, "status": "ok", "seconds": 12.3, "message": "",
-               "finished": "2030-01-02T03:04:05Z", "machine": machine, "rows": rows, **more}  # fmt: skip
+    content = {
+        "step": number,
+        "name": step.name,
+        "title": step.title,
+        "status": "ok",
+        "seconds": 12.3,
+        "message": "",
+        "finished": "2030-01-02T03:04:05Z",
+        "machine": machine,
+        "rows": rows,
+        **more,
+    }
     (folder / "gpu").mkdir(parents=True, exist_ok=True)
     (folder / "gpu" / step.file).write_text(json.dumps(content))
 
@@ -63,13 +73,28 @@ def test_a_run_on_the_cpu_is_none_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_results_of_a_gpu_are_shown_with_their_machine(tmp_path: Path) -> None:
-    put(tmp_path, 1, CARD, [{"name": "top_k", "ok": True}, {"name": "attention", "ok": False, "error": "is | off"}],
-        status="failed", message="wrong: attention")  # fmt: skip
+    put(
+        tmp_path,
+        1,
+        CARD,
+        [{"name": "top_k", "ok": True}, {"name": "attention", "ok": False, "error": "is | off"}],
+        status="failed",
+        message="wrong: attention",
+    )
     put(tmp_path, 4, CARD, [{"name": "scan", "ok": None, "gbps": 2500.0}])
     RecordFile.create(tmp_path / "gpu" / "records", "latency", "llama31_8b", "pqcache", {}).append(
-        {"benchmark": "latency", "model": "llama31_8b", "method": "pqcache", "sample_id": "a", "status": "ok",
-         "weights": "random", "cuda_peak_bytes": 1, "kernels": "gpu", **TIMES}
-    )  # fmt: skip
+        {
+            "benchmark": "latency",
+            "model": "llama31_8b",
+            "method": "pqcache",
+            "sample_id": "a",
+            "status": "ok",
+            "weights": "random",
+            "cuda_peak_bytes": 1,
+            "kernels": "gpu",
+            **TIMES,
+        }
+    )
     found = OnGpu.read(tmp_path)
     table, text = readme(found), page(found)
     assert "On record: device Some Card, driver 1.2, cuda 13.0, torch 9.9, commit abc; 2030-01-02T03:04:05Z." in table
@@ -87,7 +112,10 @@ def test_targets_are_judged_by_a_full_run_alone(tmp_path: Path) -> None:
     put(tmp_path, 6, {**CARD, "counts": False}, [{**row, "tpot_ms": 5.0}])
     assert "One H100" in page(OnGpu.read(tmp_path))
     put(tmp_path, 6, {**CARD, "counts": True}, [{**row, "tpot_ms": 5.0}])
-    [line] = [line for line in page(OnGpu.read(tmp_path)).splitlines() if line.startswith("| pqcache, 128K, 1024") and
-              "device" in line]  # fmt: skip
+    [line] = [
+        line
+        for line in page(OnGpu.read(tmp_path)).splitlines()
+        if line.startswith("| pqcache, 128K, 1024") and "device" in line
+    ]
     assert "5 ms a token" in line
     assert " met" in line

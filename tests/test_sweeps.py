@@ -16,8 +16,16 @@ from pqbench.progress import read_runs
 from pqbench.records.file import parse
 
 # Four runs. Both budgets of a benchmark share the folder of ``full``, whose figures no budget changes: a race.
-SWEEP = ("-m", "model=tiny", "threads=1", "method=[full,h2o]", "benchmark=needle,ruler_quick",
-         "benchmark.lengths=[2048]", "benchmark.per_cell=1", "budget.ratio=0.2,0.5")  # fmt: skip
+SWEEP = (
+    "-m",
+    "model=tiny",
+    "threads=1",
+    "method=[full,h2o]",
+    "benchmark=needle,ruler_quick",
+    "benchmark.lengths=[2048]",
+    "benchmark.per_cell=1",
+    "budget.ratio=0.2,0.5",
+)
 LAUNCHERS = {
     "joblib": ("joblib", ["hydra.launcher.n_jobs=2"]),
     "submitit_local": ("submitit", ["hydra.sweeper.max_batch_size=2"]),
@@ -72,8 +80,11 @@ def sequential(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[
             assert done.returncode == 0, done.stderr
     records = untimed(results)
     assert {folder.rsplit("-", 1)[0]: len(rows) for folder, rows in records.items()} == {
-        "needle/tiny/full": 5, "needle/tiny/h2o": 5, "ruler/tiny/full": 3, "ruler/tiny/h2o": 3,
-    }  # fmt: skip
+        "needle/tiny/full": 5,
+        "needle/tiny/h2o": 5,
+        "ruler/tiny/full": 3,
+        "ruler/tiny/h2o": 3,
+    }
     assert len(records) == 6  # h2o twice, once for each budget
     return records
 

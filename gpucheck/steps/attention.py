@@ -17,11 +17,22 @@ def run(result: Result, options: Options) -> None:
     contexts, budgets = ((512, 1024), (64, 0.1)) if options.tiny else ((16_384, 131_072), (1024, 0.1))
     for store in ("device", "host"):
         share = result.left / (2 if store == "device" else 1) - 3
-        measured = measure(options, f"attention {store}", [
-            "benchmark=attention", "method=[full,pqcache]", f"store={store}", f"benchmark.device={options.device}",
-            f"benchmark.dtypes=[{'float32' if options.tiny else 'bfloat16'}]", "benchmark.repeats=3",
-            f"benchmark.contexts={listed(contexts)}", f"benchmark.budgets={listed(budgets)}", *small(options),
-        ], share)  # fmt: skip
+        measured = measure(
+            options,
+            f"attention {store}",
+            [
+                "benchmark=attention",
+                "method=[full,pqcache]",
+                f"store={store}",
+                f"benchmark.device={options.device}",
+                f"benchmark.dtypes=[{'float32' if options.tiny else 'bfloat16'}]",
+                "benchmark.repeats=3",
+                f"benchmark.contexts={listed(contexts)}",
+                f"benchmark.budgets={listed(budgets)}",
+                *small(options),
+            ],
+            share,
+        )
         report(result, measured, store, len(contexts) * (len(budgets) + 1), FIGURES, store=store)
     if not options.tiny and result.left > 30:
         _million(result, options)
@@ -36,11 +47,21 @@ def small(options: Options) -> list[str]:
 def _million(result: Result, options: Options) -> None:
     """A million tokens of one layer. A whole model of them is more than this host's memory; ``model_ms`` is what its
     layers and weights would take at this layer's pace, without launches that a layer alone does not have."""
-    measured = measure(options, "attention million", [
-        "benchmark=attention", "method=pqcache", "store=host", f"benchmark.device={options.device}",
-        "benchmark.dtypes=[bfloat16]", "benchmark.repeats=2", f"benchmark.contexts=[{MILLION}]",
-        "benchmark.budgets=[1024]",
-    ], result.left - 3)  # fmt: skip
+    measured = measure(
+        options,
+        "attention million",
+        [
+            "benchmark=attention",
+            "method=pqcache",
+            "store=host",
+            f"benchmark.device={options.device}",
+            "benchmark.dtypes=[bfloat16]",
+            "benchmark.repeats=2",
+            f"benchmark.contexts=[{MILLION}]",
+            "benchmark.budgets=[1024]",
+        ],
+        result.left - 3,
+    )
     for record in measured.records:
         if record.get("total_s") and record["method"] != "full":
             record["model_ms"] = LAYERS * record["total_s"] * 1e3 + WEIGHTS_MS

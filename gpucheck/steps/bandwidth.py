@@ -29,8 +29,12 @@ from pqbench.store.tiers import HostTier
 
 HBM = {"H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.04e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12, "B200": 8.0e12}
 GATHERED = (4_096, 32_768, 102_400)  # rows of 512 bytes
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 AHEAD = 800_000  # clock cycles, half a millisecond, in which the host launches all that is timed
 SHORT = 10e-6  # seconds; what moves its bytes in less is limited by launching it
 NEAR = 0.02  # how far full attention by a back-end may be from the definition, of its largest value
@@ -116,9 +120,17 @@ def run(result: Result, options: Options) -> None:
         with result.guarded(timed.name):
             seconds = watch.seconds(timed.run)
             rate = timed.nbytes / seconds
-            result.row(timed.name, microseconds=seconds * 1e6, gbps=rate / 1e9, hbm_share=rate / most,
-                       copy_share=rate / roof.copy, bound=timed.bound(most), selects=timed.selects, tokens=shape.tokens,
-                       shown=["microseconds", "gbps", "hbm_share", "bound"])  # fmt: skip
+            result.row(
+                timed.name,
+                microseconds=seconds * 1e6,
+                gbps=rate / 1e9,
+                hbm_share=rate / most,
+                copy_share=rate / roof.copy,
+                bound=timed.bound(most),
+                selects=timed.selects,
+                tokens=shape.tokens,
+                shown=["microseconds", "gbps", "hbm_share", "bound"],
+            )
     _backends(result, case, watch, most)
     rate = _link(result, device, watch, options)
     for count in case.counts():
@@ -141,8 +153,10 @@ class Case:
         self.clusters = min(256, shape.tokens // 32)
         heads, tokens, width = shape.heads, shape.tokens, shape.width
         self.q, self.keys, self.values = (
-            normal(1, heads, shape.group, width), normal(1, heads, tokens, width), normal(1, heads, tokens, width),
-        )  # fmt: skip
+            normal(1, heads, shape.group, width),
+            normal(1, heads, tokens, width),
+            normal(1, heads, tokens, width),
+        )
         self.codebook = torch.randn(1, heads, self.parts, self.clusters, width // self.parts, device=device)
         drawn = torch.randint(self.clusters, (1, heads, tokens, self.parts), device=device, generator=generator)
         self.codes = drawn.to(torch.uint8)
@@ -180,8 +194,18 @@ class Case:
         if select is None:
             return
         sink, middle = 32, self.shape.tokens - 64
-        call = partial(select, self.q, self.codebook, self.codes, self.scaling, sink, count, self.shape.tokens, middle,
-                       sink + count + 32)  # fmt: skip
+        call = partial(
+            select,
+            self.q,
+            self.codebook,
+            self.codes,
+            self.scaling,
+            sink,
+            count,
+            self.shape.tokens,
+            middle,
+            sink + count + 32,
+        )
         moved = self.codes.nbytes + self.codebook.nbytes + 8 * self.shape.heads * (count + 64)
         yield Timed(f"pq_select {count}", call, moved, selects=count <= 1024)
 
@@ -210,8 +234,13 @@ def _backends(result: Result, case: Case, watch: Stopwatch, most: float) -> None
             except RuntimeError as reason:  # not every back-end takes every shape
                 result.row(label, skipped=" ".join(str(reason).split())[:200])
                 continue
-            result.row(label, None if error <= NEAR else False, microseconds=seconds * 1e6, error_of_largest=error,
-                       hbm_share=2 * keys.nbytes / seconds / most)  # fmt: skip
+            result.row(
+                label,
+                None if error <= NEAR else False,
+                microseconds=seconds * 1e6,
+                error_of_largest=error,
+                hbm_share=2 * keys.nbytes / seconds / most,
+            )
 
 
 def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: float) -> None:
@@ -228,8 +257,12 @@ def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: flo
     indices = split.around(chosen.sort(-1).values, case.shape.tokens)
     seconds = watch.seconds(partial(store.fetch, indices))
     moved = 2 * case.shape.heads * count * case.shape.row
-    result.row(f"fetch {count} rows a head by the host store", microseconds=seconds * 1e6, gbps=moved / seconds / 1e9,
-               memcpy_share=moved / seconds / rate if rate else None)  # fmt: skip
+    result.row(
+        f"fetch {count} rows a head by the host store",
+        microseconds=seconds * 1e6,
+        gbps=moved / seconds / 1e9,
+        memcpy_share=moved / seconds / rate if rate else None,
+    )
     store.settle()
     placement.close()
 
@@ -260,6 +293,12 @@ def _link(result: Result, device: torch.device, watch: Stopwatch, options: Optio
             seconds = watch.seconds(partial(body.gather, table, indices, target))
             same = torch.equal(target, there.gather(2, indices[..., None].expand(-1, -1, -1, 256)))
             got = target.nbytes / seconds
-            result.row(name, None if same else False, gbps=got / 1e9, memcpy_share=got / rate if rate else None,
-                       microseconds=seconds * 1e6, rows=count)  # fmt: skip
+            result.row(
+                name,
+                None if same else False,
+                gbps=got / 1e9,
+                memcpy_share=got / rate if rate else None,
+                microseconds=seconds * 1e6,
+                rows=count,
+            )
     return rate

@@ -20,8 +20,19 @@ from tests.kernels.gpu_checks import CHECKS
 
 PROCESSES = 6
 SCALES = (1, 29)  # of the shapes in the checks
-TESTS = ("-m", "pytest", "tests/gpu", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q",
-         "-k", "not test_triton_equals_the_reference")  # fmt: skip
+TESTS = (
+    "-m",
+    "pytest",
+    "tests/gpu",
+    "--noconftest",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:xdist",
+    "-q",
+    "-k",
+    "not test_triton_equals_the_reference",
+)
 END = 3  # seconds that are kept for the end
 
 

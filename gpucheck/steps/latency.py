@@ -15,8 +15,20 @@ from gpucheck.product import listed, measure, report
 from gpucheck.result import Result
 from gpucheck.targets import MILLION
 
-FIGURES = ("tpot_ms", "ttft_s", "tt2t_s", "select_step_s", "fetch_step_s", "attend_step_s", "append_step_s",
-           "dense_step_s", "link_bytes_step", "kernels", "text", "weights")  # fmt: skip
+FIGURES = (
+    "tpot_ms",
+    "ttft_s",
+    "tt2t_s",
+    "select_step_s",
+    "fetch_step_s",
+    "attend_step_s",
+    "append_step_s",
+    "dense_step_s",
+    "link_bytes_step",
+    "kernels",
+    "text",
+    "weights",
+)
 LEAST, MOST = 12, 75  # seconds with which a case is still begun, and that it may take when others wait behind it
 ROW = 131_072  # bytes of a token's keys and values in all layers, bfloat16
 
@@ -47,17 +59,25 @@ class Case:
 
 
 CASES = (
-    Case("full", "device"), Case("pqcache", "device"), Case("pqcache", "host"),
-    Case("full", "device", graphs=True), Case("pqcache", "device", graphs=True), Case("pqcache", "host", graphs=True),
-    Case("pqcache", "device", 0.1, graphs=True), Case("pqcache", "host", select_ahead=True, graphs=True),
-    Case("pqcache", "host", cache_tokens=8_192), Case("pqcache", "host", 0.1),
-)  # fmt: skip
+    Case("full", "device"),
+    Case("pqcache", "device"),
+    Case("pqcache", "host"),
+    Case("full", "device", graphs=True),
+    Case("pqcache", "device", graphs=True),
+    Case("pqcache", "host", graphs=True),
+    Case("pqcache", "device", 0.1, graphs=True),
+    Case("pqcache", "host", select_ahead=True, graphs=True),
+    Case("pqcache", "host", cache_tokens=8_192),
+    Case("pqcache", "host", 0.1),
+)
 
 
 TINY = (
-    Case("full", "device", 64), Case("pqcache", "device", 64), Case("pqcache", "host", 64),
+    Case("full", "device", 64),
+    Case("pqcache", "device", 64),
+    Case("pqcache", "host", 64),
     Case("pqcache", "host", 64, graphs=True, select_ahead=True),
-)  # fmt: skip
+)
 
 
 def run(result: Result, options: Options) -> None:
@@ -75,22 +95,52 @@ def run(result: Result, options: Options) -> None:
 def _case(result: Result, options: Options, case: Case, contexts: tuple[int, ...], *more: str) -> None:
     budget = ("{:.0f}", "null") if case.budget >= 2 else ("null", "{}")
     tokens, ratio = (text.format(case.budget) for text in budget)
-    measured = measure(options, f"latency {case.label}", [
-        "benchmark=latency", f"method={case.method}", f"store={case.store}", f"benchmark.contexts={listed(contexts)}",
-        f"benchmark.new_tokens={12 if options.tiny else 80}", "benchmark.repeats=1",
-        f"budget.tokens={tokens}", f"budget.ratio={ratio}",
-        *model(options), *case.switches, *small(options, case.method),
-        *([f"store.cache_tokens={case.cache_tokens}"] if case.cache_tokens else []), *more,
-    ], min(result.left - 3, max(result.left / 2, MOST)))  # fmt: skip
-    report(result, measured, case.label, len(contexts), FIGURES, store=case.store, wanted_budget=case.budget,
-           graphs=case.graphs, select_ahead=case.select_ahead, cache_tokens=case.cache_tokens)  # fmt: skip
+    measured = measure(
+        options,
+        f"latency {case.label}",
+        [
+            "benchmark=latency",
+            f"method={case.method}",
+            f"store={case.store}",
+            f"benchmark.contexts={listed(contexts)}",
+            f"benchmark.new_tokens={12 if options.tiny else 80}",
+            "benchmark.repeats=1",
+            f"budget.tokens={tokens}",
+            f"budget.ratio={ratio}",
+            *model(options),
+            *case.switches,
+            *small(options, case.method),
+            *([f"store.cache_tokens={case.cache_tokens}"] if case.cache_tokens else []),
+            *more,
+        ],
+        min(result.left - 3, max(result.left / 2, MOST)),
+    )
+    report(
+        result,
+        measured,
+        case.label,
+        len(contexts),
+        FIGURES,
+        store=case.store,
+        wanted_budget=case.budget,
+        graphs=case.graphs,
+        select_ahead=case.select_ahead,
+        cache_tokens=case.cache_tokens,
+    )
 
 
 def model(options: Options) -> list[str]:
     """The overrides that build the model on the device that was asked for."""
     found = ["model=llama31_8b", "model.weights=random", f"model.device={options.device}"]
-    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}  # fmt: skip
+    tiny = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+    }
     if options.tiny:
         found += ["model.dtype=float32", *(f"model.shape.{name}={value}" for name, value in tiny.items())]
     return found
@@ -107,10 +157,12 @@ def _million(result: Result, options: Options) -> None:
     needed, free = MILLION * ROW, psutil.virtual_memory().available
     case = Case("pqcache", "host", graphs=True)
     if needed > free:
-        result.row("pqcache host, a million tokens", skipped=f"its KV needs {needed / 1e9:.0f} GB of host memory and "
-                   f"{free / 1e9:.0f} GB are free; step 5 has one layer of it")  # fmt: skip
+        result.row(
+            "pqcache host, a million tokens",
+            skipped=f"its KV needs {needed / 1e9:.0f} GB of host memory and "
+            f"{free / 1e9:.0f} GB are free; step 5 has one layer of it",
+        )
     elif result.left < 400:
         result.row("pqcache host, a million tokens", skipped=f"its prefill takes longer than {result.left:.0f} s")
     else:
-        _case(result, options, case, (MILLION,), "chunk=32768",
-              f"model.shape.max_position_embeddings={MILLION + 128}")  # fmt: skip
+        _case(result, options, case, (MILLION,), "chunk=32768", f"model.shape.max_position_embeddings={MILLION + 128}")

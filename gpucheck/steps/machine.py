@@ -18,9 +18,22 @@ from pqbench.records.environment import environment
 
 CAPABILITY = (8, 0)  # bfloat16 on tensor cores, as the kernels use it
 PACKAGES = ("torch", "triton", "transformers", "numba", "numpy", "safetensors", "hydra-core", "omegaconf")
-_ASKED = ("name", "driver_version", "vbios_version", "memory.total", "memory.free", "pcie.link.gen.current",
-          "pcie.link.gen.max", "pcie.link.width.current", "pcie.link.width.max", "clocks.sm", "clocks.max.sm",
-          "power.limit", "temperature.gpu", "mig.mode.current")  # fmt: skip
+_ASKED = (
+    "name",
+    "driver_version",
+    "vbios_version",
+    "memory.total",
+    "memory.free",
+    "pcie.link.gen.current",
+    "pcie.link.gen.max",
+    "pcie.link.width.current",
+    "pcie.link.width.max",
+    "clocks.sm",
+    "clocks.max.sm",
+    "power.limit",
+    "temperature.gpu",
+    "mig.mode.current",
+)
 
 
 def run(result: Result, options: Options) -> None:
@@ -32,8 +45,9 @@ def run(result: Result, options: Options) -> None:
     result.machine = facts(options)
     result.row("packages", None, **{name: version for name in PACKAGES if (version := _version(name))})
     memory = psutil.virtual_memory()
-    result.row("host memory", total_gib=memory.total / 2**30, available_gib=memory.available / 2**30,
-               locked_limit=_locked())  # fmt: skip
+    result.row(
+        "host memory", total_gib=memory.total / 2**30, available_gib=memory.available / 2**30, locked_limit=_locked()
+    )
     if options.on_gpu:
         with result.guarded("the card"):
             _card(result, torch.device(options.device))
@@ -50,8 +64,10 @@ def reason(options: Options) -> str | None:
         return f"DEVICE is {options.device}, and there are {torch.cuda.device_count()} CUDA devices: use a lower number"
     found = torch.cuda.get_device_capability(index)
     if found < CAPABILITY:
-        return (f"{torch.cuda.get_device_name(index)} has compute capability {found[0]}.{found[1]}, and the kernels "
-                f"need {CAPABILITY[0]}.{CAPABILITY[1]} (A100 or newer): use such a card")  # fmt: skip
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {found[0]}.{found[1]}, and the kernels "
+            f"need {CAPABILITY[0]}.{CAPABILITY[1]} (A100 or newer): use such a card"
+        )
     return None
 
 
@@ -59,19 +75,28 @@ def facts(options: Options) -> dict[str, Any]:
     """What every result says of the machine. ``counts``: whether its figures can be held against the targets."""
     known = environment()
     found = {
-        "device": known["processor"], "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
-        "platform": platform.platform(), "torch": torch.__version__, "triton": _version("triton"),
-        "transformers": _version("transformers"), "commit": known["commit"], "size": options.size,
+        "device": known["processor"],
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "commit": known["commit"],
+        "size": options.size,
         "counts": options.on_gpu and not options.tiny,
-    }  # fmt: skip
+    }
     if options.on_gpu:
         card = torch.cuda.get_device_properties(torch.device(options.device))
         found |= {
-            "device": card.name, "processor": known["processor"], "cuda": torch.version.cuda,
+            "device": card.name,
+            "processor": known["processor"],
+            "cuda": torch.version.cuda,
             "driver": _asked(("driver_version",), options).get("driver_version"),
-            "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / 2**30,
+            "capability": f"{card.major}.{card.minor}",
+            "memory_gib": card.total_memory / 2**30,
             "multiprocessors": card.multi_processor_count,
-        }  # fmt: skip
+        }
     return found
 
 

@@ -48,8 +48,13 @@ def run(result: Result, options: Options) -> None:
         row = json.loads(line)
         result.row(row.pop("name"), row.pop("ok"), **row)
     if checked:
-        result.row("memcheck", None if ended.code is None else ended.code == 0, exit_code=ended.code,
-                   error=None if ended.code == 0 else ended.said[-1500:], timeout=ended.code is None)  # fmt: skip
+        result.row(
+            "memcheck",
+            None if ended.code is None else ended.code == 0,
+            exit_code=ended.code,
+            error=None if ended.code == 0 else ended.said[-1500:],
+            timeout=ended.code is None,
+        )
     else:
         why = "there is no compute-sanitizer here" if options.on_gpu else "the CPU's memory is no card's"
         result.row("memcheck", skipped=f"{why}; the kernels ran without it")

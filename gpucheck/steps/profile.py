@@ -14,11 +14,24 @@ CONTEXT, SMALL = 16_384, 512
 def run(result: Result, options: Options) -> None:
     """PQCache on the host through torch's profiler, by the product's own option."""
     context, tokens = (SMALL, 64) if options.tiny else (CONTEXT, 1_024)
-    measured = measure(options, "profile host", [
-        "benchmark=latency", "method=pqcache", "store=host", f"benchmark.contexts=[{context}]",
-        "benchmark.new_tokens=6", "benchmark.repeats=1", "benchmark.profile=true", f"budget.tokens={tokens}",
-        "budget.ratio=null", *model(options), *small(options, "pqcache"),
-    ], result.left - 3)  # fmt: skip
+    measured = measure(
+        options,
+        "profile host",
+        [
+            "benchmark=latency",
+            "method=pqcache",
+            "store=host",
+            f"benchmark.contexts=[{context}]",
+            "benchmark.new_tokens=6",
+            "benchmark.repeats=1",
+            "benchmark.profile=true",
+            f"budget.tokens={tokens}",
+            "budget.ratio=null",
+            *model(options),
+            *small(options, "pqcache"),
+        ],
+        result.left - 3,
+    )
     report(result, measured, "from the host", 1, ("tpot_ms", "trace", "profile_error"), store="host")
     _phases(result, measured)
 

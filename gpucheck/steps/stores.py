@@ -27,10 +27,15 @@ PAUSE = 2_000_000  # clock cycles, about a millisecond
 STEPS = 80
 CACHE: dict[str, Any] = {"cache_tokens": 256, "cache_block": 32, "cache_admit": 4}
 TIERS: dict[str, dict[str, Any]] = {
-    "host": {}, "host, small ring": {"margin": 4}, "host, poisoned": {"debug": True, "margin": 8},
-    "host, nothing beside": {"background": False}, "host, lfu": CACHE, "host, lru": {**CACHE, "cache_policy": "lru"},
-    "host, cache per head": {**CACHE, "cache_per_head": True}, "host, cache, poisoned": {**CACHE, "debug": True},
-}  # fmt: skip
+    "host": {},
+    "host, small ring": {"margin": 4},
+    "host, poisoned": {"debug": True, "margin": 8},
+    "host, nothing beside": {"background": False},
+    "host, lfu": CACHE,
+    "host, lru": {**CACHE, "cache_policy": "lru"},
+    "host, cache per head": {**CACHE, "cache_per_head": True},
+    "host, cache, poisoned": {**CACHE, "debug": True},
+}
 
 
 def run(result: Result, options: Options) -> None:

@@ -72,10 +72,18 @@ def made(options: Options, kind: torch.dtype) -> PreTrainedModel:
     """A model whose greedy continuations vary from token to token."""
     hidden, heads, kv_heads = (64, 4, 2) if options.tiny else (1_024, 8, 2)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
-        max_position_embeddings=8_192, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=8_192,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -86,11 +94,7 @@ def made(options: Options, kind: torch.dtype) -> PreTrainedModel:
 
 def settings(everything: bool) -> dict[str, Setting]:
     """Ways of running a prompt that must not change its tokens, beside the device tier without overlap."""
-    found = {
-        "device": Setting(),
-        "host": Setting(HostTier()),
-        "host, cache": Setting(HostTier(**CACHE)),
-    }
+    found = {"device": Setting(), "host": Setting(HostTier()), "host, cache": Setting(HostTier(**CACHE))}
     if everything:
         found |= {
             "host, overlap off": Setting(HostTier(background=False), overlap=False),
@@ -117,7 +121,7 @@ def captured(name: str) -> dict[str, Setting]:
 
 def _tiers(
     result: Result, model: PreTrainedModel, ids: Tensor, name: str, method: Method, everything: bool, note: str = ""
-) -> None:  # fmt: skip
+) -> None:
     """One method over every tier against the device tier without overlap."""
     with result.guarded(f"{name}{note}"):
         expected = generate(model, ids, method, max_new_tokens=NEW, setting=Setting(DeviceTier(), overlap=False))
@@ -143,8 +147,13 @@ def _bodies(result: Result, model: PreTrainedModel, ids: Tensor, name: str, meth
     errors = (got - expected).abs().amax(-1) / expected.std(-1)
     agreeing = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
     near = float(errors.median())
-    result.row(f"{name}: kernels gpu against reference", agreeing >= AGREEING and near <= NEAR[name],
-               same_choice=agreeing, median_error=near, worst_error=float(errors.max()))  # fmt: skip
+    result.row(
+        f"{name}: kernels gpu against reference",
+        agreeing >= AGREEING and near <= NEAR[name],
+        same_choice=agreeing,
+        median_error=near,
+        worst_error=float(errors.max()),
+    )
 
 
 @torch.inference_mode()

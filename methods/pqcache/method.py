@@ -212,9 +212,14 @@ class PQCacheState(LayerState):
         previous.choose_ahead(choose)
 
     def _choose(
-        self, q: Tensor, codebook: Tensor, codes: Tensor, numbers: Sequence[Number], only: Tensor | None = None,
+        self,
+        q: Tensor,
+        codebook: Tensor,
+        codes: Tensor,
+        numbers: Sequence[Number],
+        only: Tensor | None = None,
         chosen: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Sinks, the best of the middle for q, and the window, by the :meth:`_numbers` of a step: ``[B, H, room]``, the
         heads that are not among ``only`` as they are in ``chosen``."""
         sink, top_k, length, middle, attended, _ = numbers

@@ -15,14 +15,7 @@ from methods.pqcache.codebook import KeyMap, key_map
 from methods.pqcache.method import AHEAD, PQCacheState
 from methods.pqcache.queries import SeenQueries
 from methods.pqcache.spread import Spread
-from methods.pqcache.tail import (
-    log_mass,
-    quantised_mean,
-    smallest_set,
-    tail_share,
-    tail_weights,
-    without,
-)
+from methods.pqcache.tail import log_mass, quantised_mean, smallest_set, tail_share, tail_weights, without
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.kernels.sampling import draw_rest, sample_log_weights, step_seed
@@ -256,10 +249,7 @@ class PQCachePlusState(PQCacheState):
         batch, heads, group, count, _ = recent.shape
         last, top_k = self.queries.last, self.method.budget.resolve(kv.length, self.geometry.prompt).top_k
         # Where a prompt was too short for codebooks, some middle tokens are younger than the queries; these are masked.
-        keys, codes = (
-            kv.keys(0, max(last + 1, first + len(self._known))),
-            self._known.view().to(kv.device),
-        )
+        keys, codes = (kv.keys(0, max(last + 1, first + len(self._known))), self._known.view().to(kv.device))
         true = guessed = torch.zeros(batch, heads, device=kv.device)
         rows = max(1, _TILE // (batch * heads * group * (last + 1)))
         for start in range(0, count, rows):

@@ -18,19 +18,29 @@ from pqbench.tables.summaries import COSTS, KEYS, Run, Suite, suites
 Column = tuple[str, str, float, str, str]
 COLUMNS: dict[str, Column] = {
     "score": ("score", "%", 1, "{:.1f}", "mean over samples"),
-    "average": ("average", "%", 1, "{:.1f}",
-                "over tasks, where no task is missing; for LongBench the official mean of its groups"),
+    "average": (
+        "average",
+        "%",
+        1,
+        "{:.1f}",
+        "over tasks, where no task is missing; for LongBench the official mean of its groups",
+    ),
     "mass": ("mass", "", 1, "{:.3f}", "share of the attention probability that fell on attended tokens"),
     "recall": ("recall", "", 1, "{:.3f}", "share of the exact top-k that was attended"),
     "output_error": ("output error", "", 1, "{:.3f}", "relative error of the attention output"),
     "ttft_s": ("TTFT", "s", 1, "{:.2f}", "time to first token, median; methods that ran together share a prefill"),
     "tt2t_s": ("TT2T", "s", 1, "{:.2f}", "time to second token, median; it includes what a method adds to prefill"),
     "tpot_s": ("TPOT", "ms", 1e3, "{:.1f}", "time per output token, median"),
-    "step_bytes": ("read", "MB/step", 1e-6, "{:.2f}",
-                   "index bytes and attended keys and values of a decode step, over all layers; counted"),
+    "step_bytes": (
+        "read",
+        "MB/step",
+        1e-6,
+        "{:.2f}",
+        "index bytes and attended keys and values of a decode step, over all layers; counted",
+    ),
     "link_bytes": ("link", "MB/step", 1e-6, "{:.2f}", "bytes over the link between host and device"),
     "kv_bytes": ("KV", "MB", 1e-6, "{:.1f}", "keys and values kept, on device and host"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,12 @@ class Timing:
 def render(loaded: Loaded) -> str:
     """The report as one HTML document."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("plots.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("plots.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     environment.globals["name"] = name
     boards = leaderboard.boards(loaded)
     rows = [row for board in boards for row in board.rows]
@@ -125,8 +128,17 @@ def _timings(loaded: Loaded) -> list[Timing]:
             rows = section.rows[: left // max(1, len(section.headings))]
             left -= len(rows) * len(section.headings)
             cells = [[(name(cell), _number(cell)) for cell in row] for row in rows]
-            found.append(Timing(name(benchmark), name(model), section.title, section.headings, cells, section.labels,
-                                len(section.rows)))  # fmt: skip
+            found.append(
+                Timing(
+                    name(benchmark),
+                    name(model),
+                    section.title,
+                    section.headings,
+                    cells,
+                    section.labels,
+                    len(section.rows),
+                )
+            )
     return found
 
 

@@ -20,9 +20,20 @@ BARS, NAMED = 12, 30  # points up to which intervals are drawn, and methods up t
 Box = tuple[float, float, float, float]
 Scale = Callable[[float], float]
 # Where a label may stand, from its point: to the right first, then left, below and above.
-_AROUND = ((9, 4, "start"), (-9, 4, "end"), (0, 19, "middle"), (0, -9, "middle"), (8, 17, "start"), (8, -8, "start"),
-           (-8, 17, "end"), (-8, -8, "end"), (0, 33, "middle"), (0, -23, "middle"), (10, 31, "start"),
-           (-10, 31, "end"))  # fmt: skip
+_AROUND = (
+    (9, 4, "start"),
+    (-9, 4, "end"),
+    (0, 19, "middle"),
+    (0, -9, "middle"),
+    (8, 17, "start"),
+    (8, -8, "start"),
+    (-8, 17, "end"),
+    (-8, -8, "end"),
+    (0, 33, "middle"),
+    (0, -23, "middle"),
+    (10, 31, "start"),
+    (-10, 31, "end"),
+)
 _LETTER, _LINE = 6.3, 13.0  # estimated size of a character and of a line of a label
 
 
@@ -97,11 +108,17 @@ def _panel(board: Board, rows: list[Row], field: str, title: str) -> Panel:
     x_place, x_ticks, log = _horizontal(costs)
     y_place, y_ticks = _vertical([*scores, *(edge for span in spans for edge in span)])
     points = [
-        Point(x_place(cost), y_place(score), y_place(low if bars else score), y_place(high if bars else score),
-              row.names["method"], f"{row.names['method']}, budget {row.names['budget']}: {score:.1f} % "
-              f"[{low:.1f}, {high:.1f}], {row.shown(field)} {COLUMNS[field][1]}, n = {row.run.n}")
+        Point(
+            x_place(cost),
+            y_place(score),
+            y_place(low if bars else score),
+            y_place(high if bars else score),
+            row.names["method"],
+            f"{row.names['method']}, budget {row.names['budget']}: {score:.1f} % "
+            f"[{low:.1f}, {high:.1f}], {row.shown(field)} {COLUMNS[field][1]}, n = {row.run.n}",
+        )
         for row, cost, score, (low, high) in zip(kept, costs, scores, spans, strict=True)
-    ]  # fmt: skip
+    ]
     links = sorted({row.emulated for row in kept if row.emulated}) if field == "tpot_s" else []
     notes = [
         f"n = {_range([row.run.n for row in kept])} samples per run",
@@ -109,10 +126,17 @@ def _panel(board: Board, rows: list[Row], field: str, title: str) -> Panel:
         *([f"first {POINTS} of {len(rows)} runs"] if len(rows) > POINTS else []),
     ]
     return Panel(
-        board.rows[0].names["benchmark"], board.rows[0].names["model"], title + (" (log scale)" if log else ""),
-        f"{'average over tasks' if average else 'score'}, %", x_ticks, y_ticks, _labelled(points), _lines(points),
-        _frontier(points), "; ".join(notes),
-    )  # fmt: skip
+        board.rows[0].names["benchmark"],
+        board.rows[0].names["model"],
+        title + (" (log scale)" if log else ""),
+        f"{'average over tasks' if average else 'score'}, %",
+        x_ticks,
+        y_ticks,
+        _labelled(points),
+        _lines(points),
+        _frontier(points),
+        "; ".join(notes),
+    )
 
 
 def frontier(costs: Sequence[float], scores: Sequence[float]) -> list[int]:

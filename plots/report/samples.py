@@ -102,11 +102,16 @@ def _entry(sample: Sample) -> dict[str, Any]:
     references = [_cut(reference, REFERENCE) for reference in sample.references[:REFERENCES]]
     known = facts(sample.metadata) if isinstance(sample.metadata, dict) else {}
     return {
-        "benchmark": benchmark, "model": model, "task": task, "id": name(sample.sample), "references": references,
+        "benchmark": benchmark,
+        "model": model,
+        "task": task,
+        "id": name(sample.sample),
+        "references": references,
         "prompt": inert(sample.tail[-PROMPT:]),
-        "more": max(0, len(sample.references) - REFERENCES), "facts": dict(list(known.items())[:12]),
+        "more": max(0, len(sample.references) - REFERENCES),
+        "facts": dict(list(known.items())[:12]),
         "answers": [{"run": run} | _answer(record) for run, record in sample.answers],
-    }  # fmt: skip
+    }
 
 
 def _answer(record: Record) -> dict[str, Any]:

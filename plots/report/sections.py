@@ -128,9 +128,10 @@ def heatmaps(cells: pd.DataFrame, method: str) -> list[Heatmap]:
 def latency(records: Sequence[Record], method: str) -> list[list[str]]:
     """Rows of a method's latency: model, link, context, budget, repeats, and medians of TTFT, TT2T and TPOT."""
     own = [
-        record for record in records
+        record
+        for record in records
         if record.get("benchmark") == "latency" and record["status"] == "ok" and name(record["method"]) == method
-    ]  # fmt: skip
+    ]
     rows = []
     for (model, link, context, budget), part in group_records(own, "model", "link", "context", "budget").items():
         times = [(middle(part, key), factor) for key, factor in (("ttft_s", 1), ("tt2t_s", 1), ("tpot_s", 1e3))]

@@ -28,9 +28,7 @@ from pqbench.errors import ConfigError, DataError
 
 POSITIONS = 59  # depths of the official passkey and number_string sets
 LAYERS = (2, 4, 6, 8, 10)
-KINDS = (
-    "largest", "second largest", "third largest", "smallest", "second smallest", "third smallest", "median",
-)  # fmt: skip
+KINDS = ("largest", "second largest", "third largest", "smallest", "second smallest", "third smallest", "median")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,19 @@ from pqbench.benchmarks.recall import rouge1, string_recall
 from pqbench.errors import ConfigError
 
 _KEYS = (
-    "falcon", "otter", "maple", "anchor", "lantern", "violin",
-    "glacier", "compass", "saffron", "harbor", "walnut", "comet",
-)  # fmt: skip
+    "falcon",
+    "otter",
+    "maple",
+    "anchor",
+    "lantern",
+    "violin",
+    "glacier",
+    "compass",
+    "saffron",
+    "harbor",
+    "walnut",
+    "comet",
+)
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,15 @@ def _niah(request: Request, haystack: str, keys: str, values: str, needles: Mapp
     def draw(units: int) -> Draft:
         with seeded(request.seed):
             text, references, _ = module.generate_input_output(
-                units, source, type_haystack=haystack, type_needle_k=keys, type_needle_v=values,
-                template=niah_template(), random_seed=request.seed, **counts,
-            )  # fmt: skip
+                units,
+                source,
+                type_haystack=haystack,
+                type_needle_k=keys,
+                type_needle_v=values,
+                template=niah_template(),
+                random_seed=request.seed,
+                **counts,
+            )
         question = text.rpartition("\n")[2]
         lead_in = re.sub(r"^What (is|are) (?:all )?the (.+)\?$", r"The \2 \1", question)
         return _draft(text, lead_in, "\n", references)

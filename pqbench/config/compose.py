@@ -134,8 +134,10 @@ def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, An
             log.warning("%s: its first line must be `%s`; nothing here uses it", path, wanted)
     for name, fields in methods.items():
         if "_target_" not in (fields or {}):
-            raise ConfigError(f"methods.{name} has fields but no class: name it with method=[..., {name}], or set "
-                              f"methods.{name}._target_")  # fmt: skip
+            raise ConfigError(
+                f"methods.{name} has fields but no class: name it with method=[..., {name}], or set "
+                f"methods.{name}._target_"
+            )
 
 
 def meant(name: str, known: Iterable[Any]) -> str:

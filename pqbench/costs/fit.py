@@ -112,14 +112,21 @@ def _points(run: pd.DataFrame) -> pd.DataFrame:
 
 
 _PHASES = ("dense_step_s", "attend_step_s", "fetch_step_s", "select_step_s", "append_step_s")
-_METERS = ("prompt_tokens", "new_tokens", "attended_tokens", "index_bytes", "index_build_s", "to_device_bytes_step",
-           "host_bytes")  # fmt: skip
+_METERS = (
+    "prompt_tokens",
+    "new_tokens",
+    "attended_tokens",
+    "index_bytes",
+    "index_build_s",
+    "to_device_bytes_step",
+    "host_bytes",
+)
 _NEEDED = (*FIELDS, *_PHASES, *_METERS)
 
 
 def _hardware(
     points: pd.DataFrame, shape: ModelShape, profiles: dict[str, MethodProfile], dtype: str, name: str
-) -> Hardware:  # fmt: skip
+) -> Hardware:
     """Rates and overheads, each by least squares on relative errors, none below zero."""
     length = points["prompt_tokens"] + points["new_tokens"] / 2
     costs = [
@@ -141,9 +148,17 @@ def _hardware(
     products = points["ttft_s"] - points["index_build_s"] - shape.layers * (layer + appending)
     (multiplying,) = _solve([whole], products)
     return Hardware(
-        name, _rate(reading), {dtype: _rate(multiplying)}, _rate(scanning), _rate(fetching), latency,
-        layer + appending, select, None, builds_apart=False,
-    )  # fmt: skip
+        name,
+        _rate(reading),
+        {dtype: _rate(multiplying)},
+        _rate(scanning),
+        _rate(fetching),
+        latency,
+        layer + appending,
+        select,
+        None,
+        builds_apart=False,
+    )
 
 
 def _solve(columns: Sequence[Sequence[float]], seconds: pd.Series) -> list[float]:
@@ -165,7 +180,7 @@ def _on_host(rows: pd.DataFrame) -> bool:
 
 def _checks(
     row: pd.Series, hardware: Hardware, shape: ModelShape, profiles: dict[str, MethodProfile], dtype: str
-) -> list[Check]:  # fmt: skip
+) -> list[Check]:
     method = profiles.get(str(row["method"]))
     if method is None:
         return []

@@ -55,21 +55,42 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
     {
         # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM, without sparsity.
         "a100": Hardware(
-            "A100 80GB SXM", 2.039e12, {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}, 19.5e12,
-            _PCIE4, _PCIE_LATENCY, _LAUNCHES, _LAUNCHES, 80e9,
+            "A100 80GB SXM",
+            2.039e12,
+            {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+            19.5e12,
+            _PCIE4,
+            _PCIE_LATENCY,
+            _LAUNCHES,
+            _LAUNCHES,
+            80e9,
         ),
         # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM; the sheet's 1,979 TFLOPS are with sparsity.
         "h100": Hardware(
-            "H100 SXM", 3.35e12, {"float32": 67e12, "bfloat16": 989.4e12, "float16": 989.4e12}, 67e12,
-            _PCIE5, _PCIE_LATENCY, _LAUNCHES, _LAUNCHES, 80e9,
+            "H100 SXM",
+            3.35e12,
+            {"float32": 67e12, "bfloat16": 989.4e12, "float16": 989.4e12},
+            67e12,
+            _PCIE5,
+            _PCIE_LATENCY,
+            _LAUNCHES,
+            _LAUNCHES,
+            80e9,
         ),
         # NVIDIA Ada GPU architecture white paper, appendix A: FP16 and BF16 with FP32 accumulation, without sparsity.
         "rtx4090": Hardware(
-            "RTX 4090", 1.008e12, {"float32": 82.6e12, "bfloat16": 165.2e12, "float16": 165.2e12}, 82.6e12,
-            _PCIE4, _PCIE_LATENCY, _LAUNCHES, _LAUNCHES, 24e9,
+            "RTX 4090",
+            1.008e12,
+            {"float32": 82.6e12, "bfloat16": 165.2e12, "float16": 165.2e12},
+            82.6e12,
+            _PCIE4,
+            _PCIE_LATENCY,
+            _LAUNCHES,
+            _LAUNCHES,
+            24e9,
         ),
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -188,9 +209,13 @@ def step_cost(
 
 
 def tpot(
-    hardware: Hardware, shape: ModelShape, method: MethodProfile, context: float, batch: int = 1,
+    hardware: Hardware,
+    shape: ModelShape,
+    method: MethodProfile,
+    context: float,
+    batch: int = 1,
     dtype: str = "bfloat16",
-) -> float:  # fmt: skip
+) -> float:
     """Seconds of one decode step.
 
     max(read bytes / bandwidth, operations / peak) + max(index bytes / bandwidth, index operations / vector) + link
@@ -214,9 +239,13 @@ def prefill_operations(shape: ModelShape, context: float, batch: int = 1) -> flo
 
 
 def ttft(
-    hardware: Hardware, shape: ModelShape, method: MethodProfile, context: float, batch: int = 1,
+    hardware: Hardware,
+    shape: ModelShape,
+    method: MethodProfile,
+    context: float,
+    batch: int = 1,
     dtype: str = "bfloat16",
-) -> float:  # fmt: skip
+) -> float:
     """Seconds to the first token, the prompt prefilled at once.
 
     max(operations / peak, (weights + KV) / bandwidth, KV / link bandwidth if offloaded) + L * layer overhead.
@@ -247,9 +276,13 @@ def device_bytes(
 
 
 def fits(
-    hardware: Hardware, shape: ModelShape, method: MethodProfile, context: float, batch: int = 1,
+    hardware: Hardware,
+    shape: ModelShape,
+    method: MethodProfile,
+    context: float,
+    batch: int = 1,
     dtype: str = "bfloat16",
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether :func:`device_bytes` fit into the device's memory."""
     return hardware.memory is None or device_bytes(shape, method, context, batch, dtype) <= hardware.memory
 

@@ -29,9 +29,14 @@ _IGNORED = frozenset({"position_ids", "cache_position", "s_aux"})
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-    scaling: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Registered under :data:`NAME`, with the parameter names of transformers. The layer whose cache entry the model
     updated last answers the call; the scaling is always the call's. Sliding layers, which are not ours, get plain SDPA.
     All are causal, whatever their modules say: some leave that to a mask that is left out where it says nothing more.
@@ -74,9 +79,14 @@ def _widened(rows: Tensor, width: int) -> Tensor:
 
 
 def dense_attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
     sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Exact attention of a block, ``[B, n, Hq, D]``: q ``[B, Hq, n, D]`` are the last n of the tokens of k and v
     ``[B, H, S, D]``. ``sinks`` ``[Hq]`` are logits that take part in each head's softmax and bring no value.
 
@@ -96,7 +106,7 @@ def dense_attention(
 
 def _with_sink_key(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, sinks: Tensor, dummy_query: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v with the sink as key 0. ``dummy_query`` also puts a query in front, so that there are as many as keys
     and a causal mask stays implied; eight dimensions more keep rows aligned for fast kernels."""
     batch, heads, count, _ = q.shape
@@ -119,9 +129,12 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tens
     token = _RUNNING.set(cache)
     try:
         output = model(
-            ids, attention_mask=None if mask is None else mask.long(), past_key_values=cache, use_cache=True,
+            ids,
+            attention_mask=None if mask is None else mask.long(),
+            past_key_values=cache,
+            use_cache=True,
             **{name: value for name, value in options.items() if name in known},
-        )  # fmt: skip
+        )
     finally:
         _RUNNING.reset(token)
     cache.end()

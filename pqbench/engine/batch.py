@@ -15,9 +15,12 @@ from pqbench.models.lengths import check_switch, length_dependent, longest_conte
 
 
 def check_prompt(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, any_length: bool = False,
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    any_length: bool = False,
     max_length: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The validity mask ``[B, S]`` bool of a batch; with ``any_length`` it may exceed the model's limit, and with
     ``max_length`` reach so far.
 
@@ -46,8 +49,10 @@ def check_length(model: PreTrainedModel, tokens: int, max_length: int | None = N
     """Raises ConfigError when ``tokens`` exceed what the model was built for, and ``max_length`` where that is more."""
     limit = max(longest_context(model.config), max_length or 0)
     if tokens > limit:
-        raise ConfigError(f"{tokens} tokens of prompt and generation exceed the model's limit of {limit}: shorten the "
-                          "prompt, choose a model with a longer context, or set model.max_length")  # fmt: skip
+        raise ConfigError(
+            f"{tokens} tokens of prompt and generation exceed the model's limit of {limit}: shorten the "
+            "prompt, choose a model with a longer context, or set model.max_length"
+        )
 
 
 def check_blocks(model: PreTrainedModel, mask: Tensor, chunk: int) -> None:

@@ -75,8 +75,17 @@ def calibrate(model: PreTrainedModel, body: str = "auto", folder: Path | None = 
     folder = cache_folder() if folder is None else folder
     config = model.config.get_text_config()
     facts = {name: value for name, value in environment().items() if name != "commit"}
-    shape = {name: getattr(config, name, None) for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "head_dim")}  # fmt: skip
+    shape = {
+        name: getattr(config, name, None)
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+    }
     key = run_key({"environment": facts, "model": shape, "dtype": str(model.dtype), "device": model.device.type})
     a, b, c = stored(folder, f"{key}-layer", lambda: fit_layer(model))
     share = SHARED if model.device.type == "cpu" else 1.0

@@ -138,9 +138,11 @@ class Group:
         """Raises ModelError when a call of attention is not of the geometry that the prompt's calls had."""
         known = self.state.geometry
         if (keys.shape[1], keys.shape[3]) != (known.kv_heads, known.head_dim) or scaling != known.scaling:
-            raise ModelError(f"layer {known.layer} calls attention with {keys.shape[1]} heads of width "
-                             f"{keys.shape[3]} and scaling {scaling}, but for the prompt it was {known.kv_heads}, "
-                             f"{known.head_dim} and {known.scaling}")  # fmt: skip
+            raise ModelError(
+                f"layer {known.layer} calls attention with {keys.shape[1]} heads of width "
+                f"{keys.shape[3]} and scaling {scaling}, but for the prompt it was {known.kv_heads}, "
+                f"{known.head_dim} and {known.scaling}"
+            )
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store the new token ``[B, H, 1, D]`` and tell the method: a step begins."""

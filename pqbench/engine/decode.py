@@ -95,10 +95,16 @@ class Generation:
 
 @torch.inference_mode()
 def decode(
-    prefilled: Prefilled, method: int, max_new_tokens: int, min_new_tokens: int = 0,
-    finished: Callable[[Tensor], Tensor] | None = None, question: Sequence[int] = (), extra_ends: Sequence[int] = (),
-    config: GenerationConfig | None = None, spend: bool = False,
-) -> Generation:  # fmt: skip
+    prefilled: Prefilled,
+    method: int,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    finished: Callable[[Tensor], Tensor] | None = None,
+    question: Sequence[int] = (),
+    extra_ends: Sequence[int] = (),
+    config: GenerationConfig | None = None,
+    spend: bool = False,
+) -> Generation:
     """Greedy decoding of a prefilled prompt by one of its methods.
 
     Args:
@@ -150,8 +156,9 @@ def decode(
     ttft, seconds = prefilled.seconds + observe, steps.spans.each
     if len(question):
         ttft, pending = ttft + pending + steps.asked.total, 0.0
-    return Generation(torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased,
-                      steps.replays)  # fmt: skip
+    return Generation(
+        torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased, steps.replays
+    )
 
 
 @dataclass(frozen=True)
@@ -249,9 +256,14 @@ def groups_of(cache: LayeredCache) -> list[Group]:
 
 
 def generate(
-    model: PreTrainedModel, input_ids: Tensor, method: Method, attention_mask: Tensor | None = None,
-    max_new_tokens: int = 64, chunk: int | None = None, setting: Setting | None = None,
-) -> Tensor:  # fmt: skip
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 64,
+    chunk: int | None = None,
+    setting: Setting | None = None,
+) -> Tensor:
     """Greedy continuation ``[B, new]`` of prompts ``[B, S]`` under a method; ends at the model's end-of-sequence token.
     ``setting`` says where KV lives, which kernels compute and what overlaps.
 
@@ -272,11 +284,19 @@ def changes_of_greedy(model: PreTrainedModel) -> list[str]:
     loop knows none of them but end tokens."""
     config = model.generation_config
     neutral = {
-        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "begin_suppress_tokens": None,
-        "bad_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None,
-        "exponential_decay_length_penalty": None, "encoder_repetition_penalty": 1.0, "min_length": 0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "bad_words_ids": None,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "sequence_bias": None,
+        "exponential_decay_length_penalty": None,
+        "encoder_repetition_penalty": 1.0,
+        "min_length": 0,
         "min_new_tokens": None,
-    }  # fmt: skip
+    }
     found = {name: getattr(config, name, None) for name in neutral}
     return [f"{name}={value}" for name, value in found.items() if value is not None and value != neutral[name]]
 

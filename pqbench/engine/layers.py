@@ -52,8 +52,10 @@ class LayeredCache(Cache):
     def answering(self) -> CacheLayerMixin:
         """The layer that answers the call of attention at work. Raises ModelError when none was updated for it."""
         if self._updated is None:
-            raise ModelError("it calls attention over keys that are not the layer's own cache entry: several layers "
-                             "share keys and values, or one layer calls attention several times")  # fmt: skip
+            raise ModelError(
+                "it calls attention over keys that are not the layer's own cache entry: several layers "
+                "share keys and values, or one layer calls attention several times"
+            )
         layer, self._updated = self.layers[self._updated], None
         self._answered += 1
         return layer

@@ -139,9 +139,7 @@ class Prefilled:
         layers = {**copy_sliding(self.sliding), **ours}
         return LayeredCache([layers[i] for i in range(len(layers))])
 
-    def group(
-        self, method: int, layer: int, group: int, shared: Store | None = None, *, spend: bool = False
-    ) -> Group:  # fmt: skip
+    def group(self, method: int, layer: int, group: int, shared: Store | None = None, *, spend: bool = False) -> Group:
         """A built method at work on one group of one layer, with its own copy of the state. It reads from ``shared``
         when that is given and the method wants its rows as they are, else from a store of its own. With ``spend`` the
         rows that no method will read any more are let go."""
@@ -205,9 +203,14 @@ class Prefilled:
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel, input_ids: Tensor, methods: Sequence[Method], attention_mask: Tensor | None = None,
-    chunk: int | None = None, reserve: int = 256, setting: Setting | None = None,
-) -> Prefilled:  # fmt: skip
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    methods: Sequence[Method],
+    attention_mask: Tensor | None = None,
+    chunk: int | None = None,
+    reserve: int = 256,
+    setting: Setting | None = None,
+) -> Prefilled:
     """Run the prompt, once, in one shot or ``chunk`` tokens at a time: densely, or through the one method that brings a
     prefill of its own.
 
@@ -259,9 +262,14 @@ def check_own_prefill(methods: Sequence[Method]) -> bool:
 
 
 def _open(
-    model: PreTrainedModel, methods: Sequence[Method], groups: list[Rows], mask: Tensor, columns: int, reserve: int,
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    groups: list[Rows],
+    mask: Tensor,
+    columns: int,
+    reserve: int,
     setting: Setting,
-) -> Prefilled:  # fmt: skip
+) -> Prefilled:
     """Everything a prompt needs before its first token."""
     body, streams = kernels(model.device, setting.body), streams_of(model.device, setting.streams)
     body.use_threads(torch.get_num_threads())
@@ -275,10 +283,19 @@ def _open(
     if alone:
         beside = IdleCores.of(body) if streams is None else SideStream(streams)
     prefilled = Prefilled(
-        model, methods, groups, {}, sliding_layers(model.config.get_text_config(decoder=True)),
-        None if bool(mask.all()) else mask, mask.long().sum(-1), placement, streams, setting.named, beside,
+        model,
+        methods,
+        groups,
+        {},
+        sliding_layers(model.config.get_text_config(decoder=True)),
+        None if bool(mask.all()) else mask,
+        mask.long().sum(-1),
+        placement,
+        streams,
+        setting.named,
+        beside,
         setting.graphs,
-    )  # fmt: skip
+    )
     for i in known.layers:
         layer = PrefillLayer(columns, reserve, groups, placement, partial(prefilled.start, i))
         layer.own = any(method.own_prefill for method in methods)
@@ -316,12 +333,15 @@ def frequencies(model: PreTrainedModel, methods: Sequence[Method]) -> dict[int, 
 
 def geometry(
     model: PreTrainedModel, layer: int, rows: Rows, columns: int, rotary: Tensor | None, setting: Setting
-) -> Geometry:  # fmt: skip
+) -> Geometry:
     """What a method's state of one layer and group needs to know; ``rotary`` are its :func:`frequencies`."""
     full = list(profile(model).layers)
     known = geometry_of(profile(model).layers[layer], layer, rows, columns - rows.padding, setting.body)
     return replace(
-        known, inverse_frequencies=None if rotary is None else rotary.to(known.device), layers=len(full),
-        rank=full.index(layer), calibration=setting.calibration,
+        known,
+        inverse_frequencies=None if rotary is None else rotary.to(known.device),
+        layers=len(full),
+        rank=full.index(layer),
+        calibration=setting.calibration,
         correction=setting.correction if setting.select_ahead else None,
-    )  # fmt: skip
+    )

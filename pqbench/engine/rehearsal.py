@@ -82,8 +82,10 @@ def _named(model: PreTrainedModel) -> Profile:
         raise ModelError(f"{kind} is not supported: {error}") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{kind} is not supported: it cannot run with caches and attention that are not its own "
-                         f"({type(error).__name__}: {reason})") from error  # fmt: skip
+        raise ModelError(
+            f"{kind} is not supported: it cannot run with caches and attention that are not its own "
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 def rehearse(model: PreTrainedModel) -> Profile:
@@ -97,8 +99,10 @@ def rehearse(model: PreTrainedModel) -> Profile:
     check_config(config)
     types = layer_types(config)
     if "full_attention" not in types:
-        raise ModelError(f"all its {len(types)} layers have sliding windows, so that no method has a layer to serve; "
-                         "with sliding_window null in the model's config.json they attend to everything")  # fmt: skip
+        raise ModelError(
+            f"all its {len(types)} layers have sliding windows, so that no method has a layer to serve; "
+            "with sliding_window null in the model's config.json they attend to everything"
+        )
     attempts = 1 if model.dtype in _TOLERANCE else _HALF_ATTEMPTS
     for attempt in range(attempts):
         ids, mask = _batch(model, config, attempt)
@@ -115,7 +119,7 @@ def rehearse(model: PreTrainedModel) -> Profile:
 
 def _compared(
     model: PreTrainedModel, config: PreTrainedConfig, types: list[str], ids: Tensor, mask: Tensor, chunk: int
-) -> dict[int, Shape]:  # fmt: skip
+) -> dict[int, Shape]:
     """What our layers were called with for this batch. Raises ModelError when logits differ from transformers'."""
     expected, token = _by_transformers(model, ids, mask)
     ours, shapes = _by_layers(model, config, types, ids, mask, token, chunk)
@@ -124,8 +128,10 @@ def _compared(
         difference = float((mine - theirs).norm() / theirs.norm())
         if bool(theirs.isfinite().all()) and not difference <= limit:  # NaN is reported where the prompt runs
             where = "a prompt" if step == 0 else "a decoded token"
-            raise ModelError(f"the logits after {where} differ from those of transformers by {difference:.1%}, so it "
-                             "uses keys or positions in a way that pqbench does not know")  # fmt: skip
+            raise ModelError(
+                f"the logits after {where} differ from those of transformers by {difference:.1%}, so it "
+                "uses keys or positions in a way that pqbench does not know"
+            )
     return shapes
 
 
@@ -142,8 +148,9 @@ def check_config(config: PreTrainedConfig) -> None:
 def _batch(model: PreTrainedModel, config: PreTrainedConfig, seed: int) -> tuple[Tensor, Tensor]:
     """Two sequences of ordinary tokens, the second padded on the left: ids and mask ``[2, columns]``."""
     every = {**model.config.to_dict(), **config.to_dict()}
-    special = {value for name, value in every.items() if name.endswith(("_token_id", "_token_index"))
-               if isinstance(value, int)}  # fmt: skip
+    special = {
+        value for name, value in every.items() if name.endswith(("_token_id", "_token_index")) if isinstance(value, int)
+    }
     ordinary = torch.tensor([token for token in range(min(config.vocab_size, 1000)) if token not in special])
     order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))
     ids = ordinary[order[torch.arange(2 * _COLUMNS) % len(order)]].view(2, _COLUMNS)
@@ -154,17 +161,29 @@ def _batch(model: PreTrainedModel, config: PreTrainedConfig, seed: int) -> tuple
 
 def _by_transformers(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
     """What ``generate`` computes: logits ``[2, V]`` after the prompt and after one token, and that token ``[2]``."""
-    options = GenerationConfig(do_sample=False, max_new_tokens=2, min_new_tokens=2, pad_token_id=0, num_beams=1,
-                               output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    options = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=2,
+        min_new_tokens=2,
+        pad_token_id=0,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     answer = model.generate(ids, attention_mask=mask, generation_config=options)
     return [logits.float() for logits in answer.logits], answer.sequences[:, ids.shape[1]]
 
 
 @torch.inference_mode()
 def _by_layers(
-    model: PreTrainedModel, config: PreTrainedConfig, types: list[str], ids: Tensor, mask: Tensor, token: Tensor,
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    types: list[str],
+    ids: Tensor,
+    mask: Tensor,
+    token: Tensor,
     chunk: int,
-) -> tuple[list[Tensor], dict[int, Shape]]:  # fmt: skip
+) -> tuple[list[Tensor], dict[int, Shape]]:
     """The same logits through our layers, and what these were called with."""
     rows, placement = group_rows(mask.bool()), DeviceTier().open(model.device)
     prompt = {i: PrefillLayer(_COLUMNS, 1, rows, placement) for i, kind in enumerate(types) if kind == "full_attention"}
@@ -200,6 +219,14 @@ def _decoding(layer: PrefillLayer, index: int, shape: Shape, rows: list[Rows]) -
 def geometry_of(shape: Shape, layer: int, rows: Rows, prompt: int = 0, body: str = "reference") -> Geometry:
     """What a method's state needs to know of a layer of this shape, without what only some methods ask for."""
     return Geometry(
-        layer=layer, batch=rows.count, kv_heads=shape.kv_heads, group=shape.group, head_dim=shape.head_dim,
-        scaling=shape.scaling, prompt=prompt, body=body, device=shape.device, sinks=shape.sinks,
-    )  # fmt: skip
+        layer=layer,
+        batch=rows.count,
+        kv_heads=shape.kv_heads,
+        group=shape.group,
+        head_dim=shape.head_dim,
+        scaling=shape.scaling,
+        prompt=prompt,
+        body=body,
+        device=shape.device,
+        sinks=shape.sinks,
+    )

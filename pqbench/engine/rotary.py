@@ -55,8 +55,10 @@ def layer_frequencies(model: PreTrainedModel, layers: list[int]) -> dict[int, Te
     if not takes_positions(model) or not frequencies:
         raise ModelError(f"{name} has no rotary position embedding, which this method renumbers")
     if length_dependent(model.config) is not None:
-        raise ModelError(f"{name} has rotary frequencies that depend on the length of the context, so that this method "
-                         f"cannot renumber its keys ({length_dependent(model.config)})")  # fmt: skip
+        raise ModelError(
+            f"{name} has rotary frequencies that depend on the length of the context, so that this method "
+            f"cannot renumber its keys ({length_dependent(model.config)})"
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _POSITIONS[-1] + 1
     positions = torch.tensor([p for p in _POSITIONS if p < limit], device=model.device)[:, None]
     ours = {i: KeyLayer() for i in layers}

@@ -1,6 +1,6 @@
 """Our methods inside lm-eval: ``lm_eval --model pqbench --model_args model=smollm2,method=pqcache --tasks ...``.
 
-``python -m pqbench.integrations.lm_eval`` is the same command where the model is not registered (see
+``python -m pqbench.lm_eval_model`` is the same command where the model is not registered (see
 ``lm_eval_plugin``). Prompts, truncation, chat templates and stop strings are those of lm-eval's own ``hf`` model;
 our loop decodes the answer, greedily. The whole prompt is prefilled densely; the answer, or the continuation to be
 scored, goes through the method.
@@ -9,7 +9,6 @@ scored, goes through the method.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,11 +37,7 @@ from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
 
-_SYNONYMS = {
-    "pretrained": "model.path",
-    "dtype": "model.dtype",
-    "max_length": "model.max_length",
-}
+_SYNONYMS = {"pretrained": "model.path", "dtype": "model.dtype", "max_length": "model.max_length"}
 _OPTIONS = ("chunk", "threads", "budget", "model.", "methods.", "budget.")
 _GREEDY = {"do_sample": (False, None), "num_beams": (1, None), "use_cache": (True, None)}
 _UNUSED_BY_GREEDY = ("temperature", "top_k", "top_p", "typical_p", "min_p")
@@ -68,12 +63,19 @@ class PqbenchLM(HFLM):
     """
 
     def __init__(
-        self, model: str | None = None, method: str = "pqcache", batch_size: int | str | None = 1,
-        max_batch_size: int | None = None, device: str | None = None, add_bos_token: bool | None = None,
+        self,
+        model: str | None = None,
+        method: str = "pqcache",
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
-        think_end_token: str | int | None = None, enable_thinking: bool | None = None,
-        chat_template_args: dict[str, Any] | None = None, **settings: Any,
-    ) -> None:  # fmt: skip
+        think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         if device and (torch.cuda.is_available() or not device.startswith("cuda")):
             settings.setdefault("model.device", device)
         config = composed(model or ("hf" if "pretrained" in settings else "smollm2"), method, settings)
@@ -86,11 +88,18 @@ class PqbenchLM(HFLM):
         self.setting = Setting(max_length=loaded.max_length)
         self.chunk: int | None = config.chunk
         super().__init__(
-            pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", max_length=loaded.max_length,
-            batch_size=batch_size if str(batch_size).isdecimal() else 1, max_batch_size=max_batch_size,
-            add_bos_token=add_bos_token, prefix_token_id=prefix_token_id, think_end_token=think_end_token,
-            enable_thinking=enable_thinking, chat_template_args=chat_template_args,
-        )  # fmt: skip
+            pretrained=loaded.model,
+            tokenizer=loaded.tokenizer,
+            backend="causal",
+            max_length=loaded.max_length,
+            batch_size=batch_size if str(batch_size).isdecimal() else 1,
+            max_batch_size=max_batch_size,
+            add_bos_token=add_bos_token,
+            prefix_token_id=prefix_token_id,
+            think_end_token=think_end_token,
+            enable_thinking=enable_thinking,
+            chat_template_args=chat_template_args,
+        )
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval stores with its results."""
@@ -215,6 +224,3 @@ def main() -> int:
 
 
 register()
-
-if __name__ == "__main__":
-    sys.exit(main())

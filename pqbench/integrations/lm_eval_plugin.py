@@ -3,7 +3,7 @@
 lm-eval 0.4.13 looks for no third-party models. But its command imports torch before it looks a model up, and on import
 torch calls every entry point of the group ``torch.backends``: pyproject.toml names :func:`register` there. It does
 nothing unless lm-eval is in use; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns it off. Later releases of lm-eval read the
-group ``lm_eval.models``, which pyproject.toml fills too. ``python -m pqbench.integrations.lm_eval`` relies on neither.
+group ``lm_eval.models``, which pyproject.toml fills too. ``python -m pqbench.lm_eval_model`` relies on neither.
 """
 
 from __future__ import annotations

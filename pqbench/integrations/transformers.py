@@ -32,9 +32,13 @@ def decoding_with(method: Method) -> Callable[..., Tensor | GenerateDecoderOnlyO
     """
 
     def decoding(
-        model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, logits_processor: Any = None,
-        stopping_criteria: Any = None, **model_kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:  # fmt: skip
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         check_options(generation_config, logits_processor)
         mask = model_kwargs.get("attention_mask")
         check_inputs(input_ids, mask, model_kwargs)

@@ -27,10 +27,17 @@ class Kernels(Protocol):
     __name__: str
 
     def attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-        visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        indices: Tensor | None = None,
+        visible: Tensor | None = None,
+        need_weights: bool = False,
+        log_weights: Tensor | None = None,
         count: Number | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Exact attention over given rows, or over all; over the first ``count`` of them where that is given."""
 
     def dense_attention(
@@ -42,9 +49,19 @@ class Kernels(Protocol):
         """Approximate attention each token would receive."""
 
     def pq_select(
-        self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
-        middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        q: Tensor,
+        codebook: Tensor,
+        codes: Tensor,
+        scaling: float,
+        sink: Number,
+        top_k: Number,
+        length: Number,
+        middle: Number,
+        room: int,
+        only: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Sinks, the tokens of the middle with the largest approximate attention, and the window."""
 
     def best_of_cells(
@@ -63,9 +80,15 @@ class Kernels(Protocol):
         """Indices of the largest scores, ascending; ties to the lower index."""
 
     def train_codebook(
-        self, keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+        self,
+        keys: Tensor,
+        parts: int,
+        clusters: int,
+        iterations: int,
+        seed: int,
+        sample: int | None = None,
         tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Product quantiser of keys, and their codes."""
 
     def encode(self, keys: Tensor, codebook: Tensor) -> Tensor:
@@ -81,36 +104,47 @@ class Kernels(Protocol):
         """Copy rows into a buffer."""
 
     def append_rows(
-        self, keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number,
-        local: Tensor | None = None, sinks: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        keys: Tensor,
+        values: Tensor,
+        key_rows: Tensor,
+        value_rows: Tensor,
+        at: Number,
+        local: Tensor | None = None,
+        sinks: int = 0,
+    ) -> None:
         """Write new rows into buffers; see :mod:`pqbench.kernels.reference.rows`."""
 
     def find_rows(
-        self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1,
-        first: int = 0,
-    ) -> Found:  # fmt: skip
+        self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1, first: int = 0
+    ) -> Found:
         """Where tokens lie on the device, and which do not; see :mod:`pqbench.kernels.reference.rows`."""
 
     def fetch_rows(
-        self, indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens,
-        tally: Tensor, blocks: Blocks | None = None, count: Number | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        indices: Tensor,
+        local: Tensor,
+        table: Tensor,
+        resident: int,
+        staging: int,
+        tokens: HostTokens,
+        tally: Tensor,
+        blocks: Blocks | None = None,
+        count: Number | None = None,
+    ) -> Tensor:
         """Where tokens lie on the device, those that did not copied there from the host, all in one."""
 
     def vacate_rows(
         self, indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Copy rows out of blocks that are about to be overwritten."""
 
-    def copy_blocks(
-        self, moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks
-    ) -> None:  # fmt: skip
+    def copy_blocks(self, moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
         """Copy blocks from the host to their slots."""
 
     def admit_blocks(
         self, counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Which blocks a cache lets in, and where; see :mod:`pqbench.kernels.reference.blocks`."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:

@@ -25,9 +25,7 @@ def draw_rest(selected: Tensor, tokens: int, count: int, seed: int) -> Tensor:
     return noise.topk(max(0, min(count, tokens - selected.shape[2])), dim=2).indices
 
 
-def sample_log_weights(
-    sample: Tensor, rest: int, before: int, after: int = 0, sizes: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def sample_log_weights(sample: Tensor, rest: int, before: int, after: int = 0, sizes: Tensor | None = None) -> Tensor:
     """Log-weights ``[B, H, 1, before + n + after]`` of a selection: 0 for the rows attended for themselves, and for the
     ``sample`` ``[B, H, n]`` between them log of the ``rest / size`` tokens that each stands for; the size is n, or less
     by ``sizes`` ``[B, H]``.

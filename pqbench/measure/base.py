@@ -154,10 +154,18 @@ class Ledger:
     def _append(self, name: str, sample_id: str, facts: Mapping[str, Any]) -> None:
         file = self.job.files[name]
         record: Record = {
-            "version": VERSION, "benchmark": self.benchmark, "model": self.model, "task": self.benchmark,
-            "sample_id": sample_id, "method": name, "key": file.folder.name.rsplit("-", 1)[-1], "question": "-",
-            "kernels": self.kernels, "threads": torch.get_num_threads(), **facts,
-        }  # fmt: skip
+            "version": VERSION,
+            "benchmark": self.benchmark,
+            "model": self.model,
+            "task": self.benchmark,
+            "sample_id": sample_id,
+            "method": name,
+            "key": file.folder.name.rsplit("-", 1)[-1],
+            "question": "-",
+            "kernels": self.kernels,
+            "threads": torch.get_num_threads(),
+            **facts,
+        }
         new = file.append(record)  # full attention is timed beside every budget and recorded once
         if record["status"] in FINISHED:
             self.done.measured += new

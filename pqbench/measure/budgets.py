@@ -40,8 +40,10 @@ def budgets_of(values: Any) -> list[float]:
     """Values of the option ``budgets``. Raises ConfigError for anything but different shares and numbers of tokens."""
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not good or not all(_is_budget(value) for value in values) or len(set(values)) < len(values):
-        raise ConfigError(f"benchmark.budgets is {values}: use a list of different budgets, each a share of the "
-                          "context in (0, 1] or a whole number of tokens from 2 up")  # fmt: skip
+        raise ConfigError(
+            f"benchmark.budgets is {values}: use a list of different budgets, each a share of the "
+            "context in (0, 1] or a whole number of tokens from 2 up"
+        )
     return list(values)
 
 

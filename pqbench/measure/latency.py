@@ -32,7 +32,7 @@ from pqbench.measure.machine import (
     peak_rss,
     spread,
     undisturbed,
-)  # fmt: skip
+)
 from pqbench.measure.profile import TOKENS, phases, profile_facts, profiled, read_trace
 from pqbench.measure.scored import check_alive, check_methods
 from pqbench.measure.source import timing_tokens
@@ -134,8 +134,10 @@ class Latency(Measurement):
         """Everything to measure, in the order in which it is: methods take turns."""
         longest = max_length - self.new_tokens
         if max(self.contexts) > max_length or longest < 1:
-            raise ConfigError(f"benchmark.contexts has {max(self.contexts)} and benchmark.new_tokens is "
-                              f"{self.new_tokens}, but the model takes {max_length} tokens at most")  # fmt: skip
+            raise ConfigError(
+                f"benchmark.contexts has {max(self.contexts)} and benchmark.new_tokens is "
+                f"{self.new_tokens}, but the model takes {max_length} tokens at most"
+            )
         return [
             Cell(repeat, context, min(context, longest), name)
             for repeat in range(self.repeats)
@@ -164,18 +166,26 @@ class Latency(Measurement):
 
     def _record(
         self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
-    ) -> None:  # fmt: skip
+    ) -> None:
         if job.loaded is None:
             raise RuntimeError("a latency record without a model")
         model, method = job.loaded.model, job.methods[cell.method]
         budget = getattr(method, "budget", None)
         facts: Record = {
             "budget": "all" if budget is None else budget.label,
-            "context": cell.context, "prompt_tokens": cell.prompt, "new_tokens": self.new_tokens, "repeat": cell.repeat,
-            "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model.device),
-            "overlap": job.setting.overlap, "warmup_s": warm, "weights": job.loaded.weights, "text": text,
-            **roof.facts(), **job.setting.options,
-        }  # fmt: skip
+            "context": cell.context,
+            "prompt_tokens": cell.prompt,
+            "new_tokens": self.new_tokens,
+            "repeat": cell.repeat,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": device_name(model.device),
+            "overlap": job.setting.overlap,
+            "warmup_s": warm,
+            "weights": job.loaded.weights,
+            "text": text,
+            **roof.facts(),
+            **job.setting.options,
+        }
         forget_peak(model.device)
         try:
             generation, prefilled = run_once(job, model, method, prompt, self.new_tokens)
@@ -194,7 +204,7 @@ class Latency(Measurement):
 
     def _profile(
         self, job: TimingJob, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record
-    ) -> Record:  # fmt: skip
+    ) -> Record:
         """The same once more under the profiler, with every part of the work by itself. What fails here is said, and
         costs no measurement."""
         setting = replace(job.setting, overlap=False, named=True)
@@ -210,7 +220,7 @@ class Latency(Measurement):
 
 def run_once(
     job: TimingJob, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
-) -> tuple[Generation, Prefilled]:  # fmt: skip
+) -> tuple[Generation, Prefilled]:
     """Prefill with one method alone, decode ``new_tokens``, and end what runs in the background."""
     gc.collect()
     ids = torch.tensor([prompt], device=model.device)
@@ -319,17 +329,22 @@ def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens
     block = min(prompt, job.chunk or prompt)
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     width = 4 * config.hidden_size + 3 * wide + row // (layers * model.dtype.itemsize)
-    parts = {"keys and values": kept * rows, "the index": INDEX_SHARE * rows,
-             "the prefill of a block": float(block * width * model.dtype.itemsize)}  # fmt: skip
+    parts = {
+        "keys and values": kept * rows,
+        "the index": INDEX_SHARE * rows,
+        "the prefill of a block": float(block * width * model.dtype.itemsize),
+    }
     needed, free = sum(parts.values()), available_bytes(model.device)
     if needed > free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
         chunk = f"chunk={max(1, block // 8)}" if parts["the prefill of a block"] > needed / 4 else ""
         away = "" if job.setting.tier.offloads or model.device.type == "cpu" else "store=host"
         remedy = " or ".join(filter(None, (chunk, away, "shorter benchmark.contexts")))
-        raise ConfigError(f"benchmark.contexts has {prompt}: beside its weights the model "
-                          f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
-                          f"use {remedy}")  # fmt: skip
+        raise ConfigError(
+            f"benchmark.contexts has {prompt}: beside its weights the model "
+            f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
+            f"use {remedy}"
+        )
 
 
 def row_bytes(model: PreTrainedModel) -> int:

@@ -269,8 +269,10 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
     for name, method in methods.items():
         tokens = getattr(getattr(method, "budget", None), "tokens", None)
         if lengths and tokens is not None and tokens > longest:
-            raise BudgetError(f"{name}: budget.tokens is {tokens}, above the longest context of this run ({longest}): "
-                              "lower it, or use budget.tokens=null budget.ratio=1 to attend to everything")  # fmt: skip
+            raise BudgetError(
+                f"{name}: budget.tokens is {tokens}, above the longest context of this run ({longest}): "
+                "lower it, or use budget.tokens=null budget.ratio=1 to attend to everything"
+            )
         for length in lengths:
             try:
                 method.split(length, length)

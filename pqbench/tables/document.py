@@ -76,22 +76,25 @@ def cost_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
     return headings, rows, len(suite.labels)
 
 
-def document(
-    table: pd.DataFrame, timed: Sequence[Record] = (), *, latex: bool = False, base: str | None = None
-) -> str:  # fmt: skip
+def document(table: pd.DataFrame, timed: Sequence[Record] = (), *, latex: bool = False, base: str | None = None) -> str:
     """All tables of a results folder as markdown or LaTeX: scored records as a frame, timing records as they are, those
     of fidelity also as multiples of a ``base`` method."""
     parts = []
     for suite in suites(table):
-        kinds = [("scores, mean [95 % interval] and n", score_rows(suite)), ("other scores", further_rows(suite)),
-                 ("costs", cost_rows(suite))]  # fmt: skip
+        kinds = [
+            ("scores, mean [95 % interval] and n", score_rows(suite)),
+            ("other scores", further_rows(suite)),
+            ("costs", cost_rows(suite)),
+        ]
         parts += [(f"{suite.benchmark} on {suite.model}: {kind}", *found) for kind, found in kinds]
     parts += [(section.title, section.headings, section.rows, section.labels) for section in sections(timed, base)]
     return "\n\n".join(
-        latex_table(headings, rows, labels, title) if latex
+        latex_table(headings, rows, labels, title)
+        if latex
         else f"### {markdown(title)}\n\n{markdown_table(headings, rows, labels)}"
-        for title, headings, rows, labels in parts if rows
-    )  # fmt: skip
+        for title, headings, rows, labels in parts
+        if rows
+    )
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
@@ -107,8 +110,12 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
                 "score": run.score,
             }
             for name, estimate in run.scores.items():
-                row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high,
-                        f"{name}_n": estimate.n}  # fmt: skip
+                row |= {
+                    name: estimate.value,
+                    f"{name}_low": estimate.low,
+                    f"{name}_high": estimate.high,
+                    f"{name}_n": estimate.n,
+                }
             rows.append(row | run.costs)
     found = pd.DataFrame(rows)
     scores = [name for name in found if name not in (*FIRST, *COSTS)]

@@ -90,8 +90,11 @@ def sections(records: Sequence[Record], base: str | None = None) -> list[Section
         lines = lines_of(rows)
         found += _pivots(title, lines, [column for column in FIGURES if column[0] in PIVOTS])
         if base is not None:
-            found += _pivots(f"{title}, as a multiple of that of {base} on the same document",
-                             lines_of(multiples(rows, base)), RELATIVE)  # fmt: skip
+            found += _pivots(
+                f"{title}, as a multiple of that of {base} on the same document",
+                lines_of(multiples(rows, base)),
+                RELATIVE,
+            )
         found.append(_figures(f"{title}: means over documents [95 % interval]", lines))
         found.append(_parts(f"{title}: recall by token age, output error by entropy of the head", lines))
     return [section for section in found if section.rows]

@@ -14,16 +14,7 @@ import yaml
 
 from pqbench.benchmarks.base import Benchmark
 from pqbench.errors import DataError, PqbenchError
-from pqbench.records.file import (
-    READABLE,
-    Record,
-    RecordFile,
-    encode,
-    parse,
-    plain_json,
-    unwritable,
-    write_atomically,
-)
+from pqbench.records.file import READABLE, Record, RecordFile, encode, parse, plain_json, unwritable, write_atomically
 from pqbench.records.folders import run_folders
 
 log = logging.getLogger(__name__)

@@ -208,11 +208,14 @@ def _latency(records: Sequence[Record]) -> list[Section]:
 def _profiled(records: Sequence[Record], title: str, labels: Sequence[str]) -> Section:
     """What a profiler saw of every phase; prefill, what is watched of it, and the index are those of the whole run."""
     rows = [
-        [*(str(record.get(name)) for name in ("context", *labels)), phase,
-         *(_shown(found.get(field), factor, form) for field, _, factor, form in PROFILE)]
+        [
+            *(str(record.get(name)) for name in ("context", *labels)),
+            phase,
+            *(_shown(found.get(field), factor, form) for field, _, factor, form in PROFILE),
+        ]
         for record in records
         for phase, found in (record.get("profile") or {}).items()
-    ]  # fmt: skip
+    ]
     headings = ["context", *labels, "phase", *(heading for _, heading, _, _ in PROFILE)]
     return Section(f"{title}: a step under the profiler", headings, rows, 2 + len(labels))
 

@@ -167,12 +167,7 @@ def test_depths_sweep_the_context_and_a_limit_keeps_the_sweep() -> None:
 
 
 def record(sample: Sample, prediction: str) -> dict[str, Any]:
-    return {
-        "task": sample.task,
-        "prediction": prediction,
-        "references": sample.references,
-        "metadata": sample.metadata,
-    }
+    return {"task": sample.task, "prediction": prediction, "references": sample.references, "metadata": sample.metadata}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,10 +20,16 @@ from pqbench.benchmarks.longbench import LongBench, bucket, fill_prompt, templat
 from pqbench.errors import ConfigError, DataError
 
 OFFICIAL = json.loads(Path(__file__).with_name("longbench_prompt_hashes.json").read_text(encoding="utf-8"))
-QUESTION_SETS = (
-    ["narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh", "hotpotqa", "2wikimqa", "musique", "dureader"]
-    + ["qmsum", "passage_retrieval_en", "passage_retrieval_zh"]
-)  # fmt: skip
+QUESTION_SETS = [
+    "narrativeqa",
+    "qasper",
+    "multifieldqa_en",
+    "multifieldqa_zh",
+    "hotpotqa",
+    "2wikimqa",
+    "musique",
+    "dureader",
+] + ["qmsum", "passage_retrieval_en", "passage_retrieval_zh"]
 
 
 @pytest.fixture(scope="module")

@@ -298,9 +298,13 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    least=st.integers(1, 50), most=st.integers(50, 5000), fixed=st.integers(0, 500), unit=st.floats(0.6, 60),
-    budget=st.integers(1, 20_000), noise=st.integers(0, 5),
-)  # fmt: skip
+    least=st.integers(1, 50),
+    most=st.integers(50, 5000),
+    fixed=st.integers(0, 500),
+    unit=st.floats(0.6, 60),
+    budget=st.integers(1, 20_000),
+    noise=st.integers(0, 5),
+)
 def test_largest(least: int, most: int, fixed: int, unit: float, budget: int, noise: int) -> None:
     calls = []
 

@@ -24,7 +24,7 @@ from pqbench.costs.model import (
     step_cost,
     tpot,
     ttft,
-)  # fmt: skip
+)
 from pqbench.errors import ConfigError, DataError
 from pqbench.measure.geometries import SHAPES
 
@@ -48,8 +48,11 @@ def test_shapes_agree_with_those_of_the_attention_benchmark() -> None:
     for name, shape in MODELS.items():
         other = SHAPES[name]
         assert (shape.layers, shape.query_heads, shape.kv_heads, shape.head_dim) == (
-            other.layers, other.query_heads, other.kv_heads, other.head_dim,
-        )  # fmt: skip
+            other.layers,
+            other.query_heads,
+            other.kv_heads,
+            other.head_dim,
+        )
 
 
 def test_a_step_by_hand() -> None:
@@ -150,15 +153,28 @@ def made_by(machine: Hardware, contexts: tuple[int, ...], host: bool = True, str
             prefill = whole / machine.peak["float32"] + built + 30 * machine.layer_overhead
             rows += [
                 {
-                    "method": method, "context": context, "prompt_tokens": context, "new_tokens": 32, "repeat": repeat,
-                    "dtype": "float32", "device": "toy", "attended_tokens": share * length, "index_bytes": indexed,
-                    "index_build_s": built, "to_device_bytes_step": fetched * kv if host else 0.0,
-                    "host_bytes": 1.0 if host else 0.0, "dense_step_s": model, "attend_step_s": attend,
-                    "fetch_step_s": fetch, "select_step_s": select, "append_step_s": 0.0,
-                    "ttft_s": factor * prefill * late, "tpot_s": factor * (model + attend + fetch + select) * late,
+                    "method": method,
+                    "context": context,
+                    "prompt_tokens": context,
+                    "new_tokens": 32,
+                    "repeat": repeat,
+                    "dtype": "float32",
+                    "device": "toy",
+                    "attended_tokens": share * length,
+                    "index_bytes": indexed,
+                    "index_build_s": built,
+                    "to_device_bytes_step": fetched * kv if host else 0.0,
+                    "host_bytes": 1.0 if host else 0.0,
+                    "dense_step_s": model,
+                    "attend_step_s": attend,
+                    "fetch_step_s": fetch,
+                    "select_step_s": select,
+                    "append_step_s": 0.0,
+                    "ttft_s": factor * prefill * late,
+                    "tpot_s": factor * (model + attend + fetch + select) * late,
                 }
                 for repeat, late in enumerate((1.0, 1.0, 3.0))
-            ]  # fmt: skip
+            ]
     return pd.DataFrame(rows)
 
 

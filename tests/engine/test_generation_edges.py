@@ -162,9 +162,9 @@ def test_custom_generate_honours_stopping_criteria_per_sequence(ending: PreTrain
         assert torch.equal(mine[:, ids.shape[1] :], expected)
 
 
-@pytest.mark.parametrize("options", [
-    {"do_sample": True}, {"num_beams": 2}, {"logits_processor": LogitsProcessorList([Ban()])},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True}, {"num_beams": 2}, {"logits_processor": LogitsProcessorList([Ban()])}]
+)
 def test_custom_generate_refuses_what_is_not_greedy(llama: PreTrainedModel, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="greedily"):
         llama.generate(prompt_of(5), custom_generate=decoding_with(Full()), **{**GREEDY, **options})

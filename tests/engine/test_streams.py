@@ -198,9 +198,21 @@ def reads_of_a_step(prefilled: Prefilled, **options: Any) -> float:
 
 
 WITHOUT = [
-    "full", "oracle", "streaming_llm", "h2o", "sparq", "infllm", "pqcache", "snapkv", "pyramidkv", "quest", "tova",
-    "pqcache_plus", "pqcache_plus sampled", "vattention",
-]  # fmt: skip
+    "full",
+    "oracle",
+    "streaming_llm",
+    "h2o",
+    "sparq",
+    "infllm",
+    "pqcache",
+    "snapkv",
+    "pyramidkv",
+    "quest",
+    "tova",
+    "pqcache_plus",
+    "pqcache_plus sampled",
+    "vattention",
+]
 
 
 @pytest.mark.parametrize("name", WITHOUT)

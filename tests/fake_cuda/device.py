@@ -148,20 +148,40 @@ def _cuda(tally: Tally) -> dict[str, Any]:
         return FakeEvent(tally)
 
     facts = SimpleNamespace(
-        name="fake", multi_processor_count=132, total_memory=80 << 30, major=9, minor=0, warp_size=32,
-        max_threads_per_multi_processor=2048, L2_cache_size=50 << 20,
-    )  # fmt: skip
+        name="fake",
+        multi_processor_count=132,
+        total_memory=80 << 30,
+        major=9,
+        minor=0,
+        warp_size=32,
+        max_threads_per_multi_processor=2048,
+        L2_cache_size=50 << 20,
+    )
     return {
-        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
-        "set_device": lambda *_: None, "get_device_name": lambda *_: facts.name, "is_initialized": lambda: True,
-        "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: facts,
-        "mem_get_info": lambda *_: (facts.total_memory, facts.total_memory), "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda *_: None, "max_memory_allocated": lambda *_: 0,
-        "max_memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0, "memory_reserved": lambda *_: 0,
-        "synchronize": synchronize, "Stream": make_stream, "Event": make_event, "stream": stream,
-        "current_stream": lambda *_: streams[-1], "default_stream": lambda *_: default,
-        "device": lambda *_: nullcontext(), "is_current_stream_capturing": lambda: False,
-    }  # fmt: skip
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda *_: None,
+        "get_device_name": lambda *_: facts.name,
+        "is_initialized": lambda: True,
+        "get_device_capability": lambda *_: (9, 0),
+        "get_device_properties": lambda *_: facts,
+        "mem_get_info": lambda *_: (facts.total_memory, facts.total_memory),
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda *_: None,
+        "max_memory_allocated": lambda *_: 0,
+        "max_memory_reserved": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
+        "synchronize": synchronize,
+        "Stream": make_stream,
+        "Event": make_event,
+        "stream": stream,
+        "current_stream": lambda *_: streams[-1],
+        "default_stream": lambda *_: default,
+        "device": lambda *_: nullcontext(),
+        "is_current_stream_capturing": lambda: False,
+    }
 
 
 def _tolist(tally: Tally) -> Any:

@@ -77,7 +77,7 @@ class Decode:
 
 def decode_layer(
     patch: pytest.MonkeyPatch, method: Method, tier: Tier, context: int = 4096, body: str = "auto", steps: int = STEPS
-) -> Decode:  # fmt: skip
+) -> Decode:
     """Build the index over ``context`` tokens of a Llama-3.1-8B layer in bfloat16 and decode ``steps`` tokens."""
     with fake_device(patch) as device:
         tally, shape = device.tally, shape_of("llama31_8b")

@@ -20,14 +20,52 @@ from tests.fake_cuda.tally import COPY, TORCH, Tally
 LARGE = 1 << 16  # elements of host work worth a line
 aten = torch.ops.aten
 # Operations that read from the device how large their result is, and so wait for it.
-SIZED = {"nonzero", "masked_select", "bincount", "_unique", "_unique2", "unique_dim", "unique_consecutive", "equal",
-         "allclose", "repeat_interleave", "_linalg_eigh", "_linalg_svd", "linalg_qr"}  # fmt: skip
-ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "resize_",
-             "empty_permuted", "_unsafe_view", "detach_", "lift", "set_"}  # fmt: skip
+SIZED = {
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
+    "allclose",
+    "repeat_interleave",
+    "_linalg_eigh",
+    "_linalg_svd",
+    "linalg_qr",
+}
+ALLOCATES = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "resize_",
+    "empty_permuted",
+    "_unsafe_view",
+    "detach_",
+    "lift",
+    "set_",
+}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 TRUE, FALSE = {"ones", "ones_like", "new_ones", "isfinite"}, {"zeros", "zeros_like", "isnan", "isinf", "isin"}
-KEEPS = {"_to_copy", "view", "expand", "all", "any", "clone", "ne", "slice", "select", "unsqueeze", "constant_pad_nd",
-         "stack", "cat"}  # fmt: skip
+KEEPS = {
+    "_to_copy",
+    "view",
+    "expand",
+    "all",
+    "any",
+    "clone",
+    "ne",
+    "slice",
+    "select",
+    "unsqueeze",
+    "constant_pad_nd",
+    "stack",
+    "cat",
+}
 
 
 class FakeCuda(FakeTensorMode):
@@ -208,7 +246,7 @@ class Counting(TorchDispatchMode):
 
     def _do_scaled_dot_product_attention(
         self, func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         (q, k, v, args), kwargs = self._on_one_device("scaled_dot_product_attention", (q, k, v, args), kwargs)
         heads = q.shape[1] if kwargs.get("enable_gqa") else k.shape[1]
         if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or (q.dim() == 4 and heads != q.shape[1]):

@@ -25,9 +25,15 @@ from tests.fake_cuda.drive import TIERS, method_of
 from tests.fake_cuda.tally import COPY, SYNC, TRITON
 
 OPTIONS: dict[str, Any] = {
-    "contexts": [4096], "budgets": [1024], "dtypes": ["bfloat16"], "device": "cuda:0", "repeats": 1, "steps": 2,
-    "warmup": 1, "sweep_mb": 1,
-}  # fmt: skip
+    "contexts": [4096],
+    "budgets": [1024],
+    "dtypes": ["bfloat16"],
+    "device": "cuda:0",
+    "repeats": 1,
+    "steps": 2,
+    "warmup": 1,
+    "sweep_mb": 1,
+}
 
 
 @pytest.fixture

@@ -23,10 +23,17 @@ from tests.fake_cuda.drive import METHODS, STEPS, TIERS, method_of
 from tests.fake_cuda.tally import COPY, SYNC, Counts
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 1024,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 LAYERS, PROMPT, NEW = 2, 2048, 6
 LOOP = (
     "pqbench/engine/decode.py",

@@ -61,8 +61,11 @@ def test_what_no_folder_brings_is_named_too(tmp_path: Path, monkeypatch: pytest.
 
 def test_versions_are_those_that_were_tested_together() -> None:
     assert pins(["hydra-core", "antlr4-python3-runtime", "PyYAML", "unheard-of"]) == [
-        "hydra-core==1.3.8", "antlr4-python3-runtime==4.9.3", "PyYAML==6.0.3", "unheard-of",
-    ]  # fmt: skip
+        "hydra-core==1.3.8",
+        "antlr4-python3-runtime==4.9.3",
+        "PyYAML==6.0.3",
+        "unheard-of",
+    ]
 
 
 def test_everything_is_there_in_the_environment_of_the_tests() -> None:

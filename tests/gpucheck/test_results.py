@@ -103,8 +103,17 @@ def test_where_figures_do_not_count_every_step_must_come_to_its_end(tmp_path: Pa
 
 def test_targets_are_judged_by_what_was_measured(tmp_path: Path) -> None:
     def latency(method: str, store: str, milliseconds: float, **more: Any) -> dict[str, Any]:
-        return {"name": method, "ok": None, "method": method, "store": store, "context": 131_072,
-                "wanted_budget": 1024, "tpot_ms": milliseconds, "tt2t_s": 20.0, **more}  # fmt: skip
+        return {
+            "name": method,
+            "ok": None,
+            "method": method,
+            "store": store,
+            "context": 131_072,
+            "wanted_budget": 1024,
+            "tpot_ms": milliseconds,
+            "tt2t_s": 20.0,
+            **more,
+        }
 
     record(tmp_path, 0, [], device="a card", counts=True)
     rows = [latency("full", "device", 11.5), latency("pqcache", "device", 9.0), latency("pqcache", "host", 12.0)]

@@ -40,7 +40,7 @@ for number in range(int(sys.argv[1]), 4):
 
 def test_a_comparison_that_ends_its_process_does_not_end_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """One that dies without a word, and one that is wrong and leaves the device unusable, so that its process stops."""
 
     def start(self: kernels.Worker) -> None:
@@ -58,8 +58,11 @@ def test_a_comparison_that_ends_its_process_does_not_end_the_others(
         time.sleep(0.05)
     assert worker.end(result) == []
     assert [(row["name"], row["ok"]) for row in result.rows] == [
-        ("check 0", True), ("check 1", False), ("check 2", False), ("check 3", True),
-    ]  # fmt: skip
+        ("check 0", True),
+        ("check 1", False),
+        ("check 2", False),
+        ("check 3", True),
+    ]
     assert "exit code 7" in result.rows[1]["error"]
 
 

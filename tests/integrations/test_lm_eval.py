@@ -50,18 +50,25 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
-        "dataset_path": "json", "test_split": "test", "doc_to_text": "{{prompt}}",
+        "dataset_path": "json",
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
         "dataset_kwargs": {"data_files": {"test": str(path / "data.jsonl")}, "cache_dir": str(path / "cache")},
-    }  # fmt: skip
+    }
     generate = common | {
-        "task": "local_generate", "output_type": "generate_until", "doc_to_target": "{{answer}}",
+        "task": "local_generate",
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
-    }  # fmt: skip
+    }
     choose = common | {
-        "task": "local_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
+        "task": "local_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
     for task in (generate, choose):
         (path / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
     return path
@@ -132,9 +139,11 @@ def test_methods_generate_their_own_answer(folder: Path, hf: HFLM, method: str) 
 
 PAIRS = [
     *((prompt, choice) for prompt in PROMPTS[:2] for choice in (" yes", " no, never", "x")),
-    ("", "no context"), ("ends in a space ", "word"),
-    ("far too long for the model " * 40, " end"), ("short", " a long continuation " * 10),
-]  # fmt: skip
+    ("", "no context"),
+    ("ends in a space ", "word"),
+    ("far too long for the model " * 40, " end"),
+    ("short", " a long continuation " * 10),
+]
 
 
 def test_full_scores_what_hf_scores(folder: Path, hf: HFLM) -> None:
@@ -252,11 +261,18 @@ def test_the_plain_command_knows_the_model_once_installed(folder: Path, tasks: P
     (metadata / "entry_points.txt").write_text("\n".join(lines))
     output = tmp_path / "out"
     run = command(
-        "lm_eval", "--model", "pqbench",
-        "--model_args", f"pretrained={folder},max_length=512,method=full,budget.ratio=0.5",
-        "--tasks", str(tasks / "local_generate.yaml"), "--output_path", str(output), "--log_samples",
+        "lm_eval",
+        "--model",
+        "pqbench",
+        "--model_args",
+        f"pretrained={folder},max_length=512,method=full,budget.ratio=0.5",
+        "--tasks",
+        str(tasks / "local_generate.yaml"),
+        "--output_path",
+        str(output),
+        "--log_samples",
         PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}",
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     (path,) = output.rglob("samples_*.jsonl")
     rows = sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda row: row["doc_id"])

@@ -12,14 +12,16 @@ from pqbench.engine.layers import layer_types, sliding_layers
 CONFIGS: dict[str, tuple[PreTrainedConfig, list[str], list[int]]] = {
     "mixed": (
         Gemma3TextConfig(
-            num_hidden_layers=3, sliding_window=24,
+            num_hidden_layers=3,
+            sliding_window=24,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
-        ["sliding_attention", "full_attention", "sliding_attention"], [24, 24],
+        ["sliding_attention", "full_attention", "sliding_attention"],
+        [24, 24],
     ),
     "full": (LlamaConfig(num_hidden_layers=2), ["full_attention"] * 2, []),
     "sliding": (MistralConfig(num_hidden_layers=2, sliding_window=16), ["sliding_attention"] * 2, [16, 16]),
-}  # fmt: skip
+}
 
 
 def of_5_17(config: Any) -> tuple[list[str], dict[str, Any]]:

@@ -221,8 +221,14 @@ CHECKS: dict[str, Check] = {
     **{
         f"attention G={group} D={width} {str(dtype)[6:]} {rows}": partial(attention, group, width, dtype, rows)
         for group, width, dtype, rows in [
-            (3, 24, F32, "all"), (3, 24, F32, "given"), (3, 24, F32, "hidden"), (3, 24, F32, "weighted"),
-            (1, 64, F16, "given"), (4, 128, BF16, "hidden"), (20, 16, F32, "hidden"), (2, 160, F32, "given"),
+            (3, 24, F32, "all"),
+            (3, 24, F32, "given"),
+            (3, 24, F32, "hidden"),
+            (3, 24, F32, "weighted"),
+            (1, 64, F16, "given"),
+            (4, 128, BF16, "hidden"),
+            (20, 16, F32, "hidden"),
+            (2, 160, F32, "given"),
             (8, 256, BF16, "all"),
         ]
     },
@@ -258,7 +264,7 @@ CHECKS: dict[str, Check] = {
     "columns wide": partial(columns, 80, 1, 200, F32),
     **{f"gather {str(dtype)[6:]}": partial(gather, dtype) for dtype in (F32, BF16, torch.uint8, torch.int64)},
     **ROW_CHECKS,
-}  # fmt: skip
+}
 
 
 def main(path: Path) -> None:

@@ -164,12 +164,16 @@ def row_calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], ob
         "admit, lfu": lambda: body.admit_blocks(blocks.counts, 900, 32, True, residency, tally),
         "admit, lru": lambda: body.admit_blocks(blocks.counts, at, 32, False, residency, tally),
         "admit, 1M tokens": lambda: body.admit_blocks(
-            torch.zeros(1, 8192).int(), 8000, 64, True,
-            Residency.empty(1, 1024, known.device)._replace(where=torch.zeros(1, 8192).long()), tally,
+            torch.zeros(1, 8192).int(),
+            8000,
+            64,
+            True,
+            Residency.empty(1, 1024, known.device)._replace(where=torch.zeros(1, 8192).long()),
+            tally,
         ),
         "vacate": lambda: body.vacate_rows(indices, slots, table, 300, 600, blocks),
         "copy blocks": lambda: body.copy_blocks(torch.zeros(1, 32, 2).long(), tokens, table, 300, blocks),
-    }  # fmt: skip
+    }
 
 
 @contextmanager

@@ -73,9 +73,12 @@ class Scene:
         middle = self.length * 2 // 3
         room = torch.zeros(BATCH, HEADS, 7, 2, width)
         self.tokens = HostTokens(
-            0, self.length, on_host(rows[:, :, :middle].contiguous(), device), middle,
+            0,
+            self.length,
+            on_host(rows[:, :, :middle].contiguous(), device),
+            middle,
             on_host(torch.cat([rows[:, :, middle:], room], 2), device),
-        )  # fmt: skip
+        )
         self.table = numbers(self.staging + BATCH * HEADS * self.number, 2, width, seed=seed + 1).to(device)
         local = torch.full((self.length + 5,), -1)
         local[:4], local[self.length - 8 : self.length] = torch.arange(4), 4 + torch.randperm(8, generator=generator)

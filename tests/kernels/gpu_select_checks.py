@@ -142,8 +142,10 @@ def long_rows(device: torch.device, scale: int) -> None:
     assert float(expected.median()) < 1e-4
     close_each(body().pq_probabilities(q, book, codes, scaling), expected)
     keys = normal(device, 1, 1, 8192 * scale, 16, seed=3)
-    close_each(body().exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1),
-               reference.exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1))  # fmt: skip
+    close_each(
+        body().exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1),
+        reference.exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1),
+    )
 
 
 def far_rows(device: torch.device, scale: int) -> None:
@@ -154,8 +156,9 @@ def far_rows(device: torch.device, scale: int) -> None:
     far = space.as_strided(near.shape, (2**31, 2**31 + 16, *near.stride()[2:]))
     far.copy_(near)
     sink, top_k, length, middle = sizes.numbers
-    got, expected = (body().pq_select(q, book, codes, scaling, sink, top_k, length, middle, sizes.used)
-                     for codes in (far, near))  # fmt: skip
+    got, expected = (
+        body().pq_select(q, book, codes, scaling, sink, top_k, length, middle, sizes.used) for codes in (far, near)
+    )
     assert torch.equal(got, expected)
 
 

@@ -34,9 +34,14 @@ class Shape:
 
 
 shapes = st.builds(
-    Shape, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.sampled_from([16, 48, 128]),
+    Shape,
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.sampled_from([16, 48, 128]),
     st.integers(0, 999),
-)  # fmt: skip
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -48,9 +53,9 @@ def tensors(shape: Shape, dtype: torch.dtype, layout: str = "growing") -> tuple[
     generator = torch.Generator().manual_seed(shape.seed)
     q = torch.randn(shape.batch, shape.heads, shape.group, shape.dims, generator=generator).to(dtype)
     slack = 0 if layout == "plain" else 3
-    storage = torch.randn(
-        shape.batch, shape.heads, shape.rows + slack, 2, shape.dims, generator=generator
-    ).to(dtype)[:, :, : shape.rows]  # fmt: skip
+    storage = torch.randn(shape.batch, shape.heads, shape.rows + slack, 2, shape.dims, generator=generator).to(dtype)[
+        :, :, : shape.rows
+    ]
     keys, values = storage[:, :, :, 0], storage[:, :, :, 1]
     if layout == "plain":
         return q, keys.contiguous(), values.contiguous()
@@ -81,9 +86,14 @@ def test_attention_over_all_rows(shape: Shape, dtype: torch.dtype, layout: str, 
 
 
 @given(
-    shapes, st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.integers(1, 90), st.booleans(), st.booleans(),
+    shapes,
+    st.sampled_from(DTYPES),
+    st.sampled_from(LAYOUTS),
+    st.integers(1, 90),
+    st.booleans(),
+    st.booleans(),
     st.sampled_from(["none", "heads", "group"]),
-)  # fmt: skip
+)
 def test_attention_over_chosen_rows(
     shape: Shape, dtype: torch.dtype, layout: str, count: int, hidden: bool, need_weights: bool, weighted: str
 ) -> None:

@@ -19,9 +19,14 @@ from pqbench.kernels import cpu, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 sizes = st.tuples(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 150), st.sampled_from([1, 2, 4]), st.integers(1, 40),
-    st.sampled_from([1, 4, 8, 12, 19]), st.integers(0, 999),
-)  # fmt: skip
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 150),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 40),
+    st.sampled_from([1, 4, 8, 12, 19]),
+    st.integers(0, 999),
+)
 Size = tuple[int, int, int, int, int, int, int]
 
 
@@ -56,9 +61,7 @@ def error(keys: Tensor, codebook: Tensor, codes: Tensor) -> np.ndarray:
 def test_encode_takes_the_nearest_centroid(size: Size, dtype: torch.dtype) -> None:
     batch, heads, count, parts, clusters, width, seed = size
     keys = made(batch, heads, count, parts * width, seed, dtype)
-    codebook = torch.randn(
-        batch, heads, parts, clusters, width, generator=torch.Generator().manual_seed(seed)
-    )  # fmt: skip
+    codebook = torch.randn(batch, heads, parts, clusters, width, generator=torch.Generator().manual_seed(seed))
     codes = cpu.encode(keys, codebook)
     assert codes.dtype == reference.CODE
     assert codes.shape == (batch, heads, count, parts)

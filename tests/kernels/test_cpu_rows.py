@@ -20,8 +20,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64
 trailing = st.sampled_from([(), (1,), (3,), (2, 5), (64,), (2, 128)])
 
 
-@given(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 30), st.integers(0, 40)), trailing,
-       st.sampled_from(DTYPES), st.integers(0, 999))  # fmt: skip
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 30), st.integers(0, 40)),
+    trailing,
+    st.sampled_from(DTYPES),
+    st.integers(0, 999),
+)
 def test_gather_copies_rows_of_any_shape_and_type(
     size: tuple[int, int, int, int], shape: tuple[int, ...], dtype: torch.dtype, seed: int
 ) -> None:

@@ -16,9 +16,14 @@ from pqbench.kernels import cpu, reference
 from tests.support import softmax
 
 sizes = st.tuples(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 16), st.integers(1, 300), st.sampled_from([1, 2, 3, 4, 8, 16]),
-    st.sampled_from([1, 3, 16, 64, 256]), st.integers(0, 999),
-)  # fmt: skip
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 16),
+    st.integers(1, 300),
+    st.sampled_from([1, 2, 3, 4, 8, 16]),
+    st.sampled_from([1, 3, 16, 64, 256]),
+    st.integers(0, 999),
+)
 Size = tuple[int, int, int, int, int, int, int]
 
 

@@ -40,9 +40,13 @@ def world(per_head: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 @BODIES
 @given(
-    number=st.integers(0, 8), cached=st.booleans(), per_head=st.booleans(), seed=st.integers(0, 999),
-    cuts=st.lists(st.integers(0, LENGTH), min_size=3, max_size=3).map(sorted), counted=st.integers(0, 8),
-)  # fmt: skip
+    number=st.integers(0, 8),
+    cached=st.booleans(),
+    per_head=st.booleans(),
+    seed=st.integers(0, 999),
+    cuts=st.lists(st.integers(0, LENGTH), min_size=3, max_size=3).map(sorted),
+    counted=st.integers(0, 8),
+)
 def test_slots_hold_the_rows_asked_for(
     body: ModuleType, number: int, cached: bool, per_head: bool, seed: int, cuts: list[int], counted: int
 ) -> None:

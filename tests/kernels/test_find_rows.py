@@ -31,8 +31,12 @@ def test_every_token_is_found_where_it_was_put(
     indices = torch.randint(0, length, (batch, heads, count), generator=generator)
     found = body.find_rows(indices, local, resident, *((where, block, length) if blocks else ()))
 
-    table = {(head, token): head * resident + int(local[token]) for head in range(total) for token in range(length)
-             if local[token] >= 0}  # fmt: skip
+    table = {
+        (head, token): head * resident + int(local[token])
+        for head in range(total)
+        for token in range(length)
+        if local[token] >= 0
+    }
     counts = torch.zeros(owners, slots, dtype=torch.int64)
     for head in range(total):
         owner = head // (total // owners)

@@ -83,9 +83,25 @@ def codes_of(note: Callable[[str, Callable[[], object]], list[Any]], use: Use, l
     return {launch.key for launch in note("", lambda: use(length))}
 
 
-NAMES = ["append", "append to a ring", "fetch", "fetch beside blocks", "gather", "copy", "attention",
-         "attention of rows", "weights", "exact_probabilities", "pq_probabilities", "pq_select", "top_k",
-         "noise", "train_codebook", "encode", "column_sums"]  # fmt: skip
+NAMES = [
+    "append",
+    "append to a ring",
+    "fetch",
+    "fetch beside blocks",
+    "gather",
+    "copy",
+    "attention",
+    "attention of rows",
+    "weights",
+    "exact_probabilities",
+    "pq_probabilities",
+    "pq_select",
+    "top_k",
+    "noise",
+    "train_codebook",
+    "encode",
+    "column_sums",
+]
 
 
 @pytest.mark.parametrize("width", [128, 24])

@@ -50,9 +50,16 @@ class Case:
 
 small = st.integers(0, 9)
 cases = st.builds(
-    Case, st.integers(1, 2), st.integers(1, 3), small, st.integers(0, 60), st.integers(0, 50), st.integers(1, 9), small,
+    Case,
+    st.integers(1, 2),
+    st.integers(1, 3),
+    small,
+    st.integers(0, 60),
+    st.integers(0, 50),
+    st.integers(1, 9),
+    small,
     st.integers(0, 999),
-)  # fmt: skip
+)
 
 
 def brute_force(case: Case) -> np.ndarray:

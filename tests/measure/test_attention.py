@@ -33,15 +33,47 @@ from pqbench.store.tiers import HostTier
 from tests.measure.conftest import Run
 
 SMALL: dict[str, Any] = {
-    "geometry": "tiny", "contexts": [512], "budgets": [0.25], "repeats": 2, "steps": 2, "warmup": 1, "sweep_mb": 0,
-}  # fmt: skip
+    "geometry": "tiny",
+    "contexts": [512],
+    "budgets": [0.25],
+    "repeats": 2,
+    "steps": 2,
+    "warmup": 1,
+    "sweep_mb": 0,
+}
 METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQCache(m=2, b=4), "h2o": H2O()}
 FIELDS = (
-    "geometry", "context", "budget", "dtype", "kernel", "threads", "select_s", "fetch_s", "attend_s", "append_s",
-    "total_s", "total_p10_s", "total_p90_s", "total_min_s", "bandwidth_gbps", "copy_bandwidth_gbps", "copy_read_gbps",
-    "gather_bandwidth_gbps", "copy_share", "build_s", "observe_s", "warmup_s", "index_bytes", "attended_tokens",
-    "attended_bytes", "peak_rss_bytes", "dense_ratio", "device", "keys", "steps",
-)  # fmt: skip
+    "geometry",
+    "context",
+    "budget",
+    "dtype",
+    "kernel",
+    "threads",
+    "select_s",
+    "fetch_s",
+    "attend_s",
+    "append_s",
+    "total_s",
+    "total_p10_s",
+    "total_p90_s",
+    "total_min_s",
+    "bandwidth_gbps",
+    "copy_bandwidth_gbps",
+    "copy_read_gbps",
+    "gather_bandwidth_gbps",
+    "copy_share",
+    "build_s",
+    "observe_s",
+    "warmup_s",
+    "index_bytes",
+    "attended_tokens",
+    "attended_bytes",
+    "peak_rss_bytes",
+    "dense_ratio",
+    "device",
+    "keys",
+    "steps",
+)
 
 
 @dataclass(frozen=True)

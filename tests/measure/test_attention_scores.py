@@ -64,10 +64,13 @@ def test_a_prefill_in_blocks_shows_queries_of_the_last(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"contexts": [16]}, "benchmark.queries is 64, all of a context of 16"),
-     ({"queries": 0}, "benchmark.queries is 0"),
-     ({"contexts": []}, "benchmark.contexts"), ({"seed": -1}, "benchmark.seed")],
-)  # fmt: skip
+    [
+        ({"contexts": [16]}, "benchmark.queries is 64, all of a context of 16"),
+        ({"queries": 0}, "benchmark.queries is 0"),
+        ({"contexts": []}, "benchmark.contexts"),
+        ({"seed": -1}, "benchmark.seed"),
+    ],
+)
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         AttentionScores(**options)

@@ -26,8 +26,15 @@ from tests.measure.conftest import Run
 CAPTURED = Setting(body="reference", graphs=True)
 PQ = PQCache(Budget(ratio=0.25), m=2, b=4)
 METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQ}
-SMALL: dict[str, Any] = {"geometry": "tiny", "contexts": [512], "budgets": [0.25], "repeats": 2, "steps": 2,
-                         "warmup": 0, "sweep_mb": 0}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "geometry": "tiny",
+    "contexts": [512],
+    "budgets": [0.25],
+    "repeats": 2,
+    "steps": 2,
+    "warmup": 0,
+    "sweep_mb": 0,
+}
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -57,8 +64,12 @@ def test_rows_of_one_layer_say_that_they_were_captured(measure: Run) -> None:
     done, records = measure(Attention(**SMALL), METHODS, setting=CAPTURED)
     assert done.failures == []
     by_kernel = {(r["method"], r["kernel"]): r for r in records}
-    assert set(by_kernel) == {("full", "torch sdpa grouped"), ("full", "torch sdpa enable_gqa"),
-                              ("full", "reference dense captured"), ("pqcache", "reference")}  # fmt: skip
+    assert set(by_kernel) == {
+        ("full", "torch sdpa grouped"),
+        ("full", "torch sdpa enable_gqa"),
+        ("full", "reference dense captured"),
+        ("pqcache", "reference"),
+    }
     for (_, kernel), record in by_kernel.items():
         captured = not kernel.startswith("torch")
         assert record.get("graphs", False) is captured

@@ -136,9 +136,7 @@ def test_latency_stops_and_keeps_its_rows(loaded: LoadedModel, tmp_path: Path) -
     outcomes: dict[str, list[Any]] = {}
     for record in found:
         outcomes.setdefault(record["method"], []).append((record["context"], record["status"]))
-    assert outcomes == {
-        "full": [(24, "ok"), (40, "ok")], "failing": [(24, "ok"), (40, "error")], "h2o": [(24, "ok")],
-    }  # fmt: skip
+    assert outcomes == {"full": [(24, "ok"), (40, "ok")], "failing": [(24, "ok"), (40, "error")], "h2o": [(24, "ok")]}
 
 
 def test_one_layer_stops_and_keeps_the_rows_of_the_cells_before(tmp_path: Path) -> None:

@@ -28,12 +28,41 @@ from tests.measure.conftest import Run
 SMALL: dict[str, Any] = {"contexts": [160, 320], "new_tokens": 5, "repeats": 2, "warmup": 0}
 METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQCache(Budget(ratio=0.5), m=2, b=4)}
 FIELDS = (
-    "context", "prompt_tokens", "new_tokens", "repeat", "ttft_s", "tt2t_s", "tpot_s", "tpot_p90_s", "tpot_released_s",
-    "select_step_s", "fetch_step_s", "attend_step_s", "append_step_s", "dense_step_s", "wait_s", "index_build_s",
-    "attended_tokens", "index_bytes", "device_bytes", "host_bytes", "to_device_bytes_step", "to_host_bytes_step",
-    "peak_rss_bytes", "copy_bandwidth_gbps", "copy_share", "dtype", "threads", "kernels", "warmup_s", "device",
-    "overlap", "emulated", "weight_bytes", "text",
-)  # fmt: skip
+    "context",
+    "prompt_tokens",
+    "new_tokens",
+    "repeat",
+    "ttft_s",
+    "tt2t_s",
+    "tpot_s",
+    "tpot_p90_s",
+    "tpot_released_s",
+    "select_step_s",
+    "fetch_step_s",
+    "attend_step_s",
+    "append_step_s",
+    "dense_step_s",
+    "wait_s",
+    "index_build_s",
+    "attended_tokens",
+    "index_bytes",
+    "device_bytes",
+    "host_bytes",
+    "to_device_bytes_step",
+    "to_host_bytes_step",
+    "peak_rss_bytes",
+    "copy_bandwidth_gbps",
+    "copy_share",
+    "dtype",
+    "threads",
+    "kernels",
+    "warmup_s",
+    "device",
+    "overlap",
+    "emulated",
+    "weight_bytes",
+    "text",
+)
 
 
 @dataclass(frozen=True)
@@ -192,9 +221,13 @@ def test_bad_options_are_one_line(options: dict[str, Any], words: list[str]) -> 
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_anything_runs(
-    measure: Run, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], method: Method,
+    measure: Run,
+    loaded: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    method: Method,
     words: list[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(latency, "run_once", lambda *_: pytest.fail("something ran"))
     with pytest.raises(ConfigError) as caught:
         measure(Latency(**{**SMALL, **options}), {"method": method}, loaded)

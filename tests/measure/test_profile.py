@@ -45,14 +45,17 @@ def test_a_trace_is_summed_by_phase() -> None:
             at = start + layer
             events += [span("select", at, 10), span("attend", at + 20, 6)]
             events += [
-                event("cpu_op", "aten::outer", at + 1, 5), event("cpu_op", "aten::inner", at + 2, 1),
+                event("cpu_op", "aten::outer", at + 1, 5),
+                event("cpu_op", "aten::inner", at + 2, 1),
                 event("cuda_driver", "cuLaunchKernelEx", at + 3, 1, correlation=10 * number + layer),
                 event("kernel", "k", at + 30, 4, 99, correlation=10 * number + layer),
                 event("cuda_runtime", "cudaStreamSynchronize", at + 21, 2),
-            ]  # fmt: skip
+            ]
         copy = 1000 + number
-        events += [event("cuda_runtime", "cudaMemcpyAsync", start + 90, 1, correlation=copy),
-                   event("gpu_memcpy", "Memcpy HtoD", start + 95, 3, 99, correlation=copy, bytes=2048)]  # fmt: skip
+        events += [
+            event("cuda_runtime", "cudaMemcpyAsync", start + 90, 1, correlation=copy),
+            event("gpu_memcpy", "Memcpy HtoD", start + 95, 3, 99, correlation=copy, bytes=2048),
+        ]
     found = phases(events)
     assert set(found) == {"prefill", "observe", "select", "attend", REST}
     assert found["prefill"].host_s == pytest.approx(80e-6)

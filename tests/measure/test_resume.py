@@ -20,8 +20,16 @@ from pqbench.records.file import parse
 
 KILLS = 17  # of workers forked after the imports, and
 COMMAND_KILLS = 3  # of the command as users start it
-RUN = ("method=[full,pqcache,h2o]", "model=tiny", "threads=1", "benchmark=needle", "benchmark.lengths=[256]",
-       "benchmark.depths=[0,25,50,75,100]", "benchmark.per_cell=6", "benchmark.max_new_tokens=4")  # fmt: skip
+RUN = (
+    "method=[full,pqcache,h2o]",
+    "model=tiny",
+    "threads=1",
+    "benchmark=needle",
+    "benchmark.lengths=[256]",
+    "benchmark.depths=[0,25,50,75,100]",
+    "benchmark.per_cell=6",
+    "benchmark.max_new_tokens=4",
+)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 Records = dict[str, list[dict[str, Any]]]
@@ -132,9 +140,7 @@ def wait_for_records(process: subprocess.Popen[str], results: Path, lines: int) 
     raise AssertionError("nothing was measured within a minute")
 
 
-def test_the_command_killed(
-    forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path
-) -> None:  # fmt: skip
+def test_the_command_killed(forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path) -> None:
     expected, _ = undisturbed
     generator = random.Random(7)
     for i in range(COMMAND_KILLS):
@@ -147,9 +153,7 @@ def test_the_command_killed(
     assert completed(forks, tmp_path) == expected
 
 
-def test_the_command_interrupted(
-    forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path
-) -> None:  # fmt: skip
+def test_the_command_interrupted(forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path) -> None:
     expected, _ = undisturbed
     for attempt in range(5):  # a process that gets no time may see the run's first record after its last
         results = tmp_path / str(attempt)

@@ -106,10 +106,12 @@ def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
     if name.startswith("infllm"):
         budget = Budget(sink=0, window=1000, ratio=1.0)  # everything local: the one case in which it is exact
     others: dict[str, Method] = {
-        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 1.0),
+        "full": Full(),
+        "oracle query_head": Oracle(budget, "query_head"),
+        "oracle top_p": Oracle(budget, "top_p", 1.0),
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
         "pqcache_plus top_p": PQCachePlus(budget, b=3, b_v=3, top_p=1.0),
-    }  # fmt: skip
+    }
     method = others[name] if name in others else SELECTING[name](budget)
     data = case(prompt, 25)
     state, store = start(method, data)
@@ -126,10 +128,12 @@ def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
 def test_the_harness_computes_what_the_selection_says(name: str) -> None:
     budget = Budget(sink=4, ratio=0.3, minimum=8)
     others: dict[str, Method] = {
-        "full": Full(), "oracle query_head": Oracle(budget, "query_head"), "oracle top_p": Oracle(budget, "top_p", 0.8),
+        "full": Full(),
+        "oracle query_head": Oracle(budget, "query_head"),
+        "oracle top_p": Oracle(budget, "top_p", 0.8),
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
         "pqcache_plus top_p": PQCachePlus(budget, b=3, b_v=3, top_p=0.6),
-    }  # fmt: skip
+    }
     method = others[name] if name in others else SELECTING[name](budget)
     data = case(50, 12)
     state, store = start(method, data)

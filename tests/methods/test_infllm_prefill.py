@@ -30,8 +30,18 @@ def visible(data: Case, method: InfLLM, first: int, end: int) -> list[list[np.nd
     whole = max(0, first + 1 - split.window - split.sink) // size
     stop = split.sink + whole * size
     # Blocks outside the window have got all the attention they ever get from the queries so far.
-    vectors = block_vectors(data, received(data, method.budget.resolve(data.prompt, data.prompt).window, first),
-                            split.sink, stop, size, method.representatives) if whole else None  # fmt: skip
+    vectors = (
+        block_vectors(
+            data,
+            received(data, method.budget.resolve(data.prompt, data.prompt).window, first),
+            split.sink,
+            stop,
+            size,
+            method.representatives,
+        )
+        if whole
+        else None
+    )
     frequencies = data.frequencies.double().numpy()
     q = data.q[:, :, :, first:end].double().numpy()
     angles = [split.window - 1 - i for i in range(first, end)]
@@ -52,8 +62,14 @@ def visible(data: Case, method: InfLLM, first: int, end: int) -> list[list[np.nd
 
 
 @settings(max_examples=12)
-@given(prompt=st.integers(1, 60), window=st.integers(1, 30), top_k=st.integers(0, 20), per_head=st.booleans(),
-       exec_block=st.sampled_from([9, 16, 200]), seed=st.integers(0, 50))  # fmt: skip
+@given(
+    prompt=st.integers(1, 60),
+    window=st.integers(1, 30),
+    top_k=st.integers(0, 20),
+    per_head=st.booleans(),
+    exec_block=st.sampled_from([9, 16, 200]),
+    seed=st.integers(0, 50),
+)
 def test_every_query_sees_sinks_blocks_and_its_window(
     prompt: int, window: int, top_k: int, per_head: bool, exec_block: int, seed: int
 ) -> None:

@@ -64,9 +64,7 @@ def test_cells_select_what_a_scan_selects(body: Kernels, search: tuple[int, int,
     for token in range(listed, listed + appended):
         lists.append(cell_numbers(codes[:, :, token : token + 1], b), body)
     assert len(lists) == listed + appended
-    found_tokens, others_weigh = body.best_of_cells(
-        q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.7
-    )  # fmt: skip
+    found_tokens, others_weigh = body.best_of_cells(q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.7)
     found = found_tokens.numpy()
     q = q * 0.7
     logits, exact = scanned(q, codebook, codes)

@@ -78,8 +78,9 @@ def recorded(model: PreTrainedModel, prompt: int, new: int) -> Case:
         torch.cat([torch.cat(layer.queries, dim=3) for layer in layers]),
         torch.cat([layer.keys for layer in layers]),
         torch.cat([layer.values for layer in layers]),
-        prompt, torch.ones(8),
-    )  # fmt: skip
+        prompt,
+        torch.ones(8),
+    )
     assert data.q.shape[3] == data.keys.shape[2] == prompt + new
     return data
 

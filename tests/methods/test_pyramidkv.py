@@ -194,10 +194,8 @@ def test_a_model_attends_to_the_budget_on_average_over_its_layers(llama: PreTrai
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [
-        ({"observation": 0}, "observation"), ({"kernel": 2}, "odd"), ({"pooling": "mean"}, "avg"), ({"beta": 0}, "beta")
-    ],
-)  # fmt: skip
+    [({"observation": 0}, "observation"), ({"kernel": 2}, "odd"), ({"pooling": "mean"}, "avg"), ({"beta": 0}, "beta")],
+)
 def test_wrong_options_are_named(options: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         PyramidKV(**options)  # type: ignore[arg-type]

@@ -61,9 +61,17 @@ def expected_after_prefill(data: Case, method: SnapKV, b: int, h: int) -> set[in
     seed=st.integers(0, 99),
 )
 def test_kept_tokens_equal_a_naive_loop(
-    prompt: int, observation: int, kernel: int, kind: str, window: int, sink: int, top: int, chunk: int, group: int,
+    prompt: int,
+    observation: int,
+    kernel: int,
+    kind: str,
+    window: int,
+    sink: int,
+    top: int,
+    chunk: int,
+    group: int,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     data = case(prompt, 1, group=group, seed=seed, spread=2.0)
     budget = Budget(sink=sink, window=window, tokens=sink + window + top, ratio=None)
     method = SnapKV(budget, observation, kernel, kind)

@@ -27,8 +27,11 @@ from tests.support import left_padded, prompt_of
 NEW = 8
 WHOLE = Budget(sink=4, ratio=1.0)
 FULL_BUDGET: dict[str, Method] = {
-    "full": Full(), "pqcache": PQCache(WHOLE, m=2, b=3), "h2o": H2O(WHOLE), "snapkv": SnapKV(WHOLE),
-}  # fmt: skip
+    "full": Full(),
+    "pqcache": PQCache(WHOLE, m=2, b=3),
+    "h2o": H2O(WHOLE),
+    "snapkv": SnapKV(WHOLE),
+}
 
 
 @lru_cache
@@ -55,18 +58,21 @@ def assert_exact(model: PreTrainedModel, chosen: dict[str, Method]) -> None:
             assert torch.equal(generate(model, prompt_of(length), method, max_new_tokens=NEW), tokens), (name, length)
 
 
-@pytest.mark.parametrize("kind", [
-    "minicpm3",  # latent attention: the cache holds latents, attention gets what they expand to
-    "youtu",
-    "opt",  # scales its queries itself and calls attention with scaling=1
-    "whisper",
-    "biogpt",
-    "gpt_neox",  # other names and layouts of layers and projections
-    "gpt_bigcode",
-    "bigbird_pegasus",  # its modules say that they are not causal
-    "dbrx",  # a configuration inside the configuration, without an attention of its own
-    "exaone4",  # some layers have no rotary embedding
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "minicpm3",  # latent attention: the cache holds latents, attention gets what they expand to
+        "youtu",
+        "opt",  # scales its queries itself and calls attention with scaling=1
+        "whisper",
+        "biogpt",
+        "gpt_neox",  # other names and layouts of layers and projections
+        "gpt_bigcode",
+        "bigbird_pegasus",  # its modules say that they are not causal
+        "dbrx",  # a configuration inside the configuration, without an attention of its own
+        "exaone4",  # some layers have no rotary embedding
+    ],
+)
 def test_the_same_tokens_as_transformers(kind: str) -> None:
     assert_exact(small(kind), FULL_BUDGET)
 
@@ -78,8 +84,10 @@ def test_latent_attention_on_the_host_and_under_small_budgets(kind: str) -> None
     assert (shape.kv_heads, shape.group, shape.head_dim) == (4, 1, 32)  # keys of 16 + 16, values of 16
     assert torch.equal(generate(model, ids, Full(), max_new_tokens=NEW, setting=Setting(HostTier())), truth(model, ids))
     little = Budget(sink=4, window=8, tokens=24, ratio=None)
-    ours = [generate(model, ids, PQCache(little, m=2, b=3), max_new_tokens=NEW, setting=Setting(tier))
-            for tier in (HostTier(), HostTier(cache_tokens=32, cache_block=8))]  # fmt: skip
+    ours = [
+        generate(model, ids, PQCache(little, m=2, b=3), max_new_tokens=NEW, setting=Setting(tier))
+        for tier in (HostTier(), HostTier(cache_tokens=32, cache_block=8))
+    ]
     assert torch.equal(*ours)
     assert not torch.equal(ours[0], truth(model, ids))
 
@@ -111,10 +119,13 @@ def kept(model: PreTrainedModel, ids: Tensor, sink: int, total: int) -> Tensor:
     return tokens[:, ids.shape[1] :]
 
 
-@pytest.mark.parametrize(("kind", "own"), [
-    ("smollm3", {"no_rope_layers": [0] * 6}),
-    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 6}),  # rotary: the mask alone differs
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("smollm3", {"no_rope_layers": [0] * 6}),
+        ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 6}),  # rotary: the mask alone differs
+    ],
+)
 def test_layers_without_rotary_are_not_turned(kind: str, own: dict[str, Any]) -> None:
     model = small_model(kind, **own)
     ids = prompt_of(70)
@@ -128,19 +139,26 @@ def test_layers_without_rotary_are_not_turned(kind: str, own: dict[str, Any]) ->
         assert not torch.equal(ours, kept(model, ids, 4, 24))
 
 
-@pytest.mark.parametrize(("kind", "own", "reason"), [
-    ("gemma3n_text", {}, "share"),
-    ("gemma4_text", {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3}, "share"),
-    ("mistral", {}, "sliding"),
+@pytest.mark.parametrize(
+    ("kind", "own", "reason"),
+    [
+        ("gemma3n_text", {}, "share"),
+        (
+            "gemma4_text",
+            {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3},
+            "share",
+        ),
+        ("mistral", {}, "sliding"),
         ("ministral", {"layer_types": ["sliding_attention"] * 6}, "sliding"),
         ("xglm", {}, "attention interface"),
-    ("bloom", {}, "attention interface"),
-    ("mpt", {}, "attention interface"),
-    ("mamba", {}, "mamba"),
-    ("jamba", {}, "linear_attention"),
-    ("vaultgemma", {}, "soft-capping"),
-    ("deepseek_v32", {}, "indexed_attention"),
-])  # fmt: skip
+        ("bloom", {}, "attention interface"),
+        ("mpt", {}, "attention interface"),
+        ("mamba", {}, "mamba"),
+        ("jamba", {}, "linear_attention"),
+        ("vaultgemma", {}, "soft-capping"),
+        ("deepseek_v32", {}, "indexed_attention"),
+    ],
+)
 def test_refused_in_one_line_that_names_type_and_reason(kind: str, own: dict[str, Any], reason: str) -> None:
     model = small_model(kind, **own)
     before = model.config._attn_implementation

@@ -29,8 +29,16 @@ from pqbench.models.devices import check_kernels, check_room
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ("needle", "infinitebench_quick", "ruler_quick", "longbench", "fidelity", "latency", "attention",
-              "attention_scores")  # fmt: skip
+BENCHMARKS = (
+    "needle",
+    "infinitebench_quick",
+    "ruler_quick",
+    "longbench",
+    "fidelity",
+    "latency",
+    "attention",
+    "attention_scores",
+)
 METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQCache(m=2, b=4)}
 
 
@@ -102,12 +110,16 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 @pytest.mark.parametrize(
     ("size", "tier", "chunk", "words"),
     [
-        (1_000_000, DeviceTier(), None, ["benchmark.contexts has 2000", "keys and values 0.0", "chunk=250",
-                                         "shorter benchmark.contexts"]),
+        (
+            1_000_000,
+            DeviceTier(),
+            None,
+            ["benchmark.contexts has 2000", "keys and values 0.0", "chunk=250", "shorter benchmark.contexts"],
+        ),
         (1_000_000, DeviceTier(), 20, ["shorter benchmark.contexts"]),
         (700_000, HostTier(), None, ["chunk=250", "shorter benchmark.contexts"]),
     ],
-)  # fmt: skip
+)
 def test_memory_of_a_prefill_is_looked_at_before_it(
     monkeypatch: pytest.MonkeyPatch, size: int, tier: Tier, chunk: int | None, words: list[str]
 ) -> None:

@@ -21,8 +21,11 @@ from tests.support import left_padded, prompt_of
 NEW = 8
 WHOLE = Budget(sink=4, ratio=1.0)
 METHODS: dict[str, Method] = {
-    "full": Full(), "pqcache": PQCache(WHOLE, m=2, b=3), "h2o": H2O(WHOLE), "snapkv": SnapKV(WHOLE),
-}  # fmt: skip
+    "full": Full(),
+    "pqcache": PQCache(WHOLE, m=2, b=3),
+    "h2o": H2O(WHOLE),
+    "snapkv": SnapKV(WHOLE),
+}
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = ["llama", "qwen3", "gemma3_text"]
 
@@ -34,8 +37,9 @@ def small(kind: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Transformers' tokens ``[B, new]`` and the logits ``[B, new, V]`` they come from."""
-    found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, output_logits=True,
-                           return_dict_in_generate=True)  # fmt: skip
+    found = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True
+    )
     return found.sequences[:, ids.shape[1] :], torch.stack(found.logits, 1).float()
 
 

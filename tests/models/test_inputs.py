@@ -42,11 +42,14 @@ def test_images_are_refused() -> None:
         ours(model, pixel_values=torch.zeros(1, 3, 28, 28))
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("token_type_ids", torch.ones(1, 20, dtype=torch.long)),
-    ("position_ids", torch.arange(5, 25)[None]),
-    ("encoder_hidden_states", torch.zeros(1, 4, 64)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token_type_ids", torch.ones(1, 20, dtype=torch.long)),
+        ("position_ids", torch.arange(5, 25)[None]),
+        ("encoder_hidden_states", torch.zeros(1, 4, 64)),
+    ],
+)
 def test_what_would_change_the_answer_is_refused_by_name(name: str, value: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match=name):
         ours(small("bert"), **{name: value})

@@ -91,16 +91,28 @@ def test_keys_whose_frequencies_change_are_not_renumbered(model: PreTrainedModel
         generate(model, prompt_of(20), StreamingLLM(Budget(sink=4, ratio=1.0)), max_new_tokens=2)
 
 
-@pytest.mark.parametrize(("rope", "own", "expected"), [
-    ({"rope_type": "default"}, 512, 512),
-    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 512, 2048),  # Qwen's cards
-    ({"rope_type": "yarn", "factor": 4.0}, 512, 2048),
-    ({"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}, 131072, 131072),  # gpt-oss
-    ({"rope_type": "linear", "factor": 2.0}, 512, 1024),
-    ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-      "original_max_position_embeddings": 64}, 4096, 4096),
-    ({"rope_type": "dynamic", "factor": 4.0}, 512, 512),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rope", "own", "expected"),
+    [
+        ({"rope_type": "default"}, 512, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 512, 2048),  # Qwen's cards
+        ({"rope_type": "yarn", "factor": 4.0}, 512, 2048),
+        ({"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}, 131072, 131072),  # gpt-oss
+        ({"rope_type": "linear", "factor": 2.0}, 512, 1024),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            4096,
+            4096,
+        ),
+        ({"rope_type": "dynamic", "factor": 4.0}, 512, 512),
+    ],
+)
 def test_the_longest_context_follows_rotary_scaling(rope: dict[str, Any], own: int, expected: int) -> None:
     for kind in ("llama", "qwen3"):
         config = small_config(kind, rope_parameters={"rope_theta": 10000.0, **rope}, max_position_embeddings=own)

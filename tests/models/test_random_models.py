@@ -139,8 +139,19 @@ def test_answers_of_random_weights_are_refused() -> None:
 def command(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """The command as users type it, with the shape of a small model."""
     shape = [f"model.shape.{name}={value}" for name, value in TINY.items()]
-    line = [sys.executable, "-m", "pqbench", *overrides, "model=llama31_8b", "model.weights=random", "model.device=cpu",
-            "threads=1", "method=[full]", f"results={folder}", *shape]  # fmt: skip
+    line = [
+        sys.executable,
+        "-m",
+        "pqbench",
+        *overrides,
+        "model=llama31_8b",
+        "model.weights=random",
+        "model.device=cpu",
+        "threads=1",
+        "method=[full]",
+        f"results={folder}",
+        *shape,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -156,8 +167,14 @@ def test_no_score_comes_from_random_weights(tmp_path: Path) -> None:
 
 
 def test_latency_says_that_its_weights_are_random(tmp_path: Path) -> None:
-    done = command(tmp_path, "benchmark=latency", "benchmark.contexts=[128]", "benchmark.repeats=1",
-                   "benchmark.new_tokens=4", "benchmark.warmup=0")  # fmt: skip
+    done = command(
+        tmp_path,
+        "benchmark=latency",
+        "benchmark.contexts=[128]",
+        "benchmark.repeats=1",
+        "benchmark.new_tokens=4",
+        "benchmark.warmup=0",
+    )
     assert done.returncode == 0, done.stderr
     [record] = read_all(tmp_path)
     assert (record["status"], record["weights"], record["model"]) == ("ok", "random", "llama31_8b")

@@ -48,11 +48,17 @@ def small(kind: str) -> PreTrainedModel:
 
 def methods(budget: Budget) -> dict[str, Method]:
     return {
-        "full": Full(), "oracle": Oracle(budget), "h2o": H2O(budget), "snapkv": SnapKV(budget, observation=8, kernel=5),
-        "tova": TOVA(budget), "quest": Quest(budget, page_size=4), "sparq": SparQ(budget, rank=4),
-        "pqcache": PQCache(budget, m=2, b=3), "pqcache_plus": PQCachePlus(budget, b=4, b_v=4),
+        "full": Full(),
+        "oracle": Oracle(budget),
+        "h2o": H2O(budget),
+        "snapkv": SnapKV(budget, observation=8, kernel=5),
+        "tova": TOVA(budget),
+        "quest": Quest(budget, page_size=4),
+        "sparq": SparQ(budget, rank=4),
+        "pqcache": PQCache(budget, m=2, b=3),
+        "pqcache_plus": PQCachePlus(budget, b=4, b_v=4),
         "streaming_llm": StreamingLLM(budget),
-    }  # fmt: skip
+    }
 
 
 def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -181,7 +187,10 @@ def test_the_probe_counts_the_mass_of_sinks() -> None:
 def test_small_budgets_change_tokens_and_stay_within_budget() -> None:
     model, ids = small("gpt_oss"), prompt_of(130)
     right = truth(model, ids)
-    changed = [name for name, method in methods(SMALL).items()
-               if not torch.equal(decode(prefill(model, ids, [method]), 0, NEW).tokens, right)]  # fmt: skip
+    changed = [
+        name
+        for name, method in methods(SMALL).items()
+        if not torch.equal(decode(prefill(model, ids, [method]), 0, NEW).tokens, right)
+    ]
     assert "full" not in changed
     assert len(changed) >= 5

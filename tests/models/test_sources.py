@@ -100,10 +100,10 @@ def test_a_cut_weight_file_is_refused(llama: PreTrainedModel, tmp_path: Path) ->
     assert str(tmp_path) in message(Pretrained("x", path=str(tmp_path)))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"dtype": "int8"}, ["int8", "float32", "bfloat16", "float16"]),
-    ({"device": "abacus"}, ["abacus", "cpu"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"dtype": "int8"}, ["int8", "float32", "bfloat16", "float16"]), ({"device": "abacus"}, ["abacus", "cpu"])],
+)
 def test_unknown_dtype_and_device_are_named(options: dict[str, Any], words: list[str]) -> None:
     text = message(Random("tiny", **options))
     assert all(word in text for word in words)

@@ -27,16 +27,34 @@ def record(method: str, benchmark: str, task: str, sample: str, score: float, **
     """One scored record."""
     kept = 100 if method == "h2o" else 1000
     made = {
-        "benchmark": benchmark, "model": "tiny", "task": task, "sample_id": sample, "method": method,
+        "benchmark": benchmark,
+        "model": "tiny",
+        "task": task,
+        "sample_id": sample,
+        "method": method,
         "key": "k" + method,
-        "budget": "all" if method == "full" else "10 %", "question": "dense", "status": "ok", "prompt_tokens": 1000,
-        "new_tokens": 7, "prediction": f"{method} says {score}", "references": ["42"], "score": score,
-        "prompt_tail": f"{'begin' * 200} and the end of {sample}", "scores": {"score": score},
-        "metadata": {"length": 1024, "depth": 50 * (len(sample) % 3)}, "ttft_s": 1.0,
-        "tt2t_s": 1.5, "tpot_s": {"full": 0.1, "pqcache": 0.02, "h2o": 0.03}.get(method, 0.05), "mass": 0.5,
-        "attended_tokens": 1000.0 if method == "full" else 100.0, "kv_tokens": float(kept),
-        "index_bytes": 500 if method == "pqcache" else 0, "device_bytes": kept * 8, "host_bytes": 0, "link_bytes": 0,
-    }  # fmt: skip
+        "budget": "all" if method == "full" else "10 %",
+        "question": "dense",
+        "status": "ok",
+        "prompt_tokens": 1000,
+        "new_tokens": 7,
+        "prediction": f"{method} says {score}",
+        "references": ["42"],
+        "score": score,
+        "prompt_tail": f"{'begin' * 200} and the end of {sample}",
+        "scores": {"score": score},
+        "metadata": {"length": 1024, "depth": 50 * (len(sample) % 3)},
+        "ttft_s": 1.0,
+        "tt2t_s": 1.5,
+        "tpot_s": {"full": 0.1, "pqcache": 0.02, "h2o": 0.03}.get(method, 0.05),
+        "mass": 0.5,
+        "attended_tokens": 1000.0 if method == "full" else 100.0,
+        "kv_tokens": float(kept),
+        "index_bytes": 500 if method == "pqcache" else 0,
+        "device_bytes": kept * 8,
+        "host_bytes": 0,
+        "link_bytes": 0,
+    }
     return made | fields
 
 
@@ -50,8 +68,17 @@ def write(root: Path) -> Path:
                 file.append(record(method, benchmark, task, f"{task}-{'i' * i}", score))
     file = RecordFile.create(root, "../up", EVIL, EVIL, config(EVIL, name=EVIL))
     file.append(
-        record(EVIL, "needle", EVIL, EVIL, 1.0, prediction=EVIL + "\nsecond line", references=[EVIL], key="kevil",
-               prompt_tail=EVIL,
-               metadata={EVIL: EVIL, "length": 1024, "depth": 0})
-    )  # fmt: skip
+        record(
+            EVIL,
+            "needle",
+            EVIL,
+            EVIL,
+            1.0,
+            prediction=EVIL + "\nsecond line",
+            references=[EVIL],
+            key="kevil",
+            prompt_tail=EVIL,
+            metadata={EVIL: EVIL, "length": 1024, "depth": 0},
+        )
+    )
     return root

@@ -27,8 +27,17 @@ class Results:
         own = {"_target_": f"methods.{target}.X", **(options or {})}
         self.known[key] = ({"benchmark": {}, **self.common, **settings, "method": own}, {"processor": "Test CPU"})
         for i, row in enumerate(rows):
-            common = {"benchmark": self.benchmark, "model": "toy", "task": "t", "sample_id": f"s{i}", "method": method,
-                      "key": key, "budget": "10 %", "question": "dense", "status": "ok"}  # fmt: skip
+            common = {
+                "benchmark": self.benchmark,
+                "model": "toy",
+                "task": "t",
+                "sample_id": f"s{i}",
+                "method": method,
+                "key": key,
+                "budget": "10 %",
+                "question": "dense",
+                "status": "ok",
+            }
             self.rows.append(common | row)
 
     @property

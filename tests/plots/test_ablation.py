@@ -17,8 +17,15 @@ PARTS = {"m": 2, "b": 6, "spread": False}
 
 def rows(*errors: float, **fields: Any) -> list[dict[str, Any]]:
     """A record per document with these output errors; KL is ten times as much."""
-    common = {"length": 2048, "steps": 32, "ratio": 0.1, "dtype": "float32", "threads": 1, "device": "AMD EPYC",
-              "bytes_per_head": 1e5}  # fmt: skip
+    common = {
+        "length": 2048,
+        "steps": 32,
+        "ratio": 0.1,
+        "dtype": "float32",
+        "threads": 1,
+        "device": "AMD EPYC",
+        "bytes_per_head": 1e5,
+    }
     return [
         common | {"document": f"sotu-{i}", "output_error": error, "kl": 10 * error, "sample_id": f"sotu-{i}"} | fields
         for i, error in enumerate(errors)

@@ -16,12 +16,31 @@ def row(
 ) -> dict[str, Any]:
     select, fetch, attend = times
     return {
-        "benchmark": "attention", "model": "llama31_8b", "geometry": "llama31_8b", "method": method, "key": "k",
-        "status": "ok", "kernel": kernel, "dtype": dtype, "budget": budget, "context": 32768.0, "keys": "real",
-        "select_s": select, "fetch_s": fetch, "attend_s": attend, "append_s": 0.001, "total_s": sum(times) + 0.001,
-        "link": None, "emulated": False, "device": "AMD EPYC", "threads": 2.0, "kernels": "cpu", "timed_steps": 20.0,
-        "dense_ratio": 0.02 / (sum(times) + 0.001), "copy_bandwidth_gbps": 30.0,
-    } | more  # fmt: skip
+        "benchmark": "attention",
+        "model": "llama31_8b",
+        "geometry": "llama31_8b",
+        "method": method,
+        "key": "k",
+        "status": "ok",
+        "kernel": kernel,
+        "dtype": dtype,
+        "budget": budget,
+        "context": 32768.0,
+        "keys": "real",
+        "select_s": select,
+        "fetch_s": fetch,
+        "attend_s": attend,
+        "append_s": 0.001,
+        "total_s": sum(times) + 0.001,
+        "link": None,
+        "emulated": False,
+        "device": "AMD EPYC",
+        "threads": 2.0,
+        "kernels": "cpu",
+        "timed_steps": 20.0,
+        "dense_ratio": 0.02 / (sum(times) + 0.001),
+        "copy_bandwidth_gbps": 30.0,
+    } | more
 
 
 @pytest.fixture
@@ -43,8 +62,11 @@ def test_a_panel_for_each_dtype_and_budget(run: pd.DataFrame) -> None:
     figure = attention.bars(run)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == [
-        "float32, budget 10 %", "float32, budget 1024 tokens", "bfloat16, budget 10 %", "bfloat16, budget 1024 tokens",
-    ]  # fmt: skip
+        "float32, budget 10 %",
+        "float32, budget 1024 tokens",
+        "bfloat16, budget 10 %",
+        "bfloat16, budget 1024 tokens",
+    ]
     assert figure.get_suptitle() == "One llama31_8b attention layer, 32K tokens"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["select", "fetch", "attend", "append"]
     notes = " ".join(text.get_text() for text in figure.texts)

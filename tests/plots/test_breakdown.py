@@ -20,9 +20,17 @@ def results() -> Results:
         for context in (1024, 2048):
             phases: dict[str, Any] = dict(zip(FIELDS, seconds, strict=True))
             rows = [
-                phases | {"tpot_s": sum(seconds), "context": context, "new_tokens": 24,
-                "device": "Test CPU", "link": "local", "sample_id": f"{context}-{repeat}"} for repeat in range(2)
-            ]  # fmt: skip
+                phases
+                | {
+                    "tpot_s": sum(seconds),
+                    "context": context,
+                    "new_tokens": 24,
+                    "device": "Test CPU",
+                    "link": "local",
+                    "sample_id": f"{context}-{repeat}",
+                }
+                for repeat in range(2)
+            ]
             found.run(method, method, rows)
     return found
 

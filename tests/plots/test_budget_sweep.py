@@ -31,15 +31,18 @@ def results() -> Results:
 
 
 def test_panels_hold_the_means(results: Results, tmp_path: Path) -> None:
-    rows = budget_sweep.swept(budget_sweep.families(budget_sweep.measured(results.table, "score", "attended_tokens",
-                                                                          "prompt_tokens")))  # fmt: skip
+    rows = budget_sweep.swept(
+        budget_sweep.families(budget_sweep.measured(results.table, "score", "attended_tokens", "prompt_tokens"))
+    )
     assert set(rows["method"]) == {"pqcache", "h2o"}  # sparq has one budget
     full = results.table[results.table["method"] == "full"]
     figure = budget_sweep.panels(rows, full, looks(["pqcache", "h2o"]))
     score, mass, error = figure.axes
     assert [axis.get_title() for axis in figure.axes] == [
-        "score", "attention probability retained", "error of the attention output",
-    ]  # fmt: skip
+        "score",
+        "attention probability retained",
+        "error of the attention output",
+    ]
     lines = {line.get_label(): line for line in (box.lines[0] for box in score.containers)}
     h2o, pqcache = (box.lines[0] for box in score.containers)
     assert set(lines)

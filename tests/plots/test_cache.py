@@ -17,8 +17,16 @@ def results() -> Results:
     found = Results("latency")
     for policy in ("lfu", "lru"):
         for size, hits, tpot in ((0, None, 0.1), (256, 0.4, 0.09), (1024, 0.6 if policy == "lfu" else 0.5, 0.08)):
-            row = {"cache_hit_rate": hits, "tpot_s": tpot, "context": 2048, "link": "emulated 4 GB/s", "emulated": True,
-                   "new_tokens": 32, "device": "Test CPU", "threads": 2}  # fmt: skip
+            row = {
+                "cache_hit_rate": hits,
+                "tpot_s": tpot,
+                "context": 2048,
+                "link": "emulated 4 GB/s",
+                "emulated": True,
+                "new_tokens": 32,
+                "device": "Test CPU",
+                "threads": 2,
+            }
             store = {"cache_tokens": size, "cache_policy": policy}
             found.run("pqcache", "pqcache", [row], store=store)
     return found
@@ -42,8 +50,9 @@ def test_lines_by_policy_and_published_points(results: Results, tmp_path: Path) 
     assert "third-party note, unverified" in written
     assert "n = 1 per point, 32 tokens generated; Test CPU, 2 threads" in written
     assert [path.name for path in cache.draw(results.table, tmp_path)] == [
-        "cache_pqcache_toy_2048.png", "cache_pqcache_toy_2048.pdf",
-    ]  # fmt: skip
+        "cache_pqcache_toy_2048.png",
+        "cache_pqcache_toy_2048.pdf",
+    ]
 
 
 def test_without_published_numbers(results: Results) -> None:

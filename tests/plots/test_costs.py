@@ -19,9 +19,17 @@ from pqbench.costs.model import HARDWARE, MODELS, MethodProfile, fits, tpot
 from tests.costs.test_costs import EXACT, made_by
 
 COMMON: dict[str, Any] = {
-    "benchmark": "latency", "model": "smollm2", "status": "ok", "threads": 2, "kernels": "cpu", "link": "local",
-    "emulated": False, "budget": "25 %", "key": "k", "tt2t_s": 1.0,
-}  # fmt: skip
+    "benchmark": "latency",
+    "model": "smollm2",
+    "status": "ok",
+    "threads": 2,
+    "kernels": "cpu",
+    "link": "local",
+    "emulated": False,
+    "budget": "25 %",
+    "key": "k",
+    "tt2t_s": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +51,9 @@ def test_measured_points_are_filled_and_predictions_dashed(run: pd.DataFrame, fi
     chosen = looks(run["method"]) | {costs.ON_HOST: looks([])["full"]}
     figure = costs.by_context(run, fit, MODELS["smollm2"], chosen)
     assert [axis.get_title() for axis in figure.axes[:4]] == [
-        "smollm2 on toy", *(f"llama31_8b on {hardware.name}" for hardware in HARDWARE.values())
-    ]  # fmt: skip
+        "smollm2 on toy",
+        *(f"llama31_8b on {hardware.name}" for hardware in HARDWARE.values()),
+    ]
     here = figure.axes[4]
     assert here.get_ylabel() == "time per output token (ms)"
     points = line(here, "pq, measured")
@@ -128,9 +137,11 @@ def test_a_method_is_drawn_with_the_setting_of_most_contexts() -> None:
     pq = table[table["method"] == "pq"]
     short = pq[pq["context"] > 1024]
     parts = [
-        table.assign(**COMMON), pq.assign(**COMMON | {"budget": "50 %", "key": "newer"}),
-        short.assign(**COMMON | {"budget": "90 %", "key": "short"}), short.assign(**COMMON | {"method": "other"}),
-    ]  # fmt: skip
+        table.assign(**COMMON),
+        pq.assign(**COMMON | {"budget": "50 %", "key": "newer"}),
+        short.assign(**COMMON | {"budget": "90 %", "key": "short"}),
+        short.assign(**COMMON | {"method": "other"}),
+    ]
     kept = costs.one_setting_each(timed(pd.concat(parts, ignore_index=True)))
     assert set(kept["method"]) == {"full", "pq"}
     assert set(kept.loc[kept["method"] == "pq", "key"]) == {"newer"}

@@ -26,14 +26,26 @@ POINTS: dict[tuple[str, float | None], tuple[tuple[float, float], tuple[float, f
 def rows(**fields: Any) -> list[dict[str, Any]]:
     return [
         {
-            "benchmark": "fidelity", "model": "toy", "method": method, "key": f"key-{method}", "status": "ok",
-            "document": f"sotu-{i:03}", "length": 4096.0, "steps": 64.0, "ratio": ratio, "dtype": "float32",
-            "threads": 2.0, "device": "AMD EPYC", "bytes_per_head": size[i], "output_error": error[i],
+            "benchmark": "fidelity",
+            "model": "toy",
+            "method": method,
+            "key": f"key-{method}",
+            "status": "ok",
+            "document": f"sotu-{i:03}",
+            "length": 4096.0,
+            "steps": 64.0,
+            "ratio": ratio,
+            "dtype": "float32",
+            "threads": 2.0,
+            "device": "AMD EPYC",
+            "bytes_per_head": size[i],
+            "output_error": error[i],
             "kl": error[i] ** 2,
-        } | fields
+        }
+        | fields
         for (method, ratio), (size, error) in POINTS.items()
         for i in range(2)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture

@@ -14,9 +14,17 @@ def results(benchmark: str) -> Results:
     found = Results(benchmark, store={"link": "local"})
     for asked, done in ((1, 1), (5, 5), (None, 3)):
         rows = [
-            {"score": 10 * done, "output_error": 0.5 / done, "index_build_s": 0.1 * done, "tt2t_s": 2 + done,
-             "wait_s": 0.01, "index_facts": {"iterations": done}, "context": 2048} for _ in range(2)
-        ]  # fmt: skip
+            {
+                "score": 10 * done,
+                "output_error": 0.5 / done,
+                "index_build_s": 0.1 * done,
+                "tt2t_s": 2 + done,
+                "wait_s": 0.01,
+                "index_facts": {"iterations": done},
+                "context": 2048,
+            }
+            for _ in range(2)
+        ]
         if benchmark != "latency":
             rows = [{name: value for name, value in row.items() if name != "context"} for row in rows]
         found.run(f"pqcache_{asked}", "pqcache", rows, {"iterations": asked, "m": 4})
@@ -45,8 +53,9 @@ def test_times(tmp_path: Path) -> None:
     assert "2048 tokens" in texts(figure)
     assert "median" in texts(figure)
     assert {path.name for path in iterations.draw(table, tmp_path)} == {
-        "iterations_latency_toy_2048.png", "iterations_latency_toy_2048.pdf",
-    }  # fmt: skip
+        "iterations_latency_toy_2048.png",
+        "iterations_latency_toy_2048.pdf",
+    }
     assert "[emulated]" in texts(iterations.panels(iterations.counted(table.assign(emulated=True))))
 
 

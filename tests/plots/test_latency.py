@@ -13,21 +13,39 @@ from plots import latency
 from plots.data import with_settings
 from plots.style import apart, looks
 
-SECONDS = {("full", 1024): (0.1, 0.2, 0.3), ("full", 4096): (0.4, 0.5, 0.9), ("pqcache", 1024): (0.2, 0.2, 0.2),
-           ("pqcache", 4096): (0.3, 0.1, 0.2)}  # fmt: skip
+SECONDS = {
+    ("full", 1024): (0.1, 0.2, 0.3),
+    ("full", 4096): (0.4, 0.5, 0.9),
+    ("pqcache", 1024): (0.2, 0.2, 0.2),
+    ("pqcache", 4096): (0.3, 0.1, 0.2),
+}
 
 
 def rows(**fields: Any) -> list[dict[str, Any]]:
     return [
         {
-            "benchmark": "latency", "model": "toy", "method": method, "key": f"key-{method}", "status": "ok",
-            "budget": "all" if method == "full" else "10 %", "context": float(context), "new_tokens": 32.0,
-            "ttft_s": 10 * seconds, "tt2t_s": 20 * seconds, "tpot_s": seconds, "link": None, "emulated": False,
-            "device": "AMD EPYC", "dtype": "float32", "threads": 2.0, "kernels": "cpu",
-        } | fields
+            "benchmark": "latency",
+            "model": "toy",
+            "method": method,
+            "key": f"key-{method}",
+            "status": "ok",
+            "budget": "all" if method == "full" else "10 %",
+            "context": float(context),
+            "new_tokens": 32.0,
+            "ttft_s": 10 * seconds,
+            "tt2t_s": 20 * seconds,
+            "tpot_s": seconds,
+            "link": None,
+            "emulated": False,
+            "device": "AMD EPYC",
+            "dtype": "float32",
+            "threads": 2.0,
+            "kernels": "cpu",
+        }
+        | fields
         for (method, context), repeats in SECONDS.items()
         for seconds in repeats
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -45,8 +63,10 @@ def test_lines_are_medians_and_bands_go_from_min_to_max(run: pd.DataFrame) -> No
 def test_three_panels_show_the_values_with_units(run: pd.DataFrame) -> None:
     figure = latency.panels(run, looks(["full", "pqcache"]))
     assert [axis.get_title() for axis in figure.axes] == [
-        "time to first token", "time to second token", "time per output token",
-    ]  # fmt: skip
+        "time to first token",
+        "time to second token",
+        "time per output token",
+    ]
     for axis, factor, unit in zip(figure.axes, (10, 20, 1000), ("s", "s", "ms"), strict=True):
         full, pqcache = axis.lines
         assert list(full.get_xdata()) == [1024, 4096]

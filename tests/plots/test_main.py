@@ -22,16 +22,26 @@ def folder(tmp_path: Path) -> Path:
     """Results with needle records of two lengths under full attention."""
     file = RecordFile.create(tmp_path, "needle", "toy", "full", SETTINGS)
     for length in (1024, 2048):
-        file.append({"benchmark": "needle", "model": "toy", "task": "number", "sample_id": f"{length}",
-                     "method": "full", "key": file.folder.name.rpartition("-")[2], "budget": "all", "question": "dense",
-                     "status": "ok", "score": 50.0, "metadata": {"length": length, "depth": 0}})  # fmt: skip
+        file.append(
+            {
+                "benchmark": "needle",
+                "model": "toy",
+                "task": "number",
+                "sample_id": f"{length}",
+                "method": "full",
+                "key": file.folder.name.rpartition("-")[2],
+                "budget": "all",
+                "question": "dense",
+                "status": "ok",
+                "score": 50.0,
+                "metadata": {"length": length, "depth": 0},
+            }
+        )
     return tmp_path
 
 
 def test_every_module_that_draws_is_a_figure() -> None:
-    drawing = {
-        path.stem for path in (ROOT / "plots").glob("*.py") if "\ndef draw(" in path.read_text(encoding="utf-8")
-    }  # fmt: skip
+    drawing = {path.stem for path in (ROOT / "plots").glob("*.py") if "\ndef draw(" in path.read_text(encoding="utf-8")}
     assert figures().keys() >= drawing
     assert {"needle", "latency", "cache", "pareto", "power_law"} <= figures().keys()
 

@@ -16,11 +16,18 @@ SCORES = {(1024, 0): 100.0, (1024, 50): 50.0, (2048, 0): 0.0, (2048, 50): 75.0}
 def rows(method: str, key: str, budget: str, scale: float) -> list[dict[str, object]]:
     return [
         {
-            "benchmark": "needle", "model": "toy", "method": method, "key": key, "budget": budget, "status": "ok",
-            "sample_id": f"{length}-{depth}", "score": score * scale, "metadata": {"length": length, "depth": depth},
+            "benchmark": "needle",
+            "model": "toy",
+            "method": method,
+            "key": key,
+            "budget": budget,
+            "status": "ok",
+            "sample_id": f"{length}-{depth}",
+            "score": score * scale,
+            "metadata": {"length": length, "depth": depth},
         }
         for (length, depth), score in SCORES.items()
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture

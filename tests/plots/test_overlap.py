@@ -14,8 +14,15 @@ from tests.plots.support import Results, texts
 def results() -> Results:
     found = Results("latency")
     for overlaps, wait in ((True, 0.1), (False, 0.5)):
-        row = {"ttft_s": 2.0, "tt2t_s": 2.1 + wait, "wait_s": wait, "index_build_s": 0.5, "context": 1024,
-               "link": "local", "device": "Test CPU"}  # fmt: skip
+        row = {
+            "ttft_s": 2.0,
+            "tt2t_s": 2.1 + wait,
+            "wait_s": wait,
+            "index_build_s": 0.5,
+            "context": 1024,
+            "link": "local",
+            "device": "Test CPU",
+        }
         found.run("pqcache", "pqcache", [row], overlap=overlaps)
     return found
 

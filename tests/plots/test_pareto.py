@@ -14,8 +14,16 @@ from tests.plots.support import Results, texts
 
 
 def row(score: float, error: float, index: float, attended: float, tpot: float) -> dict[str, Any]:
-    return {"score": score, "output_error": error, "index_bytes": index, "attended_tokens": attended, "tpot_s": tpot,
-            "kv_tokens": 1000, "device_bytes": 2e6, "host_bytes": 0}  # 2000 bytes a token  # fmt: skip
+    return {
+        "score": score,
+        "output_error": error,
+        "index_bytes": index,
+        "attended_tokens": attended,
+        "tpot_s": tpot,
+        "kv_tokens": 1000,
+        "device_bytes": 2e6,
+        "host_bytes": 0,
+    }  # 2000 bytes a token
 
 
 @pytest.fixture
@@ -43,8 +51,11 @@ def test_points(results: Results, tmp_path: Path) -> None:
     assert sorted(cloud.get_xdata()) == pytest.approx([0.3, 0.7])
     assert sorted(cloud.get_ydata()) == pytest.approx([20, 40])
     assert {text.get_text() for text in time.texts} == {"full", "h2o", "pqcache"}
-    assert [axis.get_xlabel() for axis in figure.axes] == ["MB read per step", "MB read per step",
-                                                          "ms per output token (median)"]  # fmt: skip
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        "MB read per step",
+        "MB read per step",
+        "ms per output token (median)",
+    ]
     assert "n = 2 per point" in texts(figure)
     assert len(pareto.draw(results.table, tmp_path)) == 2
 

@@ -19,8 +19,17 @@ def results() -> Results:
     rows = []
     for layer, scale in ((0, 0.2), (1, 0.4)):
         heads = [[scale * (1 + head) / 1.5 * rank**-1.5 for rank in RANKS] for head in (0, 1)]
-        rows.append({"layer": layer, "context": 128, "ranks": RANKS, "probabilities": heads, "queries": 64,
-                     "mass": [[0.5, 0.9], [0.7, 0.9]], "mass_shares": [0.01, 0.1]})  # fmt: skip
+        rows.append(
+            {
+                "layer": layer,
+                "context": 128,
+                "ranks": RANKS,
+                "probabilities": heads,
+                "queries": 64,
+                "mass": [[0.5, 0.9], [0.7, 0.9]],
+                "mass_shares": [0.01, 0.1],
+            }
+        )
     found.run("full", "full", rows)
     return found
 
@@ -40,8 +49,9 @@ def test_layers_mean_and_fit(results: Results, tmp_path: Path) -> None:
     assert (list(median.get_xdata()), list(median.get_ydata())) == ([1, 10], pytest.approx([60, 90]))
     assert "2 layers x 2 KV heads" in texts(figure)
     assert [path.name for path in power_law.draw(results.table, tmp_path)] == [
-        "power_law_toy_128.png", "power_law_toy_128.pdf",
-    ]  # fmt: skip
+        "power_law_toy_128.png",
+        "power_law_toy_128.pdf",
+    ]
 
 
 def test_nothing_without_probabilities(results: Results, tmp_path: Path) -> None:

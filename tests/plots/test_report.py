@@ -127,10 +127,7 @@ def test_the_plot_puts_better_scores_higher_and_dearer_runs_to_the_right(page: h
 def test_the_frontier_is_what_no_run_beats() -> None:
     points = [(1, 10), (2, 10), (2, 30), (3, 20), (4, 40), (4, 41), (9, 41)]
     costs, scores = [c for c, _ in points], [s for _, s in points]
-    beaten = {
-        i for i, (c, s) in enumerate(points)
-        if any((a <= c and b >= s) and (a, b) != (c, s) for a, b in points)
-    }  # fmt: skip
+    beaten = {i for i, (c, s) in enumerate(points) if any((a <= c and b >= s) and (a, b) != (c, s) for a, b in points)}
     assert frontier(costs, scores) == [i for i in range(len(points)) if i not in beaten]
 
 
@@ -146,8 +143,20 @@ def test_methods_are_described_from_their_source_without_running_it(page: html.H
     assert "elsewhere.absent.H2O was not found" in sections["h2o"].text_content()
 
 
-@pytest.mark.parametrize("target", ["", "x", "os.path.join", "../methods.full.Full", "methods.full.Absent", "a.b\x00.c",
-                                    "methods..full.Full", "__main__.X", "methods.__main__.X"])  # fmt: skip
+@pytest.mark.parametrize(
+    "target",
+    [
+        "",
+        "x",
+        "os.path.join",
+        "../methods.full.Full",
+        "methods.full.Absent",
+        "a.b\x00.c",
+        "methods..full.Full",
+        "__main__.X",
+        "methods.__main__.X",
+    ],
+)
 def test_targets_that_are_no_class_here_have_no_description(target: str) -> None:
     assert describe(target) is None
 
@@ -299,9 +308,22 @@ def test_fields_of_the_wrong_type_or_absent_break_nothing(tmp_path: Path, value:
 
 def test_fidelity_has_its_tables(tmp_path: Path) -> None:
     def one(method: str, document: str, ratio: float, error: float) -> dict[str, Any]:
-        return {"version": VERSION, "benchmark": "fidelity", "model": "tiny", "method": method, "key": method,
-                "sample_id": f"{document}-{ratio}", "status": "ok", "document": document, "length": 4096, "steps": 8,
-                "ratio": ratio, "output_error": error, "kl": error / 10, "attended_tokens": 9}  # fmt: skip
+        return {
+            "version": VERSION,
+            "benchmark": "fidelity",
+            "model": "tiny",
+            "method": method,
+            "key": method,
+            "sample_id": f"{document}-{ratio}",
+            "status": "ok",
+            "document": document,
+            "length": 4096,
+            "steps": 8,
+            "ratio": ratio,
+            "output_error": error,
+            "kl": error / 10,
+            "attended_tokens": 9,
+        }
 
     for method, factor in (("oracle", 1.0), ("ours", 0.5)):
         rows = [one(method, d, ratio, factor * e) for d, e in (("a", 0.2), ("b", 0.4)) for ratio in (0.1, 0.2)]
@@ -322,10 +344,14 @@ def test_fidelity_has_its_tables(tmp_path: Path) -> None:
 def test_fifty_thousand_records_make_a_page_of_less_than_ten_megabytes(tmp_path: Path) -> None:
     text = "words of a long prediction <b>&</b> " * 60
     for i in range(50):
-        lines(tmp_path, f"m{i}-1", [
-            record(f"m{i % 10}", "needle", "number", f"s{j}", 50.0, version=VERSION, key=f"k{i}", prediction=text)
-            for j in range(1000)
-        ])  # fmt: skip
+        lines(
+            tmp_path,
+            f"m{i}-1",
+            [
+                record(f"m{i % 10}", "needle", "number", f"s{j}", 50.0, version=VERSION, key=f"k{i}", prediction=text)
+                for j in range(1000)
+            ],
+        )
     source = render(load(tmp_path))
     assert len(source.encode()) < 10e6
     page = html.fromstring(source.encode())
@@ -346,14 +372,21 @@ def test_what_a_page_has_no_room_for_is_said(tmp_path: Path, monkeypatch: pytest
     page = build(tmp_path)
     assert len(page.xpath("//table[@id='runs']/tbody/tr")) == 7
     assert page.xpath("//p[contains(@class,'limit')]/text()") == [
-        "First 7 of 9 rows are listed.", "First 1 of 2 plots are drawn.", "First 5 of 9 runs are listed.",
+        "First 7 of 9 rows are listed.",
+        "First 1 of 2 plots are drawn.",
+        "First 5 of 9 runs are listed.",
         "First 6 of 9 methods are described.",
-    ]  # fmt: skip
+    ]
 
 
 def test_bytes_of_a_step_count_rows_where_all_of_them_are() -> None:
-    table = pd.DataFrame({
-        "index_bytes": [10, 10, 10, None], "attended_tokens": [5.0, 5.0, 5.0, 5.0], "kv_tokens": [100, 100, 0, 100],
-        "device_bytes": [800, 300, 800, 800], "host_bytes": [0, 800, 0, 0],
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "index_bytes": [10, 10, 10, None],
+            "attended_tokens": [5.0, 5.0, 5.0, 5.0],
+            "kv_tokens": [100, 100, 0, 100],
+            "device_bytes": [800, 300, 800, 800],
+            "host_bytes": [0, 800, 0, 0],
+        }
+    )
     assert leaderboard.step_bytes(table).fillna(-1).tolist() == [50.0, 50.0, -1.0, -1.0]

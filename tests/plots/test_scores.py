@@ -21,8 +21,9 @@ def results(model: str = "toy", question_first: bool = False) -> Results:
         for method, (passkey, number) in VALUES.items():
             rows = [
                 {"task": task, "score": value, "sample_id": f"{task}-{i}", "model": model}
-                for task, value in (("passkey", passkey), ("number_string", number)) for i in range(3)
-            ]  # fmt: skip
+                for task, value in (("passkey", passkey), ("number_string", number))
+                for i in range(3)
+            ]
             options = {} if method == "full" else {"budget": {"ratio": ratio}}
             if method != "full" or ratio == 0.1:
                 found.run(method, method, rows, options)
@@ -32,8 +33,10 @@ def results(model: str = "toy", question_first: bool = False) -> Results:
 def test_dots_are_means_over_tasks(tmp_path: Path) -> None:
     run = scores.families(results().table)
     assert [(name, score.value) for name, _, score in scores.dots(scores.by_ratio(run)["10 %"])] == [
-        ("pyramidkv", 25), ("pqcache", 85), ("full", 90),
-    ]  # fmt: skip
+        ("pyramidkv", 25),
+        ("pqcache", 85),
+        ("full", 90),
+    ]
     figure = scores.panels(run, published("infinitebench"), looks(run["family"]))
     left, right = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["10 % of the tokens", "20 % of the tokens"]
@@ -44,8 +47,9 @@ def test_dots_are_means_over_tasks(tmp_path: Path) -> None:
     assert "n = 6 samples per method (passkey, number_string)" in texts(figure)
     assert "published" not in texts(figure)  # of another model
     assert [path.name for path in scores.draw(results().table, tmp_path)] == [
-        "scores_infinitebench_toy.png", "scores_infinitebench_toy.pdf",
-    ]  # fmt: skip
+        "scores_infinitebench_toy.png",
+        "scores_infinitebench_toy.pdf",
+    ]
 
 
 def test_published_averages_are_hollow() -> None:
@@ -53,10 +57,16 @@ def test_published_averages_are_hollow() -> None:
     figure = scores.panels(run, published("infinitebench"), looks(run["family"]))
     hollow = {
         (axis.get_title(), line.get_xdata()[0], line.get_ydata()[0])
-        for axis in figure.axes for line in axis.lines if line.get_markerfacecolor() == "none"
-    }  # fmt: skip
-    assert hollow == {("10 % of the tokens", 46.80, 1), ("10 % of the tokens", 44.74, 0),
-                      ("20 % of the tokens", 47.31, 1), ("20 % of the tokens", 46.61, 0)}  # fmt: skip
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_markerfacecolor() == "none"
+    }
+    assert hollow == {
+        ("10 % of the tokens", 46.80, 1),
+        ("10 % of the tokens", 44.74, 0),
+        ("20 % of the tokens", 47.31, 1),
+        ("20 % of the tokens", 46.61, 0),
+    }
     assert "third-party note, unverified" in texts(figure)
 
 

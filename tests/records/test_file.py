@@ -139,8 +139,17 @@ def test_lines_are_strict_json_in_ascii(file: RecordFile) -> None:
     assert (record["inf"], record["numpy"], record["ids"], record["path"]) == (None, 0.5, [3], "x")
 
 
-BROKEN = [b"{", b"[1]", b"null", b'"text"', b"\xff\xfe", b'{"sample_id": 3, "status": "ok"}', b'{"sample_id": "x"}',
-          b'{"sample_id": ["x"], "status": "ok"}', b"[" * 100_000]  # fmt: skip
+BROKEN = [
+    b"{",
+    b"[1]",
+    b"null",
+    b'"text"',
+    b"\xff\xfe",
+    b'{"sample_id": 3, "status": "ok"}',
+    b'{"sample_id": "x"}',
+    b'{"sample_id": ["x"], "status": "ok"}',
+    b"[" * 100_000,
+]
 
 
 @pytest.mark.parametrize("line", BROKEN, ids=range(len(BROKEN)))

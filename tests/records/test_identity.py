@@ -61,6 +61,7 @@ def code_now() -> str:
         ("mine.py", '"""A method."""\n', "\n\n", False),
         ("mine.py", "        return twice(x)", "        return (  twice( x ) )", False),
         ("mine.py", "twice(x)", "twice(x) + 1", True),
+        ("mine.py", "import twice", "import twice as double", True),
         ("helper.py", "2 * x", "3 * x", True),
         ("other.py", "x = 1", "x = 2", False),
     ],
@@ -83,6 +84,15 @@ def test_a_module_that_moves_keeps_its_code_and_its_key(package: Path, tmp_path:
     assert run_key(settings[0]) != run_key({"method": {"_target_": "own_methods.mine.Other", "m": 2}})
 
 
+def test_a_helper_that_moves_changes_no_code(package: Path) -> None:
+    before = code_now()
+    (package / "helper.py").rename(package / "far.py")
+    text = (package / "mine.py").read_text()
+    (package / "mine.py").write_text(text.replace("own_methods.helper", "own_methods.far"))
+    assert "own_methods.far" in (package / "mine.py").read_text()
+    assert code_now() == before
+
+
 def test_names_of_classes_stand_for_their_paths() -> None:
     nested = {"a": [{"_target_": "x.y.Z", "k": 1}], "_target_": "Z", "b": {"_target_": "q.W"}}
     assert class_names(nested) == {"a": [{"_target_": "Z", "k": 1}], "_target_": "Z", "b": {"_target_": "W"}}
@@ -95,8 +105,17 @@ def test_the_code_of_a_method_around_another_holds_both() -> None:
 
 
 def record(sample: str, **fields: Any) -> dict[str, Any]:
-    return {"benchmark": "needle", "model": "tiny", "task": "number", "sample_id": sample, "method": "mine",
-            "status": "ok", "score": 50.0, "scores": {"score": 50.0}, **fields}  # fmt: skip
+    return {
+        "benchmark": "needle",
+        "model": "tiny",
+        "task": "number",
+        "sample_id": sample,
+        "method": "mine",
+        "status": "ok",
+        "score": 50.0,
+        "scores": {"score": 50.0},
+        **fields,
+    }
 
 
 def test_older_code_is_told_left_out_and_shown_on_request(

@@ -122,7 +122,8 @@ def test_a_heart_beats_until_the_run_ends(tmp_path: Path) -> None:
     assert read_runs(tmp_path)[0].state == "stopped"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (91, "2 min"), (5340, "89 min"),
-                                               (11100, "3 h 05 min")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (89, "89 s"), (91, "2 min"), (5340, "89 min"), (11100, "3 h 05 min")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -17,13 +17,16 @@ from pqbench.support.trial import COMMON, Outcome, page, tried
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("kind", "result", "note"), [
-    ("olmo2", "exact", ""),
-    ("gpt2", "exact", "streaming_llm"),
-    ("deepseek_v2", "exact", ""),
-    ("vaultgemma", "refused", "soft-capping"),
-    ("rwkv", "refused", "attention interface"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "result", "note"),
+    [
+        ("olmo2", "exact", ""),
+        ("gpt2", "exact", "streaming_llm"),
+        ("deepseek_v2", "exact", ""),
+        ("vaultgemma", "refused", "soft-capping"),
+        ("rwkv", "refused", "attention interface"),
+    ],
+)
 def test_outcomes_of_types(kind: str, result: str, note: str) -> None:
     (outcome,) = tried([kind])
     assert (outcome.kind, outcome.result) == (kind, result)

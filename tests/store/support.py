@@ -53,10 +53,16 @@ def split_of(context: int) -> Split | None:
 
 
 def open_store(
-    keys: Tensor, values: Tensor, link: Link, cache: str = "none", overlap: bool = True,
-    split: Callable[[int], Split | None] = split_of, scratch: Scratch | None = None, prompt: int = PROMPT,
+    keys: Tensor,
+    values: Tensor,
+    link: Link,
+    cache: str = "none",
+    overlap: bool = True,
+    split: Callable[[int], Split | None] = split_of,
+    scratch: Scratch | None = None,
+    prompt: int = PROMPT,
     reserve: int = 0,
-) -> HostStore:  # fmt: skip
+) -> HostStore:
     """A store over the first ``prompt`` tokens."""
     rows = HostPrompt.offload(link, keys[:, :, :prompt], values[:, :, :prompt])
     options = CACHES[cache]

@@ -50,7 +50,7 @@ class Model:
 
 def stepped(
     body: ModuleType, residency: Residency, blocks: list[int], lfu: bool, admit: int = 99
-) -> list[tuple[int, int]]:  # fmt: skip
+) -> list[tuple[int, int]]:
     """One step of one owner that wants blocks in this order: what entered which slot."""
     counts = torch.zeros_like(residency.where)
     for rank, block in enumerate(blocks):
@@ -116,7 +116,7 @@ def owner_of(cache: BlockCache, head: int, heads: int, length: int) -> int:
 
 def asked(
     cache: BlockCache, rows: list[tuple[int, int]], length: int, on_host: int, heads: int
-) -> list[tuple[int, int]]:  # fmt: skip
+) -> list[tuple[int, int]]:
     """One step that asks for (head, position); what was let in as (first head, block start)."""
     counts = torch.zeros_like(cache.table(length))
     for head, position in rows:
@@ -162,9 +162,7 @@ def test_sequences_do_not_share_blocks_and_heads_do_unless_told_otherwise() -> N
 
 @pytest.mark.parametrize("per_head", [True, False])
 @given(data=st.data(), policy=st.sampled_from(["lfu", "lru"]))
-def test_the_table_follows_the_policy_as_the_context_grows(
-    per_head: bool, data: st.DataObject, policy: str
-) -> None:  # fmt: skip
+def test_the_table_follows_the_policy_as_the_context_grows(per_head: bool, data: st.DataObject, policy: str) -> None:
     size, batch, heads = 3, 2, 2
     cache = BlockCache(CacheOptions(7, size, policy, 3, per_head), batch, heads, CPU, kernels(CPU))
     capacity, length = 2, 5

@@ -103,8 +103,10 @@ def test_a_failure_reaches_whoever_waits_and_nobody_else(make: Any) -> None:
 
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 12)),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]), st.booleans(), st.integers(0, 999),
-)  # fmt: skip
+    st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
+    st.booleans(),
+    st.integers(0, 999),
+)
 def test_gather_brings_the_rows_asked_for(
     shape: tuple[int, int, int, int], dtype: torch.dtype, strided: bool, seed: int
 ) -> None:

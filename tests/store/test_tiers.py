@@ -20,9 +20,13 @@ from pqbench.store.tiers import DeviceTier, HostTier, Need, Tier
 
 CPU = torch.device("cpu")
 TIERS: list[Tier] = [
-    DeviceTier(), HostTier(), HostTier(background=False), HostTier("pcie5", cache_tokens=32, cache_block=8),
-    HostTier("local", 32, 8, "lru", 2, True, True, True), HostTier("20GB/s+5us", debug=True, margin=2),
-]  # fmt: skip
+    DeviceTier(),
+    HostTier(),
+    HostTier(background=False),
+    HostTier("pcie5", cache_tokens=32, cache_block=8),
+    HostTier("local", 32, 8, "lru", 2, True, True, True),
+    HostTier("20GB/s+5us", debug=True, margin=2),
+]
 
 
 def rows(count: int) -> torch.Tensor:

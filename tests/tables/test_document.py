@@ -28,11 +28,27 @@ EVIL = "a|b\n\x1b[31m[red]\u202e& %_$#{}~^\\<b>`x`[t](http://x)"
 
 def record(sample: str, method: str = "full", score: float | None = 50.0, **fields: Any) -> dict[str, Any]:
     made = {
-        "version": VERSION, "benchmark": "needle", "model": "tiny", "task": "number", "sample_id": sample,
-        "method": method, "key": f"key-{method}", "budget": "all" if method == "full" else "10 %", "question": "dense",
-        "status": "ok", "score": score, "scores": {"score": score}, "ttft_s": 1.0, "tt2t_s": 2.0, "tpot_s": 0.1,
-        "mass": 0.5, "index_bytes": 1000, "device_bytes": 10, "host_bytes": 5, "attended_tokens": 7.0,
-    }  # fmt: skip
+        "version": VERSION,
+        "benchmark": "needle",
+        "model": "tiny",
+        "task": "number",
+        "sample_id": sample,
+        "method": method,
+        "key": f"key-{method}",
+        "budget": "all" if method == "full" else "10 %",
+        "question": "dense",
+        "status": "ok",
+        "score": score,
+        "scores": {"score": score},
+        "ttft_s": 1.0,
+        "tt2t_s": 2.0,
+        "tpot_s": 0.1,
+        "mass": 0.5,
+        "index_bytes": 1000,
+        "device_bytes": 10,
+        "host_bytes": 5,
+        "attended_tokens": 7.0,
+    }
     return made | fields
 
 
@@ -279,11 +295,18 @@ def test_rescored_runs_go_on(tmp_path: Path) -> None:
 
 
 REFUSED: list[Any] = [
-    {"_target_": "os.system", "command": "touch hacked"}, {"_target_": "pqbench.benchmarks.needle.random.seed"},
-    {"_target_": "pqbench.benchmarks.base.Prompter"}, {"_target_": "pqbench.benchmarks.needle.Sample"},
-    {"_target_": "pqbench.benchmarks.absent.X"}, {"_target_": "pqbench.benchmarks.needle.Needle", "unknown": 1},
-    {"_target_": "pqbench.benchmarks.needle.Needle", "lengths": []}, {"_target_": ["x"]}, {}, None, "text",
-]  # fmt: skip
+    {"_target_": "os.system", "command": "touch hacked"},
+    {"_target_": "pqbench.benchmarks.needle.random.seed"},
+    {"_target_": "pqbench.benchmarks.base.Prompter"},
+    {"_target_": "pqbench.benchmarks.needle.Sample"},
+    {"_target_": "pqbench.benchmarks.absent.X"},
+    {"_target_": "pqbench.benchmarks.needle.Needle", "unknown": 1},
+    {"_target_": "pqbench.benchmarks.needle.Needle", "lengths": []},
+    {"_target_": ["x"]},
+    {},
+    None,
+    "text",
+]
 
 
 @pytest.mark.parametrize("node", REFUSED, ids=range(len(REFUSED)))

@@ -21,19 +21,43 @@ PIVOTS = 4  # tables of method by budget, which come first
 def records(**fields: Any) -> list[dict[str, Any]]:
     return [
         {
-            "benchmark": "fidelity", "model": "toy", "method": method, "key": f"key-{method}", "status": "ok",
-            "document": f"sotu-{i:03}", "length": 4096, "steps": 64, "ratio": ratio, "dtype": "float32", "threads": 2,
-            "kernels": "cpu", "output_error": error, "kl": error / 10, "top1_agreement": 1 - error, "nll": 3 + error,
-            "nll_full": 3.0, "perplexity": 20.0 + i, "recall": None if ratio is None else 1 - error, "mass": 0.9,
-            "bits_per_key": 16.0, "attended_tokens": 409.6, "bytes_per_head": 123456.0,
-            "token_age": {"prompt": {"recall": 1 - error, "share": 1.0}, "early": {"recall": None, "share": 0.0},
-                          "late": {"recall": None, "share": 0.0}},
-            "entropy": {third: {"output_error": error * (j + 1), "nats": 1.0}
-                        for j, third in enumerate(("low", "middle", "high"))},
-        } | fields
+            "benchmark": "fidelity",
+            "model": "toy",
+            "method": method,
+            "key": f"key-{method}",
+            "status": "ok",
+            "document": f"sotu-{i:03}",
+            "length": 4096,
+            "steps": 64,
+            "ratio": ratio,
+            "dtype": "float32",
+            "threads": 2,
+            "kernels": "cpu",
+            "output_error": error,
+            "kl": error / 10,
+            "top1_agreement": 1 - error,
+            "nll": 3 + error,
+            "nll_full": 3.0,
+            "perplexity": 20.0 + i,
+            "recall": None if ratio is None else 1 - error,
+            "mass": 0.9,
+            "bits_per_key": 16.0,
+            "attended_tokens": 409.6,
+            "bytes_per_head": 123456.0,
+            "token_age": {
+                "prompt": {"recall": 1 - error, "share": 1.0},
+                "early": {"recall": None, "share": 0.0},
+                "late": {"recall": None, "share": 0.0},
+            },
+            "entropy": {
+                third: {"output_error": error * (j + 1), "nats": 1.0}
+                for j, third in enumerate(("low", "middle", "high"))
+            },
+        }
+        | fields
         for (method, ratio), errors in ERRORS.items()
         for i, error in enumerate(errors)
-    ]  # fmt: skip
+    ]
 
 
 def cells(rows: list[dict[str, Any]], table: int = -2) -> dict[tuple[str, str], dict[str, str]]:
@@ -51,8 +75,14 @@ def test_means_and_their_units() -> None:
     assert row["KL nats"].startswith("0.0200 [")
     assert row["NLL - full"].startswith("+0.2000 [")
     assert (row["n"], row["top-1 %"], row["recall"], row["mass"], row["bits/key"], row["attended"], row["KB/head"]) == (
-        "2", "80.0", "0.800", "0.900", "16.0", "410", "123.5",
-    )  # fmt: skip
+        "2",
+        "80.0",
+        "0.800",
+        "0.900",
+        "16.0",
+        "410",
+        "123.5",
+    )
     assert (found["full", "all"]["recall"], found["full", "all"]["x best"]) == ("-", "-")
 
 
@@ -115,10 +145,7 @@ def test_multiples_pair_documents() -> None:
     error, kl, *_ = sections(records(), "oracle")[PIVOTS:]
     assert "as a multiple of that of oracle on the same document: output error at 4096 tokens" in error.title
     # 0.4 / 0.1 and 0.6 / 0.3: the mean of the ratios is 3, that of the errors alone 2.5 times the oracle's.
-    assert error.rows == [
-        ["oracle", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"],
-        ["h2o", "3.00 [2.00, 4.00]", "-"],
-    ]
+    assert error.rows == [["oracle", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"], ["h2o", "3.00 [2.00, 4.00]", "-"]]
     assert kl.rows[1] == ["h2o", "3.00 [2.00, 4.00]", "-"]
 
 

@@ -39,13 +39,15 @@ def _check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     name = type(model).__name__
     if "sliding_attention" in layer_types(config):
-        raise ConfigError(f"graphs=true: {name} has layers with sliding windows, whose cache moves in every step: "
-                          "use graphs=false")  # fmt: skip
+        raise ConfigError(
+            f"graphs=true: {name} has layers with sliding windows, whose cache moves in every step: use graphs=false"
+        )
     rotary = getattr(config, "rope_parameters", None) or {}
     by_layer = [rotary] if "rope_type" in rotary else [part for part in rotary.values() if isinstance(part, Mapping)]
     for kind in {part.get("rope_type") for part in by_layer} & set(_LENGTH_DEPENDENT):
-        raise ConfigError(f"graphs=true: {name} has a rotary embedding that depends on the length ({kind}): "
-                          "use graphs=false")  # fmt: skip
+        raise ConfigError(
+            f"graphs=true: {name} has a rotary embedding that depends on the length ({kind}): use graphs=false"
+        )
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         raise ConfigError(f"graphs=true: {name} is spread over several devices: use a model that fits one GPU")
 

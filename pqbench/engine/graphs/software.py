@@ -47,8 +47,10 @@ class Launch:
         fresh = _tensors(self.run(*self.arguments, **self.options))
         for before, now in zip(self.given, fresh, strict=True):
             if before.shape != now.shape:
-                raise ModelError(f"{self.name} gave {tuple(before.shape)} when it was captured and now gives "
-                                 f"{tuple(now.shape)}: its shape depends on the step")  # fmt: skip
+                raise ModelError(
+                    f"{self.name} gave {tuple(before.shape)} when it was captured and now gives "
+                    f"{tuple(now.shape)}: its shape depends on the step"
+                )
             if before.data_ptr() != now.data_ptr():  # else a view, or written in place
                 before.copy_(now)
 

@@ -23,13 +23,7 @@ from pqbench.kernels.cpu.operations import (
     use_threads,
     warm_up,
 )
-from pqbench.kernels.reference.rows import (
-    append_rows,
-    copy,
-    copy_blocks,
-    fetch_rows,
-    vacate_rows,
-)
+from pqbench.kernels.reference.rows import append_rows, copy, copy_blocks, fetch_rows, vacate_rows
 
 __all__ = [
     "admit_blocks",

@@ -58,9 +58,21 @@ def _block_size(count: int) -> int:
 
 @njit(**OPTIONS)
 def _attend_block(
-    kind: Any, q: int, heads: int, dims: int, place: Any, indices: int, rows: int, first: int, stop: int,
-    visible: int, added: int, logits_out: int, count: int, record: int,
-) -> bool:  # fmt: skip
+    kind: Any,
+    q: int,
+    heads: int,
+    dims: int,
+    place: Any,
+    indices: int,
+    rows: int,
+    first: int,
+    stop: int,
+    visible: int,
+    added: int,
+    logits_out: int,
+    count: int,
+    record: int,
+) -> bool:
     """Tokens ``first`` to ``stop`` of one KV head; ``record`` gets maximum, sum and weighted values of each head group.
 
     ``place`` is (keys, bytes per key row, values or 0, bytes per value row); ``added`` and ``logits_out``
@@ -86,9 +98,13 @@ def _attend_block(
                     prefetch_token(indices, min(start + i + _AHEAD, stop - 1), place, row_bytes)
                     prefetch_token(indices, min(start + i + 1 + _AHEAD, stop - 1), place, row_bytes)
                 pair_logits(
-                    kind, q + group * dims * 16, read_i64(current + i * 8), read_i64(current + i * 8 + 8), blocks,
+                    kind,
+                    q + group * dims * 16,
+                    read_i64(current + i * 8),
+                    read_i64(current + i * 8 + 8),
+                    blocks,
                     logits + i * 16,
-                )  # fmt: skip
+                )
             own = min(4, heads - group * 4)
             if added != 0:
                 weigh(logits, start, stop, added + group * 16 * count, count, own)
@@ -157,23 +173,35 @@ def _normalise(weights: int, count: int, lse: int) -> None:
 
 @njit(**OPTIONS)
 def _part(
-    half: bool, q: int, heads: int, dims: int, place: Any, indices: int, rows: int, first: int, stop: int, visible: int,
-    added: int, logits: int, count: int, record: int,
-) -> bool:  # fmt: skip
+    half: bool,
+    q: int,
+    heads: int,
+    dims: int,
+    place: Any,
+    indices: int,
+    rows: int,
+    first: int,
+    stop: int,
+    visible: int,
+    added: int,
+    logits: int,
+    count: int,
+    record: int,
+) -> bool:
     """:func:`_attend_block` for bfloat16 (``half``) or float32 rows."""
     if half:
         return _attend_block(
             BFLOAT16, q, heads, dims, place, indices, rows, first, stop, visible, added, logits, count, record
-        )  # fmt: skip
+        )
     return _attend_block(
         FLOAT32, q, heads, dims, place, indices, rows, first, stop, visible, added, logits, count, record
-    )  # fmt: skip
+    )
 
 
 @njit(**OPTIONS)
 def _arrange(
     half: bool, half_q: bool, q: int, problems: int, heads: int, dims: int, scaling: float, target: int
-) -> None:  # fmt: skip
+) -> None:
     """Queries of all KV heads in the layout of a head group; queries are bfloat16 if ``half_q``, rows if ``half``."""
     for problem in range(problems):
         source = q + problem * heads * dims * (2 if half_q else 4)
@@ -196,9 +224,17 @@ def _write_bfloat16(numbers: int, count: int, target: int) -> None:
 
 @njit(**OPTIONS)
 def _finish(
-    half: bool, records: int, step: int, parts: int, heads: int, count: int, dims: int, output: int, lse: int,
+    half: bool,
+    records: int,
+    step: int,
+    parts: int,
+    heads: int,
+    count: int,
+    dims: int,
+    output: int,
+    lse: int,
     weights: int,
-) -> None:  # fmt: skip
+) -> None:
     """Merge one head group and turn its logits ``[heads, count]``, where wanted, into probabilities."""
     _merge(half, records, step, parts, heads, dims, output, lse)
     for head in range(heads if weights != 0 else 0):
@@ -207,10 +243,31 @@ def _finish(
 
 @njit(parallel=True, **OPTIONS)
 def attend(
-    half: bool, half_q: bool, q: int, keys: int, key_batch: int, key_head: int, key_row: int, values: int,
-    value_batch: int, value_head: int, value_row: int, indices: int, visible: int, added: int, weights: int,
-    output: int, lse: int, batch: int, heads: int, group: int, rows: int, count: int, dims: int, scaling: float,
-) -> bool:  # fmt: skip
+    half: bool,
+    half_q: bool,
+    q: int,
+    keys: int,
+    key_batch: int,
+    key_head: int,
+    key_row: int,
+    values: int,
+    value_batch: int,
+    value_head: int,
+    value_row: int,
+    indices: int,
+    visible: int,
+    added: int,
+    weights: int,
+    output: int,
+    lse: int,
+    batch: int,
+    heads: int,
+    group: int,
+    rows: int,
+    count: int,
+    dims: int,
+    scaling: float,
+) -> bool:
     """Attention of q ``[B, H, G, D]`` over ``count`` rows per head; everything is an address and a byte stride.
 
     Rows are bfloat16 if ``half``, else float32; q and the output are so if ``half_q``. ``indices`` int64 ``[B, H, n]``,
@@ -232,20 +289,36 @@ def attend(
         value = 0 if values == 0 else values + sequence * value_batch + head * value_head
         place = (keys + sequence * key_batch + head * key_head, key_row, value, value_row)
         valid[unit] = _part(
-            half, address_of(queries) + problem * groups * dims * 16, group, dims, place,
-            0 if indices == 0 else indices + problem * count * 8, rows, part * size, min(count, part * size + size),
+            half,
+            address_of(queries) + problem * groups * dims * 16,
+            group,
+            dims,
+            place,
+            0 if indices == 0 else indices + problem * count * 8,
+            rows,
+            part * size,
+            min(count, part * size + size),
             0 if visible == 0 else visible + problem * group * count,
             0 if added == 0 else added + problem * group * count * 4,
-            0 if weights == 0 else weights + problem * group * count * 4, count, address_of(records) + unit * step,
-        )  # fmt: skip
+            0 if weights == 0 else weights + problem * group * count * 4,
+            count,
+            address_of(records) + unit * step,
+        )
     for job in prange(problems * groups):
         problem, part = job // groups, job % groups
         row = problem * group + part * 4
         _finish(
-            half, address_of(records) + problem * parts * step + part * (16 * dims + 64), step, parts,
-            min(4, group - part * 4), count, dims, 0 if output == 0 else answer + row * dims * 4, lse + row * 4,
+            half,
+            address_of(records) + problem * parts * step + part * (16 * dims + 64),
+            step,
+            parts,
+            min(4, group - part * 4),
+            count,
+            dims,
+            0 if output == 0 else answer + row * dims * 4,
+            lse + row * 4,
             0 if weights == 0 else weights + row * count * 4,
-        )  # fmt: skip
+        )
         if half_q and output != 0:
             _write_bfloat16(answer + row * dims * 4, min(4, group - part * 4) * dims, output + row * dims * 2)
     every = True

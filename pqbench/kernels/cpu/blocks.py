@@ -41,9 +41,20 @@ def _vacant(held: int, uses: int, since: int, before: int, capacity: int, freque
 
 @njit(**OPTIONS)
 def choose(
-    counts: int, stride: int, complete: int, most: int, frequent: bool, where: int, held: int, uses: int, since: int,
-    clock: int, moves: int, owners: int, capacity: int,
-) -> int:  # fmt: skip
+    counts: int,
+    stride: int,
+    complete: int,
+    most: int,
+    frequent: bool,
+    where: int,
+    held: int,
+    uses: int,
+    since: int,
+    clock: int,
+    moves: int,
+    owners: int,
+    capacity: int,
+) -> int:
     """See :func:`pqbench.kernels.reference.blocks.admit_blocks`: ``counts`` and ``where`` have ``stride`` blocks per
     owner, ``moves`` are filled with -1; all are addresses of int64 numbers. Returns how many blocks entered."""
     entered = 0

@@ -143,9 +143,21 @@ def _write(marks: np.ndarray, target: int) -> None:
 
 @njit(**OPTIONS)
 def _search(
-    q: int, group: int, codebook: int, parts: int, clusters: int, width: int, starts: int, tokens: int, built: int,
-    pending: int, waiting: int, wanted: int, target: int, log_weight: int,
-) -> None:  # fmt: skip
+    q: int,
+    group: int,
+    codebook: int,
+    parts: int,
+    clusters: int,
+    width: int,
+    starts: int,
+    tokens: int,
+    built: int,
+    pending: int,
+    waiting: int,
+    wanted: int,
+    target: int,
+    log_weight: int,
+) -> None:
     """One KV head."""
     cells = clusters**parts
     padded = (cells + 7) // 8 * 8
@@ -181,25 +193,55 @@ def _search(
 
 @njit(parallel=True, **OPTIONS)
 def search(
-    q: int, codebook: int, starts: int, tokens: int, pending: int, target: int, log_weight: int, problems: int,
-    group: int, parts: int, clusters: int, width: int, built: int, waiting: int, wanted: int,
-) -> None:  # fmt: skip
+    q: int,
+    codebook: int,
+    starts: int,
+    tokens: int,
+    pending: int,
+    target: int,
+    log_weight: int,
+    problems: int,
+    group: int,
+    parts: int,
+    clusters: int,
+    width: int,
+    built: int,
+    waiting: int,
+    wanted: int,
+) -> None:
     """Every KV head of q ``[B * H, G, D]`` (scaled, in units of ln 2); the other shapes are the reference's."""
     cells, dims = clusters**parts, parts * width
     for problem in prange(problems):
         _search(
-            q + problem * group * dims * 4, group, codebook + problem * parts * clusters * width * 4, parts, clusters,
-            width, starts + problem * (cells + 1) * 4, tokens + problem * built * 4, built,
-            pending + problem * waiting * 4, waiting, wanted, target + problem * wanted * 8,
+            q + problem * group * dims * 4,
+            group,
+            codebook + problem * parts * clusters * width * 4,
+            parts,
+            clusters,
+            width,
+            starts + problem * (cells + 1) * 4,
+            tokens + problem * built * 4,
+            built,
+            pending + problem * waiting * 4,
+            waiting,
+            wanted,
+            target + problem * wanted * 8,
             log_weight + problem * group * 4,
-        )  # fmt: skip
+        )
 
 
 @njit(parallel=True, **OPTIONS)
 def merge(
-    starts: int, tokens: int, pending: int, begins: int, merged: int, problems: int, cells: int, built: int,
+    starts: int,
+    tokens: int,
+    pending: int,
+    begins: int,
+    merged: int,
+    problems: int,
+    cells: int,
+    built: int,
     waiting: int,
-) -> None:  # fmt: skip
+) -> None:
     """Lists ``merged`` ``[B * H, N + P]`` that begin at ``begins`` ``[B * H, C + 1]``: the old ones, each with its
     pending tokens at its end. The cost is linear in the tokens."""
     for problem in prange(problems):

@@ -72,9 +72,17 @@ def _softmax(line: int, first: int, stop: int, seen: int, end: int) -> float:
 
 @njit(**OPTIONS)
 def _add_rows(
-    q: int, count: int, begin: int, end: int, dims: int, columns: int, total_keys: int, band: int, factor: float,
+    q: int,
+    count: int,
+    begin: int,
+    end: int,
+    dims: int,
+    columns: int,
+    total_keys: int,
+    band: int,
+    factor: float,
     sums: int,
-) -> None:  # fmt: skip
+) -> None:
     """Add the attention of queries ``begin`` to ``end`` of ``count`` of one head, ``[n, D]`` float32, to ``sums``."""
     line = padded(total_keys) * 4
     scratch = np.empty((ROWS + 1) * (padded(total_keys) + dims) + 16, np.float32)
@@ -121,9 +129,22 @@ def _pack(half: bool, source: int, step: int, count: int, dims: int, target: int
 
 @njit(parallel=True, **OPTIONS)
 def sum_columns(
-    half: bool, q: int, keys: int, key_batch: int, key_head: int, key_row: int, output: int, batch: int, heads: int,
-    group: int, count: int, total_keys: int, dims: int, band: int, scaling: float,
-) -> None:  # fmt: skip
+    half: bool,
+    q: int,
+    keys: int,
+    key_batch: int,
+    key_head: int,
+    key_row: int,
+    output: int,
+    batch: int,
+    heads: int,
+    group: int,
+    count: int,
+    total_keys: int,
+    dims: int,
+    band: int,
+    scaling: float,
+) -> None:
     """Causal softmax of q ``[B, H, G, n, D]`` float32, the last queries of keys ``[B, H, S, D]`` at byte strides,
     summed over queries and group: ``[B, H, S]``. A query sees its last ``band`` keys."""
     problems, width = batch * heads, padded(total_keys)
@@ -141,10 +162,17 @@ def sum_columns(
         begin, end = min(count, chunk * size), min(count, chunk * size + size)
         for member in range(group):
             _add_rows(
-                q + (problem * group + member) * count * dims * 4, count, begin, end, dims,
-                address_of(columns) + problem * width * dims * 4, total_keys, band, scaling * _LOG2_E,
+                q + (problem * group + member) * count * dims * 4,
+                count,
+                begin,
+                end,
+                dims,
+                address_of(columns) + problem * width * dims * 4,
+                total_keys,
+                band,
+                scaling * _LOG2_E,
                 address_of(partial) + (problem * _CHUNKS + chunk) * width * 4,
-            )  # fmt: skip
+            )
     for problem in prange(problems):
         for i in range(total_keys):
             number = np.float32(0)

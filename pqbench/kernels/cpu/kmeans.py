@@ -34,9 +34,18 @@ def _move(centroids: int, clusters: int, width: int, sums: np.ndarray, sizes: np
 
 @njit(**OPTIONS)
 def _lloyd(
-    kind: Any, points: int, step: int, count: int, width: int, centroids: int, clusters: int, iterations: int,
-    codes: int, code_step: int, tolerance: float,
-) -> None:  # fmt: skip
+    kind: Any,
+    points: int,
+    step: int,
+    count: int,
+    width: int,
+    centroids: int,
+    clusters: int,
+    iterations: int,
+    codes: int,
+    code_step: int,
+    tolerance: float,
+) -> None:
     """At most ``iterations`` steps from the given centroids, which change in place; codes end as the nearest."""
     table, few = np.empty(table_size(clusters, width), np.float32), np.empty(table_size(clusters, width), np.float32)
     sums, sizes = np.empty(clusters * width, np.float32), np.empty(clusters, np.int64)
@@ -54,9 +63,19 @@ def _lloyd(
                 copy_bytes(address_of(chosen) + i * width * 4, centroids + c * width * 4, width * 4)
             make_table(address_of(chosen), len(moved), width, address_of(few))
             changed = reassign(
-                kind, points, step, count, width, address_of(table), clusters, address_of(few), moved, codes,
-                code_step, best,
-            )  # fmt: skip
+                kind,
+                points,
+                step,
+                count,
+                width,
+                address_of(table),
+                clusters,
+                address_of(few),
+                moved,
+                codes,
+                code_step,
+                best,
+            )
         if changed <= np.int64(tolerance * count):
             break
     hold(table)
@@ -66,9 +85,20 @@ def _lloyd(
 
 @njit(**OPTIONS)
 def _train(
-    kind: Any, points: int, step: int, count: int, width: int, order: int, centroids: int, clusters: int,
-    iterations: int, sample: int, codes: int, code_step: int, tolerance: float,
-) -> None:  # fmt: skip
+    kind: Any,
+    points: int,
+    step: int,
+    count: int,
+    width: int,
+    order: int,
+    centroids: int,
+    clusters: int,
+    iterations: int,
+    sample: int,
+    codes: int,
+    code_step: int,
+    tolerance: float,
+) -> None:
     """K-Means of one problem."""
     sampled = 0 < sample < count
     drawn = max(sample, clusters) if sampled else clusters
@@ -89,10 +119,24 @@ def _train(
 
 @njit(parallel=True, **OPTIONS)
 def train(
-    half: bool, keys: int, key_batch: int, key_head: int, key_row: int, order: int, codebook: int, codes: int,
-    batch: int, heads: int, count: int, dims: int, parts: int, clusters: int, iterations: int, sample: int,
+    half: bool,
+    keys: int,
+    key_batch: int,
+    key_head: int,
+    key_row: int,
+    order: int,
+    codebook: int,
+    codes: int,
+    batch: int,
+    heads: int,
+    count: int,
+    dims: int,
+    parts: int,
+    clusters: int,
+    iterations: int,
+    sample: int,
     tolerance: float,
-) -> None:  # fmt: skip
+) -> None:
     """K-Means of every sub-space of keys at byte strides, bfloat16 (``half``) or float32; rows are drawn in ``order``
     int64 ``[S]``.
 
@@ -139,8 +183,9 @@ def train(
 
 
 @njit(**OPTIONS)
-def _encode(half: bool, points: int, step: int, count: int, width: int, table: int, clusters: int, codes: int,
-            code_step: int) -> None:  # fmt: skip
+def _encode(
+    half: bool, points: int, step: int, count: int, width: int, table: int, clusters: int, codes: int, code_step: int
+) -> None:
     """Codes of ``count`` points."""
     unasked = np.empty(0, np.float32)
     if half:
@@ -151,9 +196,20 @@ def _encode(half: bool, points: int, step: int, count: int, width: int, table: i
 
 @njit(parallel=True, **OPTIONS)
 def encode_keys(
-    half: bool, keys: int, key_batch: int, key_head: int, key_row: int, codebook: int, codes: int, batch: int,
-    heads: int, count: int, dims: int, parts: int, clusters: int,
-) -> None:  # fmt: skip
+    half: bool,
+    keys: int,
+    key_batch: int,
+    key_head: int,
+    key_row: int,
+    codebook: int,
+    codes: int,
+    batch: int,
+    heads: int,
+    count: int,
+    dims: int,
+    parts: int,
+    clusters: int,
+) -> None:
     """Codes ``[B, H, S, m]`` of keys at byte strides in a codebook ``[B, H, m, K, D/m]``."""
     width, problems, chunks = dims // parts, batch * heads * parts, (count + _PART - 1) // _PART
     size, number = table_size(clusters, width) * 4, 2 if half else 4
@@ -165,6 +221,13 @@ def encode_keys(
         owner, part = problem // parts, problem % parts
         points = keys + owner // heads * key_batch + owner % heads * key_head + part * width * number + first * key_row
         _encode(
-            half, points, key_row, min(_PART, count - first), width, address_of(tables) + problem * size, clusters,
-            codes + (owner * count + first) * parts + part, parts,
-        )  # fmt: skip
+            half,
+            points,
+            key_row,
+            min(_PART, count - first),
+            width,
+            address_of(tables) + problem * size,
+            clusters,
+            codes + (owner * count + first) * parts + part,
+            parts,
+        )

@@ -31,8 +31,15 @@ from pqbench.kernels.cpu.vector import (
 
 _MAGIC = 12582912.0  # 1.5 * 2**23: adding it rounds a small float to an integer, found in the low bits
 # 2**x on [-1/2, 1/2]: Taylor polynomial of exp(x ln 2), relative error 2e-7 with the rounding of float32
-_EXP2 = [0.00015403530393381609, 0.0013333558146428443, 0.009618129107628477, 0.05550410866482158,
-         0.24022650695910072, 0.6931471805599453, 1.0]  # fmt: skip
+_EXP2 = [
+    0.00015403530393381609,
+    0.0013333558146428443,
+    0.009618129107628477,
+    0.05550410866482158,
+    0.24022650695910072,
+    0.6931471805599453,
+    1.0,
+]
 _SMALLEST = -126.0  # powers below 2**-126 are zero
 
 

@@ -108,9 +108,17 @@ def _add_points(points: int, count: int, width: int, codes: int, code_step: int,
 
 @njit(**OPTIONS)
 def assign(
-    kind: Any, points: int, step: int, count: int, width: int, table: int, clusters: int, codes: int, code_step: int,
+    kind: Any,
+    points: int,
+    step: int,
+    count: int,
+    width: int,
+    table: int,
+    clusters: int,
+    codes: int,
+    code_step: int,
     best: np.ndarray,
-) -> int:  # fmt: skip
+) -> int:
     """Codes of points ``step`` bytes apart, and unless ``best`` is empty their scores; returns how many changed."""
     tile, found, scores = np.zeros(_TILE * width, np.float32), np.empty(ROWS, np.int64), np.empty(ROWS, np.float32)
     base, changed = address_of(tile), 0
@@ -133,9 +141,16 @@ def assign(
 
 @njit(**OPTIONS)
 def sum_clusters(
-    kind: Any, points: int, step: int, count: int, width: int, codes: int, code_step: int, sums: np.ndarray,
+    kind: Any,
+    points: int,
+    step: int,
+    count: int,
+    width: int,
+    codes: int,
+    code_step: int,
+    sums: np.ndarray,
     sizes: np.ndarray,
-) -> None:  # fmt: skip
+) -> None:
     """Sums ``[K * width]`` and sizes ``[K]`` of the clusters."""
     tile = np.empty(_TILE * width, np.float32)
     base, target = address_of(tile), address_of(sums)
@@ -151,9 +166,19 @@ def sum_clusters(
 
 @njit(**OPTIONS)
 def _settle_queue(
-    kind: Any, points: int, step: int, width: int, queue: np.ndarray, count: int, table: int, clusters: int,
-    names: np.ndarray, codes: int, code_step: int, best: np.ndarray,
-) -> int:  # fmt: skip
+    kind: Any,
+    points: int,
+    step: int,
+    width: int,
+    queue: np.ndarray,
+    count: int,
+    table: int,
+    clusters: int,
+    names: np.ndarray,
+    codes: int,
+    code_step: int,
+    best: np.ndarray,
+) -> int:
     """Give each of the queued points the best of these centroids, called ``names`` ``[K]``, if it beats what the point
     has; ties go to the lower name. Returns how many changed."""
     tile, found, scores = np.zeros(ROWS * width, np.float32), np.empty(ROWS, np.int64), np.empty(ROWS, np.float32)
@@ -175,9 +200,19 @@ def _settle_queue(
 
 @njit(**OPTIONS)
 def reassign(
-    kind: Any, points: int, step: int, count: int, width: int, table: int, clusters: int, few: int, moved: np.ndarray,
-    codes: int, code_step: int, best: np.ndarray,
-) -> int:  # fmt: skip
+    kind: Any,
+    points: int,
+    step: int,
+    count: int,
+    width: int,
+    table: int,
+    clusters: int,
+    few: int,
+    moved: np.ndarray,
+    codes: int,
+    code_step: int,
+    best: np.ndarray,
+) -> int:
     """What :func:`assign` gives, to the bit, after only the centroids ``moved`` int64 ``[M]``, ascending, have moved.
 
     A point whose own centroid stays can only change to one that moved: those alone are the columns of the table

@@ -72,10 +72,16 @@ def _check_rows(valid: bool, x: Tensor) -> None:
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-    visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    indices: Tensor | None = None,
+    visible: Tensor | None = None,
+    need_weights: bool = False,
+    log_weights: Tensor | None = None,
     count: Number | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
     over all, or the first ``count`` of them: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights
     ``[B, H, G, n]``."""
@@ -91,9 +97,15 @@ def attention(
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor | None, scaling: float, indices: Tensor | None, visible: Tensor | None,
-    need_weights: bool, log_weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    scaling: float,
+    indices: Tensor | None,
+    visible: Tensor | None,
+    need_weights: bool,
+    log_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, heads, group, dims = q.shape
     count = keys.shape[2] if indices is None else indices.shape[2]
     queries = (q if q.dtype in _STORED else q.float()).contiguous()
@@ -106,12 +118,27 @@ def _attend(
     weights = torch.empty(batch, heads, group, count, dtype=torch.float32) if need_weights else None
     with _threads_for(batch * heads * group * count * dims):
         valid = attend(
-            keys.dtype == torch.bfloat16, queries.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(),
-            *_strides(keys), _address(values), *(_strides(keys) if values is None else _strides(values)),
-            _address(rows), _address(seen), _address(added), _address(weights),
-            0 if values is None else output.data_ptr(), lse.data_ptr(),
-            batch, heads, group, keys.shape[2], count, dims, scaling,
-        )  # fmt: skip
+            keys.dtype == torch.bfloat16,
+            queries.dtype == torch.bfloat16,
+            queries.data_ptr(),
+            keys.data_ptr(),
+            *_strides(keys),
+            _address(values),
+            *(_strides(keys) if values is None else _strides(values)),
+            _address(rows),
+            _address(seen),
+            _address(added),
+            _address(weights),
+            0 if values is None else output.data_ptr(),
+            lse.data_ptr(),
+            batch,
+            heads,
+            group,
+            keys.shape[2],
+            count,
+            dims,
+            scaling,
+        )
     _check_rows(valid, keys)
     return output.to(q.dtype), lse, weights
 
@@ -142,16 +169,35 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
     output = torch.empty(batch, heads, count, dtype=torch.float32)
     with _threads_for(batch * heads * group * (count * parts + clusters * dims)):
         probabilities(
-            queries.data_ptr(), centroids.data_ptr(), codes.data_ptr(), *_strides(codes), output.data_ptr(), batch,
-            heads, group, count, dims, parts, clusters,
-        )  # fmt: skip
+            queries.data_ptr(),
+            centroids.data_ptr(),
+            codes.data_ptr(),
+            *_strides(codes),
+            output.data_ptr(),
+            batch,
+            heads,
+            group,
+            count,
+            dims,
+            parts,
+            clusters,
+        )
     return output
 
 
 def pq_select(
-    q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
-    middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    scaling: float,
+    sink: Number,
+    top_k: Number,
+    length: Number,
+    middle: Number,
+    room: int,
+    only: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Sinks, the best ``top_k`` tokens of the middle by approximate attention, and the window: int64
     ``[B, H, room]``."""
     check_room(codes, sink, top_k, length, middle, room, only, out)
@@ -180,10 +226,20 @@ def best_of_cells(
     log_weight = torch.empty(batch, heads, group, dtype=torch.float32)
     with _threads_for(batch * heads * group * clusters**parts * 64):
         search(
-            queries.data_ptr(), centroids.data_ptr(), *(part.data_ptr() for part in lists), found.data_ptr(),
-            log_weight.data_ptr(), batch * heads, group, parts, clusters, width, tokens.shape[2], pending.shape[2],
+            queries.data_ptr(),
+            centroids.data_ptr(),
+            *(part.data_ptr() for part in lists),
+            found.data_ptr(),
+            log_weight.data_ptr(),
+            batch * heads,
+            group,
+            parts,
+            clusters,
+            width,
+            tokens.shape[2],
+            pending.shape[2],
             wanted,
-        )  # fmt: skip
+        )
     return found, log_weight
 
 
@@ -198,9 +254,14 @@ def merge_lists(starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor
     merged = torch.empty(batch, heads, tokens.shape[2] + pending.shape[2], dtype=torch.int32)
     with _threads_for(batch * heads * (merged.shape[2] + bounds)):
         merge(
-            *(part.data_ptr() for part in lists), begins.data_ptr(), merged.data_ptr(), batch * heads, bounds - 1,
-            tokens.shape[2], pending.shape[2],
-        )  # fmt: skip
+            *(part.data_ptr() for part in lists),
+            begins.data_ptr(),
+            merged.data_ptr(),
+            batch * heads,
+            bounds - 1,
+            tokens.shape[2],
+            pending.shape[2],
+        )
     return begins, merged
 
 
@@ -217,9 +278,14 @@ def top_k(scores: Tensor, count: int) -> Tensor:
 
 
 def train_codebook(
-    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+    keys: Tensor,
+    parts: int,
+    clusters: int,
+    iterations: int,
+    seed: int,
+    sample: int | None = None,
     tolerance: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Product quantiser of keys ``[B, H, S, D]``: codebook float32 ``[B, H, m, K, D/m]``, codes uint8 ``[B, H, S, m]``.
 
     Computes in the calling thread and the threads of its team; other Python threads go on meanwhile.
@@ -234,10 +300,22 @@ def train_codebook(
     codes = torch.empty(batch, heads, count, parts, dtype=reference.CODE)
     with _threads_for(batch * heads * count * dims * clusters):
         train(
-            keys.dtype == torch.bfloat16, keys.data_ptr(), *_strides(keys), order.data_ptr(), codebook.data_ptr(),
-            codes.data_ptr(), batch, heads, count, dims, parts, clusters, iterations, sample or 0,
+            keys.dtype == torch.bfloat16,
+            keys.data_ptr(),
+            *_strides(keys),
+            order.data_ptr(),
+            codebook.data_ptr(),
+            codes.data_ptr(),
+            batch,
+            heads,
+            count,
+            dims,
+            parts,
+            clusters,
+            iterations,
+            sample or 0,
             tolerance,
-        )  # fmt: skip
+        )
     return codebook, codes
 
 
@@ -251,9 +329,18 @@ def encode(keys: Tensor, codebook: Tensor) -> Tensor:
     codes = torch.empty(batch, heads, count, parts, dtype=reference.CODE)
     with _threads_for(batch * heads * (count + 1) * dims * clusters):
         encode_keys(
-            keys.dtype == torch.bfloat16, keys.data_ptr(), *_strides(keys), centroids.data_ptr(), codes.data_ptr(),
-            batch, heads, count, dims, parts, clusters,
-        )  # fmt: skip
+            keys.dtype == torch.bfloat16,
+            keys.data_ptr(),
+            *_strides(keys),
+            centroids.data_ptr(),
+            codes.data_ptr(),
+            batch,
+            heads,
+            count,
+            dims,
+            parts,
+            clusters,
+        )
     return codes
 
 
@@ -269,9 +356,20 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     sums = torch.empty(batch, heads, total, dtype=torch.float32)
     with _threads_for(batch * heads * group * count * total * dims):
         sum_columns(
-            keys.dtype == torch.bfloat16, queries.data_ptr(), keys.data_ptr(), *_strides(keys), sums.data_ptr(), batch,
-            heads, group, count, total, dims, total if band is None else band, scaling,
-        )  # fmt: skip
+            keys.dtype == torch.bfloat16,
+            queries.data_ptr(),
+            keys.data_ptr(),
+            *_strides(keys),
+            sums.data_ptr(),
+            batch,
+            heads,
+            group,
+            count,
+            total,
+            dims,
+            total if band is None else band,
+            scaling,
+        )
     return sums
 
 
@@ -305,15 +403,23 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
     rows = indices.long().contiguous()
     with _threads_for(target.numel() * target.element_size() // 2):
         valid = copy_rows(
-            source.data_ptr(), *_strides(source), rows.data_ptr(), target.data_ptr(), *_strides(target), batch, heads,
-            source.shape[2], count, size,
-        )  # fmt: skip
+            source.data_ptr(),
+            *_strides(source),
+            rows.data_ptr(),
+            target.data_ptr(),
+            *_strides(target),
+            batch,
+            heads,
+            source.shape[2],
+            count,
+            size,
+        )
     _check_rows(valid, source)
 
 
 def find_rows(
     indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1, first: int = 0
-) -> reference.Found:  # fmt: skip
+) -> reference.Found:
     """Where tokens ``[B, H, n]`` lie in a table of ``resident`` rows per head, and which are missing."""
     if not indices.is_cpu or len(local) >= 1 << 32:
         return reference.find_rows(indices, local, resident, where, block, first)
@@ -323,9 +429,21 @@ def find_rows(
     counts = None if where is None else torch.zeros(owners, blocks, dtype=torch.int64)
     table = None if where is None else where.contiguous()
     valid, absent = find(
-        rows.data_ptr(), batch * heads, count, held.data_ptr(), len(held), resident, _address(table),
-        batch * heads // owners, blocks, block, first, slots.data_ptr(), missing.data_ptr(), _address(counts),
-    )  # fmt: skip
+        rows.data_ptr(),
+        batch * heads,
+        count,
+        held.data_ptr(),
+        len(held),
+        resident,
+        _address(table),
+        batch * heads // owners,
+        blocks,
+        block,
+        first,
+        slots.data_ptr(),
+        missing.data_ptr(),
+        _address(counts),
+    )
     if not valid:
         raise IndexError(f"tokens must lie between 0 and {len(local) - 1}")
     return reference.Found(slots, missing[:absent], counts)
@@ -333,16 +451,23 @@ def find_rows(
 
 def admit_blocks(
     counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Which blocks a cache lets in, and where; see :func:`pqbench.kernels.reference.blocks.admit_blocks`."""
     (owners, every), capacity = counts.shape, residency.held.shape[1]
     most = min(admit, capacity)
     moves = torch.full((owners, most, 2), -1, dtype=torch.int64)
     asked = counts.long().contiguous()
     tally[0] += choose(
-        asked.data_ptr(), every, min(int(complete), every), most, frequent, *(part.data_ptr() for part in residency),
-        moves.data_ptr(), owners, capacity,
-    )  # fmt: skip
+        asked.data_ptr(),
+        every,
+        min(int(complete), every),
+        most,
+        frequent,
+        *(part.data_ptr() for part in residency),
+        moves.data_ptr(),
+        owners,
+        capacity,
+    )
     counts.zero_()
     return moves
 

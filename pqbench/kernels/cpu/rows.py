@@ -15,9 +15,21 @@ _AHEAD = 8  # rows requested before they are copied
 
 @njit(parallel=True, **OPTIONS)
 def copy_rows(
-    source: int, source_batch: int, source_head: int, source_row: int, indices: int, target: int, target_batch: int,
-    target_head: int, target_row: int, batch: int, heads: int, rows: int, count: int, size: int,
-) -> bool:  # fmt: skip
+    source: int,
+    source_batch: int,
+    source_head: int,
+    source_row: int,
+    indices: int,
+    target: int,
+    target_batch: int,
+    target_head: int,
+    target_row: int,
+    batch: int,
+    heads: int,
+    rows: int,
+    count: int,
+    size: int,
+) -> bool:
     """Copy rows ``indices`` int64 ``[B, H, n]`` of ``size`` bytes between addresses with byte strides.
 
     Returns whether all rows exist; those that do not are left out.
@@ -46,9 +58,21 @@ def copy_rows(
 
 @njit(**OPTIONS)
 def find(
-    indices: int, heads: int, count: int, local: int, positions: int, resident: int, where: int, shared: int,
-    blocks: int, block: int, first: int, slots: int, missing: int, counts: int,
-) -> tuple[bool, int]:  # fmt: skip
+    indices: int,
+    heads: int,
+    count: int,
+    local: int,
+    positions: int,
+    resident: int,
+    where: int,
+    shared: int,
+    blocks: int,
+    block: int,
+    first: int,
+    slots: int,
+    missing: int,
+    counts: int,
+) -> tuple[bool, int]:
     """See :func:`pqbench.kernels.reference.rows.find_rows`: ``heads`` are those of all sequences, ``shared`` of them
     have one owner; arrays are addresses of int64 numbers, ``where`` and ``counts`` 0 without blocks.
 

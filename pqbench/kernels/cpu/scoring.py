@@ -33,9 +33,17 @@ _PART = 8192  # tokens that one thread takes at once
 
 @njit(**OPTIONS)
 def _make_tables(
-    q: int, heads: int, dims: int, codebook: int, clusters: int, width: int, first: int, target: int, scores: int,
+    q: int,
+    heads: int,
+    dims: int,
+    codebook: int,
+    clusters: int,
+    width: int,
+    first: int,
+    target: int,
+    scores: int,
     headroom: float,
-) -> None:  # fmt: skip
+) -> None:
     """Tables ``[K][4]`` of one sub-space at ``target`` and their logarithms at ``scores``; centroids ``[K, width]``
     meet dimensions from ``first`` of q ``[heads, D]``, of which four at most."""
     turned = np.empty(width * 4, np.float32)  # [width][4]
@@ -80,9 +88,21 @@ def _settle(masses: int, apart: int, parts: int, heads: int, least: float) -> bo
 
 @njit(parallel=True, **OPTIONS)
 def probabilities(
-    q: int, codebook: int, codes: int, code_batch: int, code_head: int, code_row: int, output: int, batch: int,
-    heads: int, group: int, count: int, dims: int, parts: int, clusters: int,
-) -> None:  # fmt: skip
+    q: int,
+    codebook: int,
+    codes: int,
+    code_batch: int,
+    code_head: int,
+    code_row: int,
+    output: int,
+    batch: int,
+    heads: int,
+    group: int,
+    count: int,
+    dims: int,
+    parts: int,
+    clusters: int,
+) -> None:
     """Group-summed softmax of q ``[B, H, G, D]`` (scaled, in units of ln 2), codebook ``[B, H, m, K, D/m]`` and codes
     ``[B, H, S, m]`` at byte strides: float32 ``[B, H, S]``."""
     problems, groups, width = batch * heads, (group + 3) // 4, dims // parts
@@ -100,10 +120,17 @@ def probabilities(
         problem, part = owner // groups, owner % groups
         target = base + owner * 2 * parts * step + j * step
         _make_tables(
-            q + (problem * group + part * 4) * dims * 4, group - part * 4, dims,
-            codebook + (problem * parts + j) * clusters * width * 4, clusters, width, j * width, target,
-            target + parts * step, headroom,
-        )  # fmt: skip
+            q + (problem * group + part * 4) * dims * 4,
+            group - part * 4,
+            dims,
+            codebook + (problem * parts + j) * clusters * width * 4,
+            clusters,
+            width,
+            j * width,
+            target,
+            target + parts * step,
+            headroom,
+        )
     for unit in prange(problems * blocks):
         problem, start = unit // blocks, unit % blocks * _PART
         at = codes + problem // heads * code_batch + problem % heads * code_head + start * code_row

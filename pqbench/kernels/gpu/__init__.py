@@ -23,10 +23,28 @@ from pqbench.kernels.reference.cells import merge_lists
 from pqbench.kernels.reference.rows import find_rows
 
 __all__ = [
-    "admit_blocks", "append_rows", "attention", "best_of_cells", "column_sums", "copy", "copy_blocks",
-    "dense_attention", "encode", "exact_probabilities", "fetch_rows", "find_rows", "gather", "merge_lists",
-    "noise", "pq_probabilities", "pq_select", "top_k", "train_codebook", "use_threads", "vacate_rows",
-]  # fmt: skip
+    "admit_blocks",
+    "append_rows",
+    "attention",
+    "best_of_cells",
+    "column_sums",
+    "copy",
+    "copy_blocks",
+    "dense_attention",
+    "encode",
+    "exact_probabilities",
+    "fetch_rows",
+    "find_rows",
+    "gather",
+    "merge_lists",
+    "noise",
+    "pq_probabilities",
+    "pq_select",
+    "top_k",
+    "train_codebook",
+    "use_threads",
+    "vacate_rows",
+]
 
 
 def warm_up() -> float:

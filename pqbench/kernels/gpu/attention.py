@@ -15,13 +15,36 @@ from pqbench.kernels.gpu.launch import product, read, row_products, rows_of, sha
 
 @triton.jit(do_not_specialize=["key_batch", "key_head", "value_batch", "value_head", "given", "count"])
 def attend_part(
-    q: tl.tensor, keys: tl.tensor, values: tl.tensor, indices: tl.tensor, visible: tl.tensor, added: tl.tensor,
-    logits: tl.tensor, part: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_batch: tl.tensor,
-    key_head: tl.tensor, value_batch: tl.tensor, value_head: tl.tensor, key_row: tl.tensor, value_row: tl.tensor,
-    heads: tl.tensor, given: tl.tensor, count: tl.tensor, scaling: tl.tensor, unit: tl.constexpr, group: tl.constexpr,
-    width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, value_precision: tl.constexpr,
-    block_g: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    indices: tl.tensor,
+    visible: tl.tensor,
+    added: tl.tensor,
+    logits: tl.tensor,
+    part: tl.tensor,
+    part_lse: tl.tensor,
+    q_strides: tl.tensor,
+    key_batch: tl.tensor,
+    key_head: tl.tensor,
+    value_batch: tl.tensor,
+    value_head: tl.tensor,
+    key_row: tl.tensor,
+    value_row: tl.tensor,
+    heads: tl.tensor,
+    given: tl.tensor,
+    count: tl.tensor,
+    scaling: tl.tensor,
+    unit: tl.constexpr,
+    group: tl.constexpr,
+    width: tl.constexpr,
+    chunk: tl.constexpr,
+    precision: tl.constexpr,
+    value_precision: tl.constexpr,
+    block_g: tl.constexpr,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:
     """One KV head and one part of its rows: output ``part`` ``[B*H, parts, G, D]`` over these rows alone and its
     log-sum-exp ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]`` on the way, and ``logits``
     ``[B*H, G, n]`` kept when weights are wanted; these, ``visible`` and ``added`` may be None. Of the ``given`` n rows
@@ -71,9 +94,17 @@ def attend_part(
 
 @triton.jit(do_not_specialize=["parts"])
 def merge_parts(
-    part: tl.tensor, part_lse: tl.tensor, output: tl.tensor, lse: tl.tensor, parts: tl.tensor, group: tl.constexpr,
-    width: tl.constexpr, most: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
-) -> None:  # fmt: skip
+    part: tl.tensor,
+    part_lse: tl.tensor,
+    output: tl.tensor,
+    lse: tl.tensor,
+    parts: tl.tensor,
+    group: tl.constexpr,
+    width: tl.constexpr,
+    most: tl.constexpr,
+    block_s: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:
     """Attention over all rows from the parts of one query head: output ``[B*H, G, D]``, log-sum-exp ``[B*H, G]``."""
     pair, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d, every = tl.arange(0, block_d), tl.arange(0, most)
@@ -95,10 +126,16 @@ def merge_parts(
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-    visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    indices: Tensor | None = None,
+    visible: Tensor | None = None,
+    need_weights: bool = False,
+    log_weights: Tensor | None = None,
     count: Number | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`pqbench.kernels.reference.attention`. Rows are gathered inside the kernel, never copied. Logits have
     float32 precision; of half types the probabilities are rounded to 11 bits before they meet the values."""
     q, keys, values = launch.dense_rows(q), launch.dense_rows(keys), launch.dense_rows(values)
@@ -117,19 +154,48 @@ def attention(
     precision, block_d = launch.precision_for(q, keys), launch.power(width, 16)
     with launch.on(q):
         attend_part[(batch * heads, parts)](
-            q, keys, values, None if indices is None else indices.contiguous(),
+            q,
+            keys,
+            values,
+            None if indices is None else indices.contiguous(),
             None if visible is None else visible.expand(shape).contiguous().view(torch.uint8),
-            None if log_weights is None else log_weights.float().expand(shape).contiguous(), weights, part, part_lse,
-            q.stride()[:3], *outer[0], *outer[1], keys.stride(2), values.stride(2), heads, given,
-            given if count is None else count, float(scaling), unit=unit, group=group, width=width,
-            chunk=launch.chunk_for(width, precision), precision=precision,
+            None if log_weights is None else log_weights.float().expand(shape).contiguous(),
+            weights,
+            part,
+            part_lse,
+            q.stride()[:3],
+            *outer[0],
+            *outer[1],
+            keys.stride(2),
+            values.stride(2),
+            heads,
+            given,
+            given if count is None else count,
+            float(scaling),
+            unit=unit,
+            group=group,
+            width=width,
+            chunk=launch.chunk_for(width, precision),
+            precision=precision,
             value_precision="tf32x3" if values.dtype == torch.float32 else "tf32",
-            block_g=launch.power(group, 16), block_n=block_n, block_d=block_d, **launch.options(),
-        )  # fmt: skip
+            block_g=launch.power(group, 16),
+            block_n=block_n,
+            block_d=block_d,
+            **launch.options(),
+        )
         merge_parts[(batch * heads, group)](
-            part, part_lse, output, lse, parts, group=group, width=width, most=launch.MOST_SPLITS, block_s=16,
-            block_d=block_d, **launch.options(),
-        )  # fmt: skip
+            part,
+            part_lse,
+            output,
+            lse,
+            parts,
+            group=group,
+            width=width,
+            most=launch.MOST_SPLITS,
+            block_s=16,
+            block_d=block_d,
+            **launch.options(),
+        )
     if weights is not None:
         weights.sub_(lse[..., None]).exp_()
     return output, lse, weights

@@ -19,10 +19,23 @@ from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 @triton.jit(do_not_specialize=["every", "complete", "most", "capacity"])
 def choose_blocks(
-    counts: tl.tensor, where: tl.tensor, held: tl.tensor, uses: tl.tensor, since: tl.tensor, clock: tl.tensor,
-    moves: tl.tensor, tally: tl.tensor, every: tl.tensor, complete: tl.tensor, most: tl.tensor, capacity: tl.tensor,
-    frequent: tl.constexpr, block_b: tl.constexpr, block_c: tl.constexpr, block_a: tl.constexpr,
-) -> None:  # fmt: skip
+    counts: tl.tensor,
+    where: tl.tensor,
+    held: tl.tensor,
+    uses: tl.tensor,
+    since: tl.tensor,
+    clock: tl.tensor,
+    moves: tl.tensor,
+    tally: tl.tensor,
+    every: tl.tensor,
+    complete: tl.tensor,
+    most: tl.tensor,
+    capacity: tl.tensor,
+    frequent: tl.constexpr,
+    block_b: tl.constexpr,
+    block_c: tl.constexpr,
+    block_a: tl.constexpr,
+) -> None:
     """One owner's step; see :func:`pqbench.kernels.reference.blocks.admit_blocks`. What the slots hold is kept in
     registers, a number of a list is read by a sum in which all others are zero."""
     owner = tl.program_id(0).to(tl.int64)
@@ -81,7 +94,7 @@ def choose_blocks(
 
 def admit_blocks(
     counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See :func:`pqbench.kernels.reference.blocks.admit_blocks`."""
     (owners, every), capacity = counts.shape, residency.held.shape[1]
     most = min(admit, capacity)
@@ -89,18 +102,40 @@ def admit_blocks(
     warps = 8 if max(every, capacity) > 2048 else 4
     with on(counts):
         choose_blocks[(owners,)](
-            counts, *residency, moves, tally, every, complete, most, capacity, frequent=frequent,
-            block_b=power(every), block_c=power(capacity), block_a=power(most), **options(warps),
-        )  # fmt: skip
+            counts,
+            *residency,
+            moves,
+            tally,
+            every,
+            complete,
+            most,
+            capacity,
+            frequent=frequent,
+            block_b=power(every),
+            block_c=power(capacity),
+            block_a=power(most),
+            **options(warps),
+        )
     return moves
 
 
 @triton.jit(do_not_specialize=["number", "resident", "staging", "shared", "every", "size", "first"])
 def save_rows(
-    indices: tl.tensor, slots: tl.tensor, table: tl.tensor, where: tl.tensor, number: tl.tensor, resident: tl.tensor,
-    staging: tl.tensor, shared: tl.tensor, every: tl.tensor, size: tl.tensor, first: tl.tensor, width: tl.constexpr,
-    block_n: tl.constexpr, block_w: tl.constexpr,
-) -> None:  # fmt: skip
+    indices: tl.tensor,
+    slots: tl.tensor,
+    table: tl.tensor,
+    where: tl.tensor,
+    number: tl.tensor,
+    resident: tl.tensor,
+    staging: tl.tensor,
+    shared: tl.tensor,
+    every: tl.tensor,
+    size: tl.tensor,
+    first: tl.tensor,
+    width: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+) -> None:
     """A few tokens of one head; see :func:`pqbench.kernels.reference.rows.vacate_rows`."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -115,28 +150,49 @@ def save_rows(
     tl.store(slots + pair * number + n, place, mask=left)
 
 
-def vacate_rows(
-    indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
-) -> None:  # fmt: skip
+def vacate_rows(indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks) -> None:
     """See :func:`pqbench.kernels.reference.rows.vacate_rows`."""
     batch, heads, number = indices.shape
     owners, every = blocks.where.shape
     sizes = tile(table.shape[1] * table.shape[2], table.dtype)
     with on(table):
         save_rows[(tiles(number, sizes["block_n"]), batch * heads)](
-            indices.contiguous(), slots, table, blocks.where, number, resident, staging, batch * heads // owners, every,
-            blocks.size, blocks.first, **sizes, **options(),
-        )  # fmt: skip
+            indices.contiguous(),
+            slots,
+            table,
+            blocks.where,
+            number,
+            resident,
+            staging,
+            batch * heads // owners,
+            every,
+            blocks.size,
+            blocks.first,
+            **sizes,
+            **options(),
+        )
 
 
-@triton.jit(do_not_specialize=[
-    "most", "resident", "start", "middle", "stop", "held", "held_more", "size", "first",
-])  # fmt: skip
+@triton.jit(do_not_specialize=["most", "resident", "start", "middle", "stop", "held", "held_more", "size", "first"])
 def copy_moved(
-    moves: tl.tensor, rows: tl.tensor, more: tl.tensor, table: tl.tensor, most: tl.tensor, shared: tl.tensor,
-    resident: tl.tensor, start: tl.tensor, middle: tl.tensor, stop: tl.tensor, held: tl.tensor, held_more: tl.tensor,
-    size: tl.tensor, first: tl.tensor, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
-) -> None:  # fmt: skip
+    moves: tl.tensor,
+    rows: tl.tensor,
+    more: tl.tensor,
+    table: tl.tensor,
+    most: tl.tensor,
+    shared: tl.tensor,
+    resident: tl.tensor,
+    start: tl.tensor,
+    middle: tl.tensor,
+    stop: tl.tensor,
+    held: tl.tensor,
+    held_more: tl.tensor,
+    size: tl.tensor,
+    first: tl.tensor,
+    width: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+) -> None:
     """A few rows of one block for one head; see :func:`pqbench.kernels.reference.rows.copy_blocks`."""
     pair, move = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -156,6 +212,20 @@ def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int,
     sizes = tile(table.shape[1] * table.shape[2], table.dtype)
     with on(table):
         copy_moved[(tiles(blocks.size, sizes["block_n"]), pairs, most)](
-            moves, tokens.rows, tokens.more, table, most, pairs // owners, resident, tokens.start, tokens.middle,
-            tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], blocks.size, blocks.first, **sizes, **options(),
-        )  # fmt: skip
+            moves,
+            tokens.rows,
+            tokens.more,
+            table,
+            most,
+            pairs // owners,
+            resident,
+            tokens.start,
+            tokens.middle,
+            tokens.stop,
+            tokens.rows.shape[2],
+            tokens.more.shape[2],
+            blocks.size,
+            blocks.first,
+            **sizes,
+            **options(),
+        )

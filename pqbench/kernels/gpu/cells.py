@@ -19,10 +19,17 @@ _CELLS = 128  # of a tile
 
 @triton.jit
 def score_cells(
-    tables: tl.tensor, counts: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, cells: tl.constexpr,
-    clusters: tl.constexpr, parts: tl.constexpr, group: tl.constexpr, lanes: tl.constexpr,
+    tables: tl.tensor,
+    counts: tl.tensor,
+    scores: tl.tensor,
+    part_lse: tl.tensor,
+    cells: tl.constexpr,
+    clusters: tl.constexpr,
+    parts: tl.constexpr,
+    group: tl.constexpr,
+    lanes: tl.constexpr,
     block_n: tl.constexpr,
-) -> None:  # fmt: skip
+) -> None:
     """Logits ``[B*H, C, L]`` of one part of the cells, and the log-sum-exp ``[B*H, pieces, L]`` of their tokens, of
     which cells hold ``counts`` ``[B*H, C]``; -inf where all are empty."""
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -72,7 +79,16 @@ def cell_probabilities(q: Tensor, codebook: Tensor, counts: Tensor, scaling: flo
     part_lse = q.new_empty(batch, heads, pieces, lanes, dtype=torch.float32)
     with launch.on(q):
         score_cells[(batch * heads, pieces)](
-            tables, counts, scores, part_lse, cells=cells, clusters=clusters, parts=parts, group=group,
-            lanes=lanes, block_n=_CELLS, **launch.options(),
-        )  # fmt: skip
+            tables,
+            counts,
+            scores,
+            part_lse,
+            cells=cells,
+            clusters=clusters,
+            parts=parts,
+            group=group,
+            lanes=lanes,
+            block_n=_CELLS,
+            **launch.options(),
+        )
     return scores, sum_over_group(q, scores, part_lse)

@@ -23,12 +23,30 @@ def sees(query: tl.tensor, key: tl.tensor, total: tl.tensor, band: tl.tensor) ->
 
 @triton.jit(do_not_specialize=["q_batch", "q_head", "q_group", "key_batch", "key_head", "count", "total", "band"])
 def row_lse(
-    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, q_batch: tl.tensor, q_head: tl.tensor, q_group: tl.tensor,
-    key_batch: tl.tensor, key_head: tl.tensor, q_row: tl.tensor, key_row: tl.tensor, heads: tl.tensor, group: tl.tensor,
-    count: tl.tensor, total: tl.tensor, band: tl.tensor, scaling: tl.tensor, q_unit: tl.constexpr,
-    key_unit: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr, block_q: tl.constexpr,
+    q: tl.tensor,
+    keys: tl.tensor,
+    lse: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_group: tl.tensor,
+    key_batch: tl.tensor,
+    key_head: tl.tensor,
+    q_row: tl.tensor,
+    key_row: tl.tensor,
+    heads: tl.tensor,
+    group: tl.tensor,
+    count: tl.tensor,
+    total: tl.tensor,
+    band: tl.tensor,
+    scaling: tl.tensor,
+    q_unit: tl.constexpr,
+    key_unit: tl.constexpr,
+    width: tl.constexpr,
+    chunk: tl.constexpr,
+    precision: tl.constexpr,
+    block_q: tl.constexpr,
     block_k: tl.constexpr,
-) -> None:  # fmt: skip
+) -> None:
     """Log-sum-exp ``[B*H*G, n]`` of the logits of a block of the last n queries."""
     lane = tl.program_id(1)
     i = tl.program_id(0) * block_q + tl.arange(0, block_q)
@@ -54,12 +72,31 @@ def row_lse(
 
 @triton.jit(do_not_specialize=["q_batch", "q_head", "q_group", "key_batch", "key_head", "count", "total", "band"])
 def sum_columns(
-    q: tl.tensor, keys: tl.tensor, lse: tl.tensor, sums: tl.tensor, q_batch: tl.tensor, q_head: tl.tensor,
-    q_group: tl.tensor, key_batch: tl.tensor, key_head: tl.tensor, q_row: tl.tensor, key_row: tl.tensor,
-    heads: tl.tensor, group: tl.tensor, count: tl.tensor, total: tl.tensor, band: tl.tensor, scaling: tl.tensor,
-    q_unit: tl.constexpr, key_unit: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, precision: tl.constexpr,
-    block_q: tl.constexpr, block_k: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    keys: tl.tensor,
+    lse: tl.tensor,
+    sums: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_group: tl.tensor,
+    key_batch: tl.tensor,
+    key_head: tl.tensor,
+    q_row: tl.tensor,
+    key_row: tl.tensor,
+    heads: tl.tensor,
+    group: tl.tensor,
+    count: tl.tensor,
+    total: tl.tensor,
+    band: tl.tensor,
+    scaling: tl.tensor,
+    q_unit: tl.constexpr,
+    key_unit: tl.constexpr,
+    width: tl.constexpr,
+    chunk: tl.constexpr,
+    precision: tl.constexpr,
+    block_q: tl.constexpr,
+    block_k: tl.constexpr,
+) -> None:
     """Sums ``[B*H, S]`` over the queries of the group of the probabilities of a block of keys."""
     pair = tl.program_id(1)
     first = tl.program_id(0) * block_k
@@ -95,9 +132,15 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
     strides = (*q_outer[0], *key_outer[0], q.stride(3), keys.stride(2))
     sizes = (heads, group, count, total, total if band is None else min(band, total), float(scaling))
     shape = {
-        "q_unit": q_unit, "key_unit": key_unit, "width": width, "chunk": chunk_for(width, precision),
-        "precision": precision, "block_q": block_q, "block_k": block_k, **options(),
-    }  # fmt: skip
+        "q_unit": q_unit,
+        "key_unit": key_unit,
+        "width": width,
+        "chunk": chunk_for(width, precision),
+        "precision": precision,
+        "block_q": block_q,
+        "block_k": block_k,
+        **options(),
+    }
     with on(q):
         row_lse[(blocks(count, block_q), batch * heads * group)](q, keys, lse, *strides, *sizes, **shape)
         sum_columns[(blocks(total, block_k), batch * heads)](q, keys, lse, sums, *strides, *sizes, **shape)

@@ -19,18 +19,49 @@ from pqbench.kernels.gpu.rows import tile
 from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 
-@triton.jit(do_not_specialize=[
-    "at", "ring", "sinks", "key_batch", "key_head", "value_batch", "value_head", "key_row_batch", "key_row_head",
-    "value_row_batch", "value_row_head",
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "at",
+        "ring",
+        "sinks",
+        "key_batch",
+        "key_head",
+        "value_batch",
+        "value_head",
+        "key_row_batch",
+        "key_row_head",
+        "value_row_batch",
+        "value_row_head",
+    ]
+)
 def write_rows(
-    keys: tl.tensor, values: tl.tensor, key_rows: tl.tensor, value_rows: tl.tensor, local: tl.tensor, at: tl.tensor,
-    key_batch: tl.tensor, key_head: tl.tensor, value_batch: tl.tensor, value_head: tl.tensor,
-    key_row_batch: tl.tensor, key_row_head: tl.tensor, value_row_batch: tl.tensor, value_row_head: tl.tensor,
-    heads: tl.tensor, ring: tl.tensor, sinks: tl.tensor, unit: tl.constexpr, row_unit: tl.constexpr,
-    key_step: tl.constexpr, value_step: tl.constexpr, key_row_step: tl.constexpr, value_row_step: tl.constexpr,
-    width: tl.constexpr, block_w: tl.constexpr, wraps: tl.constexpr,
-) -> None:  # fmt: skip
+    keys: tl.tensor,
+    values: tl.tensor,
+    key_rows: tl.tensor,
+    value_rows: tl.tensor,
+    local: tl.tensor,
+    at: tl.tensor,
+    key_batch: tl.tensor,
+    key_head: tl.tensor,
+    value_batch: tl.tensor,
+    value_head: tl.tensor,
+    key_row_batch: tl.tensor,
+    key_row_head: tl.tensor,
+    value_row_batch: tl.tensor,
+    value_row_head: tl.tensor,
+    heads: tl.tensor,
+    ring: tl.tensor,
+    sinks: tl.tensor,
+    unit: tl.constexpr,
+    row_unit: tl.constexpr,
+    key_step: tl.constexpr,
+    value_step: tl.constexpr,
+    key_row_step: tl.constexpr,
+    value_row_step: tl.constexpr,
+    width: tl.constexpr,
+    block_w: tl.constexpr,
+    wraps: tl.constexpr,
+) -> None:
     """One new row of one head: to row ``at`` of ``key_rows`` and ``value_rows``, or to its row of the ring."""
     i, pair = tl.program_id(0), tl.program_id(1)
     token = (read(at) + i).to(tl.int64)
@@ -51,28 +82,56 @@ def write_rows(
 
 
 def append_rows(
-    keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number, local: Tensor | None = None,
+    keys: Tensor,
+    values: Tensor,
+    key_rows: Tensor,
+    value_rows: Tensor,
+    at: Number,
+    local: Tensor | None = None,
     sinks: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """See :func:`pqbench.kernels.reference.rows.append_rows`."""
     batch, heads, count, width = keys.shape
     keys, values = dense_rows(keys.to(key_rows.dtype)), dense_rows(values.to(value_rows.dtype))
     (unit, new), (row_unit, old) = outer(keys, values), outer(key_rows, value_rows)
     with on(key_rows):
         write_rows[(count, batch * heads)](
-            keys, values, key_rows, value_rows, key_rows if local is None else local, at, *new[0], *new[1], *old[0],
-            *old[1], heads,
-            key_rows.shape[2], sinks, unit=unit, row_unit=row_unit, key_step=keys.stride(2),
-            value_step=values.stride(2), key_row_step=key_rows.stride(2), value_row_step=value_rows.stride(2),
-            width=width, block_w=power(width), wraps=local is not None, **options(1),
-        )  # fmt: skip
+            keys,
+            values,
+            key_rows,
+            value_rows,
+            key_rows if local is None else local,
+            at,
+            *new[0],
+            *new[1],
+            *old[0],
+            *old[1],
+            heads,
+            key_rows.shape[2],
+            sinks,
+            unit=unit,
+            row_unit=row_unit,
+            key_step=keys.stride(2),
+            value_step=values.stride(2),
+            key_row_step=key_rows.stride(2),
+            value_row_step=value_rows.stride(2),
+            width=width,
+            block_w=power(width),
+            wraps=local is not None,
+            **options(1),
+        )
 
 
 @triton.jit
 def copy_tile(
-    rows: tl.tensor, row: tl.tensor, table: tl.tensor, place: tl.tensor, seen: tl.tensor, width: tl.constexpr,
+    rows: tl.tensor,
+    row: tl.tensor,
+    table: tl.tensor,
+    place: tl.tensor,
+    seen: tl.tensor,
+    width: tl.constexpr,
     block_w: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+) -> tl.tensor:
     """Rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` of a dense table, where ``seen``; how many, int64."""
     for start in tl.static_range(0, width, block_w):
         w = start + tl.arange(0, block_w)
@@ -82,17 +141,53 @@ def copy_tile(
     return tl.sum(seen.to(tl.int64), 0)
 
 
-@triton.jit(do_not_specialize=[
-    "count", "number", "positions", "resident", "staging", "start", "middle", "stop", "held", "held_more", "shared",
-    "every", "size", "first",
-])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "count",
+        "number",
+        "positions",
+        "resident",
+        "staging",
+        "start",
+        "middle",
+        "stop",
+        "held",
+        "held_more",
+        "shared",
+        "every",
+        "size",
+        "first",
+    ]
+)
 def find_and_copy(
-    indices: tl.tensor, local: tl.tensor, table: tl.tensor, slots: tl.tensor, rows: tl.tensor, more: tl.tensor,
-    tally: tl.tensor, where: tl.tensor, counts: tl.tensor, count: tl.tensor, number: tl.tensor, positions: tl.tensor,
-    resident: tl.tensor, staging: tl.tensor, start: tl.tensor, middle: tl.tensor, stop: tl.tensor, held: tl.tensor,
-    held_more: tl.tensor, shared: tl.tensor, every: tl.tensor, size: tl.tensor, first: tl.tensor,
-    cached: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
-) -> None:  # fmt: skip
+    indices: tl.tensor,
+    local: tl.tensor,
+    table: tl.tensor,
+    slots: tl.tensor,
+    rows: tl.tensor,
+    more: tl.tensor,
+    tally: tl.tensor,
+    where: tl.tensor,
+    counts: tl.tensor,
+    count: tl.tensor,
+    number: tl.tensor,
+    positions: tl.tensor,
+    resident: tl.tensor,
+    staging: tl.tensor,
+    start: tl.tensor,
+    middle: tl.tensor,
+    stop: tl.tensor,
+    held: tl.tensor,
+    held_more: tl.tensor,
+    shared: tl.tensor,
+    every: tl.tensor,
+    size: tl.tensor,
+    first: tl.tensor,
+    cached: tl.constexpr,
+    width: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+) -> None:
     """A few tokens of one head; see :func:`pqbench.kernels.reference.rows.fetch_rows`."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -119,9 +214,16 @@ def find_and_copy(
 
 
 def fetch_rows(
-    indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens, tally: Tensor,
-    blocks: Blocks | None = None, count: Number | None = None,
-) -> Tensor:  # fmt: skip
+    indices: Tensor,
+    local: Tensor,
+    table: Tensor,
+    resident: int,
+    staging: int,
+    tokens: HostTokens,
+    tally: Tensor,
+    blocks: Blocks | None = None,
+    count: Number | None = None,
+) -> Tensor:
     """See :func:`pqbench.kernels.reference.rows.fetch_rows`; tokens that do not exist are not copied."""
     batch, heads, number = indices.shape
     slots = torch.empty(batch, heads, number, dtype=torch.int64, device=indices.device)
@@ -130,10 +232,31 @@ def fetch_rows(
     owners, every = blocks.where.shape if blocks is not None else (1, 0)
     with on(table):
         find_and_copy[(tiles(number, sizes["block_n"]), batch * heads)](
-            indices.contiguous(), local, table, slots, tokens.rows, tokens.more, tally, where, counts,
-            number if count is None else count, number, len(local), resident, staging, tokens.start, tokens.middle,
-            tokens.stop, tokens.rows.shape[2], tokens.more.shape[2], batch * heads // owners, every,
-            blocks.size if blocks is not None else 1, blocks.first if blocks is not None else 0, cached=known,
-            **sizes, **options(),
-        )  # fmt: skip
+            indices.contiguous(),
+            local,
+            table,
+            slots,
+            tokens.rows,
+            tokens.more,
+            tally,
+            where,
+            counts,
+            number if count is None else count,
+            number,
+            len(local),
+            resident,
+            staging,
+            tokens.start,
+            tokens.middle,
+            tokens.stop,
+            tokens.rows.shape[2],
+            tokens.more.shape[2],
+            batch * heads // owners,
+            every,
+            blocks.size if blocks is not None else 1,
+            blocks.first if blocks is not None else 0,
+            cached=known,
+            **sizes,
+            **options(),
+        )
     return slots

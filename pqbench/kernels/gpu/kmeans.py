@@ -36,11 +36,25 @@ _CLUSTERS = 64
 
 @triton.jit(do_not_specialize=["point_batch", "point_head", "count"])
 def assign(
-    points: tl.tensor, centroids: tl.tensor, codes: tl.tensor, active: tl.tensor, moved: tl.tensor,
-    point_batch: tl.tensor, point_head: tl.tensor, point_row: tl.tensor, heads: tl.tensor, count: tl.tensor,
-    clusters: tl.tensor, unit: tl.constexpr, parts: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr,
-    precision: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
-) -> None:  # fmt: skip
+    points: tl.tensor,
+    centroids: tl.tensor,
+    codes: tl.tensor,
+    active: tl.tensor,
+    moved: tl.tensor,
+    point_batch: tl.tensor,
+    point_head: tl.tensor,
+    point_row: tl.tensor,
+    heads: tl.tensor,
+    count: tl.tensor,
+    clusters: tl.tensor,
+    unit: tl.constexpr,
+    parts: tl.constexpr,
+    width: tl.constexpr,
+    chunk: tl.constexpr,
+    precision: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+) -> None:
     """Nearest centroid, the lowest index on ties, of a block of one problem's points: codes ``[B*H, N, m]``.
 
     points ``[B, H, N, D]`` hold m problems side by side, centroids are ``[B*H*m, K, D/m]``. A problem whose ``active``
@@ -81,11 +95,26 @@ def assign(
 
 @triton.jit(do_not_specialize=["point_batch", "point_head", "count", "size"])
 def sum_clusters(
-    points: tl.tensor, codes: tl.tensor, active: tl.tensor, sums: tl.tensor, sizes: tl.tensor, point_batch: tl.tensor,
-    point_head: tl.tensor, point_row: tl.tensor, heads: tl.tensor, count: tl.tensor, size: tl.tensor,
-    clusters: tl.tensor, unit: tl.constexpr, parts: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr,
-    block_k: tl.constexpr, block_w: tl.constexpr, precision: tl.constexpr,
-) -> None:  # fmt: skip
+    points: tl.tensor,
+    codes: tl.tensor,
+    active: tl.tensor,
+    sums: tl.tensor,
+    sizes: tl.tensor,
+    point_batch: tl.tensor,
+    point_head: tl.tensor,
+    point_row: tl.tensor,
+    heads: tl.tensor,
+    count: tl.tensor,
+    size: tl.tensor,
+    clusters: tl.tensor,
+    unit: tl.constexpr,
+    parts: tl.constexpr,
+    width: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    block_w: tl.constexpr,
+    precision: tl.constexpr,
+) -> None:
     """Sums ``[B*H*m, pieces, K, D/m]`` and sizes ``[B*H*m, pieces, K]`` of a block of clusters within one piece of the
     points, as a product with the one-hot matrix of their codes: no atomics."""
     number, problem = tl.program_id(0), tl.program_id(2)
@@ -110,9 +139,16 @@ def sum_clusters(
 
 @triton.jit(do_not_specialize=["pieces"])
 def means(
-    sums: tl.tensor, sizes: tl.tensor, active: tl.tensor, centroids: tl.tensor, pieces: tl.tensor, clusters: tl.tensor,
-    width: tl.constexpr, block_k: tl.constexpr, block_w: tl.constexpr,
-) -> None:  # fmt: skip
+    sums: tl.tensor,
+    sizes: tl.tensor,
+    active: tl.tensor,
+    centroids: tl.tensor,
+    pieces: tl.tensor,
+    clusters: tl.tensor,
+    width: tl.constexpr,
+    block_k: tl.constexpr,
+    block_w: tl.constexpr,
+) -> None:
     """Means of a block of clusters from the sums of all pieces; an empty cluster keeps its centroid."""
     problem = tl.program_id(0)
     if tl.load(active + problem) != 0:
@@ -137,9 +173,14 @@ def encode(keys: Tensor, codebook: Tensor) -> Tensor:
 
 
 def train_codebook(
-    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+    keys: Tensor,
+    parts: int,
+    clusters: int,
+    iterations: int,
+    seed: int,
+    sample: int | None = None,
     tolerance: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """See :func:`pqbench.kernels.reference.train_codebook` and the module's docstring."""
     keys = dense_rows(keys)
     batch, heads, count, dimension = keys.shape
@@ -179,14 +220,38 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
     for step in range(iterations):
         with on(keys):
             sum_clusters[(pieces, blocks(clusters, block_k), problems)](
-                keys, codes, active, sums, sizes, *strides[0], keys.stride(2), heads, count, size, clusters, unit=unit,
-                parts=parts, width=width, block_n=block_n, block_k=block_k, block_w=block_w,
-                precision=precision_for(keys), **options(8),
-            )  # fmt: skip
-            means[(problems, blocks(clusters, block_k))](
-                sums, sizes, active, codebook, pieces, clusters, width=width, block_k=block_k, block_w=block_w,
+                keys,
+                codes,
+                active,
+                sums,
+                sizes,
+                *strides[0],
+                keys.stride(2),
+                heads,
+                count,
+                size,
+                clusters,
+                unit=unit,
+                parts=parts,
+                width=width,
+                block_n=block_n,
+                block_k=block_k,
+                block_w=block_w,
+                precision=precision_for(keys),
                 **options(8),
-            )  # fmt: skip
+            )
+            means[(problems, blocks(clusters, block_k))](
+                sums,
+                sizes,
+                active,
+                codebook,
+                pieces,
+                clusters,
+                width=width,
+                block_k=block_k,
+                block_w=block_w,
+                **options(8),
+            )
         _assign(keys, codebook, codes, active, moved[step])
         active = (moved[step] > int(tolerance * count)).int()
     return codes
@@ -199,7 +264,22 @@ def _assign(
     count, precision, (unit, strides) = keys.shape[2], precision_for(keys, codebook), outer(keys)
     with on(keys):
         assign[(blocks(count, _POINTS), batch * heads * parts)](
-            keys, codebook, codes, active, moved, *strides[0], keys.stride(2), heads, count, clusters, unit=unit,
-            parts=parts, width=width, chunk=chunk_for(width, precision), precision=precision, block_n=_POINTS,
-            block_k=min(_CLUSTERS, power(clusters, 16)), **options(),
-        )  # fmt: skip
+            keys,
+            codebook,
+            codes,
+            active,
+            moved,
+            *strides[0],
+            keys.stride(2),
+            heads,
+            count,
+            clusters,
+            unit=unit,
+            parts=parts,
+            width=width,
+            chunk=chunk_for(width, precision),
+            precision=precision,
+            block_n=_POINTS,
+            block_k=min(_CLUSTERS, power(clusters, 16)),
+            **options(),
+        )

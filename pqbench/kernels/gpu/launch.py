@@ -54,9 +54,14 @@ def product(a: tl.tensor, b: tl.tensor, precision: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def row_products(
-    a: tl.tensor, b: tl.tensor, a_seen: tl.tensor, b_seen: tl.tensor, width: tl.constexpr, chunk: tl.constexpr,
+    a: tl.tensor,
+    b: tl.tensor,
+    a_seen: tl.tensor,
+    b_seen: tl.tensor,
+    width: tl.constexpr,
+    chunk: tl.constexpr,
     precision: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+) -> tl.tensor:
     """Products ``[M, N]`` of rows that begin at addresses ``a`` ``[M]`` with rows at ``b`` ``[N]``, zero for rows not
     ``seen``. ``chunk`` dimensions at a time, so that registers suffice whatever the width."""
     result = tl.zeros([a.shape[0], b.shape[0]], tl.float32)

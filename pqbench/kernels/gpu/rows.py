@@ -14,11 +14,25 @@ _TILE = 4096  # bytes that one program has on the way at once: two loads of 16 f
 
 @triton.jit(do_not_specialize=["count", "source_batch", "source_head", "target_batch", "target_head"])
 def copy_rows(
-    source: tl.tensor, indices: tl.tensor, target: tl.tensor, source_batch: tl.tensor, source_head: tl.tensor,
-    target_batch: tl.tensor, target_head: tl.tensor, heads: tl.tensor, count: tl.tensor, unit: tl.constexpr,
-    source_row: tl.constexpr, source_step: tl.constexpr, target_row: tl.constexpr, target_step: tl.constexpr,
-    given: tl.constexpr, width: tl.constexpr, block_n: tl.constexpr, block_w: tl.constexpr,
-) -> None:  # fmt: skip
+    source: tl.tensor,
+    indices: tl.tensor,
+    target: tl.tensor,
+    source_batch: tl.tensor,
+    source_head: tl.tensor,
+    target_batch: tl.tensor,
+    target_head: tl.tensor,
+    heads: tl.tensor,
+    count: tl.tensor,
+    unit: tl.constexpr,
+    source_row: tl.constexpr,
+    source_step: tl.constexpr,
+    target_row: tl.constexpr,
+    target_step: tl.constexpr,
+    given: tl.constexpr,
+    width: tl.constexpr,
+    block_n: tl.constexpr,
+    block_w: tl.constexpr,
+) -> None:
     """Rows ``indices`` ``[B*H, n]`` of ``source`` ``[B, H, S, width]``, or the first n, into ``target``
     ``[B, H, n, width]``."""
     pair = tl.program_id(1)
@@ -68,10 +82,22 @@ def _copy(source: Tensor, indices: Tensor | None, target: Tensor) -> None:
     sizes = tile(width, target.dtype)
     with on(target, source):
         copy_rows[(blocks(count, sizes["block_n"]), batch * heads)](
-            source, source if indices is None else indices, target, *strides[0], *strides[1], heads, count, unit=unit,
-            source_row=source.stride(2), source_step=_step(source), target_row=target.stride(2),
-            target_step=_step(target), given=indices is not None, **sizes, **options(),
-        )  # fmt: skip
+            source,
+            source if indices is None else indices,
+            target,
+            *strides[0],
+            *strides[1],
+            heads,
+            count,
+            unit=unit,
+            source_row=source.stride(2),
+            source_step=_step(source),
+            target_row=target.stride(2),
+            target_step=_step(target),
+            given=indices is not None,
+            **sizes,
+            **options(),
+        )
 
 
 def tile(width: int, dtype: torch.dtype) -> dict[str, int]:

@@ -26,10 +26,20 @@ UNIT = 4096  # tokens; the second launch and those behind it split a row by thes
 
 @triton.jit
 def look_up_tables(
-    q: tl.tensor, codebook: tl.tensor, tables: tl.tensor, q_strides: tl.tensor, heads: tl.tensor, clusters: tl.tensor,
-    scaling: tl.tensor, parts: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr,
-    block_k: tl.constexpr, block_w: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    codebook: tl.tensor,
+    tables: tl.tensor,
+    q_strides: tl.tensor,
+    heads: tl.tensor,
+    clusters: tl.tensor,
+    scaling: tl.tensor,
+    parts: tl.constexpr,
+    group: tl.constexpr,
+    width: tl.constexpr,
+    lanes: tl.constexpr,
+    block_k: tl.constexpr,
+    block_w: tl.constexpr,
+) -> None:
     """Scaled products of every centroid with its part of every query head: ``tables`` ``[B*H, m, K, L]``, from a
     codebook ``[B*H, m, K, D/m]``. One program per sub-space and block of centroids."""
     problem = tl.program_id(0)
@@ -69,10 +79,19 @@ def merged(
 
 @triton.jit
 def fill_tables(
-    q: tl.tensor, codebook: tl.tensor, tables: tl.tensor, row: tl.tensor, scaling: tl.tensor, clusters: tl.constexpr,
-    parts: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, block_k: tl.constexpr,
+    q: tl.tensor,
+    codebook: tl.tensor,
+    tables: tl.tensor,
+    row: tl.tensor,
+    scaling: tl.tensor,
+    clusters: tl.constexpr,
+    parts: tl.constexpr,
+    group: tl.constexpr,
+    width: tl.constexpr,
+    lanes: tl.constexpr,
+    block_k: tl.constexpr,
     block_w: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+) -> tl.tensor:
     """Scaled products of the centroids of one head ``[m, K, D/m]`` with its queries, ``row`` elements apart:
     ``tables`` ``[m, K, L]``, zero for padding. Returns how many there are."""
     k, w = tl.arange(0, block_k), tl.arange(0, block_w)
@@ -92,12 +111,31 @@ def fill_tables(
 
 @triton.jit(do_not_specialize=["code_batch", "code_head", "given", "count"])
 def score_codes(
-    q: tl.tensor, codebook: tl.tensor, codes: tl.tensor, only: tl.tensor, tables: tl.tensor, scores: tl.tensor,
-    part_lse: tl.tensor, counters: tl.tensor, q_strides: tl.tensor, code_batch: tl.tensor, code_head: tl.tensor,
-    code_row: tl.tensor, heads: tl.tensor, given: tl.tensor, count: tl.tensor, scaling: tl.tensor,
-    clusters: tl.constexpr, parts: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr,
-    block_k: tl.constexpr, block_w: tl.constexpr, block_n: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    codebook: tl.tensor,
+    codes: tl.tensor,
+    only: tl.tensor,
+    tables: tl.tensor,
+    scores: tl.tensor,
+    part_lse: tl.tensor,
+    counters: tl.tensor,
+    q_strides: tl.tensor,
+    code_batch: tl.tensor,
+    code_head: tl.tensor,
+    code_row: tl.tensor,
+    heads: tl.tensor,
+    given: tl.tensor,
+    count: tl.tensor,
+    scaling: tl.tensor,
+    clusters: tl.constexpr,
+    parts: tl.constexpr,
+    group: tl.constexpr,
+    width: tl.constexpr,
+    lanes: tl.constexpr,
+    block_k: tl.constexpr,
+    block_w: tl.constexpr,
+    block_n: tl.constexpr,
+) -> None:
     """Logits ``scores`` ``[B*H, S, L]`` of one part of the tokens by table look-up of uint8 codes ``[B, H, S, m]``,
     with their log-sum-exp ``[B*H, pieces, L]``. Of the ``given`` S tokens the first ``count`` count, and none where
     ``only`` ``[B*H]`` is 0. ``tables`` are scratch ``[B*H, pieces, m, K, L]``; ``counters`` ``[B*H]`` are set to 0."""
@@ -139,11 +177,26 @@ def awake(count: tl.tensor, only: tl.tensor, pair: tl.tensor) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["key_batch", "key_head", "count"])
 def score_keys(
-    q: tl.tensor, keys: tl.tensor, scores: tl.tensor, part_lse: tl.tensor, q_strides: tl.tensor, key_batch: tl.tensor,
-    key_head: tl.tensor, key_row: tl.tensor, heads: tl.tensor, count: tl.tensor, scaling: tl.tensor,
-    unit: tl.constexpr, group: tl.constexpr, width: tl.constexpr, lanes: tl.constexpr, chunk: tl.constexpr,
-    precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
-) -> None:  # fmt: skip
+    q: tl.tensor,
+    keys: tl.tensor,
+    scores: tl.tensor,
+    part_lse: tl.tensor,
+    q_strides: tl.tensor,
+    key_batch: tl.tensor,
+    key_head: tl.tensor,
+    key_row: tl.tensor,
+    heads: tl.tensor,
+    count: tl.tensor,
+    scaling: tl.tensor,
+    unit: tl.constexpr,
+    group: tl.constexpr,
+    width: tl.constexpr,
+    lanes: tl.constexpr,
+    chunk: tl.constexpr,
+    precision: tl.constexpr,
+    block_g: tl.constexpr,
+    block_n: tl.constexpr,
+) -> None:
     """The same from keys ``[B, H, S, D]``."""
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, block_g), tl.arange(0, block_n)
@@ -180,10 +233,20 @@ def bin_of(key: tl.tensor, count: tl.tensor, lanes: tl.constexpr) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["given", "count", "parts"])
 def sum_group(
-    scores: tl.tensor, part_lse: tl.tensor, only: tl.tensor, sums: tl.tensor, histograms: tl.tensor, given: tl.tensor,
-    count: tl.tensor, parts: tl.tensor, group: tl.constexpr, lanes: tl.constexpr, most: tl.constexpr,
-    unit: tl.constexpr, block_n: tl.constexpr,
-) -> None:  # fmt: skip
+    scores: tl.tensor,
+    part_lse: tl.tensor,
+    only: tl.tensor,
+    sums: tl.tensor,
+    histograms: tl.tensor,
+    given: tl.tensor,
+    count: tl.tensor,
+    parts: tl.tensor,
+    group: tl.constexpr,
+    lanes: tl.constexpr,
+    most: tl.constexpr,
+    unit: tl.constexpr,
+    block_n: tl.constexpr,
+) -> None:
     """Probabilities summed over the group, ``sums`` ``[B*H, S]``, from logits ``[B*H, S, L]`` and the log-sum-exps of
     their ``parts``; and how many of them fall into each bin, ``[B*H, pieces, 256]``, where that is wanted. ``given``,
     ``count`` and ``only`` as in :func:`score_codes`."""
@@ -228,11 +291,30 @@ def scan(
     counters = q.new_empty(batch, heads, dtype=torch.int32)
     with launch.on(q):
         score_codes[(batch * heads, pieces)](
-            q, codebook, codes, only, tables, scores, part_lse, counters, q.stride()[:3], *codes.stride()[:3], heads,
-            given, count, float(scaling), clusters=clusters, parts=parts, group=group, width=width, lanes=lanes,
-            block_k=min(launch.power(clusters), max(1, _LOGITS // block_w)), block_w=block_w,
-            block_n=max(64, _LOGITS // (lanes if max(parts, lanes) <= 4 else 2 * lanes)), **launch.options(16),
-        )  # fmt: skip
+            q,
+            codebook,
+            codes,
+            only,
+            tables,
+            scores,
+            part_lse,
+            counters,
+            q.stride()[:3],
+            *codes.stride()[:3],
+            heads,
+            given,
+            count,
+            float(scaling),
+            clusters=clusters,
+            parts=parts,
+            group=group,
+            width=width,
+            lanes=lanes,
+            block_k=min(launch.power(clusters), max(1, _LOGITS // block_w)),
+            block_w=block_w,
+            block_n=max(64, _LOGITS // (lanes if max(parts, lanes) <= 4 else 2 * lanes)),
+            **launch.options(16),
+        )
     return scores, part_lse, counters
 
 
@@ -247,10 +329,26 @@ def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
     precision, (unit, outer) = launch.precision_for(q, keys), launch.outer(keys)
     with launch.on(q):
         score_keys[(batch * heads, pieces)](
-            q, keys, scores, part_lse, q.stride()[:3], *outer[0], keys.stride(2), heads, count, float(scaling),
-            unit=unit, group=group, width=width, lanes=lanes, chunk=launch.chunk_for(width, precision),
-            precision=precision, block_g=launch.power(group, 16), block_n=block_n, **launch.options(),
-        )  # fmt: skip
+            q,
+            keys,
+            scores,
+            part_lse,
+            q.stride()[:3],
+            *outer[0],
+            keys.stride(2),
+            heads,
+            count,
+            float(scaling),
+            unit=unit,
+            group=group,
+            width=width,
+            lanes=lanes,
+            chunk=launch.chunk_for(width, precision),
+            precision=precision,
+            block_g=launch.power(group, 16),
+            block_n=block_n,
+            **launch.options(),
+        )
     return sum_over_group(q, scores, part_lse)
 
 
@@ -262,26 +360,53 @@ def scored_tables(q: Tensor, codebook: Tensor, scaling: float) -> Tensor:
     tables = q.new_empty(batch, heads, parts, clusters, lanes, dtype=torch.float32)
     with launch.on(q):
         look_up_tables[(batch * heads * parts, launch.blocks(clusters, block_k))](
-            q, codebook, tables, q.stride()[:3], heads, clusters, float(scaling), parts=parts, group=group, width=width,
-            lanes=lanes, block_k=block_k, block_w=launch.power(width), **launch.options(),
-        )  # fmt: skip
+            q,
+            codebook,
+            tables,
+            q.stride()[:3],
+            heads,
+            clusters,
+            float(scaling),
+            parts=parts,
+            group=group,
+            width=width,
+            lanes=lanes,
+            block_k=block_k,
+            block_w=launch.power(width),
+            **launch.options(),
+        )
     return tables
 
 
 def sum_over_group(
-    q: Tensor, scores: Tensor, part_lse: Tensor, count: Number | None = None, only: Tensor | None = None,
+    q: Tensor,
+    scores: Tensor,
+    part_lse: Tensor,
+    count: Number | None = None,
+    only: Tensor | None = None,
     histograms: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sum probabilities over the group: ``[B, H, S]``; and fill ``histograms`` ``[B, H, pieces, 256]`` if they are
     given, of as many pieces as :func:`pieces_for` says."""
     batch, heads, given, lanes = scores.shape
     sums = q.new_empty(batch, heads, given, dtype=torch.float32)
     with launch.on(q):
         sum_group[(batch * heads, pieces_for(batch * heads, q.device))](
-            scores, part_lse, only, sums, histograms, given, given if count is None else count, part_lse.shape[2],
-            group=q.shape[2], lanes=lanes, most=launch.MOST_SPLITS, unit=UNIT, block_n=max(64, _LOGITS // (2 * lanes)),
+            scores,
+            part_lse,
+            only,
+            sums,
+            histograms,
+            given,
+            given if count is None else count,
+            part_lse.shape[2],
+            group=q.shape[2],
+            lanes=lanes,
+            most=launch.MOST_SPLITS,
+            unit=UNIT,
+            block_n=max(64, _LOGITS // (2 * lanes)),
             **launch.options(8),
-        )  # fmt: skip
+        )
     return sums
 
 

@@ -48,10 +48,22 @@ def threshold_of(
 
 @triton.jit(do_not_specialize=["given", "sink", "top_k", "length", "middle", "room"])
 def collect(
-    sums: tl.tensor, histograms: tl.tensor, only: tl.tensor, counters: tl.tensor, lists: tl.tensor, indices: tl.tensor,
-    given: tl.tensor, sink: tl.tensor, top_k: tl.tensor, length: tl.tensor, middle: tl.tensor, room: tl.tensor,
-    lanes: tl.constexpr, most: tl.constexpr, unit: tl.constexpr,
-) -> None:  # fmt: skip
+    sums: tl.tensor,
+    histograms: tl.tensor,
+    only: tl.tensor,
+    counters: tl.tensor,
+    lists: tl.tensor,
+    indices: tl.tensor,
+    given: tl.tensor,
+    sink: tl.tensor,
+    top_k: tl.tensor,
+    length: tl.tensor,
+    middle: tl.tensor,
+    room: tl.tensor,
+    lanes: tl.constexpr,
+    most: tl.constexpr,
+    unit: tl.constexpr,
+) -> None:
     """Sinks, the best of the middle and the window of one row, ``indices`` ``[B*H, room]``; one program for each of its
     pieces. ``sums`` ``[B*H, S]`` and ``histograms`` ``[B*H, pieces, 256]`` are those of
     :func:`pqbench.kernels.gpu.scoring.sum_group`, ``counters`` ``[B*H]`` begin with 0. ``lists`` ``[3, B*H, S]`` are
@@ -106,9 +118,18 @@ def collect(
 
 
 def pq_select(
-    q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
-    middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    scaling: float,
+    sink: Number,
+    top_k: Number,
+    length: Number,
+    middle: Number,
+    room: int,
+    only: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """See :func:`pqbench.kernels.reference.pq_select` and the module's docstring."""
     check_room(codes, sink, top_k, length, middle, room, only, out)
     batch, heads, given, _ = codes.shape
@@ -123,7 +144,21 @@ def pq_select(
     lists = scores.view(torch.int32) if lanes >= 3 else q.new_empty(3, batch, heads, given, dtype=torch.int32)
     with launch.on(q):
         collect[(batch * heads, pieces)](
-            sums, histograms, chosen, counters, lists, indices, given, sink, top_k, length, middle, room, lanes=lanes,
-            most=pieces, unit=UNIT, **launch.options(16),
-        )  # fmt: skip
+            sums,
+            histograms,
+            chosen,
+            counters,
+            lists,
+            indices,
+            given,
+            sink,
+            top_k,
+            length,
+            middle,
+            room,
+            lanes=lanes,
+            most=pieces,
+            unit=UNIT,
+            **launch.options(16),
+        )
     return indices

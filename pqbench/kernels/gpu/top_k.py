@@ -65,9 +65,14 @@ def parts_of(counts: tl.tensor, parts: tl.tensor, most: tl.constexpr) -> tl.tens
 
 @triton.jit
 def advance(
-    histograms: tl.tensor, state: tl.tensor, row: tl.tensor, parts: tl.tensor, rows: tl.tensor, step: tl.constexpr,
+    histograms: tl.tensor,
+    state: tl.tensor,
+    row: tl.tensor,
+    parts: tl.tensor,
+    rows: tl.tensor,
+    step: tl.constexpr,
     most: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The first ``step`` bytes of the threshold, how many scores that begin with them are wanted, and the histograms of
     the last of these bytes by part, from the state one byte before and the histograms ``[4, R, parts, 256]``."""
     held = parts_of(histograms + ((step - 1) * rows + row) * parts * 256, parts, most)
@@ -78,9 +83,19 @@ def advance(
 
 @triton.jit(do_not_specialize=["stride", "total", "count", "parts", "rows"])
 def count_bytes(
-    scores: tl.tensor, histograms: tl.tensor, state: tl.tensor, larger: tl.tensor, stride: tl.tensor, total: tl.tensor,
-    count: tl.tensor, parts: tl.tensor, rows: tl.tensor, step: tl.constexpr, most: tl.constexpr, block: tl.constexpr,
-) -> None:  # fmt: skip
+    scores: tl.tensor,
+    histograms: tl.tensor,
+    state: tl.tensor,
+    larger: tl.tensor,
+    stride: tl.tensor,
+    total: tl.tensor,
+    count: tl.tensor,
+    parts: tl.tensor,
+    rows: tl.tensor,
+    step: tl.constexpr,
+    most: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
     """How often each value of byte ``step`` occurs in one part of a row, among the scores that share the bytes before
     with the threshold. ``state`` ``[4, R, 2]`` holds these bytes and the number wanted, ``larger`` ``[R, parts]`` the
     scores of a part known to be above the threshold."""
@@ -110,10 +125,19 @@ def count_bytes(
 
 @triton.jit(do_not_specialize=["stride", "total", "count", "parts", "rows"])
 def write_top(
-    scores: tl.tensor, indices: tl.tensor, histograms: tl.tensor, state: tl.tensor, larger: tl.tensor,
-    stride: tl.tensor, total: tl.tensor, count: tl.tensor, parts: tl.tensor, rows: tl.tensor, most: tl.constexpr,
+    scores: tl.tensor,
+    indices: tl.tensor,
+    histograms: tl.tensor,
+    state: tl.tensor,
+    larger: tl.tensor,
+    stride: tl.tensor,
+    total: tl.tensor,
+    count: tl.tensor,
+    parts: tl.tensor,
+    rows: tl.tensor,
+    most: tl.constexpr,
     block: tl.constexpr,
-) -> None:  # fmt: skip
+) -> None:
     """Write the chosen indices of one part of a row behind those of the parts before it."""
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part, byte = tl.arange(0, most), tl.arange(0, 256)[None, :]

@@ -4,16 +4,9 @@ parts that they are made of. The other backends are tested against these.
 
 from __future__ import annotations
 
-from pqbench.kernels.reference.blocks import (
-    admit_blocks,
-)
-from pqbench.kernels.reference.cells import (
-    best_of_cells,
-    merge_lists,
-)
-from pqbench.kernels.reference.noise import (
-    noise,
-)
+from pqbench.kernels.reference.blocks import admit_blocks
+from pqbench.kernels.reference.cells import best_of_cells, merge_lists
+from pqbench.kernels.reference.noise import noise
 from pqbench.kernels.reference.operations import (
     CODE,
     assign,
@@ -39,15 +32,7 @@ from pqbench.kernels.reference.operations import (
     use_threads,
     warm_up,
 )
-from pqbench.kernels.reference.rows import (
-    Found,
-    append_rows,
-    copy,
-    copy_blocks,
-    fetch_rows,
-    find_rows,
-    vacate_rows,
-)
+from pqbench.kernels.reference.rows import Found, append_rows, copy, copy_blocks, fetch_rows, find_rows, vacate_rows
 
 __all__ = [
     "CODE",

@@ -38,7 +38,7 @@ class Residency(NamedTuple):
 
 def admit_blocks(
     counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Let in the blocks most asked for: one step of a cache.
 
     Wanted are the ``admit`` blocks of largest ``counts`` ``[owners, blocks]`` among the first ``complete``, ties to the
@@ -66,9 +66,15 @@ def admit_blocks(
 
 
 def _step(
-    wanted: list[int], most: int, frequent: bool, where: Tensor, held: Tensor, uses: Tensor, since: Tensor,
+    wanted: list[int],
+    most: int,
+    frequent: bool,
+    where: Tensor,
+    held: Tensor,
+    uses: Tensor,
+    since: Tensor,
     clock: Tensor,
-) -> dict[int, int]:  # fmt: skip
+) -> dict[int, int]:
     """One owner's step; returns the slot that each rank entered."""
     present = {int(block): slot for slot, block in enumerate(held) if block >= 0}
     absent = [rank for rank, block in enumerate(wanted) if block not in present]

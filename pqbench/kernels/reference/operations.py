@@ -98,9 +98,14 @@ def lloyd(points: Tensor, centroids: Tensor, iterations: int, tolerance: float =
 
 
 def train_codebook(
-    keys: Tensor, parts: int, clusters: int, iterations: int, seed: int, sample: int | None = None,
+    keys: Tensor,
+    parts: int,
+    clusters: int,
+    iterations: int,
+    seed: int,
+    sample: int | None = None,
     tolerance: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Product quantiser of keys ``[B, H, S, D]``: :func:`kmeans` per sequence, head and sub-space.
 
     Returns:
@@ -148,9 +153,18 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
 
 
 def pq_select(
-    q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, sink: Number, top_k: Number, length: Number,
-    middle: Number, room: int, only: Tensor | None = None, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    scaling: float,
+    sink: Number,
+    top_k: Number,
+    length: Number,
+    middle: Number,
+    room: int,
+    only: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Indices int64 ``[B, H, room]`` that a step attends to, of a context of ``length`` tokens.
 
     A row holds the sinks 0 to sink - 1, then the min(top_k, middle) tokens of the middle with the largest
@@ -199,10 +213,16 @@ def top_k(scores: Tensor, count: int) -> Tensor:
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, scaling: float, indices: Tensor | None = None,
-    visible: Tensor | None = None, need_weights: bool = False, log_weights: Tensor | None = None,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    indices: Tensor | None = None,
+    visible: Tensor | None = None,
+    need_weights: bool = False,
+    log_weights: Tensor | None = None,
     count: Number | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
     over all of them. ``visible`` ``[B, H, G, n]`` hides rows from query heads; one row at least must be visible.
     ``log_weights`` ``[B, H, G, n]`` float32 are added to the logits: a row then stands for so many. Only the first

@@ -32,9 +32,14 @@ class Found(NamedTuple):
 
 
 def append_rows(
-    keys: Tensor, values: Tensor, key_rows: Tensor, value_rows: Tensor, at: Number, local: Tensor | None = None,
+    keys: Tensor,
+    values: Tensor,
+    key_rows: Tensor,
+    value_rows: Tensor,
+    at: Number,
+    local: Tensor | None = None,
     sinks: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Write keys and values ``[B, H, n, D]`` of tokens from ``at`` on into ``key_rows`` and ``value_rows``
     ``[B, H, S, D]``, whose last axis is dense: token t goes to row t.
 
@@ -56,7 +61,7 @@ def append_rows(
 
 def find_rows(
     indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1, first: int = 0
-) -> Found:  # fmt: skip
+) -> Found:
     """Find tokens ``indices`` ``[B, H, n]`` in a table in which every head has ``resident`` rows, head after head.
 
     ``local`` ``[P]`` says in which row of every head a token lies, or -1. Tokens come in blocks of ``block``; some of
@@ -109,9 +114,16 @@ class Blocks(NamedTuple):
 
 
 def fetch_rows(
-    indices: Tensor, local: Tensor, table: Tensor, resident: int, staging: int, tokens: HostTokens, tally: Tensor,
-    blocks: Blocks | None = None, count: Number | None = None,
-) -> Tensor:  # fmt: skip
+    indices: Tensor,
+    local: Tensor,
+    table: Tensor,
+    resident: int,
+    staging: int,
+    tokens: HostTokens,
+    tally: Tensor,
+    blocks: Blocks | None = None,
+    count: Number | None = None,
+) -> Tensor:
     """Where tokens ``indices`` ``[B, H, n]`` are in a table ``[R, 2, D]``, ``[B, H, n]``, after those it does not hold
     have been copied there: each place among the B * H * n has a row of its own, from row ``staging`` on, used or not.
 
@@ -143,9 +155,7 @@ def fetch_rows(
     return torch.where(counted & (slots >= 0), slots, place)
 
 
-def vacate_rows(
-    indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
-) -> None:  # fmt: skip
+def vacate_rows(indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks) -> None:
     """After blocks have come and gone: rows that ``slots`` ``[B, H, n]`` of tokens ``indices`` say are in a block which
     is not there any more are copied to their places from row ``staging`` on, see :func:`fetch_rows`, and ``slots`` are
     brought up to date. For tables whose blocks are about to be overwritten."""

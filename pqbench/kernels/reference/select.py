@@ -9,9 +9,15 @@ from pqbench.kernels.backend import Number
 
 
 def check_room(
-    codes: Tensor, sink: Number, top_k: Number, length: Number, middle: Number, room: int,
-    only: Tensor | None, out: Tensor | None,
-) -> None:  # fmt: skip
+    codes: Tensor,
+    sink: Number,
+    top_k: Number,
+    length: Number,
+    middle: Number,
+    room: int,
+    only: Tensor | None,
+    out: Tensor | None,
+) -> None:
     """Refuse a selection that cannot be. Numbers that live on a device are not read: who passes them vouches for them.
 
     Raises:

@@ -96,9 +96,13 @@ class CellRun:
         prefilled.close()
 
     def _read(
-        self, prefilled: Prefilled, places: Sequence[int], variants: Sequence[Variant],
-        clean: Sequence[CleanFigures | Exception], full: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        prefilled: Prefilled,
+        places: Sequence[int],
+        variants: Sequence[Variant],
+        clean: Sequence[CleanFigures | Exception],
+        full: Tensor,
+    ) -> None:
         """Decode with several methods of the prompt, and record that with their clean figures, or what went wrong."""
         prompt, ids = self.cell.prompt, self.cell.document.ids
         tokens, targets = ids[prompt : prompt + self.steps], ids[prompt + 1 : prompt + self.steps + 1]
@@ -123,10 +127,15 @@ class CellRun:
         """What was measured, whatever came of it."""
         budget: Any = getattr(variant.method, "budget", None)
         return {
-            "document": self.cell.document.name, "length": self.cell.length, "prompt_tokens": self.cell.prompt,
-            "steps": self.steps, "ratio": variant.ratio, "budget": "all" if budget is None else budget.label,
-            "dtype": str(self.model.dtype).removeprefix("torch."), "device": device_name(self.model.device),
-        }  # fmt: skip
+            "document": self.cell.document.name,
+            "length": self.cell.length,
+            "prompt_tokens": self.cell.prompt,
+            "steps": self.steps,
+            "ratio": variant.ratio,
+            "budget": "all" if budget is None else budget.label,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": device_name(self.model.device),
+        }
 
 
 def _sound(outcome: _Outcome | Exception) -> _Outcome:

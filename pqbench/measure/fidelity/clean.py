@@ -124,9 +124,7 @@ def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[
     return [_figures(list(layers), [books[i][n] for i in layers], entropy) for n in range(len(chosen))]
 
 
-def each_alone(
-    prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int]
-) -> list[CleanFigures | Exception]:  # fmt: skip
+def each_alone(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int]) -> list[CleanFigures | Exception]:
     """:func:`clean_figures` of all at once; where that fails one by one, so that one method's fault is only its own."""
     try:
         return list(clean_figures(prefilled, tokens, chosen))

@@ -37,8 +37,10 @@ def speech_documents(prompter: Prompter, count: int, tokens: int, seed: int) -> 
             found.append(Document(f"sotu-{i:03}", ids[:tokens]))
         if len(found) == count:
             return found
-    raise DataError(f"benchmark.documents is {count}, but only {len(found)} of {len(texts)} speeches hold {tokens} "
-                    "tokens: lower benchmark.documents, benchmark.lengths or benchmark.steps")  # fmt: skip
+    raise DataError(
+        f"benchmark.documents is {count}, but only {len(found)} of {len(texts)} speeches hold {tokens} "
+        "tokens: lower benchmark.documents, benchmark.lengths or benchmark.steps"
+    )
 
 
 def file_documents(prompter: Prompter, path: Path, count: int, tokens: int) -> list[Document]:
@@ -62,7 +64,9 @@ def file_documents(prompter: Prompter, path: Path, count: int, tokens: int) -> l
         size *= 4
         ids = prompter.encode(text[:size])
     if len(ids) < wanted:
-        raise DataError(f"benchmark.text: {path} holds {len(ids)} tokens, but {count} document(s) of {tokens} need "
-                        f"{wanted}: use a longer file, or lower benchmark.documents or benchmark.lengths")  # fmt: skip
+        raise DataError(
+            f"benchmark.text: {path} holds {len(ids)} tokens, but {count} document(s) of {tokens} need "
+            f"{wanted}: use a longer file, or lower benchmark.documents or benchmark.lengths"
+        )
     stem = f"{path.stem}-{hashlib.sha256(data).hexdigest()[:8]}"
     return [Document(f"{stem}-{i:03}", [*lead, *ids[i * own : (i + 1) * own]]) for i in range(count)]

@@ -79,9 +79,7 @@ def dense_logits(prefilled: Prefilled, tokens: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def read(
-    prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callable[[Tensor], None]
-) -> Generation:  # fmt: skip
+def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callable[[Tensor], None]) -> Generation:
     """One method alone, see :func:`read_abreast`. Raises what the method's own code raises, and ConfigError where the
     model computes NaN."""
     (outcome,) = read_abreast(prefilled, [method], tokens, [visit])
@@ -163,9 +161,12 @@ def _forked(prefilled: Prefilled, method: int, i: int, failed: dict[int, Excepti
 
 
 def _steps(
-    prefilled: Prefilled, caches: Sequence[LayeredCache], tokens: Sequence[int],
-    visits: Sequence[Callable[[Tensor], None]], failed: dict[int, Exception],
-) -> list[float]:  # fmt: skip
+    prefilled: Prefilled,
+    caches: Sequence[LayeredCache],
+    tokens: Sequence[int],
+    visits: Sequence[Callable[[Tensor], None]],
+    failed: dict[int, Exception],
+) -> list[float]:
     """Read the tokens; seconds of every step. ``failed`` takes failures by place in ``caches``."""
     count, model, spans = len(caches), prefilled.model, Spans(prefilled.clock, listed=True)
     ours = {n: AbreastLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}

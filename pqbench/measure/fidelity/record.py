@@ -78,10 +78,12 @@ def thirds(entropy: Tensor, errors: Tensor) -> dict[str, dict[str, float | None]
     nats, values = entropy.flatten().numpy()[order], errors.flatten().numpy()[order]
     parts = zip(THIRDS, np.array_split(values, 3), np.array_split(nats, 3), strict=True)
     return {
-        name: {"output_error": float(error.mean()) if len(error) else None,
-               "nats": float(level.mean()) if len(level) else None}
+        name: {
+            "output_error": float(error.mean()) if len(error) else None,
+            "nats": float(level.mean()) if len(level) else None,
+        }
         for name, error, level in parts
-    }  # fmt: skip
+    }
 
 
 def drift_facts(drift: Drift) -> Record:

@@ -27,7 +27,7 @@ from pqbench.measure.machine import (
     peak_device,
     peak_rss,
     spread,
-)  # fmt: skip
+)
 from pqbench.measure.source import Source, captured, synthetic
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes, check_device, check_kernels
@@ -138,9 +138,16 @@ class Attention(Measurement):
         return ledger.close()
 
     def _cell(
-        self, job: TimingJob, ledger: Ledger, cell: Cell, names: Sequence[str], source: Source, body: Kernels,
-        device: torch.device, roof: Bandwidth,
-    ) -> None:  # fmt: skip
+        self,
+        job: TimingJob,
+        ledger: Ledger,
+        cell: Cell,
+        names: Sequence[str],
+        source: Source,
+        body: Kernels,
+        device: torch.device,
+        roof: Bandwidth,
+    ) -> None:
         """Time the methods ``names`` and all dense kernels in turns, and append their records."""
         subjects = list(self._subjects(job, cell, names, body))
         warmup = max(self.warmup, CAPTURING) if job.setting.graphs else self.warmup
@@ -152,8 +159,7 @@ class Attention(Measurement):
                 Layer(self.shape, torch_dtype(cell.dtype), length, count, source, device, job.setting)
                 for length in (cell.context, small)
             ]
-            take_turns(subjects, *layers, self.repeats, self.steps, warmup, Sweeper(self.sweep_mb, device),
-                       self.seed)  # fmt: skip
+            take_turns(subjects, *layers, self.repeats, self.steps, warmup, Sweeper(self.sweep_mb, device), self.seed)
         except DeviceError:
             self._put_failures(ledger, cell, subjects)
             raise
@@ -198,11 +204,13 @@ class Attention(Measurement):
 
     def _wanted(self, job: TimingJob, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
         """Names that lack a record in a cell."""
-        return list(dict.fromkeys(
-            subject.name
-            for subject in self._subjects(job, cell, list(job.methods), body)
-            if ledger.missing(subject.name, self._facts(cell, subject)["sample_id"])
-        ))  # fmt: skip
+        return list(
+            dict.fromkeys(
+                subject.name
+                for subject in self._subjects(job, cell, list(job.methods), body)
+                if ledger.missing(subject.name, self._facts(cell, subject)["sample_id"])
+            )
+        )
 
     def _facts(self, cell: Cell, subject: Subject) -> Record:
         """What names a row."""
@@ -289,8 +297,10 @@ class Attention(Measurement):
                     f"need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
                 )
             if cell.budget >= cell.context:
-                raise ConfigError(f"benchmark.budgets has {cell.budget:g} tokens, which is all of a context of "
-                                  f"{cell.context}: lower it or lengthen benchmark.contexts")  # fmt: skip
+                raise ConfigError(
+                    f"benchmark.budgets has {cell.budget:g} tokens, which is all of a context of "
+                    f"{cell.context}: lower it or lengthen benchmark.contexts"
+                )
             for name in job.methods:
                 self._check_method(job, name, cell, device)
 

@@ -77,8 +77,9 @@ class AttentionScores(Measurement):
             raise ConfigError("benchmark=attention_scores needs a model")
         loaded = job.loaded
         if max(self.contexts) > loaded.max_length:
-            raise ConfigError(f"benchmark.contexts has {max(self.contexts)}, but the model takes {loaded.max_length} "
-                              "tokens at most")  # fmt: skip
+            raise ConfigError(
+                f"benchmark.contexts has {max(self.contexts)}, but the model takes {loaded.max_length} tokens at most"
+            )
         body = kernels(loaded.model.device, job.setting.body)
         ledger = Ledger(self.name, loaded.name, job, body_name(body))
         missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
@@ -91,8 +92,13 @@ class AttentionScores(Measurement):
                 prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
                 for number, layer in reversed(list(enumerate(prefilled.layers))):  # what is missing is told by layer 0
                     state: Any = prefilled.observer(0, layer, 0).state
-                    facts = {"budget": "all", "context": context, "layer": layer, "dtype": str(loaded.model.dtype)[6:],
-                             "device": device_name(loaded.model.device)}  # fmt: skip
+                    facts = {
+                        "budget": "all",
+                        "context": context,
+                        "layer": layer,
+                        "dtype": str(loaded.model.dtype)[6:],
+                        "device": device_name(loaded.model.device),
+                    }
                     ledger.ok(DENSE, f"{context}-{number}", facts | state.figures)
                 prefilled.close()
         return ledger.close()
@@ -112,8 +118,9 @@ class AttentionScores(Measurement):
 
 def ranks_up_to(count: int) -> list[int]:
     """1 to ``count`` in about eight steps per doubling at most: 1, 2, 3, ... then evenly on a logarithmic scale."""
-    return sorted({round(2 ** (step / 4)) for step in range(4 * count.bit_length()) if round(2 ** (step / 4)) <= count}
-                  | {count})  # fmt: skip
+    return sorted(
+        {round(2 ** (step / 4)) for step in range(4 * count.bit_length()) if round(2 ** (step / 4)) <= count} | {count}
+    )
 
 
 def sorted_scores(q: Tensor, keys: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -160,6 +167,9 @@ class _SortingState(LayerState):
         ranks = ranks_up_to(curve.shape[2])
         chosen = curve[0, :, [rank - 1 for rank in ranks]]  # one sequence
         self.figures = {
-            "ranks": ranks, "probabilities": chosen.tolist(), "mass": mass[0].tolist(), "mass_shares": list(SHARES),
+            "ranks": ranks,
+            "probabilities": chosen.tolist(),
+            "mass": mass[0].tolist(),
+            "mass_shares": list(SHARES),
             "queries": last.shape[3],
-        }  # fmt: skip
+        }

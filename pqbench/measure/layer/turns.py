@@ -37,9 +37,15 @@ class Layer:
     """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, context: int, steps: int, source: Source, device: torch.device,
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        context: int,
+        steps: int,
+        source: Source,
+        device: torch.device,
         setting: Setting,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.shape, self.dtype, self.context, self.steps = shape, dtype, context, steps
         self.device, self.setting, self.now = device, setting, clock(device)
         self.clock = clock_of(device, streams_of(device, setting.streams), every=1)
@@ -76,14 +82,23 @@ class Layer:
 
 def geometry_of(
     shape: Shape, context: int, device: torch.device, setting: Setting, dense: DenseKernel | None = None
-) -> Geometry:  # fmt: skip
+) -> Geometry:
     """A layer of this shape as the harness would describe it; with ``dense`` that kernel serves full attention."""
     return DenseGeometry(
-        layer=0, batch=1, kv_heads=shape.kv_heads, group=shape.group, head_dim=shape.head_dim,
-        scaling=shape.head_dim**-0.5, prompt=context, inverse_frequencies=shape.frequencies(device),
-        body=setting.body, device=device, calibration=setting.calibration, dense=dense,
+        layer=0,
+        batch=1,
+        kv_heads=shape.kv_heads,
+        group=shape.group,
+        head_dim=shape.head_dim,
+        scaling=shape.head_dim**-0.5,
+        prompt=context,
+        inverse_frequencies=shape.frequencies(device),
+        body=setting.body,
+        device=device,
+        calibration=setting.calibration,
+        dense=dense,
         correction=setting.correction if setting.select_ahead else None,
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -146,9 +161,7 @@ class Subject:
         if placement is not None:
             placement.close()
 
-    def step(
-        self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None
-    ) -> dict[str, float]:  # fmt: skip
+    def step(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> dict[str, float]:
         """One decode step, exactly as decoding does it: seconds by phase and in total. It begins when the device is
         idle, so that what the host takes to queue it shows.
 
@@ -179,7 +192,7 @@ class Subject:
 
     def _replay(
         self, captured: CapturedSteps, layer: Layer, number: int, layer_before: Callable[[], None]
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         captured.place(layer.token(number))
         whole = Spans(layer.clock)
         with undisturbed():
@@ -206,9 +219,16 @@ class Subject:
 
 @torch.inference_mode()
 def take_turns(
-    subjects: Sequence[Subject], layer: Layer, small: Layer, repeats: int, steps: int, warmup: int, sweeper: Sweeper,
-    seed: int = 0, follow: Callable[[str], None] = lambda _: None,
-) -> None:  # fmt: skip
+    subjects: Sequence[Subject],
+    layer: Layer,
+    small: Layer,
+    repeats: int,
+    steps: int,
+    warmup: int,
+    sweeper: Sweeper,
+    seed: int = 0,
+    follow: Callable[[str], None] = lambda _: None,
+) -> None:
     """Rehearse every subject on a ``small`` layer, where kernels are compiled, build it on the real one, and time it.
 
     Subjects take turns step by step, so that a drift of the machine hits all alike; each of the ``repeats`` rounds of

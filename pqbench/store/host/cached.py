@@ -22,9 +22,16 @@ class CachedHostStore(HostStore):
     for at the start of the next step. So which rows are hits does not depend on the speed of a link."""
 
     def __init__(
-        self, prompt: HostPrompt, split: Callable[[int], Split | None], options: CacheOptions, margin: int = 64,
-        overlap: bool = True, scratch: Scratch | None = None, body: str = "auto", reserve: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        prompt: HostPrompt,
+        split: Callable[[int], Split | None],
+        options: CacheOptions,
+        margin: int = 64,
+        overlap: bool = True,
+        scratch: Scratch | None = None,
+        body: str = "auto",
+        reserve: int = 0,
+    ) -> None:
         """See :class:`HostStore`."""
         batch, heads, device = prompt.rows.shape[0], prompt.rows.shape[1], prompt.device
         self._blocks = BlockCache(options, batch, heads, device, kernels(device, body))

@@ -35,9 +35,16 @@ class HostStore(Store):
     """
 
     def __init__(
-        self, prompt: HostPrompt, split: Callable[[int], Split | None], margin: int = 64, overlap: bool = True,
-        scratch: Scratch | None = None, cache: BlockCache | None = None, body: str = "auto", reserve: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        prompt: HostPrompt,
+        split: Callable[[int], Split | None],
+        margin: int = 64,
+        overlap: bool = True,
+        scratch: Scratch | None = None,
+        cache: BlockCache | None = None,
+        body: str = "auto",
+        reserve: int = 0,
+    ) -> None:
         """
         Args:
             prompt: rows of the whole prompt, shared with other stores; none of them writes there.
@@ -303,9 +310,7 @@ class HostStore(Store):
         self._read(start, stop, rows, part)
         return rows
 
-    def _completed(
-        self, indices: Tensor, count: Number | None, anew: Tensor, ahead: Tensor, asked: Number
-    ) -> Tensor:  # fmt: skip
+    def _completed(self, indices: Tensor, count: Number | None, anew: Tensor, ahead: Tensor, asked: Number) -> Tensor:
         """:meth:`_slots` where the first ``asked`` of every head that is not ``anew`` have been brought to ``ahead``.
         The token whose place in the ring the newest has taken since is asked for again."""
         newest = self._length - 1 if self.number is None else self.number.long()  # which lies on the device

@@ -166,7 +166,7 @@ class Link(ABC):
 
     def submit(
         self, copies: Sequence[Copy], direction: Direction, name: str = "copy", *, urgent: bool = False
-    ) -> Transfer:  # fmt: skip
+    ) -> Transfer:
         """Start several copies as one transfer; ``name`` is what an error calls it. ``urgent`` says that the caller
         waits right away, so that nothing is done to run beside it."""
         size = sum(copy.nbytes for copy in copies)
@@ -178,7 +178,7 @@ class Link(ABC):
 
     def launch(
         self, work: Callable[[], None], direction: Direction, name: str = "copy", uses: Sequence[Tensor] = ()
-    ) -> Transfer:  # fmt: skip
+    ) -> Transfer:
         """Have kernels of the caller's own do a transfer beside what it does next; ``uses`` are tensors that they read
         or write. They count the bytes, if anybody does. With ``debug`` the work is done in the wait."""
         if self.debug:

@@ -24,9 +24,7 @@ class CudaTransfer(Transfer):
     """Done when its event is. A wait for bytes on the device orders the current stream and returns at once; a wait for
     bytes on the host blocks the caller, since host code is about to read them."""
 
-    def __init__(
-        self, meters: Meters, event: Any, direction: Direction, device: torch.device, direct: bool
-    ) -> None:  # fmt: skip
+    def __init__(self, meters: Meters, event: Any, direction: Direction, device: torch.device, direct: bool) -> None:
         super().__init__(meters)
         self._event, self._direction, self._device, self._direct = event, direction, device, direct
 

@@ -92,8 +92,10 @@ def test_the_command_says_so_in_one_line(
     assert not any(path.stat().st_size for path in tmp_path.rglob("records.jsonl"))
 
 
-@pytest.mark.parametrize(("options", "kept"), [([], []), (["graphs=true"], ["graphs"]),
-                                               (["select_ahead=true"], ["select_ahead", "correction"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [([], []), (["graphs=true"], ["graphs"]), (["select_ahead=true"], ["select_ahead", "correction"])],
+)
 def test_the_key_of_a_run_holds_an_option_that_is_on(
     options: list[str], kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

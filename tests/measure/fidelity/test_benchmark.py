@@ -31,11 +31,35 @@ SMALL: dict[str, Any] = {"lengths": [200, 320], "documents": 2, "steps": 6, "rat
 OWN = Budget(sink=4, window=10, ratio=0.9, minimum=16)
 METHODS: dict[str, Method] = {"full": Full(), "oracle": Oracle(OWN), "h2o": H2O(OWN), "pqcache": PQCache(OWN, m=2, b=3)}
 FIELDS = (
-    "document", "length", "prompt_tokens", "steps", "budget", "dtype", "device", "threads", "kernels", "mass",
-    "output_error", "kl", "top1_agreement", "nll", "nll_full", "perplexity", "bits_per_key", "attended_tokens",
-    "index_bytes", "attended_bytes", "bytes_per_head", "layer", "kv_head", "layers", "heads", "token_age", "entropy",
+    "document",
+    "length",
+    "prompt_tokens",
+    "steps",
+    "budget",
+    "dtype",
+    "device",
+    "threads",
+    "kernels",
+    "mass",
+    "output_error",
+    "kl",
+    "top1_agreement",
+    "nll",
+    "nll_full",
+    "perplexity",
+    "bits_per_key",
+    "attended_tokens",
+    "index_bytes",
+    "attended_bytes",
+    "bytes_per_head",
+    "layer",
+    "kv_head",
+    "layers",
+    "heads",
+    "token_age",
+    "entropy",
     "steps_kl",
-)  # fmt: skip
+)
 
 
 class HungryState(LayerState):
@@ -144,9 +168,19 @@ def test_what_is_on_record_is_not_measured_again(
 
 
 def test_killed_and_started_again_nothing_is_measured_twice(tmp_path: Path, book: Path) -> None:
-    words = ["benchmark=fidelity", "model=tiny", "method=[full,h2o,oracle]", "benchmark.lengths=[300]", "threads=1",
-             "benchmark.documents=6", "benchmark.steps=4", f"benchmark.text={book}", "benchmark.ratios=[0.3,0.5]",
-             "kernels=reference", f"results={tmp_path}"]  # fmt: skip
+    words = [
+        "benchmark=fidelity",
+        "model=tiny",
+        "method=[full,h2o,oracle]",
+        "benchmark.lengths=[300]",
+        "threads=1",
+        "benchmark.documents=6",
+        "benchmark.steps=4",
+        f"benchmark.text={book}",
+        "benchmark.ratios=[0.3,0.5]",
+        "kernels=reference",
+        f"results={tmp_path}",
+    ]
     line = [sys.executable, "-m", "pqbench", *words]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not sum(count_lines(tmp_path)):
@@ -269,9 +303,19 @@ def test_it_needs_a_model(measure: Run, small: FidelityBenchmark) -> None:
 def test_the_command_runs_it(
     tmp_path: Path, book: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["benchmark=fidelity", "model=tiny", "method=[full,streaming_llm]", "benchmark.lengths=[256]", "threads=1",
-             "benchmark.documents=1", "benchmark.steps=3", f"benchmark.text={book}", "kernels=reference",
-             "benchmark.ratios=[0.5]", f"results={tmp_path / 'results'}"]  # fmt: skip
+    words = [
+        "benchmark=fidelity",
+        "model=tiny",
+        "method=[full,streaming_llm]",
+        "benchmark.lengths=[256]",
+        "threads=1",
+        "benchmark.documents=1",
+        "benchmark.steps=3",
+        f"benchmark.text={book}",
+        "kernels=reference",
+        "benchmark.ratios=[0.5]",
+        f"results={tmp_path / 'results'}",
+    ]
     monkeypatch.setattr(sys, "argv", ["pqbench", *words])
     with pytest.raises(SystemExit) as end:
         command.main()

@@ -152,9 +152,12 @@ def test_bytes_follow_from_shapes(llama: PreTrainedModel) -> None:
     full, oracle = (cost_facts(read(prefilled, i, answer(), lambda _: None), PROMPT) for i in range(2))
     row, context = 2 * 16 * 4, PROMPT + (STEPS + 1) / 2
     assert full == {
-        "attended_tokens": context, "index_bytes": 0, "attended_bytes": context * row * 4,
-        "bytes_per_head": context * row, "bits_per_key": 0,
-    }  # fmt: skip
+        "attended_tokens": context,
+        "index_bytes": 0,
+        "attended_bytes": context * row * 4,
+        "bytes_per_head": context * row,
+        "bits_per_key": 0,
+    }
     assert oracle["bits_per_key"] == pytest.approx(16 * 32)  # it reads every key
     assert oracle["attended_tokens"] == 20
     assert oracle["bytes_per_head"] == pytest.approx(20 * row + context * 16 * 4)

@@ -16,9 +16,7 @@ def tops(layer: int = 0, seed: int = 0, length: int = 45, batch: int = 2) -> Ten
     """Middle tokens that it selects, ``[B, H, 10]``."""
     data = case(length, 0, batch=batch)
     geometry = Geometry(layer, batch, 2, 2, 16, 0.25, length)
-    selection = RandomTokens(BUDGET, seed).layer(geometry).select(
-        data.q[:, :, :, -1], store_of(data.keys, data.values)
-    )  # fmt: skip
+    selection = RandomTokens(BUDGET, seed).layer(geometry).select(data.q[:, :, :, -1], store_of(data.keys, data.values))
     assert selection.indices is not None
     assert selection.indices[0, 0, :2].tolist() == [0, 1]
     assert selection.indices[0, 0, 12:].tolist() == [length - 3, length - 2, length - 1]
