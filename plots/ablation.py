@@ -45,8 +45,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def parted(good: pd.DataFrame) -> pd.DataFrame:
-    """Rows of PQCache whose settings name all parts, these as columns."""
-    own = good[(good["family"] == "pqcache") & good["ratio"].notna()]
+    """Rows whose settings name all parts, which only runs of pqcache_plus do; these as columns."""
+    own = good[good["ratio"].notna()]
     values = {part: [setting(settings, f"method.{part}") for settings in own["settings"]] for part in PARTS}
     return own.assign(**values).dropna(subset=list(PARTS)).astype({"m": int, "b": int})
 

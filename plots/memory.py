@@ -13,6 +13,7 @@ from matplotlib.ticker import NullLocator
 from plots.data import machine, measured, numbers, published, unique
 from plots.style import BASELINE, footer, headline, name_ends, save, style, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=memory"
 LENGTHS = tuple(2**n for n in range(12, 21))  # 4K to 1M
@@ -41,7 +42,7 @@ GROUP = 4
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """A figure for every model with latency records that hold bytes; empty list without any."""
-    good = measured(table, "device_bytes", "host_bytes", "context", benchmarks=["latency"])
+    good = measured(table, "device_bytes", "host_bytes", "context", kind=LATENCY)
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for model, run in good.groupby("model", sort=False):

@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from pqbench.config.compose import conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.compose import explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.folder import conf_folder
 from pqbench.engine.attention import attached
 from pqbench.engine.decode import decode
 from pqbench.engine.prefill import Prefilled, Setting, forward, prefill

@@ -21,7 +21,8 @@ from pqbench.engine.prefill import Prefilled, prefill
 from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
-from pqbench.measure.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, outcome, tracked
+from pqbench.measure.checks import check_alive, check_methods, check_split
 from pqbench.measure.dense import body_name
 from pqbench.measure.machine import (
     Bandwidth,
@@ -34,11 +35,11 @@ from pqbench.measure.machine import (
     undisturbed,
 )
 from pqbench.measure.profile import TOKENS, phases, profile_facts, profiled, read_trace
-from pqbench.measure.scored import check_alive, check_methods
 from pqbench.measure.source import timing_tokens
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes
 from pqbench.records.file import Record
+from pqbench.records.kinds import LATENCY
 from pqbench.store.tiers import Need
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Latency(Measurement):
     """
 
     name: ClassVar[str] = "latency"
+    kind: ClassVar[str] = LATENCY
 
     contexts: Sequence[int] = (1024, 2048, 4096, 8192)
     new_tokens: int = 32
@@ -101,7 +103,7 @@ class Latency(Measurement):
     def needs_model(self) -> bool:
         return True
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class.
 
         Raises:
@@ -111,7 +113,7 @@ class Latency(Measurement):
             raise ConfigError("benchmark=latency needs a model")
         loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
         body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self.name, loaded.name, job, body_name(body))
+        ledger = Ledger(self, loaded.name, job, body_name(body))
         cells = self._cells(job.methods, loaded.max_length)
         self._check(job, loaded.model, cells)
         missing = [cell for cell in cells if ledger.missing(cell.method, cell.sample_id)]
@@ -145,7 +147,7 @@ class Latency(Measurement):
             for name in methods
         ]
 
-    def _check(self, job: TimingJob, model: PreTrainedModel, cells: Sequence[Cell]) -> None:
+    def _check(self, job: Job, model: PreTrainedModel, cells: Sequence[Cell]) -> None:
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
@@ -153,7 +155,7 @@ class Latency(Measurement):
         job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
         check_memory(job, model, longest, self.new_tokens, row)
 
-    def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
+    def _warm(self, job: Job, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
         """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
         total = 0.0
         for _ in range(self.warmup):
@@ -165,7 +167,7 @@ class Latency(Measurement):
         return total
 
     def _record(
-        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
+        self, job: Job, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
     ) -> None:
         if job.loaded is None:
             raise RuntimeError("a latency record without a model")
@@ -202,9 +204,7 @@ class Latency(Measurement):
                 record |= self._profile(job, cell, model, prompt, record)
             ledger.ok(cell.method, cell.sample_id, record)
 
-    def _profile(
-        self, job: TimingJob, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record
-    ) -> Record:
+    def _profile(self, job: Job, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record) -> Record:
         """The same once more under the profiler, with every part of the work by itself. What fails here is said, and
         costs no measurement."""
         setting = replace(job.setting, overlap=False, named=True)
@@ -219,7 +219,7 @@ class Latency(Measurement):
 
 
 def run_once(
-    job: TimingJob, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
+    job: Job, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
 ) -> tuple[Generation, Prefilled]:
     """Prefill with one method alone, decode ``new_tokens``, and end what runs in the background."""
     gc.collect()
@@ -313,7 +313,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
 
 
-def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
+def check_memory(job: Job, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
     """Whether prefill and decoding of a prompt fit the device beside the weights that lie there already.
 
     Counted are the keys and values, ``row`` bytes a token, or of :data:`LAYERS_AWAY` layers where they leave for the

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from pqbench.errors import DataError
 from pqbench.records.environment import differences, environment
-from pqbench.records.folders import environments, older_code, run_folders, tell_of_older
+from pqbench.records.folders import environments, key_of, older_code, run_folders, tell_of_older
 from pqbench.records.identity import class_names, harness_code
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,11 @@ class RecordFile:
     def path(self) -> Path:
         """The jsonl file itself."""
         return self.folder / "records.jsonl"
+
+    @property
+    def key(self) -> str:
+        """The key of the run, with which the folder's name ends."""
+        return key_of(self.folder)
 
     def lock(self) -> FileLock:
         """What a process must hold while it writes to this folder."""

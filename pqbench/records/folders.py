@@ -19,6 +19,11 @@ CONFIG_LIMIT = 1 << 20  # bytes; ours have about two thousand
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast
 
 
+def key_of(folder: Path) -> str:
+    """The key of a run, with which the name of its folder ends."""
+    return folder.name.rpartition("-")[2]
+
+
 def run_folders(root: Path) -> list[Path]:
     """The folders under ``root`` that hold records, in alphabetical order.
 
@@ -39,7 +44,7 @@ def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
     found = {}
     for folder in run_folders(root):
         first = next(iter(environments(folder / "environment.json")), {})
-        found[folder.name.rpartition("-")[2]] = settings_of(folder), first
+        found[key_of(folder)] = settings_of(folder), first
     return found
 
 

@@ -25,7 +25,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from pqbench.config.compose import conf_folder
+from pqbench.config.folder import conf_folder
 from pqbench.engine.decode import generate
 from pqbench.engine.layers import layer_types
 from pqbench.engine.rehearsal import check_config

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pqbench.records.file import Record
+from pqbench.tables.section import Section, facts, group_records
 from pqbench.tables.summaries import LEVEL, resampled
-from pqbench.tables.timings import Section, facts, group_records
 
 # Field -> (heading, factor, format, whether the interval is shown).
 Column = tuple[str, str, float, str, bool]
@@ -80,7 +80,7 @@ def figure(record: Record, field: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
+def fidelity_sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
     """Tables for each model: method by budget for the main figures of each length, all figures, what they depend on;
     with a ``base`` method also the figures as multiples of its own."""
     found = []

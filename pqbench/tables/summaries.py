@@ -13,6 +13,7 @@ import pandas as pd
 
 from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, averages
 from pqbench.records.file import Record
+from pqbench.records.kinds import kind_of
 from pqbench.terminal import plain
 
 KEYS = ["benchmark", "model", "method", "budget", "question", "key"]  # what tells one run from another
@@ -77,6 +78,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         table = pd.DataFrame(list(records))
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and pandas cannot
         table = pd.DataFrame([{_whole(name): _whole(value) for name, value in record.items()} for record in records])
+    table["kind"] = [kind_of(record) for record in records]
     for column in (*KEYS, "status", "task", "sample_id", "score", *COSTS):
         if column not in table:
             table[column] = None

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pqbench.engine.prefill import Prefilled, prefill
-from pqbench.measure.base import Ledger, TimingJob
+from pqbench.measure.base import Job, Ledger
+from pqbench.measure.checks import check_alive
 from pqbench.measure.fidelity.clean import CleanFigures, each_alone
 from pqbench.measure.fidelity.documents import Document
 from pqbench.measure.fidelity.forced import Dense, Drift, dense_logits, read_abreast
 from pqbench.measure.fidelity.record import clean_facts, cost_facts, drift_facts
 from pqbench.measure.machine import device_name
-from pqbench.measure.scored import check_alive
 from pqbench.method import Method
 from pqbench.records.file import Record
 
@@ -59,7 +59,7 @@ class CellRun:
     of those at most decode in one batch."""
 
     cell: Cell
-    job: TimingJob
+    job: Job
     model: PreTrainedModel
     ledger: Ledger
     steps: int

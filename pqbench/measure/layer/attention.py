@@ -12,7 +12,7 @@ from pqbench.benchmarks.grid import whole
 from pqbench.engine.cohort import PHASES
 from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.kernels.backend import Kernels, kernels
-from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
 from pqbench.measure.dense import RefusedError, body_name, captured_kernel, dense_kernels
 from pqbench.measure.geometries import Shape, shape_of
@@ -33,6 +33,7 @@ from pqbench.method import Method
 from pqbench.models.devices import available_bytes, check_device, check_kernels
 from pqbench.models.sources import torch_dtype
 from pqbench.records.file import Record
+from pqbench.records.kinds import ATTENTION, DENSE
 from pqbench.store.tiers import DeviceTier
 
 SMALL = 2048  # tokens of the layer on which kernels are compiled
@@ -78,6 +79,7 @@ class Attention(Measurement):
     """
 
     name: ClassVar[str] = "attention"
+    kind: ClassVar[str] = ATTENTION
     further: ClassVar[tuple[str, ...]] = (DENSE,)
 
     geometry: str = "llama31_8b"
@@ -111,7 +113,7 @@ class Attention(Measurement):
     def subject(self, model: str) -> str:
         return self.geometry
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class. Full attention is measured beside the methods whatever is asked for, but only put on
         record when ``job.files`` has a file for it.
 
@@ -123,7 +125,7 @@ class Attention(Measurement):
         cells = [Cell(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
         body = kernels(device, job.setting.body)
         body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self.name, self.geometry, job, body_name(body))
+        ledger = Ledger(self, self.geometry, job, body_name(body))
         self._check(job, cells, device)
         wanted = {cell: self._wanted(job, ledger, cell, body) for cell in cells}
         if not any(wanted.values()):
@@ -139,7 +141,7 @@ class Attention(Measurement):
 
     def _cell(
         self,
-        job: TimingJob,
+        job: Job,
         ledger: Ledger,
         cell: Cell,
         names: Sequence[str],
@@ -190,7 +192,7 @@ class Attention(Measurement):
             else:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
 
-    def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
+    def _subjects(self, job: Job, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
         device = self._device(job)
         tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
         dense = dense_kernels(body, self.shape.group, device)
@@ -202,7 +204,7 @@ class Attention(Measurement):
                 budget = getattr(method, "budget", None)
                 yield Subject(name, body_name(body), "all" if budget is None else budget.label, method)
 
-    def _wanted(self, job: TimingJob, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
+    def _wanted(self, job: Job, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
         """Names that lack a record in a cell."""
         return list(
             dict.fromkeys(
@@ -270,7 +272,7 @@ class Attention(Measurement):
             "steps": {phase: [round(s, 9) for s in seconds] for phase, seconds in by_phase.items()},
         }
 
-    def _device(self, job: TimingJob) -> torch.device:
+    def _device(self, job: Job) -> torch.device:
         if self.device is not None:
             return torch.device(self.device)
         return torch.device("cpu") if job.loaded is None else job.loaded.model.device
@@ -282,7 +284,7 @@ class Attention(Measurement):
             length *= 2
         return min(length, cell.context)
 
-    def _check(self, job: TimingJob, cells: Sequence[Cell], device: torch.device) -> None:
+    def _check(self, job: Job, cells: Sequence[Cell], device: torch.device) -> None:
         # Rows of full attention are those of the dense kernels, wherever the methods keep theirs.
         job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
         free = available_bytes(device)
@@ -304,7 +306,7 @@ class Attention(Measurement):
             for name in job.methods:
                 self._check_method(job, name, cell, device)
 
-    def _check_method(self, job: TimingJob, name: str, cell: Cell, device: torch.device) -> None:
+    def _check_method(self, job: Job, name: str, cell: Cell, device: torch.device) -> None:
         try:
             method = with_budget(job.methods[name], cell.budget)
             method.split(cell.context, cell.context)
