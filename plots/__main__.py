@@ -18,7 +18,7 @@ import plots
 from plots.data import with_settings
 from pqbench.errors import PqbenchError
 from pqbench.records.file import read_all
-from pqbench.records.folders import read_settings
+from pqbench.records.folders import read_folders
 from pqbench.tables.summaries import frame
 from pqbench.terminal import log_to_terminal
 
@@ -36,22 +36,24 @@ def figures() -> Mapping[str, ModuleType]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the figures of a results folder. Returns the exit code."""
-    known = figures()
+    drawable = figures()
     parser = argparse.ArgumentParser(prog="python -m plots", description=__doc__)
     parser.add_argument("results", type=Path, help="folder that runs wrote to")
-    parser.add_argument("figures", nargs="*", help=f"all, or some of: {', '.join(known)}")
+    parser.add_argument("figures", nargs="*", help=f"all, or some of: {', '.join(drawable)}")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    foreign = sorted(set(options.figures) - known.keys())
+    foreign = sorted(set(options.figures) - drawable.keys())
     if foreign:
-        log.error("there is no figure %s: use some of %s", ", ".join(foreign), ", ".join(known))
+        log.error("there is no figure %s: use some of %s", ", ".join(foreign), ", ".join(drawable))
         return 1
     try:
-        table = with_settings(frame(read_all(options.results)), read_settings(options.results))
+        folders = read_folders(options.results)
+        known = {run.key: (run.settings, next(iter(run.environments), {})) for run in folders}
+        table = with_settings(frame(read_all(options.results, folders=folders)), known)
     except PqbenchError as error:
         log.error(error)
         return 1
-    wanted = {name: known[name] for name in options.figures or known}
+    wanted = {name: drawable[name] for name in options.figures or drawable}
     drawn = {name: module.draw(table, options.results / "figures") for name, module in wanted.items()}
     for path in [path for paths in drawn.values() for path in paths if path.suffix == ".png"]:
         log.info("figure %s", path)

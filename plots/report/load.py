@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from pqbench.records.file import FINISHED, READABLE, Record, newest_of, read_lines
-from pqbench.records.folders import environments, older_code, run_folders, settings_of
+from pqbench.records.folders import older_code, read_folders
 from pqbench.tables.kinds import has_scores
 from pqbench.tables.summaries import frame
+from pqbench.tables.variants import with_variants
 
 REAL_LINKS = ("auto", "local", "cuda")  # every other setting of a link is a model of one
 
@@ -83,8 +84,10 @@ def load(root: Path) -> Loaded:
         DataError: the folder does not exist, or records in it cannot be read.
     """
     loaded = Loaded(root)
-    outdated = older_code(root)
-    for path in run_folders(root):
+    folders = read_folders(root)
+    outdated = older_code(folders)
+    for folder in folders:
+        path = folder.path
         lines = list(read_lines(path / "records.jsonl"))
         kept, versions = newest_of(lines)
         if path in outdated:
@@ -95,7 +98,8 @@ def load(root: Path) -> Loaded:
         loaded.broken += _written(path / "records.jsonl") - len(lines)
         loaded.owner += [len(loaded.folders)] * len(kept)
         loaded.records += kept
-        loaded.folders.append(Folder(settings_of(path), environments(path / "environment.json")))
+        loaded.folders.append(Folder(folder.settings, folder.environments))
+    loaded.records = with_variants(loaded.records, {folder.key: folder.settings for folder in folders})
     scored = [i for i, record in enumerate(loaded.records) if has_scores(record)]
     loaded.table = frame([loaded.records[i] for i in scored])
     loaded.table["folder"] = [loaded.owner[i] for i in scored]
@@ -108,7 +112,7 @@ def load(root: Path) -> Loaded:
 def _placed(record: Record) -> bool:
     """Whether a record that is no score says what it measured, in fields that can be compared."""
     context = record.get("context", record.get("length"))
-    named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "key", "keys", "kernel")
+    named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "variant", "key", "keys", "kernel")
     plain = not any(isinstance(record.get(field), list | dict) for field in named)
     numbers = type(context) is int and type(record.get("ratio")) in (int, float, type(None))
     return plain and numbers and isinstance(record.get("method"), str)

@@ -91,12 +91,12 @@ def render(loaded: Loaded) -> str:
 
 
 def _labels(rows: list[leaderboard.Row]) -> list[str]:
-    """The names a leaderboard row needs: benchmark and model unless all have the same, question and key only where rows
-    would look alike without them."""
+    """The names a leaderboard row needs: benchmark and model unless all have the same; question, the settings that
+    differ, and the key only where rows would look alike without them."""
     shown = ["method", "budget"]
     if len({(row.names["benchmark"], row.names["model"]) for row in rows}) > 1:
         shown += ["benchmark", "model"]
-    for further in ("question", "key"):
+    for further in ("question", "variant", "key"):
         alike = {tuple(row.names[label] for label in shown) for row in rows}
         if len(alike) < len(rows) and len({row.names[further] for row in rows}) > 1:
             shown.append(further)

@@ -7,14 +7,14 @@ from statistics import fmean
 from typing import Any
 
 from pqbench.records.file import Record
-from pqbench.tables.section import Section, facts, group_records
+from pqbench.tables.section import Section, facts, group_records, telling
 
 
 def attention_scores_sections(records: Sequence[Record]) -> list[Section]:
     """The mass of the heaviest tokens by context, mean over layers and KV heads."""
     good = [record for record in records if record["status"] == "ok" and _masses(record)]
     shares = list(dict.fromkeys(share for record in good for share in record["mass_shares"]))
-    labels = ["context", *(["key"] if _repeated(good) else [])]
+    labels = telling(good, ["context"], "variant", "key")
     rows = []
     for key, layers in group_records(good, *labels).items():
         by_share = [[mass for record in layers for mass in _masses(record).get(share, [])] for share in shares]
@@ -23,11 +23,6 @@ def attention_scores_sections(records: Sequence[Record]) -> list[Section]:
     model = records[0].get("model", "-")
     title = f"share of the attention probability of {model} that the heaviest tokens hold ({facts(records)})"
     return [Section(title, [*labels, "layers", *(f"{100 * share:g} %" for share in shares)], rows, len(labels))]
-
-
-def _repeated(records: Sequence[Record]) -> bool:
-    """Whether several runs measured one context."""
-    return any(len({record.get("key") for record in rows}) > 1 for rows in group_records(records, "context").values())
 
 
 def _masses(record: Record) -> dict[float, list[float]]:

@@ -13,10 +13,12 @@ import pandas as pd
 
 from pqbench.errors import DataError, PqbenchError
 from pqbench.records.file import Record, read_all
+from pqbench.records.folders import read_folders
 from pqbench.records.kinds import FIDELITY, kind_of
 from pqbench.tables.document import document, wide
 from pqbench.tables.kinds import flat, has_scores
 from pqbench.tables.summaries import frame
+from pqbench.tables.variants import with_variants
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
@@ -43,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal()
     try:
         failed = _rescore(options.results) if options.rescore else 0
-        records = read_all(options.results, options.all_code)
+        folders = read_folders(options.results)
+        records = read_all(options.results, options.all_code, folders)
+        records = with_variants(records, {folder.key: folder.settings for folder in folders})
         if not records:
             raise DataError(f"no records under {options.results}: nothing was measured yet")
         others = [record for record in records if not has_scores(record)]

@@ -50,6 +50,15 @@ def group_records(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...
     return groups
 
 
+def telling(records: Sequence[Record], labels: Sequence[str], *further: str) -> list[str]:
+    """The labels, and after them those of ``further`` that tell records apart which are alike in all labels before."""
+    shown = list(labels)
+    for name in further:
+        if any(len({str(row.get(name)) for row in rows}) > 1 for rows in group_records(records, *shown).values()):
+            shown.append(name)
+    return shown
+
+
 def middle(records: Sequence[Record], field: str) -> float | None:
     """Median of a field over the records that have it."""
     numbers = [float(record[field]) for record in records if isinstance(record.get(field), int | float)]

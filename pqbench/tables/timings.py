@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pqbench.records.file import Record
 from pqbench.records.kinds import DENSE
-from pqbench.tables.section import AUTO, Column, Section, facts, group_records, middle, over_link, shown
+from pqbench.tables.section import AUTO, Column, Section, facts, group_records, middle, over_link, shown, telling
 
 ATTENTION: tuple[Column, ...] = (
     ("select_s", "select ms", 1e3, AUTO),
@@ -59,12 +59,15 @@ TIMES: tuple[Column, ...] = (
     ("tpot_s", "TPOT ms", 1e3, "{:.1f}"),
 )
 
+# What may tell latency runs of one method and budget apart.
+VARYING = ("weights", "link", "kernels", "threads", "dtype", "overlap", "graphs", "select_ahead", "variant", "key")
+
 
 def attention_sections(records: Sequence[Record]) -> list[Section]:
     """One row per dtype, context, budget, method and kernel, dense kernels first."""
     varying = ("dtype", "threads", "kernels", "link", "keys")
     further = [name for name in varying if len({str(record.get(name)) for record in records}) > 1]
-    labels = [*further, "context", "budget", "method", "kernel"]
+    labels = telling(records, [*further, "context", "budget", "method", "kernel"], "variant", "key")
     ordered = sorted(records, key=lambda r: (str(r.get("dtype")), r.get("context", 0), r.get("method") != DENSE))
     rows = []
     for record in ordered:
@@ -83,7 +86,7 @@ def latency_sections(records: Sequence[Record]) -> list[Section]:
     """Times with their range and the ratio to full attention; then where a step's time goes."""
     records = [record | {"weights": record.get("weights") or "pretrained"} for record in records]
     title = f"latency of {records[0].get('model', '-')}{over_link(records)} ({facts(records)})"
-    labels = _labels(records)
+    labels = telling(records, ["method", "budget"], *VARYING)
     times, costs = [], []
     groups = group_records(records, "context", *labels)
     for key, rows in sorted(groups.items(), key=lambda item: item[0][0] or 0):
@@ -116,16 +119,6 @@ def _profiled(records: Sequence[Record], title: str, labels: Sequence[str]) -> S
     ]
     headings = ["context", *labels, "phase", *(heading for _, heading, _, _ in PROFILE)]
     return Section(f"{title}: a step under the profiler", headings, rows, 2 + len(labels))
-
-
-def _labels(records: Sequence[Record]) -> list[str]:
-    """Method and budget, and what else tells runs apart."""
-    labels = ["method", "budget"]
-    for name in ("weights", "link", "kernels", "threads", "dtype", "overlap", "graphs", "select_ahead", "key"):
-        by_method = group_records(records, *labels)
-        if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
-            labels.append(name)
-    return labels
 
 
 def _dense(records: Sequence[Record], like: Record) -> list[Record]:

@@ -10,7 +10,7 @@ import pytest
 from plots.__main__ import figures, main
 from plots.data import PUBLISHED, alike, machine, published, without
 from pqbench.records.file import RecordFile
-from pqbench.records.folders import read_settings
+from pqbench.records.folders import read_folders
 from tests.plots.support import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,15 +88,15 @@ def test_records_without_settings_or_columns_break_nothing(folder: Path) -> None
         bare = {"version": 1, "benchmark": benchmark, "sample_id": benchmark, "status": "ok", "method": "x", "key": "k"}
         path.write_text(path.read_text() + json.dumps(bare) + "\n")
     assert main([str(folder)]) == 0
-    ((settings, environment),) = read_settings(folder).values()
-    assert settings == {}
-    assert environment["packages"]["pqbench"]
+    (run,) = read_folders(folder)
+    assert run.settings == {}
+    assert run.environments[0]["packages"]["pqbench"]
 
 
 def test_settings_come_from_the_folder(folder: Path) -> None:
-    ((settings, environment),) = read_settings(folder).values()
-    assert settings == SETTINGS
-    assert environment["processor"]
+    (run,) = read_folders(folder)
+    assert run.settings == SETTINGS
+    assert run.environments[0]["processor"]
 
 
 def test_runs_are_alike_but_for_what_is_swept() -> None:
