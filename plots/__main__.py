@@ -24,11 +24,12 @@ from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("plots")
 
-DEFAULT = "make bench METHOD=pqcache"  # makes the records of figures that do not say otherwise
+DEFAULT = "make bench METHOD=pqcache"  # makes records of the figures that most people want
 
 
 def figures() -> Mapping[str, ModuleType]:
-    """Every module beside this one with a function ``draw(table, folder) -> paths``: one figure each."""
+    """Every module beside this one with a function ``draw(table, folder) -> paths``: one figure each. ``NEEDS`` says
+    which records a module needs, ``MADE_BY`` which command makes them."""
     names = [found.name for found in pkgutil.iter_modules(plots.__path__) if found.name != "__main__"]
     modules = {name: import_module(f"plots.{name}") for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "draw")}
@@ -61,23 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report_missing(missing: Sequence[str], wanted: Mapping[str, ModuleType], options: argparse.Namespace) -> int:
-    """Say which command makes the records of figures that were not drawn. An error when they were asked for by name,
-    or when there is none at all."""
+    """Say what the figures that were not drawn need, and which command makes it. An error when they were asked for by
+    name, or when there is none at all. Returns the exit code."""
     if not missing:
         return 0
+    results = options.results
     if options.figures:
-        commands = dict.fromkeys(getattr(wanted[name], "MADE_BY", DEFAULT) for name in missing)
-        lacking = ", ".join(missing)
-        log.error("no records to draw %s in %s: run `%s` first", lacking, options.results, "`, `".join(commands))
+        for name in missing:
+            module = wanted[name]
+            log.error("%s is not drawn: it needs %s in %s: run `%s`", name, module.NEEDS, results, module.MADE_BY)
         return 1
     if len(missing) == len(wanted):
-        log.error("no records to draw in %s: run `%s` first", options.results, DEFAULT)
+        log.error("no figure can be drawn from the records in %s: run `%s` first", results, DEFAULT)
         return 1
-    log.info(
-        "no records for %s: `python -m plots %s NAME` says which command makes them",
-        ", ".join(missing),
-        options.results,
-    )
+    log.info("not drawn: %s; `python -m plots %s NAME` says what a figure needs", ", ".join(missing), results)
     return 0
 
 

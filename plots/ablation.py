@@ -16,6 +16,7 @@ from plots.style import footer, headline, number, save, style, tokens, write_cel
 from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=ablation"
+NEEDS = "fidelity records of pqcache_plus with two codebooks and two tails or more at one length and budget"
 PARTS = ("codebook", "m", "b", "tail", "spread")
 # Field of a record, title of its panel.
 PANELS = (("output_error", "error of the attention output"), ("kl", "KL of the next token, method in all layers"))

@@ -14,6 +14,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import ATTENTION
 
 MADE_BY = "python -m pqbench benchmark=attention method=[full,pqcache]"
+NEEDS = "records of benchmark=attention"
 # Field of a record, name, colour; blue, orange, green and grey of the colour-blind-safe palette.
 PHASES = (
     ("select_s", "select", "#0072B2"),

@@ -16,6 +16,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=breakdown"
+NEEDS = "latency records of two methods or more in one setting, with more than 4 new tokens"
 PHASES = (
     ("dense_step_s", "model", "0.82"),
     *((field.replace("_s", "_step_s"), name, colour) for field, name, colour in STEP),

@@ -15,6 +15,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=cache"
+NEEDS = "latency records of one method with two sizes of the block cache or more (store.cache_tokens)"
 POLICIES = {"lfu": ("#0072B2", "s", "-"), "lru": ("#D55E00", "o", (0, (4, 1.5)))}  # colour, marker, dash
 PAPER = "0.35"
 

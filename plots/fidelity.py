@@ -18,6 +18,7 @@ from pqbench.records.kinds import FIDELITY
 from pqbench.tables.summaries import LEVEL, resampled
 
 MADE_BY = "python -m pqbench benchmark=fidelity method=[oracle,random_tokens,streaming_llm,pqcache,pqcache_plus]"
+NEEDS = "records of benchmark=fidelity with a budget"
 # Field of a record, title of its panel, label of its axis.
 PANELS = (
     ("output_error", "attention output, clean inputs", "relative error"),

@@ -16,6 +16,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=iterations and experiment=iterations_latency"
+NEEDS = "records of pqcache with two counts of K-Means iterations or more"
 # Field, title, unit, factor; those of a benchmark with scores, then those of benchmark=latency.
 QUALITY = (
     ("score", "score", "%", 1.0),

@@ -17,6 +17,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=latency"
+NEEDS = "latency records of two methods, or of two contexts, with more than 4 new tokens"
 # Field of a record, title of its panel, factor, unit.
 PANELS = (
     ("ttft_s", "time to first token", 1.0, "s"),

@@ -16,6 +16,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=memory"
+NEEDS = "latency records that hold bytes"
 LENGTHS = tuple(2**n for n in range(12, 21))  # 4K to 1M
 BATCHES = (1, 8, 32, 128)
 SHADES = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00")

@@ -14,6 +14,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=overlap"
+NEEDS = "latency records of one method with overlap and without"
 # Column, name, colour; from left to right, up to the second token.
 PARTS = (
     ("prefill", "prefill, to the first token", "#0072B2"),

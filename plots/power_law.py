@@ -16,6 +16,7 @@ from pqbench.records.file import plain_name
 from pqbench.records.kinds import ATTENTION_SCORES
 
 MADE_BY = "python -m pqbench experiment=power_law"
+NEEDS = "records of benchmark=attention_scores"
 NEEDED = {"ranks", "probabilities", "mass", "mass_shares"}
 BLUE, RED = "#0072B2", "#D55E00"
 

@@ -51,7 +51,7 @@ def test_every_figure_names_what_makes_its_records(tmp_path: Path, caplog: pytes
         caplog.clear()
         assert main([str(tmp_path), name]) == 1
         (line,) = caplog.messages
-        assert line.startswith(f"no records to draw {name} in {tmp_path}: run `")
+        assert line.startswith(f"{name} is not drawn: it needs ")
         for word in line.split("`")[1].split():
             if word.startswith("experiment="):
                 assert (ROOT / "conf/experiment" / f"{word.removeprefix('experiment=')}.yaml").exists()
@@ -61,10 +61,10 @@ def test_some_records_draw_some_figures(folder: Path, caplog: pytest.LogCaptureF
     caplog.set_level("INFO")
     assert main([str(folder)]) == 0
     assert (folder / "figures/needle_full.png").exists()
-    assert any(line.startswith("no records for ablation, attention,") for line in caplog.messages)
+    assert any(line.startswith("not drawn: ablation, attention,") for line in caplog.messages)
     assert main([str(folder), "needle"]) == 0
     assert main([str(folder), "needle", "cache"]) == 1
-    assert "no records to draw cache" in caplog.text
+    assert "cache is not drawn: it needs latency records of one method with two sizes" in caplog.text
 
 
 def test_an_unknown_figure_is_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
