@@ -88,11 +88,11 @@ class MagicPIGState(LayerState):
         if split.top_k >= middle:
             return Selection()  # the budget holds every token: nothing to sample
         union = collides.any(2)  # [B, H, M]
-        body, seed = self.geometry.kernels, step_seed(self.method.seed, self.geometry.layer, kv.length)
-        lots = body.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # from -1/4 to 1/4
+        backend, seed = self.geometry.kernels, step_seed(self.method.seed, self.geometry.layer, kv.length)
+        lots = backend.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # from -1/4 to 1/4
         sampled = union.sum(-1)  # [B, H]
         size = min(split.top_k, int(sampled.max()))  # heads with fewer get padding nobody sees
-        top = body.top_k(lots + union, size)
+        top = backend.top_k(lots + union, size)
         seen = collides.gather(3, top[:, :, None].expand(-1, -1, q.shape[2], -1))
         kept = (sampled.float() / max(split.top_k, 1)).clamp(min=1)  # [B, H]: tokens that a kept one stands for
         weights = kept.log()[:, :, None, None] - self._log_chance(q, kv, split.sink + top)

@@ -55,10 +55,10 @@ class OracleState(LayerState):
         self._read = keys.nbytes
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
-        body = self.geometry.kernels
+        backend = self.geometry.kernels
         if self.method.rule == "kv_head":
             received = self.geometry.exact_probabilities(q, keys)[..., first:stop]  # [B, H, M]
-            return Selection(split.around(first + body.top_k(received, split.top_k), kv.length))
+            return Selection(split.around(first + backend.top_k(received, split.top_k), kv.length))
         logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, S]
         received = probabilities(logits, self.geometry.sinks)
         middle = received[..., first:stop]

@@ -62,7 +62,7 @@ class Geometry:
         inverse_frequencies: rotary frequencies ``[D_rotary / 2]`` in radians per position, when the method asked for
             them with ``Method.needs_positions``; none of them where the layer does not rotate its keys.
         layers: number of full-attention layers of the model, of which this is the ``rank``-th, counted from 0.
-        body: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
+        backend: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
         device: where this layer runs.
         calibration: times of this hardware, None where nobody measured them.
         sinks: ``[H, G]`` float32, logits that the model learned for this layer: each takes part in its head's softmax
@@ -82,7 +82,7 @@ class Geometry:
     inverse_frequencies: Tensor | None = None
     layers: int = 1
     rank: int = 0
-    body: str = "reference"
+    backend: str = "reference"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calibration: Calibration | None = None
     sinks: Tensor | None = None
@@ -104,7 +104,7 @@ class Geometry:
     @property
     def kernels(self) -> Kernels:
         """The kernels for tensors on the model's device."""
-        return kernels(self.device, self.body)
+        return kernels(self.device, self.backend)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Geometry:
         """Facts do not change: copies of a state share them."""
@@ -155,7 +155,7 @@ class KV(Protocol):
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The same keys where an index is best made of them: where they lie, so that nothing is moved; only keys that a
-        GPU has across a link are brought to it. What computes is the body for the device of these keys."""
+        GPU has across a link are brought to it. What computes is the backend for the device of these keys."""
 
 
 @dataclass(frozen=True)

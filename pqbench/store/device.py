@@ -18,11 +18,11 @@ class DeviceStore(Store):
     """
 
     def __init__(
-        self, keys: GrowingBuffer, values: GrowingBuffer, lease: list[DeviceStore] | None = None, body: str = "auto"
+        self, keys: GrowingBuffer, values: GrowingBuffer, lease: list[DeviceStore] | None = None, backend: str = "auto"
     ) -> None:
-        """``body`` names the kernels that write rows."""
+        """``backend`` names the kernels that write rows."""
         self._keys, self._values = keys, values
-        self._kernels = kernels(keys.whole.device, body)
+        self._kernels = kernels(keys.whole.device, backend)
         self._seen = len(keys)
         self._positions: GrowingBuffer | None = None  # rows are their own positions until some are dropped
         self._lease = lease if lease is not None else []

@@ -37,7 +37,7 @@ class Engine:
         :meth:`pqbench.engine.cohort.Group.attend_captured` of every group."""
         self._groups, self._work = groups, work
         device = groups[0].store.device
-        self._graph: Graph = graph(device, kernels(device, groups[0].state.geometry.body))
+        self._graph: Graph = graph(device, kernels(device, groups[0].state.geometry.backend))
         self._numbers: Numbers | None = None
         self._rehearsed = False
         self._result: Tensor | None = None

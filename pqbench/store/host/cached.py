@@ -29,14 +29,14 @@ class CachedHostStore(HostStore):
         margin: int = 64,
         overlap: bool = True,
         scratch: Scratch | None = None,
-        body: str = "auto",
+        backend: str = "auto",
         reserve: int = 0,
     ) -> None:
         """See :class:`HostStore`."""
         batch, heads, device = prompt.rows.shape[0], prompt.rows.shape[1], prompt.device
-        self._blocks = BlockCache(options, batch, heads, device, kernels(device, body))
+        self._blocks = BlockCache(options, batch, heads, device, kernels(device, backend))
         self._blocks.table(prompt.length + reserve)  # so that it does not grow, nor its kernel change, while decoding
-        super().__init__(prompt, split, margin, overlap, scratch, self._blocks, body, reserve)
+        super().__init__(prompt, split, margin, overlap, scratch, self._blocks, backend, reserve)
         self._entering: list[Transfer] = []
         self._asked = self._hits = self._admitted = 0
         self._entered = torch.zeros(1, dtype=torch.int64, device=device)  # nobody reads it: the bytes say more

@@ -42,7 +42,7 @@ class HostStore(Store):
         overlap: bool = True,
         scratch: Scratch | None = None,
         cache: BlockCache | None = None,
-        body: str = "auto",
+        backend: str = "auto",
         reserve: int = 0,
     ) -> None:
         """
@@ -54,14 +54,14 @@ class HostStore(Store):
             overlap: False waits for every transfer at once, for the same results.
             scratch: where whole contexts are fetched to; layers that run one after another can share it.
             cache: blocks that lie on the device as well.
-            body: which kernels find rows.
+            backend: which kernels find rows.
             reserve: tokens behind the prompt that have memory on the host from the start.
         """
         self._prompt, self._split, self._link = prompt, split, prompt.link
         self._order: Tensor | None = None  # [B, H, prompt], position of each row of the prompt; None for their own
         self._margin, self._overlap = margin, overlap
         self._scratch, self._shares = Scratch() if scratch is None else scratch, scratch is not None
-        self._kernels = kernels(prompt.device, body)
+        self._kernels = kernels(prompt.device, backend)
         cached = 0 if cache is None else cache.rows
         self._pool = Pool(prompt.rows, prompt.device, prompt.length, cached, self._link.debug)
         self._length = self._reserved = prompt.length
