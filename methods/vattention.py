@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class VAttention(Method):
                 f"{self.epsilon}, {self.delta} and {self.base_sample}"
             )
         name = type(self.base).__name__
-        if getattr(self.base, "budget", None) is None:
+        if self.base.budget is None:
             raise ConfigError(f"vattention.base is {name}, which attends to all tokens: nothing is left to sample")
         if self.base.evicts or self.base.needs_positions or self.base.own_prefill:
             raise ConfigError(
@@ -75,8 +74,7 @@ class VAttention(Method):
     @property
     def selecting(self) -> Method:
         """The base with the budget that the sample leaves it."""
-        options: dict[str, Any] = {"budget": _Remaining(whole=self.budget, share=self.share)}
-        return replace(self.base, **options)
+        return self.base.with_budget(_Remaining(whole=self.budget, share=self.share))
 
 
 @dataclass(frozen=True)

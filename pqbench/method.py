@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -329,16 +330,29 @@ class Method(ABC):
         """Whether this context is by design attended whole whatever the budget (too short for the method's index)."""
         return False
 
+    @cached_property  # a class attribute that the field of a subclass can replace
+    def budget(self) -> Budget | None:
+        """How many tokens a KV head may attend to; None for a method that has no budget (full attention)."""
+        return None
+
+    @property
+    def budget_label(self) -> str:
+        """The budget in a word, for tables; ``all`` for a method without one."""
+        return "all" if self.budget is None else self.budget.label
+
+    def with_budget(self, budget: Budget) -> Self:
+        """The same method with another budget, in place of the one that it has."""
+        options: dict[str, Any] = {"budget": budget}
+        return replace(self, **options)
+
     def split(self, context: int, prompt: int) -> Split | None:
         """The budget at this length, None when the method has none (full attention)."""
-        budget: Any = getattr(self, "budget", None)
-        return None if budget is None else budget.resolve(context, prompt)
+        return None if self.budget is None else self.budget.resolve(context, prompt)
 
 
 def compensated(method: Method) -> Method:
     """The method with more tokens when it evicts and its budget is a :class:`CompensatedBudget`; else as it is."""
-    budget: Any = getattr(method, "budget", None)
+    budget = method.budget
     if not (method.evicts and isinstance(budget, CompensatedBudget)):
         return method
-    larger: Any = method  # of some subclass that has a budget
-    return replace(larger, budget=budget.for_evicting)
+    return method.with_budget(budget.for_evicting)

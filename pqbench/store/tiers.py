@@ -14,9 +14,8 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Split
 from pqbench.store.base import Store
-from pqbench.store.device import DeviceStore
+from pqbench.store.device import DeviceRows, DeviceStore
 from pqbench.store.host.blocks import POLICIES, CacheOptions
-from pqbench.store.host.cached import CachedHostStore
 from pqbench.store.host.rows import HostPrompt
 from pqbench.store.host.scratch import Scratch
 from pqbench.store.host.store import HostStore
@@ -114,7 +113,7 @@ class DevicePrompt(Prompt):
 
     def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, backend: str = "auto") -> None:
         self._keys, self._values, self._backend = keys, values, backend
-        self._lease: list[DeviceStore] = []
+        self._lease: list[DeviceRows] = []
 
     def tensors(self) -> list[torch.Tensor]:
         return [self._keys.view(), self._values.view()]
@@ -162,18 +161,8 @@ class OffloadedPrompt(Prompt):
 
     def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
         tier, split = self._tier, _everything if split is None else split
-        if tier.cache is None:
-            return HostStore(
-                self._rows,
-                split,
-                tier.margin,
-                tier.background,
-                self._scratch,
-                backend=self._backend,
-                reserve=self._reserve,
-            )
-        return CachedHostStore(
-            self._rows, split, tier.cache, tier.margin, tier.background, self._scratch, self._backend, self._reserve
+        return HostStore(
+            self._rows, split, tier.margin, tier.background, self._scratch, tier.cache, self._backend, self._reserve
         )
 
 

@@ -193,7 +193,7 @@ def test_meters_follow_the_cost_table(name: str) -> None:
     }
     assert state.index_bytes == formulas[name]
     held = 22 if method.evicts else length
-    assert store.device_bytes == 2 * batch * heads * held * width * 4
+    assert store.usage.device_bytes == 2 * batch * heads * held * width * 4
 
 
 @pytest.mark.parametrize("name", [*SELECTING, "full"])
