@@ -64,7 +64,6 @@ class MagicPIGState(LayerState):
         self.projections = torch.randn(shape, generator=generator).to(geometry.device)
         self.mean = torch.zeros(geometry.batch, geometry.kv_heads, 1, geometry.head_dim, device=geometry.device)
         self.hashes: GrowingBuffer | None = None
-        self._read = 0  # bytes of keys read in the last step to weigh the sample
 
     def finish_prefill(self, kv: KV) -> None:
         first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
@@ -84,7 +83,7 @@ class MagicPIGState(LayerState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         collides = self.collides(q)  # [B, H, G, M]
-        middle, self._read = collides.shape[3], 0
+        middle = collides.shape[3]
         if split.top_k >= middle:
             return Selection()  # the budget holds every token: nothing to sample
         union = collides.any(2)  # [B, H, M]
@@ -121,7 +120,6 @@ class MagicPIGState(LayerState):
     def _log_chance(self, q: Tensor, kv: KV, rows: Tensor) -> Tensor:
         """Log of the chance that a query ``[B, H, G, D]`` samples rows ``[B, H, n]``: ``[B, H, G, n]``."""
         keys = kv.keys_at(rows)
-        self._read = keys.nbytes
         directions = functional.normalize(keys.float() - self.mean, dim=-1)
         cosine = functional.normalize(q.float(), dim=-1) @ directions.transpose(2, 3)
         return collision_chance(cosine, self.method.bits, self.method.tables).log().float()
@@ -139,7 +137,7 @@ class MagicPIGState(LayerState):
 
     @property
     def index_bytes(self) -> int:
-        return self._read + (0 if self.hashes is None else self.hashes.bytes)
+        return 0 if self.hashes is None else self.hashes.bytes
 
     @property
     def resident_bytes(self) -> int:

@@ -289,7 +289,11 @@ class LayerState:
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the index read by one step, all sequences and heads of the layer."""
+        """Bytes of its own index that the last step read, all sequences and heads of the layer.
+
+        Keys that :meth:`select` reads through :meth:`KV.keys`, :meth:`KV.keys_at` or :meth:`KV.stored_keys` do not
+        belong here: the store counts them, and the meters add them to this figure.
+        """
         return 0
 
     @property
