@@ -1,7 +1,8 @@
 """``python -m gpucheck.page > docs/results/gpu.md``: what is on record of runs on a GPU, as a page.
 
 It reads the results of ``make gpu-check`` and, in the folder beside them, the records of ``benchmark=latency`` and
-``benchmark=attention`` that a GPU made. The page says which steps were never run. A check on the CPU adds nothing to it.
+``benchmark=attention`` that a GPU made. The page says which steps were never run. A check on the
+CPU adds nothing to it.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.pack:
             _pack(options.root, options.pack[0], Path(options.pack[1]), options.command)
         found = read(options.root)
+        if not found:
+            raise DataError(f"no records in {options.root / 'results/measured'}: name the checkout that holds them")
         texts = made(found, (options.root / "README.md").read_text(encoding="utf-8"))
         for name, text in texts.items():
             path = options.root / name

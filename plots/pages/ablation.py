@@ -11,7 +11,7 @@ from plots.ablation import draw, grid, parted, rail, shared
 from plots.data import families
 from plots.fidelity import measured as of_fidelity
 from plots.pages.packed import Measured
-from plots.pages.source import good, heading, origin, picture
+from plots.pages.source import filled, good, heading, origin, picture
 from plots.style import tokens
 from pqbench.records.file import Record
 from pqbench.terminal import markdown_table
@@ -57,7 +57,9 @@ def page(measured: Measured) -> str:
     lines = [
         *heading(TITLE, INTRODUCTION),
         *origin(measured, samples),
-        f"The model is `{first['model']}` in {first['dtype']}; the budget is {budget} of the context. {READING}",
+        *filled(
+            f"The model is `{first['model']}` in {first['dtype']}; the budget is {budget} of the context. {READING}"
+        ),
         "",
     ]
     for title, table in tables(measured):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from plots.pages import fidelity, quick
 from plots.pages.packed import Measured
-from plots.pages.source import good, mean, shown
+from plots.pages.source import WIDTH, good, mean, shown
 from pqbench.records.file import Record
 from pqbench.terminal import markdown_table
 
@@ -103,7 +104,9 @@ def answer(found: Choice) -> str:
         ],
     ]
     table = markdown_table(["your situation", "use", "why"], rows, 3)
-    return f"{table}\n\n{basis(found)}\n\n{example(found)}"
+    return "\n\n".join(
+        [table, *(textwrap.fill(text, WIDTH, break_on_hyphens=False) for text in (basis(found), example(found)))]
+    )
 
 
 def basis(found: Choice) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plots.fidelity import draw
 from plots.pages.packed import Measured
-from plots.pages.source import good, heading, mean, origin, picture, shown
+from plots.pages.source import filled, good, heading, mean, origin, picture, shown
 from plots.style import tokens
 from pqbench.records.file import Record
 from pqbench.tables.fidelity import lines_of, multiples
@@ -29,8 +29,9 @@ key* is the size of the index that a step reads, for each token of the context a
 the exact top-k and shows what any choice of that many tokens can reach; a method that adds an estimate of the
 unselected tokens can do better."""
 VARIANTS = """\
-`plain_2x8` and `aware_2x8` are `pqcache_plus` with 2 sub-spaces of 8 bits and no estimate of the unselected tokens, once
-with plain codebooks and once with codebooks that are trained for the prompt's queries. The command above defines them."""
+`plain_2x8` and `aware_2x8` are `pqcache_plus` with 2 sub-spaces of 8 bits and no estimate of the unselected
+tokens, once with plain codebooks and once with codebooks that are trained for the prompt's queries. The command
+above defines them."""
 READING = """\
 Documents differ more from each other than methods do. The next table therefore divides the error of each method
 by that of `oracle` on the same document and gives the mean with its 95 % bootstrap interval over the documents."""
@@ -107,7 +108,7 @@ def page(measured: Measured) -> str:
     lines = [
         *heading(TITLE, INTRODUCTION),
         *origin(measured, samples),
-        f"The model is `{first['model']}` in {first['dtype']}. {verdict(records)}",
+        *filled(f"The model is `{first['model']}` in {first['dtype']}. {verdict(records)}"),
         "",
         main_table(records),
         "",

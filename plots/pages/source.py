@@ -61,6 +61,11 @@ def wrapped(command: str) -> list[str]:
     return [*(f"{line} \\" for line in indented[:-1]), indented[-1]]
 
 
+def filled(text: str) -> list[str]:
+    """A paragraph in lines."""
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
+
+
 def joined(words: Iterable[str]) -> str:
     """Words in alphabetical order with commas between them."""
     return ", ".join(sorted(words))
