@@ -166,8 +166,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def source(**options: str) -> PackagedGGUF:
-    return PackagedGGUF("mine", **{"package": "held_models", "file": "a.gguf", "version": "1", **options})
+def source(package: str = "held_models", file: str = "a.gguf", version: str = "1") -> PackagedGGUF:
+    return PackagedGGUF("mine", package=package, file=file, version=version)
 
 
 def convert_to(seed: int) -> Callable[[Path, Path], None]:
