@@ -58,12 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawn = {name: module.draw(table, options.results / "figures") for name, module in wanted.items()}
     for path in [path for paths in drawn.values() for path in paths if path.suffix == ".png"]:
         log.info("figure %s", path)
-    return report_missing([name for name, paths in drawn.items() if not paths], wanted, options)
+    good = int((table["status"] == "ok").sum())
+    return report_missing([name for name, paths in drawn.items() if not paths], wanted, options, good)
 
 
-def report_missing(missing: Sequence[str], wanted: Mapping[str, ModuleType], options: argparse.Namespace) -> int:
-    """Say what the figures that were not drawn need, and which command makes it. An error when they were asked for by
-    name, or when there is none at all. Returns the exit code."""
+def report_missing(
+    missing: Sequence[str], wanted: Mapping[str, ModuleType], options: argparse.Namespace, good: int
+) -> int:
+    """Say what the figures that were not drawn need, and which command makes it. It is an error when these were asked
+    for by name, or when there are no ``good`` records at all; fewer records than any figure needs are none. Returns the
+    exit code."""
     if not missing:
         return 0
     results = options.results
@@ -72,8 +76,11 @@ def report_missing(missing: Sequence[str], wanted: Mapping[str, ModuleType], opt
             module = wanted[name]
             log.error("%s is not drawn: it needs %s in %s: run `%s`", name, module.NEEDS, results, module.MADE_BY)
         return 1
+    if len(missing) == len(wanted) and good:
+        log.info("%d record(s) in %s are too few to draw any figure: `%s` makes more", good, results, DEFAULT)
+        return 0
     if len(missing) == len(wanted):
-        log.error("no figure can be drawn from the records in %s: run `%s` first", results, DEFAULT)
+        log.error("no records to draw in %s: run `%s` first", results, DEFAULT)
         return 1
     log.info("not drawn: %s; `python -m plots %s NAME` says what a figure needs", ", ".join(missing), results)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from plots.style import number, threads
-from pqbench.config.folder import described
+from pqbench.records.classes import described
 from pqbench.records.identity import class_name
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"  # csv files of published numbers

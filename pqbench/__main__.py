@@ -22,8 +22,8 @@ from pqbench.benchmarks.base import Benchmark
 from pqbench.config.checks import check_machine, check_model, check_options
 from pqbench.config.compose import explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.fields import check_fields
-from pqbench.config.folder import conf_folder
 from pqbench.config.keys import run_settings, whole
+from pqbench.config.shadow import check_import_path
 from pqbench.config.sweep import Failures
 from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
@@ -33,6 +33,7 @@ from pqbench.measure.base import Job, Measurement
 from pqbench.measure.scored import Scored
 from pqbench.method import Method, compensated
 from pqbench.models.sources import LoadedModel
+from pqbench.records.classes import conf_folder
 from pqbench.records.file import RecordFile
 from pqbench.records.heartbeat import heartbeat
 from pqbench.tables.document import run_table
@@ -69,6 +70,7 @@ def main() -> None:
     sys.argv[1:] = opened(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
+        check_import_path()
         entry()
     except Exception as error:  # ours, Hydra's, or a launcher's
         if "debug=true" in sys.argv:

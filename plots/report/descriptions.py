@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from pqbench.config.folder import described
+from pqbench.records.classes import described
 
 _ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 _MARKUP = re.compile(r"``(.+?)``|:\w+:`~?(.+?)`|`(.+?)`", re.DOTALL)

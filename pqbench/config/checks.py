@@ -10,10 +10,10 @@ import torch
 from omegaconf import DictConfig
 
 from pqbench.config.compose import check_yamls, model_source
-from pqbench.config.folder import conf_folder
 from pqbench.errors import ConfigError
-from pqbench.kernels.backend import BODIES
+from pqbench.kernels.backend import BACKENDS
 from pqbench.models.devices import check_device, check_kernels
+from pqbench.records.classes import conf_folder
 
 MOST_THREADS = 16  # threads per core that are accepted; more only wait for each other
 SWITCHES = ("overlap", "retry_failed", "debug", "graphs", "select_ahead")
@@ -24,8 +24,8 @@ def check_options(config: DictConfig) -> None:
     check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"))
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
-    if config.kernels not in BODIES:
-        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
+    if config.kernels not in BACKENDS:
+        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BACKENDS)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
     for option in SWITCHES:

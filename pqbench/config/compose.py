@@ -14,11 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pqbench.config.folder import conf_folder
 from pqbench.engine.decode import changes_of_greedy
 from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models.sources import LoadedModel, ModelSource
+from pqbench.records.classes import conf_folder
 
 log = logging.getLogger("pqbench")
 

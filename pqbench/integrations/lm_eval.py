@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pqbench.config.compose import explain, model_source, opened, own_budgets, rehearsed
-from pqbench.config.folder import conf_folder
+from pqbench.config.shadow import check_import_path
 from pqbench.engine.attention import attached
 from pqbench.engine.decode import decode
 from pqbench.engine.prefill import Prefilled, Setting, forward, prefill
@@ -34,6 +34,7 @@ from pqbench.errors import ConfigError, DataError, PqbenchError
 from pqbench.integrations.lm_eval_plugin import register
 from pqbench.integrations.transformers import stopping
 from pqbench.method import compensated
+from pqbench.records.classes import conf_folder
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
@@ -195,6 +196,7 @@ def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig
     }
     try:
         GlobalHydra.instance().clear()
+        check_import_path()
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = compose("config", [f"{group}={choice}" for group, choice in groups.items()])
         for name, value in values.items():

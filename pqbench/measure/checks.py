@@ -33,7 +33,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
     lengths = sorted({len(sample.input_ids) for sample in samples})
     longest = max((len(s.input_ids) + s.max_new_tokens for s in samples), default=0)
     for name, method in methods.items():
-        tokens = getattr(getattr(method, "budget", None), "tokens", None)
+        tokens = None if method.budget is None else method.budget.tokens
         if lengths and tokens is not None and tokens > longest:
             raise BudgetError(
                 f"{name}: budget.tokens is {tokens}, above the longest context of this run ({longest}): "

@@ -233,11 +233,11 @@ class SampleRun:
 
     def _facts(self, name: str) -> Record:
         """What a record says of the sample, whatever came of it."""
-        sample, budget = self.sample, getattr(self.job.methods[name], "budget", None)
+        sample = self.sample
         dense = [known for known, method in self.job.methods.items() if not method.own_prefill]
         return {
             "task": sample.task,
-            "budget": "all" if budget is None else budget.label,
+            "budget": self.job.methods[name].budget_label,
             "question": self.scored.question,
             "shared_prefill": name in dense and len(dense) > 1,
             "references": sample.references,
@@ -252,7 +252,7 @@ def generation_facts(generation: Generation) -> Record:
     meters, groups = generation.meters(), generation.groups()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)
-    hits, lookups = sum(g.store.cache_hits for g in groups), sum(g.store.cache_lookups for g in groups)
+    hits, lookups = sum(g.store.usage.cache_hits for g in groups), sum(g.store.usage.cache_lookups for g in groups)
     return {
         "new_tokens": generation.tokens.shape[1],
         "ttft_s": generation.ttft_s,
@@ -265,8 +265,8 @@ def generation_facts(generation: Generation) -> Record:
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts if groups else {},
         "corrected_heads": generation.corrected_heads,
-        "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
+        "link_bytes": sum(group.store.usage.link_bytes for group in groups) * layers // steps,
         "cache_hit_rate": hits / lookups if lookups else None,
-        "device_bytes": sum(group.store.device_bytes for group in groups),
-        "host_bytes": sum(group.store.host_bytes for group in groups),
+        "device_bytes": sum(group.store.usage.device_bytes for group in groups),
+        "host_bytes": sum(group.store.usage.host_bytes for group in groups),
     }

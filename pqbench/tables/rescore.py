@@ -11,8 +11,8 @@ from typing import Any
 from hydra.utils import get_class
 
 from pqbench.benchmarks.base import Benchmark
-from pqbench.config.folder import described
 from pqbench.errors import DataError, PqbenchError
+from pqbench.records.classes import described
 from pqbench.records.file import READABLE, Record, RecordFile, encode, parse, plain_json, unwritable, write_atomically
 from pqbench.records.folders import run_folders, settings_of
 from pqbench.records.identity import class_name

@@ -1,4 +1,8 @@
-"""Where the configuration lies, and which of its yamls describes a class. Loads nothing that runs a model."""
+"""The classes that records name, found by name in the configuration of today. Loads nothing that runs a model.
+
+A record names its classes by import path, as it was then. A class has another path when its file has moved, so the
+class of an old record is the one that has its name in a yaml of ``conf/``.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,8 @@ def conf_folder() -> Path:
 
 
 def described(group: str) -> dict[str, Described]:
-    """The classes that the yamls of a group describe, by class name alone.
-
-    A record names its classes by import path, as it was then; the class has another place when a file has moved. So
-    old records are matched with the classes of today by name. Yamls that name a constructor of a class are left out.
-    """
+    """The classes that the yamls of a group describe, by class name alone; yamls that name a constructor of a class are
+    left out."""
     found: dict[str, Described] = {}
     for path in sorted((conf_folder() / group).glob("*.yaml")):
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
