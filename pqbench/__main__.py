@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,11 @@ from pqbench.config.fields import check_fields
 from pqbench.config.keys import run_settings, whole
 from pqbench.config.shadow import check_import_path
 from pqbench.config.sweep import Failures
-from pqbench.engine.calibration import calibrate
-from pqbench.engine.prefill import Setting
 from pqbench.errors import DeviceError
-from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Measurement
 from pqbench.measure.scored import Scored
+from pqbench.measure.setting import run_setting
 from pqbench.method import Method, compensated
-from pqbench.models.sources import LoadedModel
 from pqbench.records.classes import conf_folder
 from pqbench.records.file import RecordFile
 from pqbench.records.heartbeat import heartbeat
@@ -133,7 +129,7 @@ def run(plain: dict[str, Any], methods: dict[str, Method], measurement: Measurem
     files = {name: RecordFile.create(results, measurement.name, subject, name, settings[name]) for name in names}
     with heartbeat(list(files.values())):
         loaded = rehearsed(model_source(plain["model"])) if measurement.needs_model else None
-        setting = setting_of(plain, methods, loaded)
+        setting = run_setting(instantiate(plain["store"]), plain, methods, loaded)
         done = measurement.measure(Job(loaded, methods, files, setting, plain["retry_failed"], plain["chunk"]))
     console = Console()
     console.width = max(console.width, 150)  # a table cut to a narrow pipe is unreadable
@@ -142,17 +138,6 @@ def run(plain: dict[str, Any], methods: dict[str, Method], measurement: Measurem
     for failure in done.failures:
         log.error(failure)
     return done.failures
-
-
-def setting_of(plain: dict[str, Any], methods: Mapping[str, Method], loaded: LoadedModel | None) -> Setting:
-    """Where KV lives, which kernels compute and what overlaps; calibrated when a method asks for it."""
-    device = torch.device("cpu") if loaded is None else loaded.model.device
-    kernels(device, plain["kernels"]).use_threads(torch.get_num_threads())
-    wanted = loaded is not None and any(method.needs_calibration for method in methods.values())
-    calibration = calibrate(loaded.model, plain["kernels"]) if loaded and wanted else None
-    options = {name: plain[name] for name in ("graphs", "select_ahead", "correction")}
-    options["max_length"] = None if loaded is None else loaded.max_length
-    return Setting(instantiate(plain["store"]), plain["overlap"], plain["kernels"], calibration, **options)
 
 
 if __name__ == "__main__":
