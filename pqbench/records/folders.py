@@ -1,4 +1,4 @@
-"""Run folders: where records, settings and environments lie, and which runs were measured again with other code."""
+"""Run folders, which hold records, settings and environments; and which runs were measured again with other code."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ SLACK = 1.2  # memory a layer may need, as a multiple of its keys and values
 
 @dataclass(frozen=True)
 class Cell:
-    """What is timed in turns with each other: every method with one budget, and the dense kernels."""
+    """What is timed in turns: every method with one budget, and the dense kernels."""
 
     dtype: str
     context: int
@@ -204,7 +204,7 @@ class Attention(Measurement):
                 yield Subject(name, body_name(body), method.budget_label, method)
 
     def _wanted(self, job: Job, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
-        """Names that lack a record in a cell."""
+        """The names that lack a record in a cell."""
         return list(
             dict.fromkeys(
                 subject.name
@@ -214,7 +214,7 @@ class Attention(Measurement):
         )
 
     def _facts(self, cell: Cell, subject: Subject) -> Record:
-        """What names a row."""
+        """The facts that tell a row from others, which a failure has too."""
         what = subject.kernel if subject.method is None else f"{cell.budget:g}"
         return {
             "sample_id": f"{cell.dtype}-{cell.context}-{what}",
