@@ -16,12 +16,11 @@ from lxml import html
 
 from plots.report import leaderboard, samples
 from plots.report.__main__ import main
-from plots.report.descriptions import describe, source_description
 from plots.report.load import load
 from plots.report.page import render
 from plots.report.pareto import frontier
 from plots.report.text import clip, facts, inert
-from pqbench.records.file import VERSION, RecordFile, encode
+from pqbench.records.file import VERSION, encode
 from pqbench.tables import command as tables
 from tests.plots.sample_results import BYTES_READ, EVIL, SCORES, record, write
 
@@ -133,50 +132,14 @@ def test_the_frontier_is_what_no_run_beats() -> None:
 
 def test_methods_are_described_from_their_source_without_running_it(page: html.HtmlElement) -> None:
     sections = {part.get("data-method"): part for part in page.xpath("//details[@class='method']")}
-    assert "https://arxiv.org/abs/2407.12820" in (described := sections["pqcache"]).xpath(".//a/@href")
+    described = sections["pqcache"]
+    assert "https://arxiv.org/abs/2407.12820" in described.xpath(".//a/@href")
     assert "Differs from the paper" in described.text_content()
     assert "sub-spaces; must divide the head dimension" in described.text_content()
     rows = described.xpath(".//table[contains(@class,'settings')]//tr")
     settings = {row.xpath("string(th)"): row.xpath("string(td)") for row in rows}
     assert settings == {"budget.ratio": "0.1"}
     assert "https://arxiv.org/abs/2306.14048" in sections["h2o"].xpath(".//a/@href")  # of a module that is gone
-
-
-def test_a_class_that_no_yaml_names_is_said_to_be_missing(tmp_path: Path) -> None:
-    file = RecordFile.create(tmp_path, "needle", "tiny", "mine", {"method": {"_target_": "somewhere.Gone"}})
-    file.append(record("mine", "needle", "t", "a", 1.0))
-    assert "Gone was not found here" in build(tmp_path).text_content()
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "",
-        "x",
-        "os.path.join",
-        "../methods.full.Full",
-        "methods.full.Absent",
-        "a.b\x00.c",
-        "methods..full.Full",
-        "__main__.X",
-        "methods.__main__.X",
-    ],
-)
-def test_targets_that_are_no_class_here_have_no_description(target: str) -> None:
-    assert source_description(target) is None
-    assert describe(target) is None
-
-
-def test_describing_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "trap_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise SystemExit('imported')\n")
-    (package / "inner.py").write_text('"""Inner: words (arXiv 1234.56789)."""\nclass Trap:\n    """Trap text."""\n')
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for target in ("trap_package.inner.Trap", "trap_package.Trap"):
-        found = source_description(target)
-        assert found is not None
-        assert found.papers == ["1234.56789"]
 
 
 def test_needle_heatmaps_hold_mean_scores_by_depth_and_length(page: html.HtmlElement) -> None:
