@@ -86,7 +86,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         table[column] = [plain("-" if _missing(value) else value) for value in table[column]]
     sizes = table.reindex(columns=["device_bytes", "host_bytes"]).apply(pd.to_numeric, errors="coerce")
     table["kv_bytes"] = sizes.sum(axis=1, min_count=1)
-    return table
+    return table.copy()  # in one piece, since columns were added one by one
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
