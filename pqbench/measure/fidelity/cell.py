@@ -107,7 +107,7 @@ class CellRun:
         clean: Sequence[CleanFigures | Exception],
         full: Tensor,
     ) -> None:
-        """Decode with several methods of the prompt, and record their figures with the clean ones, or their failures."""
+        """Decode with several methods of the prompt, and record their figures beside the clean ones, or why not."""
         prompt, ids = self.cell.prompt, self.cell.document.ids
         tokens, targets = ids[prompt : prompt + self.steps], ids[prompt + 1 : prompt + self.steps + 1]
         drifts = [Drift(full, targets) for _ in variants]
