@@ -25,7 +25,7 @@ from pqbench.config.compose import check_yamls, conf_folder, explain, model_sour
 from pqbench.config.fields import check_fields
 from pqbench.config.sweep import Failures
 from pqbench.engine.calibration import calibrate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.measure.base import Measurement, TimingJob

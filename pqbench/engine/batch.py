@@ -1,4 +1,4 @@
-"""Prompts as a batch: validity of what goes in and comes out, and the grouping of left-padded sequences by length."""
+"""Prompts as a batch: validity of what goes in and comes out, and left-padded sequences by length."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def check_indices(checks: Sequence[Check]) -> None:
             raise ConfigError(check.message)
 
 
-def group_rows(mask: Tensor) -> list[Rows]:
-    """Sequences of a validity mask ``[B, S]`` by equal length, longest first."""
+def rows_by_length(mask: Tensor) -> list[Rows]:
+    """The cohorts of a validity mask ``[B, S]``: sequences of equal length, the longest first."""
     padding = (~mask).long().sum(-1)
     if int(padding.min()) == int(padding.max()):
         return [Rows(slice(None), int(padding[0]), mask.shape[0])]
-    groups = []
+    found = []
     for columns in padding.unique(sorted=True).tolist():
         index = (padding == columns).nonzero().squeeze(1)
-        groups.append(Rows(index, columns, len(index)))
-    return groups
+        found.append(Rows(index, columns, len(index)))
+    return found

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from transformers import Cache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from pqbench.engine.attention import dense_attention
-from pqbench.engine.cohort import Group, Observer, Rows
+from pqbench.engine.cohort import Cohort, Observer, Rows
 from pqbench.errors import ModelError
 from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.method import Geometry
 from pqbench.store.tiers import Placement, Prompt
 
 
@@ -35,6 +37,11 @@ class LayeredCache(Cache):
         self.selective: dict[int, Any] = {i: layer for i, layer in enumerate(layers) if hasattr(layer, "attention")}
         self._updated: int | None = None  # layer whose entry was updated and whose attention was not called yet
         self._answered = 0
+
+    @property
+    def cohorts(self) -> list[Cohort]:
+        """The cohorts of every layer of a decode, layer by layer."""
+        return [cohort for layer in self.selective.values() for cohort in layer.cohorts]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -150,6 +157,21 @@ class Shape:
         known = None if sinks is None else sinks.detach().float().view(heads, group)
         return cls(heads, group, q.shape[-1], scaling, q.device, known)
 
+    def geometry(self, layer: int, rows: Rows, prompt: int = 0, backend: str = "reference") -> Geometry:
+        """What a method's state must know of a layer of this shape, without the facts that only some methods need."""
+        return Geometry(
+            layer=layer,
+            batch=rows.count,
+            kv_heads=self.kv_heads,
+            group=self.group,
+            head_dim=self.head_dim,
+            scaling=self.scaling,
+            prompt=prompt,
+            body=backend,
+            device=self.device,
+            sinks=self.sinks,
+        )
+
 
 class PrefillLayer(OurLayer):
     """Holds the prompt's keys and values, answers with dense attention (or with the method's own, where ``own``) and
@@ -169,11 +191,11 @@ class PrefillLayer(OurLayer):
     ) -> None:
         super().__init__()
         self.columns, self.reserve, self.rows, self.placement, self.on_end = columns, reserve, rows, placement, on_end
-        self.observers: list[Observer] = []
+        self.observers: list[list[Observer]] = []  # by method and cohort
         self.own = False
         self.shape: Shape | None = None  # known after the first block
         self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
-        self._prompts: dict[int, Prompt] = {}  # by padding, which tells groups apart
+        self._prompts: dict[int, Prompt] = {}  # by padding, which tells cohorts apart
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._buffers is None:
@@ -195,30 +217,34 @@ class PrefillLayer(OurLayer):
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], columns, width)  # [B, H, G, n, D]
         if self.own:
             answer = torch.zeros_like(grouped)
-            for observer in self.observers:
+            for observer in self._each_observer():
                 observer.answer(grouped, k, v, answer)
             output = answer.view_as(q).transpose(1, 2).contiguous()
         else:
             output = dense_attention(module, q, k, v, mask, scaling, self.sinks)
-        for observer in self.observers:
+        for observer in self._each_observer():
             observer.observe(grouped, k, v)
         if self.seen == self.columns:
             self._end(k, v)
         return output
 
     def prompt(self, rows: Rows) -> Prompt:
-        """The finished prompt of one group, from which stores are made."""
+        """The finished prompt of one cohort, from which stores are made."""
         if not self._prompts:
             raise RuntimeError("prompt() before the last token was prefilled")
         return self._prompts[rows.padding]
 
     def release(self, rows: Rows) -> None:
-        """Let go of the prompt of one group; stores made from it keep what they need."""
+        """Let go of the prompt of one cohort; stores made from it keep what they need."""
         self._prompts.pop(rows.padding, None)
 
+    def _each_observer(self) -> Iterator[Observer]:
+        """The observers of every method and cohort, method by method."""
+        return chain.from_iterable(self.observers)
+
     def _end(self, k: Tensor, v: Tensor) -> None:
-        """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch. The rows
-        are those that attention used, which are not always those of the cache: latent attention expands them."""
+        """Hand the rows over to the tier, cohort by cohort; nothing is copied where a cohort is the whole batch. The
+        rows are those that attention used, which are not always those of the cache: latent attention expands them."""
         if self._buffers is None:
             raise RuntimeError("attention() before update()")
         keys, values = (
@@ -238,26 +264,26 @@ class PrefillLayer(OurLayer):
 
 
 class DecodeLayer(OurLayer):
-    """One new token per sequence: stored, then answered group by group.
+    """One new token per sequence: stored, then answered cohort by cohort.
 
-    ``make`` gives the groups when the first step reaches the layer: it waits for an index that is still being built.
+    ``make`` gives the cohorts when the first step reaches the layer: it waits for an index that is still being built.
     """
 
-    def __init__(self, make: Callable[[], list[Group]], seen: int) -> None:
+    def __init__(self, make: Callable[[], list[Cohort]], seen: int) -> None:
         super().__init__()
         self._make = make
         self.seen = seen
         self.following: Callable[[], DecodeLayer | None] | None = None  # weak: layers in a ring would not be freed
 
     @cached_property
-    def groups(self) -> list[Group]:
-        """The groups, made at first use."""
+    def cohorts(self) -> list[Cohort]:
+        """The cohorts, made at first use."""
         return self._make()
 
     def prefetch(self) -> None:
         """The layer before starts its step. Nothing to ask for while an index is still being built."""
-        for group in self.__dict__.get("groups", ()):
-            group.state.prefetch(group.store)
+        for cohort in self.__dict__.get("cohorts", ()):
+            cohort.state.prefetch(cohort.store)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         following = None if self.following is None else self.following()
@@ -270,18 +296,18 @@ class DecodeLayer(OurLayer):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
         """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``; the mask is
-        implied by the groups."""
+        implied by the cohorts."""
         check_rows(k, 1)
-        for group in self.groups:
-            group.check(k, scaling)
-            group.append(k[group.rows.index], v[group.rows.index])
+        for cohort in self.cohorts:
+            cohort.check(k, scaling)
+            cohort.append(k[cohort.rows.index], v[cohort.rows.index])
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
-        if len(self.groups) == 1:
-            return self.groups[0].attend(grouped).reshape(batch, 1, heads, width)
+        if len(self.cohorts) == 1:
+            return self.cohorts[0].attend(grouped).reshape(batch, 1, heads, width)
         output = torch.empty_like(grouped)
-        for group in self.groups:
-            output[group.rows.index] = group.attend(grouped[group.rows.index])
+        for cohort in self.cohorts:
+            output[cohort.rows.index] = cohort.attend(grouped[cohort.rows.index])
         return output.reshape(batch, 1, heads, width)
 
 
@@ -296,7 +322,7 @@ def same_rows(held: Tensor, used: Tensor) -> bool:
     return held.data_ptr() == used.data_ptr() and held.shape == used.shape and held.stride() == used.stride()
 
 
-def chain(layers: Sequence[DecodeLayer]) -> None:
+def link_layers(layers: Sequence[DecodeLayer]) -> None:
     """Let each layer announce its step to the next, and the last to the first, whose step is the next token's."""
     for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
         layer.following = weakref.ref(following)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,11 +17,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from pqbench.engine.attention import attached, forward
-from pqbench.engine.batch import group_rows
-from pqbench.engine.cohort import Group, Rows
+from pqbench.engine.batch import rows_by_length
+from pqbench.engine.cohort import Cohort, Rows
+from pqbench.engine.dense import Dense
 from pqbench.engine.layers import DecodeLayer, LayeredCache, PrefillLayer, Shape, layer_types, sliding_layers
 from pqbench.errors import ModelError, PqbenchError
-from pqbench.method import Geometry, LayerState
 from pqbench.store.tiers import DeviceTier
 
 _COLUMNS, _SHORT, _CHUNK = 6, 4, 4  # tokens of the sequences, of the shorter one, and of a prefill block
@@ -33,6 +32,7 @@ _HALF_TOLERANCE = 0.2
 # In half precision rounding can send a token to another expert of a mixture, which changes everything behind it. It
 # does so for few prompts; what is wrong is wrong for all.
 _HALF_ATTEMPTS = 4
+_ATTRIBUTE = "pqbench_known"  # of a model, where its profile is kept
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,33 @@ class Profile:
         return list(first.values())
 
 
-# A model is rehearsed once for each place and type it is used in; the entry goes with the model.
-_KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, torch.dtype, Profile]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class Known:
+    """What a rehearsal found out, and of which model: a copy of the model, one that moved to another device or one
+    that changed its type is rehearsed again."""
+
+    model: int
+    device: torch.device
+    dtype: torch.dtype
+    profile: Profile
+
+    def of(self, model: PreTrainedModel) -> bool:
+        """Whether this is known of the model as it is now."""
+        return (self.model, self.device, self.dtype) == (id(model), model.device, model.dtype)
 
 
 def profile(model: PreTrainedModel) -> Profile:
-    """The model's profile, from a rehearsal at first use.
+    """The model's profile, from a rehearsal at first use. It is kept in an attribute of the model, as transformers
+    keeps ``hf_device_map`` there, so that it lives as long as the model.
 
     Raises:
         ModelError: no method can serve this model exactly; one line that names its type and the reason.
     """
-    known = _KNOWN.get(model)
-    if known is None or known[:2] != (model.device, model.dtype):
-        known = _KNOWN[model] = (model.device, model.dtype, _named(model))
-    return known[2]
+    known: Known | None = getattr(model, _ATTRIBUTE, None)
+    if known is None or not known.of(model):
+        known = Known(id(model), model.device, model.dtype, _named(model))
+        setattr(model, _ATTRIBUTE, known)
+    return known.profile
 
 
 def _named(model: PreTrainedModel) -> Profile:
@@ -185,7 +198,7 @@ def _by_layers(
     chunk: int,
 ) -> tuple[list[Tensor], dict[int, Shape]]:
     """The same logits through our layers, and what these were called with."""
-    rows, placement = group_rows(mask.bool()), DeviceTier().open(model.device)
+    rows, placement = rows_by_length(mask.bool()), DeviceTier().open(model.device)
     prompt = {i: PrefillLayer(_COLUMNS, 1, rows, placement) for i, kind in enumerate(types) if kind == "full_attention"}
     sliding = sliding_layers(config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -209,24 +222,10 @@ def _cache(layers: Mapping[int, CacheLayerMixin]) -> LayeredCache:
 def _decoding(layer: PrefillLayer, index: int, shape: Shape, rows: list[Rows]) -> DecodeLayer:
     """A layer that goes on from the prompt with full attention."""
 
-    def groups() -> list[Group]:
-        states = [LayerState(geometry_of(shape, index, part)) for part in rows]
-        return [Group(part, layer.prompt(part).store(None), state) for part, state in zip(rows, states, strict=True)]
+    dense = Dense()
 
-    return DecodeLayer(groups, layer.seen)
+    def cohort(part: Rows) -> Cohort:
+        state = dense.layer(shape.geometry(index, part))
+        return Cohort(part, layer.prompt(part).store(None), state, dense)
 
-
-def geometry_of(shape: Shape, layer: int, rows: Rows, prompt: int = 0, body: str = "reference") -> Geometry:
-    """What a method's state needs to know of a layer of this shape, without what only some methods ask for."""
-    return Geometry(
-        layer=layer,
-        batch=rows.count,
-        kv_heads=shape.kv_heads,
-        group=shape.group,
-        head_dim=shape.head_dim,
-        scaling=shape.scaling,
-        prompt=prompt,
-        body=body,
-        device=shape.device,
-        sinks=shape.sinks,
-    )
+    return DecodeLayer(lambda: [cohort(part) for part in rows], layer.seen)

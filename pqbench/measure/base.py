@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import BudgetError, ConfigError
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel

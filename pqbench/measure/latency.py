@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
-from pqbench.engine.cohort import PHASES
 from pqbench.engine.decode import Generation, decode
 from pqbench.engine.layers import layer_types
-from pqbench.engine.prefill import Prefilled, prefill
+from pqbench.engine.meter import PHASES
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
@@ -257,7 +258,7 @@ def times(generation: Generation) -> Record:
 def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
     """Where a step's time goes, means in seconds over the steps whose phases were timed; and the bytes that a step
     reads against what memory can do."""
-    groups, meters = generation.groups(), generation.meters()
+    cohorts, meters = generation.cohorts(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
     spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
     phases = {f"{phase}_step_s": sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
@@ -267,7 +268,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     mean = fmean([every[i] for i in sorted(generation.phased)] or every)
     attended = fmean(meter.attended / max(1, meter.steps) for meter in meters)
     index_bytes = sum(meter.index_bytes for meter in meters) / steps
-    known = groups[0].state.geometry
+    known = cohorts[0].state.geometry
     kv_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * model.dtype.itemsize
     weights = weight_bytes(model)
     rate = (weights + kv_bytes + index_bytes) / usual
@@ -278,8 +279,8 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
         "weight_bytes": weights,
         "attended_bytes": kv_bytes,
         "index_bytes": index_bytes,
-        "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
-        "index_facts": groups[0].state.facts,
+        "index_resident_bytes": sum(cohort.state.resident_bytes for cohort in cohorts),
+        "index_facts": cohorts[0].state.facts,
         "corrected_heads": generation.corrected_heads,
         "bandwidth_gbps": rate / 1e9,
         "copy_share": rate / roof.copy,
@@ -288,7 +289,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
 
 def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
     """Bytes by where they lie and over the link per step, hits of the block cache, and what the link is."""
-    stores, steps = [group.store for group in generation.groups()], len(generation.steps_s)
+    stores, steps = [cohort.store for cohort in generation.cohorts()], len(generation.steps_s)
     link: Any = getattr(prefilled.placement, "link", None)
     lookups = sum(store.cache_lookups for store in stores)
     return {

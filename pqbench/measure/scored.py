@@ -16,8 +16,11 @@ from transformers import PreTrainedModel
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.engine.cohort import Rows
 from pqbench.engine.decode import Generation, decode
-from pqbench.engine.prefill import Prefilled, Setting, frequencies, geometry, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.rehearsal import profile
+from pqbench.engine.setting import Setting
+from pqbench.engine.shapes import frequencies, geometry
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.probe import probe
@@ -206,10 +209,11 @@ def add_fidelity(job: Job, sample: Sample, prefilled: Prefilled, records: list[R
 def success(job: Job, sample: Sample, name: str, generation: Generation) -> Record:
     """The record of one generation, scored."""
     prediction = job.prompter.decode(generation.tokens[0].tolist())
-    meters, groups = generation.meters(), generation.groups()
+    meters, cohorts = generation.meters(), generation.cohorts()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)
-    hits, lookups = sum(g.store.cache_hits for g in groups), sum(g.store.cache_lookups for g in groups)
+    hits = sum(cohort.store.cache_hits for cohort in cohorts)
+    lookups = sum(cohort.store.cache_lookups for cohort in cohorts)
     record = _common(job, sample, name) | {
         "status": "ok",
         "prompt_tokens": len(sample.input_ids),
@@ -220,15 +224,15 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
         "tpot_s": generation.tpot_s,
         "index_build_s": generation.index_s,
         "attended_tokens": sum(meter.attended for meter in meters) / steps,
-        "kv_tokens": sum(group.store.length for group in groups) / len(groups),
+        "kv_tokens": sum(cohort.store.length for cohort in cohorts) / len(cohorts),
         "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
-        "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
-        "index_facts": groups[0].state.facts if groups else {},
+        "index_resident_bytes": sum(cohort.state.resident_bytes for cohort in cohorts),
+        "index_facts": cohorts[0].state.facts if cohorts else {},
         "corrected_heads": generation.corrected_heads,
-        "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
+        "link_bytes": sum(cohort.store.link_bytes for cohort in cohorts) * layers // steps,
         "cache_hit_rate": hits / lookups if lookups else None,
-        "device_bytes": sum(group.store.device_bytes for group in groups),
-        "host_bytes": sum(group.store.host_bytes for group in groups),
+        "device_bytes": sum(cohort.store.device_bytes for cohort in cohorts),
+        "host_bytes": sum(cohort.store.host_bytes for cohort in cohorts),
     }
     scores = job.benchmark.score(record)
     return record | {"score": scores["score"], "scores": scores}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.prose import any_text, prose
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.measure.geometries import Shape
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.models.sources import LoadedModel

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from methods.pqcache import PQCache, adaptive_iterations
 from pqbench.engine import calibration
 from pqbench.engine.calibration import calibrate, fit, stored
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Budget

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from methods.pqcache import PQCache
 from pqbench.engine.decode import Generation, decode, generate
-from pqbench.engine.prefill import Prefilled, Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.method import KV, Budget, Check, Geometry, LayerState, Method, Selection
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
@@ -90,7 +92,7 @@ def test_queues_change_no_token(llama: PreTrainedModel, name: str, tier: Tier) -
         assert torch.equal(generation.tokens, expected.tokens)
         assert [meter.steps for meter in generation.meters()] == [meter.steps for meter in expected.meters()]
         assert [meter.attended for meter in generation.meters()] == [meter.attended for meter in expected.meters()]
-        assert [g.store.link_bytes for g in generation.groups()] == [g.store.link_bytes for g in expected.groups()]
+        assert [g.store.link_bytes for g in generation.cohorts()] == [g.store.link_bytes for g in expected.cohorts()]
         assert min(generation.steps_s) > 0
         assert generation.ttft_s > 0
         assert generation.build_s > 0

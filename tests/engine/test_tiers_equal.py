@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from methods.pqcache import PQCache
 from pqbench.engine.decode import decode, generate
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.method import Budget, Method
 from pqbench.store.tiers import DeviceTier, HostTier
 from tests.engine.test_generation import SMALL, methods

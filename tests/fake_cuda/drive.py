@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure.geometries import shape_of
 from pqbench.measure.layer.turns import Layer, Subject
 from pqbench.measure.source import synthetic
@@ -86,15 +86,15 @@ def decode_layer(
         tally.faults.clear()  # of how rows are made up; test_benchmarks.py has these
         subject = Subject("subject", "gpu", "budget", method)
         with tally.part() as building:
-            group = subject.build(layer)
+            cohort = subject.build(layer)
         decode, before = Decode(tally, building), dict(tally.host_work)
         known: dict[str, int] = {}
         for number in range(steps):
             key, value, q = layer.token(number)
             with tally.part() as counts:
-                group.state.prefetch(group.store)
-                group.append(key, value)
-                output = group.attend(q)
+                cohort.state.prefetch(cohort.store)
+                cohort.append(key, value)
+                output = cohort.attend(q)
             assert output.shape == q.shape
             assert output.device == CUDA
             assert output.dtype == q.dtype

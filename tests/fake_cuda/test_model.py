@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install pqben
 
 from pqbench.engine import rehearsal, rotary
 from pqbench.engine.decode import decode
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
 from pqbench.engine.rehearsal import profile
+from pqbench.engine.setting import Setting
 from tests.fake_cuda.budgets import COSTS
 from tests.fake_cuda.device import CUDA, Device, fake_device
 from tests.fake_cuda.drive import METHODS, STEPS, TIERS, method_of
@@ -35,9 +36,8 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LAYERS, PROMPT, NEW = 2, 2048, 6
-LOOP = (
-    "pqbench/engine/decode.py",
-)  # asks in every step whether the answer has ended, because the tests watch each step
+# The choice of tokens asks in every step whether the answer has ended, because the tests watch each step.
+LOOP = ("pqbench/engine/greedy.py",)
 
 
 @dataclass

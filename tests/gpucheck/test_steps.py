@@ -17,7 +17,7 @@ from gpucheck.process import Running
 from gpucheck.result import Result
 from gpucheck.steps import kernels, stores, tokens
 from methods.full import Full
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.store.host.store import HostStore
 from pqbench.store.link.base import GuardedTransfer
 from pqbench.store.tiers import HostTier

@@ -131,7 +131,7 @@ import importlib, pkgutil
 from numba.core.registry import CPUDispatcher
 from pqbench import generate
 from pqbench.kernels import cpu
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from tests.support import prompt_of, tiny_model
 from tests.engine.test_generation import SMALL, methods
 

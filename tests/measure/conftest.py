@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pqbench.config.compose import load_model
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure import machine
 from pqbench.measure.base import Measured, Measurement, TimingJob
 from pqbench.method import Method

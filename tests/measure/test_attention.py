@@ -17,8 +17,8 @@ from methods.infllm import InfLLM
 from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench.engine.clock import HostClock
-from pqbench.engine.cohort import PHASES
-from pqbench.engine.prefill import Setting
+from pqbench.engine.meter import PHASES
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.measure import dense
 from pqbench.measure.geometries import SHAPES

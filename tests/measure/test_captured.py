@@ -10,8 +10,8 @@ import torch
 from methods.full import Full
 from methods.h2o import H2O
 from methods.pqcache import PQCache
-from pqbench.engine.cohort import PHASES
-from pqbench.engine.prefill import Setting
+from pqbench.engine.meter import PHASES
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.measure.geometries import SHAPES
 from pqbench.measure.latency import Latency

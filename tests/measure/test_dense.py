@@ -12,7 +12,7 @@ import torch
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.kernels import reference
 from pqbench.measure import dense
 from pqbench.measure.base import TimingJob

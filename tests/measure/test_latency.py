@@ -13,8 +13,8 @@ from methods.full import Full
 from methods.h2o import H2O
 from methods.pqcache import PQCache
 from pqbench.benchmarks.base import Prompter
-from pqbench.engine.cohort import PHASES
-from pqbench.engine.prefill import Setting
+from pqbench.engine.meter import PHASES
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.measure import latency
 from pqbench.measure.latency import Latency, weight_bytes

@@ -14,7 +14,8 @@ from methods.full import Full
 from methods.pqcache import PQCache
 from methods.pqcache.previous import PreviousQuery
 from pqbench.engine.decode import decode, generate
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.method import Budget
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import append, case, prompt_of, start

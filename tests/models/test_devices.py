@@ -16,7 +16,7 @@ import torch
 from methods.full import Full
 from methods.pqcache import PQCache
 from pqbench.config.compose import load_model
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, ModelError
 from pqbench.measure import latency
 from pqbench.measure.base import TimingJob

@@ -22,8 +22,8 @@ from methods.streaming_llm import StreamingLLM
 from methods.tova import TOVA
 from pqbench import Budget, Method, decode, generate, prefill
 from pqbench.engine.attention import dense_attention
-from pqbench.engine.prefill import Setting
 from pqbench.engine.rehearsal import profile
+from pqbench.engine.setting import Setting
 from pqbench.kernels import reference, sinks
 from pqbench.measure.probe import probe
 from pqbench.store.tiers import HostTier

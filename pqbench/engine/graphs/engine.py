@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pqbench.engine.cohort import Group
+from pqbench.engine.cohort import Cohort
 from pqbench.engine.graphs.base import Graph, Work, graph
 from pqbench.engine.graphs.numbers import Numbers
 from pqbench.errors import ModelError, PqbenchError
@@ -14,30 +14,30 @@ from pqbench.kernels.backend import kernels
 from pqbench.method import Plan
 
 
-def ready(groups: Sequence[Group], rows: int) -> bool:
-    """Get groups ready to be captured, with buffers for ``rows`` rows in all; False while some are not of the shape
+def ready(cohorts: Sequence[Cohort], rows: int) -> bool:
+    """Get cohorts ready to be captured, with buffers for ``rows`` rows in all; False while some are not of the shape
     that their further steps will have."""
-    able = [group.state.reserve(group.store, rows) for group in groups]
+    able = [cohort.state.reserve(cohort.store, rows) for cohort in cohorts]
     if all(able):
-        for group in groups:
-            group.store.reserve(rows)
+        for cohort in cohorts:
+            cohort.store.reserve(rows)
     return all(able)
 
 
 class Engine:
-    """Steps of groups that are :func:`ready`, each of one layer, as one graph.
+    """Steps of cohorts that are :func:`ready`, each of one layer, as one graph.
 
-    A step is: the host's part of every group (waits, codes for tokens that leave the window, numbers), one copy that
+    A step is: the host's part of every cohort (waits, codes for tokens that leave the window, numbers), one copy that
     brings all numbers to the device, the replay, and what is due now and then (tokens on their way to the host). The
     first step rehearses, the second captures.
     """
 
-    def __init__(self, groups: Sequence[Group], work: Work) -> None:
+    def __init__(self, cohorts: Sequence[Cohort], work: Work) -> None:
         """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Store.write` and
-        :meth:`pqbench.engine.cohort.Group.attend_captured` of every group."""
-        self._groups, self._work = groups, work
-        device = groups[0].store.device
-        self._graph: Graph = graph(device, kernels(device, groups[0].state.geometry.body))
+        :meth:`pqbench.engine.cohort.Cohort.attend_captured` of every cohort."""
+        self._cohorts, self._work = cohorts, work
+        device = cohorts[0].store.device
+        self._graph: Graph = graph(device, kernels(device, cohorts[0].state.geometry.body))
         self._numbers: Numbers | None = None
         self._rehearsed = False
         self._result: Tensor | None = None
@@ -55,27 +55,27 @@ class Engine:
             ModelError: the work cannot be captured.
         """
         plans, numbers = [], []
-        for group in self._groups:
-            group.store.prepare(1)
-            plan = group.state.plan(group.store, group.store.length + 1)
+        for cohort in self._cohorts:
+            cohort.store.prepare(1)
+            plan = cohort.state.plan(cohort.store, cohort.store.length + 1)
             plans.append(plan)
-            numbers += [group.store.length, group.store.length + 1, *plan.numbers]
+            numbers += [cohort.store.length, cohort.store.length + 1, *plan.numbers]
         if self._numbers is None:
             self._numbers = self._numbered(plans)
         self._numbers.send(numbers)
         result = self._run()
-        for group, plan in zip(self._groups, plans, strict=True):
-            group.store.written(1)
-            group.replayed(plan)
+        for cohort, plan in zip(self._cohorts, plans, strict=True):
+            cohort.store.written(1)
+            cohort.replayed(plan)
         return result
 
     def _numbered(self, plans: Sequence[Plan]) -> Numbers:
-        """Numbers on the device, and each group told which of them are its own."""
+        """Numbers on the device, and each cohort told which of them are its own."""
         counts = [2 + len(plan.numbers) for plan in plans]
-        numbers, first = Numbers(sum(counts), self._groups[0].store.device), 0
-        for group, count in zip(self._groups, counts, strict=True):
-            group.store.number, group.length, *own = numbers.views(first, count)
-            group.state.numbers, first = own, first + count
+        numbers, first = Numbers(sum(counts), self._cohorts[0].store.device), 0
+        for cohort, count in zip(self._cohorts, counts, strict=True):
+            cohort.store.number, cohort.length, *own = numbers.views(first, count)
+            cohort.state.numbers, first = own, first + count
         return numbers
 
     def _run(self) -> Tensor:
@@ -96,11 +96,11 @@ class Engine:
         return self._result
 
     def _whole(self) -> Tensor:
-        """What needs no query, for all groups; then the work."""
-        for group in self._groups:
-            group.state.prefetch(group.store)
+        """What needs no query, for all cohorts; then the work."""
+        for cohort in self._cohorts:
+            cohort.state.prefetch(cohort.store)
         return self._work()
 
     def _addresses(self) -> list[int]:
         """Where everything lies that steps share."""
-        return [tensor.data_ptr() for group in self._groups for tensor in (*group.store.fixed, *group.state.fixed)]
+        return [tensor.data_ptr() for cohort in self._cohorts for tensor in (*cohort.store.fixed, *cohort.state.fixed)]

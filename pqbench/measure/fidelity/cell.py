@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pqbench.engine.prefill import Prefilled, prefill
+from pqbench.engine.dense import Dense
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
 from pqbench.measure.base import Ledger, TimingJob
 from pqbench.measure.fidelity.clean import CleanFigures, each_alone
 from pqbench.measure.fidelity.documents import Document
-from pqbench.measure.fidelity.forced import Dense, Drift, dense_logits, read_abreast
+from pqbench.measure.fidelity.forced import Drift, dense_logits, read_abreast
 from pqbench.measure.fidelity.record import clean_facts, cost_facts, drift_facts
 from pqbench.measure.machine import device_name
 from pqbench.measure.scored import check_alive

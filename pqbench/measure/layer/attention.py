@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from pqbench.benchmarks.grid import whole
-from pqbench.engine.cohort import PHASES
+from pqbench.engine.meter import PHASES
 from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
@@ -234,9 +234,9 @@ class Attention(Measurement):
     def _times(self, subject: Subject, fastest: Subject | None, roof: Bandwidth) -> Record:
         """Times of one subject, compared with the ``fastest`` dense kernel; bandwidth counts the rows of keys and
         values attended to."""
-        if subject.group is None:
+        if subject.cohort is None:
             raise RuntimeError("times of a subject that was never built")
-        count, group = len(subject.steps), subject.group
+        count, cohort = len(subject.steps), subject.cohort
         link: Any = getattr(subject.placement, "link", None)
         phases = [phase for phase in (*PHASES, "total") if all(phase in step for step in subject.steps)]
         by_phase = {phase: [step[phase] for step in subject.steps] for phase in phases}
@@ -244,7 +244,7 @@ class Attention(Measurement):
         for phase, seconds in by_phase.items():
             figures |= spread(phase, seconds)
         attended = subject.attended / count
-        moved = attended * self.shape.row_bytes(group.store.keys(0, 1).dtype)
+        moved = attended * self.shape.row_bytes(cohort.store.keys(0, 1).dtype)
         reading = figures["fetch_s"] + figures["attend_s"] if "fetch_s" in figures else figures["total_s"]
         rate = moved / max(1e-12, reading)
         return figures | {
@@ -256,11 +256,11 @@ class Attention(Measurement):
             "attended_tokens": attended,
             "attended_bytes": moved,
             "index_bytes": subject.index_bytes / count,
-            "index_resident_bytes": group.state.resident_bytes,
-            "device_bytes": group.store.device_bytes,
-            "host_bytes": group.store.host_bytes,
-            "to_device_bytes": group.store.bytes_to_device,
-            "to_host_bytes": group.store.bytes_to_host,
+            "index_resident_bytes": cohort.state.resident_bytes,
+            "device_bytes": cohort.store.device_bytes,
+            "host_bytes": cohort.store.host_bytes,
+            "to_device_bytes": cohort.store.bytes_to_device,
+            "to_host_bytes": cohort.store.bytes_to_host,
             "link": None if link is None else link.label,
             "emulated": link is not None and link.emulated,
             "bandwidth_gbps": rate / 1e9,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from methods.full import Full
 from methods.pqcache import PQCache
 from pqbench.engine.decode import generate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.method import Budget, Method
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import SHAPE, prompt_of, randomize

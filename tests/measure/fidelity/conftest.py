@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pqbench.config.compose import load_model
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure.base import Measured, TimingJob
 from pqbench.measure.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import Method

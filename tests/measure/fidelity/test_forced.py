@@ -17,8 +17,9 @@ from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
 from pqbench.engine.decode import Generation
+from pqbench.engine.dense import Dense
 from pqbench.errors import ConfigError
-from pqbench.measure.fidelity.forced import Dense, Drift, dense_logits, read, read_abreast
+from pqbench.measure.fidelity.forced import Drift, dense_logits, read, read_abreast
 from pqbench.measure.fidelity.record import cost_facts, drift_facts
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from tests.measure.fidelity.test_clean import BUDGET, PROMPT, STEPS, Odd, answer, chosen_tokens
