@@ -63,9 +63,9 @@ class Decode:
         """Kernels of an ordinary step, one of the most frequent kind."""
         return Counter(step.launches for step in self.steps[FIRST:]).most_common(1)[0][0]
 
-    def all(self, *kinds: str) -> int:
-        """Events of these kinds in all steps together."""
-        return sum(step.of(*kinds) for step in self.steps)
+    def all(self, *kinds: str, without: tuple[str, ...] = ()) -> int:
+        """Events of these kinds in all steps together, but not in files whose paths begin with one of ``without``."""
+        return sum(step.of(*kinds, without=without) for step in self.steps)
 
     def listed(self, *kinds: str) -> str:
         """Where these kinds happened, over all steps."""

@@ -18,7 +18,7 @@ from pqbench.engine.decode import decode
 from pqbench.engine.prefill import prefill
 from pqbench.engine.rehearsal import profile
 from pqbench.engine.setting import Setting
-from tests.fake_cuda.budgets import COSTS
+from tests.fake_cuda.budgets import CHECK, COSTS
 from tests.fake_cuda.device import CUDA, Device, fake_device
 from tests.fake_cuda.drive import METHODS, STEPS, TIERS, method_of
 from tests.fake_cuda.tally import COPY, SYNC, Counts
@@ -37,7 +37,8 @@ SHAPE: dict[str, Any] = {
 }
 LAYERS, PROMPT, NEW = 2, 2048, 6
 # The choice of tokens asks in every step whether the answer has ended, because the tests watch each step.
-LOOP = ("pqbench/engine/greedy.py",)
+# The check of a selection waits once in each layer, in the first step alone, as tests/fake_cuda/budgets.py verifies.
+LOOP = ("pqbench/engine/greedy.py", *CHECK)
 
 
 @dataclass
