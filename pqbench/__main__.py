@@ -24,11 +24,11 @@ from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.config.compose import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.fields import check_fields
 from pqbench.config.sweep import Failures
-from pqbench.engine.calibration import calibrate
 from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.kernels.backend import BODIES, kernels
 from pqbench.measure.base import Measurement, TimingJob
+from pqbench.measure.calibration import calibrate
 from pqbench.measure.scored import Job, Summary, run
 from pqbench.method import Budget, Method, compensated
 from pqbench.models.devices import check_device, check_kernels

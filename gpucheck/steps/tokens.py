@@ -143,8 +143,8 @@ def _bodies(result: Result, model: PreTrainedModel, ids: Tensor, name: str, meth
     ways, so PQCache keeps the centroids it starts with."""
     if isinstance(method, PQCache):
         method = PQCache(method.budget, m=method.m, b=method.b, iterations=0)
-    tokens = generate(model, ids, method, max_new_tokens=steps, setting=Setting(body="reference", overlap=False))
-    expected, got = (forced(model, ids, method, Setting(body=body), tokens) for body in ("reference", "gpu"))
+    tokens = generate(model, ids, method, max_new_tokens=steps, setting=Setting(backend="reference", overlap=False))
+    expected, got = (forced(model, ids, method, Setting(backend=body), tokens) for body in ("reference", "gpu"))
     errors = (got - expected).abs().amax(-1) / expected.std(-1)
     agreeing = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
     near = float(errors.median())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,23 @@ from transformers.masking_utils import sdpa_mask
 
 from pqbench.errors import ModelError
 
-if TYPE_CHECKING:
-    from pqbench.engine.layers import LayeredCache
-
 NAME = "pqbench"
-_RUNNING: ContextVar[LayeredCache | None] = ContextVar("cache of the forward pass at work", default=None)
+
+
+class Layers(Protocol):
+    """What attention needs of a cache; see :class:`pqbench.engine.layers.LayeredCache`."""
+
+    def begin(self) -> None:
+        """A forward pass starts."""
+
+    def answering(self) -> Any:
+        """The layer that answers the call of attention at work."""
+
+    def end(self) -> None:
+        """A forward pass is over."""
+
+
+_RUNNING: ContextVar[Layers | None] = ContextVar("cache of the forward pass at work", default=None)
 # Tensors that a call may bring besides queries, keys, values, mask and learned sinks: attention does not read them.
 _IGNORED = frozenset({"position_ids", "cache_position", "s_aux"})
 
@@ -117,7 +129,7 @@ def _with_sink_key(
     return (functional.pad(q, (0, 0, 1, 0)) if dummy_query else q), k, v
 
 
-def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
+def forward(model: PreTrainedModel, ids: Tensor, cache: Layers, mask: Tensor | None, positions: Tensor) -> Tensor:
     """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None.
 
     Raises:

@@ -39,19 +39,19 @@ class Beside(ABC):
 class IdleCores(Beside):
     """One background thread, on the cores that a model on the CPU leaves idle."""
 
-    def __init__(self, cores: int, body: Kernels) -> None:
+    def __init__(self, cores: int, backend: Kernels) -> None:
         def begin() -> None:
-            body.use_threads(cores)
+            backend.use_threads(cores)
             stay_alone()
 
         self._thread = ThreadPoolExecutor(1, "index", initializer=begin)
 
     @classmethod
-    def of(cls, body: Kernels) -> IdleCores | None:
+    def of(cls, backend: Kernels) -> IdleCores | None:
         """None where the model leaves no core idle: a team of threads is as slow as its slowest, so work beside it
         would cost more than after."""
         cores = usable_cores() - torch.get_num_threads()
-        return cls(cores, body) if cores > 0 else None
+        return cls(cores, backend) if cores > 0 else None
 
     def submit(self, work: Callable[[], T], device: torch.device, uses: Iterable[Tensor]) -> Pending[T]:
         return self._thread.submit(work)

@@ -96,16 +96,16 @@ def _open(
     setting: Setting,
 ) -> Prefilled:
     """Everything a prompt needs before its first token."""
-    body, streams = kernels(model.device, setting.body), streams_of(model.device, setting.streams)
-    body.use_threads(torch.get_num_threads())
+    backend, streams = kernels(model.device, setting.backend), streams_of(model.device, setting.streams)
+    backend.use_threads(torch.get_num_threads())
     known = profile(model)
     if setting.tier.offloads and len(devices(model)) > 1:
         raise ConfigError("store=host serves models on one device: use store=device, or a model that fits one GPU")
-    placement = setting.tier.open(model.device, setting.body)
+    placement = setting.tier.open(model.device, setting.backend)
     rotary = frequencies(model, methods)
     beside: Beside | None = None
     if setting.overlap and len(methods) == 1:
-        beside = IdleCores.of(body) if streams is None else SideStream(streams)
+        beside = IdleCores.of(backend) if streams is None else SideStream(streams)
     prefilled = Prefilled(
         model,
         methods,

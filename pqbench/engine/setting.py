@@ -23,7 +23,7 @@ class Setting:
         overlap: with a single method, build each layer's index while the next layers compute, on a stream of its own
             beside a model on a GPU, else on cores that the model's threads leave idle; the tokens are the same without.
             With several methods no index overlaps, so that their times stay apart.
-        body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
+        backend: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
         calibration: times of this hardware for methods that adapt to it.
         streams: the queues of the device; None for CUDA's on a GPU and for none on the CPU.
         named: the phases of the work bear their names in what a torch profiler records.
@@ -41,7 +41,7 @@ class Setting:
 
     tier: Tier = field(default_factory=DeviceTier)
     overlap: bool = True
-    body: str = "auto"
+    backend: str = "auto"
     calibration: Calibration | None = None
     streams: Streams | None = None
     named: bool = False

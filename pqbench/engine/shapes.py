@@ -69,7 +69,7 @@ def geometry(
 ) -> Geometry:
     """What a method's state of one layer and cohort needs to know; ``rotary`` are the layer's :func:`frequencies`."""
     layers = profile(model).layers
-    known = layers[layer].geometry(layer, rows, columns - rows.padding, setting.body)
+    known = layers[layer].geometry(layer, rows, columns - rows.padding, setting.backend)
     return replace(
         known,
         inverse_frequencies=None if rotary is None else rotary.to(known.device),

@@ -110,7 +110,7 @@ class Latency(Measurement):
         """
         if job.loaded is None:
             raise ConfigError("benchmark=latency needs a model")
-        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
+        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
         body.use_threads(torch.get_num_threads())
         ledger = Ledger(self.name, loaded.name, job, body_name(body))
         cells = self._cells(job.methods, loaded.max_length)

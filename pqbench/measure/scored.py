@@ -100,7 +100,7 @@ def run(job: Job) -> Summary:
         name: {i for i, error in known.items() if not (error and job.retry_failed)} for name, known in errors.items()
     }
     if any(sample.id not in done[name] for sample in samples for name in job.methods):
-        summary.compile_s = kernels(job.loaded.model.device, job.setting.body).warm_up()
+        summary.compile_s = kernels(job.loaded.model.device, job.setting.backend).warm_up()
     began = time.perf_counter()
     what = TextColumn("{task.description}", markup=False)  # ids come from data files
     columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -286,7 +286,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
 
 def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting: Setting) -> None:
     """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
-    check_kernels(setting.body, model.device)
+    check_kernels(setting.backend, model.device)
     setting.check(methods, model)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
         log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))

@@ -95,7 +95,7 @@ def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
     """
     limit = min(BASE, loaded.max_length)
     prompt = torch.tensor([prose_tokens(Prompter(loaded.tokenizer, loaded.max_length), limit, seed)])
-    setting = Setting(overlap=False, body="reference")
+    setting = Setting(overlap=False, backend="reference")
     prefilled = prefill(loaded.model, prompt.to(loaded.model.device), [Capture()], reserve=1, setting=setting)
     layers = sorted(prefilled.layers)
     ordered = layers[len(layers) // 2 :] + layers[: len(layers) // 2]

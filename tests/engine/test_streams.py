@@ -221,7 +221,7 @@ WITHOUT = [
 def test_a_step_reads_nothing_unless_an_end_may_come(model: PreTrainedModel, name: str) -> None:
     method = methods(Budget(sink=4, tokens=40, ratio=None))[name]
     ids, mask = left_padded(prompt_of(90, 1), prompt_of(120, 2))
-    setting = Setting(body="cpu", overlap=False, streams=Streams())
+    setting = Setting(backend="cpu", overlap=False, streams=Streams())
     for prompt, valid in ((ids[1:], None), (ids, mask)):
         prefilled = prefill(model, prompt, [method], valid, setting=setting)
         chosen = set(decode(prefilled, 0, 24).tokens.flatten().tolist())
@@ -248,7 +248,7 @@ def test_ends_are_noticed_in_the_step_they_come(llama: PreTrainedModel) -> None:
 
 def test_codes_in_host_memory_come_over_without_the_host(llama: PreTrainedModel) -> None:
     method = PQCache(Budget(sink=4, tokens=40, ratio=None), m=2, b=4, codes_on="host")
-    setting = Setting(body="cpu", overlap=False, streams=Streams())
+    setting = Setting(backend="cpu", overlap=False, streams=Streams())
     prefilled = prefill(llama, prompt_of(120, 2), [method], setting=setting)
     decode(prefilled, 0, 2)
     assert reads_of_a_step(prefilled) == 0

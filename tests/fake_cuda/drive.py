@@ -82,7 +82,7 @@ def decode_layer(
     with fake_device(patch) as device:
         tally, shape = device.tally, shape_of("llama31_8b")
         with tally.part():
-            layer = Layer(shape, torch.bfloat16, context, steps, synthetic(shape, 0), CUDA, Setting(tier, body=body))
+            layer = Layer(shape, torch.bfloat16, context, steps, synthetic(shape, 0), CUDA, Setting(tier, backend=body))
         tally.faults.clear()  # of how rows are made up; test_benchmarks.py has these
         subject = Subject("subject", "gpu", "budget", method)
         with tally.part() as building:

@@ -141,7 +141,7 @@ cpu.warm_up()
 before = compiled()
 assert sum(before.values()) > 5
 for method in methods(SMALL).values():
-    generate(tiny_model("llama"), prompt_of(130), method, max_new_tokens=6, setting=Setting(body="cpu"))
+    generate(tiny_model("llama"), prompt_of(130), method, max_new_tokens=6, setting=Setting(backend="cpu"))
 assert compiled() == before
 """
 

@@ -44,7 +44,7 @@ def measure(tmp_path: Path) -> Run:
     ) -> tuple[Measured, list[Record]]:
         names = dict.fromkeys([*methods, *measurement.further])
         files = {name: RecordFile.create(tmp_path, measurement.name, "x", name, {}) for name in names}
-        setting = options.pop("setting", Setting(body="reference"))
+        setting = options.pop("setting", Setting(backend="reference"))
         done = measurement.measure(TimingJob(loaded, methods, files, setting, **options))
         return done, [record for file in files.values() for record in file.read()]
 

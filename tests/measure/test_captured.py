@@ -23,7 +23,7 @@ from pqbench.method import Budget, Method
 from pqbench.models.sources import LoadedModel
 from tests.measure.conftest import Run
 
-CAPTURED = Setting(body="reference", graphs=True)
+CAPTURED = Setting(backend="reference", graphs=True)
 PQ = PQCache(Budget(ratio=0.25), m=2, b=4)
 METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQ}
 SMALL: dict[str, Any] = {
@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
 def test_a_captured_step_gives_what_a_step_gives(method: Method) -> None:
     shape, outputs = SHAPES["tiny"], {}
     for graphs in (False, True):
-        setting = Setting(body="reference", graphs=graphs)
+        setting = Setting(backend="reference", graphs=graphs)
         layer = Layer(shape, torch.float32, 300, 40, synthetic(shape, 0), torch.device("cpu"), setting)
         group = Subject("x", "reference", "all", method).build(layer)
         found, captured = [], None

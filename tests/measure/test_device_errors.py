@@ -83,7 +83,7 @@ def loaded() -> LoadedModel:
 
 
 def setting_of(streams: Streams) -> Setting:
-    return Setting(streams=streams, body="reference")
+    return Setting(streams=streams, backend="reference")
 
 
 @pytest.mark.parametrize("where", ["finish_prefill", "select", "facts"])

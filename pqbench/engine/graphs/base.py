@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
-
-from pqbench.kernels.backend import Kernels
 
 Work = Callable[[], Tensor]
 
@@ -24,14 +21,3 @@ class Graph(Protocol):
 
     def replay(self) -> None:
         """Do the captured work again, on what its tensors hold now."""
-
-
-def graph(device: torch.device, body: Kernels) -> Graph:
-    """A graph for work on ``device`` that computes with the kernels of ``body``."""
-    if device.type == "cuda":
-        from pqbench.engine.graphs.cuda import CudaGraph
-
-        return CudaGraph(device)
-    from pqbench.engine.graphs.software import SoftwareGraph
-
-    return SoftwareGraph(body)

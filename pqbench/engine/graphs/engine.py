@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pqbench.engine.cohort import Cohort
-from pqbench.engine.graphs.base import Graph, Work, graph
+from pqbench.engine.graphs.base import Graph, Work
+from pqbench.engine.graphs.cuda import CudaGraph
 from pqbench.engine.graphs.numbers import Numbers
+from pqbench.engine.graphs.software import SoftwareGraph
 from pqbench.errors import ModelError, PqbenchError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Plan
@@ -37,7 +39,8 @@ class Engine:
         :meth:`pqbench.engine.cohort.Cohort.attend_captured` of every cohort."""
         self._cohorts, self._work = cohorts, work
         device = cohorts[0].store.device
-        self._graph: Graph = graph(device, kernels(device, cohorts[0].state.geometry.body))
+        backend = kernels(device, cohorts[0].state.geometry.body)
+        self._graph: Graph = CudaGraph(device) if device.type == "cuda" else SoftwareGraph(backend)
         self._numbers: Numbers | None = None
         self._rehearsed = False
         self._result: Tensor | None = None

@@ -59,11 +59,11 @@ class SoftwareGraph:
     """See :class:`pqbench.engine.graphs.base.Graph`.
 
     Torch operations are recorded one by one. A kernel is recorded as what a GPU would be given: with Triton's
-    interpreter every launch, with other bodies the call of the body, which reads its numbers when it runs.
+    interpreter every launch, with other bodies the call of the backend, which reads its numbers when it runs.
     """
 
-    def __init__(self, body: Kernels) -> None:
-        self._body = body
+    def __init__(self, backend: Kernels) -> None:
+        self._backend = backend
         self._launches: list[Launch] = []
         self._inside = False  # a kernel: what it is made of is no operation of its own
         self._done = False
@@ -107,11 +107,11 @@ class SoftwareGraph:
         """Record kernels while this lasts."""
         interpreter = sys.modules.get("triton.runtime.interpreter")
         with ExitStack() as stack:
-            if self._body.__name__.endswith(".gpu") and interpreter is not None:
+            if self._backend.__name__.endswith(".gpu") and interpreter is not None:
                 stack.enter_context(self._kernel(interpreter.GridExecutor, "__call__"))
             else:
                 for name in (name for name in vars(Kernels) if not name.startswith("_")):
-                    stack.enter_context(self._kernel(self._body, name))
+                    stack.enter_context(self._kernel(self._backend, name))
             yield
 
     @contextmanager

@@ -92,7 +92,7 @@ class FidelityBenchmark(Measurement):
             raise ConfigError("benchmark=fidelity needs a model")
         if job.setting.select_ahead:
             raise ConfigError("benchmark=fidelity measures single steps, none ahead of another: use select_ahead=false")
-        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
+        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
         body.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
         self._check(job, loaded, variants)

@@ -119,9 +119,9 @@ class Attention(Measurement):
             ConfigError: an unknown budget for a method, or a context that needs more memory than there is.
         """
         device = self._device(job)
-        check_kernels(job.setting.body, device)
+        check_kernels(job.setting.backend, device)
         cells = [Cell(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
-        body = kernels(device, job.setting.body)
+        body = kernels(device, job.setting.backend)
         body.use_threads(torch.get_num_threads())
         ledger = Ledger(self.name, self.geometry, job, body_name(body))
         self._check(job, cells, device)

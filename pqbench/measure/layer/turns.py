@@ -95,7 +95,7 @@ def geometry_of(
         scaling=shape.head_dim**-0.5,
         prompt=context,
         inverse_frequencies=shape.frequencies(device),
-        body=setting.body,
+        body=setting.backend,
         device=device,
         calibration=setting.calibration,
         dense=dense,
@@ -139,7 +139,7 @@ class Subject:
         if self.dense is not None:
             self.dense.check(layer.token(0)[2], layer.keys.view(), layer.values.view(), geometry.scaling)
         tier = layer.setting.tier if self.tier is None else self.tier
-        placement = self.placement = tier.open(layer.device, layer.setting.body)
+        placement = self.placement = tier.open(layer.device, layer.setting.backend)
         store = placement.prompt(layer.keys.fork(), layer.values.fork()).store(
             lambda length: method.split(length, layer.context)
         )

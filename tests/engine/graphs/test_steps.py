@@ -61,7 +61,7 @@ def same(first: Generation, second: Generation) -> None:
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_full_attention_gives_the_same_tokens(llama: PreTrainedModel, kernels: str) -> None:
     ids = prompt_of(90, seed=3)
-    alone, graphed = (decoded(llama, ids, Full(), Setting(body=kernels, graphs=on)) for on in (False, True))
+    alone, graphed = (decoded(llama, ids, Full(), Setting(backend=kernels, graphs=on)) for on in (False, True))
     same(alone, graphed)
     expected = llama.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
     assert torch.equal(graphed.tokens, expected[:, 90:])
@@ -72,7 +72,7 @@ def test_full_attention_gives_the_same_tokens(llama: PreTrainedModel, kernels: s
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_pqcache_gives_the_same_tokens(llama: PreTrainedModel, tier: Tier, kernels: str, budget: Budget) -> None:
     ids, method = prompt_of(200, seed=7), PQCache(budget, m=2, b=4)
-    same(*(decoded(llama, ids, method, Setting(tier, body=kernels, graphs=on)) for on in (False, True)))
+    same(*(decoded(llama, ids, method, Setting(tier, backend=kernels, graphs=on)) for on in (False, True)))
 
 
 @pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)

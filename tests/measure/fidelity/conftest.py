@@ -43,7 +43,7 @@ def measure(tmp_path: Path, loaded: LoadedModel) -> Run:
     ) -> tuple[Measured, list[Record]]:
         torch.set_num_threads(1)
         files = {name: RecordFile.create(tmp_path, benchmark.name, "x", name, {}) for name in methods}
-        done = benchmark.measure(TimingJob(model, methods, files, Setting(body="reference"), **options))
+        done = benchmark.measure(TimingJob(model, methods, files, Setting(backend="reference"), **options))
         return done, [record for file in files.values() for record in file.read()]
 
     return call
