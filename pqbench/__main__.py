@@ -23,10 +23,11 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.config.compose import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.fields import check_fields
+from pqbench.config.shadow import check_import_path
 from pqbench.config.sweep import Failures
 from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, DeviceError
-from pqbench.kernels.backend import BODIES, kernels
+from pqbench.kernels.backend import BACKENDS, kernels
 from pqbench.measure.base import Measurement, TimingJob
 from pqbench.measure.calibration import calibrate
 from pqbench.measure.scored import Job, Summary, run
@@ -84,6 +85,7 @@ def main() -> None:
     sys.argv[1:] = opened(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
+        check_import_path()
         entry()
     except Exception as error:  # ours, Hydra's, or a launcher's
         if "debug=true" in sys.argv:
@@ -181,8 +183,8 @@ def check_options(config: DictConfig) -> None:
     check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"))
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
-    if config.kernels not in BODIES:
-        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
+    if config.kernels not in BACKENDS:
+        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BACKENDS)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
     for option in ("overlap", "retry_failed", "debug", "graphs", "select_ahead"):

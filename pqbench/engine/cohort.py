@@ -93,6 +93,7 @@ class Cohort:
         self.meter = Meter(self.clock)
         self.contract = Contract(self.method, self.state.geometry)
         self.checking = Spans(self.clock)  # the seconds that the check of the first step takes
+        self._captured_read = 0  # bytes of keys that the captured selection reads in every replay
 
     def check(self, keys: Tensor, scaling: float) -> None:
         """Raises ModelError when a call of attention is not of the geometry that the prompt's calls had."""
@@ -117,12 +118,15 @@ class Cohort:
         Raises:
             SelectionError: the first step's selection breaks the method's contract.
         """
+        usage = self.store.usage
+        before = usage.key_bytes_read
         with self.meter.phase("select"):
             selection = self.state.select(q, self.store)
+        read = usage.key_bytes_read - before  # Keys that a selection reads are part of its index, declared or not.
         if not self.meter.steps:
             with self.checking:
                 self.contract.check(selection, self.store)
-        self.meter.count(selection, self.store.length, self.state.index_bytes)
+        self.meter.count(selection, self.store.length, self.state.index_bytes + read)
         return self.answer(q, selection)
 
     def answer(self, q: Tensor, selection: Selection) -> Tensor:
@@ -139,14 +143,18 @@ class Cohort:
 
     def attend_captured(self, q: Tensor) -> Tensor:
         """Do the part of :meth:`attend` that is work of the device alone, which a CUDA graph can repeat."""
+        usage = self.store.usage
+        before = usage.key_bytes_read
         selection = self.state.select(q, self.store)
+        self._captured_read = usage.key_bytes_read - before
         keys, values, rows = self.store.fetch(selection.indices, selection.count, selection.anew)
         return self._attention(q, selection, keys, values, rows)[0]
 
     def replayed(self, plan: Plan) -> None:
         """Count a step that a CUDA graph has done."""
         held = self.store.length
-        self.meter.replayed(held if plan.attended is None else plan.attended, held, self.state.index_bytes)
+        attended = held if plan.attended is None else plan.attended
+        self.meter.replayed(attended, held, self.state.index_bytes + self._captured_read)
 
     def check_steps(self, ragged: float) -> None:
         """Compare every step so far with the budget; ``ragged`` is what the meter's own sum of that name holds.

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from pqbench.engine.arguments import check_call, check_count
 from pqbench.engine.batch import check_indices, check_length, check_logits
+from pqbench.engine.chooser import Chooser, End, end_tokens, pad_token
 from pqbench.engine.clock import Spans
 from pqbench.engine.cohort import Cohort, check_cohorts
-from pqbench.engine.greedy import End, Greedy, end_tokens, pad_token
 from pqbench.engine.layers import LayeredCache
 from pqbench.engine.meter import Meter
 from pqbench.engine.prefill import prefill
 from pqbench.engine.prefilled import Prefilled
+from pqbench.engine.sampling import Sampler, Sampling
 from pqbench.engine.setting import Setting
 from pqbench.engine.steps import Steps
 from pqbench.errors import ConfigError
@@ -107,8 +109,9 @@ def decode(
     extra_ends: Sequence[int] = (),
     config: GenerationConfig | None = None,
     spend: bool = False,
+    sampler: Sampler | None = None,
 ) -> Generation:
-    """Greedy decoding of a prefilled prompt by one of its methods.
+    """Decode a prefilled prompt by one of its methods, greedily unless there is a ``sampler``.
 
     Args:
         finished: sees the tokens so far ``[B, n]`` after every step and says which sequences end there, bool ``[B]``.
@@ -117,14 +120,15 @@ def decode(
         extra_ends: token ids that end a sequence besides the configured ones.
         config: end and padding tokens; None takes the model's own.
         spend: use up the method's state instead of a copy, see :meth:`Prefilled.fork`.
+        sampler: chooses the tokens; with None the likeliest token is chosen.
 
     Raises:
-        ConfigError: fewer than one token wanted, a model that computes NaN, or a context that would cross a length at
-            which the model's rotary frequencies change.
+        ConfigError: no such method, fewer than one token wanted, a model that computes NaN, or a context that would
+            cross a length at which the model's rotary frequencies change.
         SelectionError: the method selected invalid rows, or attended to more tokens than its budget allows.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    check_count("max_new_tokens", max_new_tokens)
+    check_place(prefilled, method)
     most = len(question) + max_new_tokens - 1
     prefilled.check_reach(most)
     end = _end(prefilled.model, config, extra_ends, min_new_tokens, finished)
@@ -133,8 +137,8 @@ def decode(
     spending = Spans(prefilled.clock)
     with spending:
         cache = prefilled.fork(method, spend=spend)
-    greedy = Greedy(end, max_new_tokens, prefilled.lengths, question)
-    with Steps(prefilled, cache, greedy, most, len(question), graphs=prefilled.graphs) as steps:
+    chooser = Chooser(end, max_new_tokens, prefilled.lengths, question, sampler)
+    with Steps(prefilled, cache, chooser, most, len(question), graphs=prefilled.graphs) as steps:
         steps.run()
     observe, build = prefilled.observe_seconds[method], prefilled.build(method)
     check_indices([check for cohort in cache.cohorts for check in cohort.state.checks])
@@ -147,7 +151,7 @@ def decode(
     ttft = prefilled.seconds + observe
     if len(question):
         ttft, pending = ttft + pending + asked, 0.0
-    tokens = torch.stack(greedy.tokens, 1)
+    tokens = torch.stack(chooser.tokens, 1)
     return Generation(tokens, ttft, seconds, observe, build, pending, cache, steps.phased, steps.replays)
 
 
@@ -172,17 +176,46 @@ def generate(
     max_new_tokens: int = 64,
     chunk: int | None = None,
     setting: Setting | None = None,
+    *,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> Tensor:
-    """Greedy continuation ``[B, new]`` of prompts ``[B, S]`` under a method; ends at the model's end-of-sequence token.
-    ``setting`` says where KV lives, which kernels compute and what overlaps.
+    """Continue prompts ``[B, S]`` under a method. Returns the new tokens ``[B, new]``; they end at the model's
+    end-of-sequence token.
+
+    Args:
+        setting: where KV lives, which kernels compute and what overlaps.
+        do_sample: draw the tokens as transformers' ``generate`` does; with the same seed and a budget that holds the
+            whole context they are the same. Otherwise the likeliest token is chosen.
+        temperature, top_k, top_p, seed: see :class:`pqbench.engine.sampling.Sampling`.
 
     Raises:
-        ConfigError: see :func:`prefill`; also when the context would outgrow the model.
+        ConfigError: see :func:`prefill`; also when the context would outgrow the model, or for a value out of range.
     """
+    check_call(model, input_ids, [method], attention_mask)
+    check_count("max_new_tokens", max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if not do_sample and sampling != Sampling():
+        raise ConfigError(
+            "temperature, top_k, top_p and seed concern tokens that are drawn: set do_sample=True as well"
+        )
+    setting = Setting.of(setting)
     if not method.own_prefill:
-        check_length(model, input_ids.shape[-1] + max_new_tokens, None if setting is None else setting.max_length)
+        check_length(model, input_ids.shape[-1] + max_new_tokens, setting.max_length)
     prefilled = prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting)
-    generation = decode(prefilled, 0, max_new_tokens, spend=True)
+    sampler = sampling.sampler(model, input_ids, attention_mask, max_new_tokens) if do_sample else None
+    with sampling.seeded(model.device):
+        generation = decode(prefilled, 0, max_new_tokens, spend=True, sampler=sampler)
     generation.settle()
     prefilled.close()
     return generation.tokens
+
+
+def check_place(prefilled: Prefilled, method: int) -> None:
+    """Raises ConfigError when there is no method of this number in a prefilled prompt."""
+    check_count("method", method, 0)
+    if method >= len(prefilled.methods):
+        raise ConfigError(f"method is {method}: the prompt was prefilled for methods 0 to {len(prefilled.methods) - 1}")

@@ -167,7 +167,7 @@ class Shape:
             head_dim=self.head_dim,
             scaling=self.scaling,
             prompt=prompt,
-            body=backend,
+            backend=backend,
             device=self.device,
             sinks=self.sinks,
         )

@@ -19,7 +19,8 @@ class Meter:
     Attributes:
         steps: how many there were.
         timed: those among them whose phases were timed, see :meth:`pqbench.engine.clock.Clock.samples`.
-        index_bytes: bytes of the index that all steps read.
+        index_bytes: bytes of the index that all steps read: those that the methods declare, and the keys that their
+            selections read through the store.
         counts: tokens per KV head that each step attended to; None where only the device knows the number.
         held: rows that the store held in each step.
         ragged: float64 ``[]`` on the device, the sum of the numbers that only the device knows, each a mean over

@@ -1,7 +1,7 @@
 """The decode steps after a prompt, one by one: tokens go in, and logits and the state of the cache come out.
 
 Everybody who decodes goes through :class:`Steps`: generation, the probe, both kinds of fidelity, and lm-eval. They
-differ in which tokens are read (:class:`Forced` ones, or the greedy ones of :class:`pqbench.engine.greedy.Greedy`), in
+differ in which tokens are read (:class:`Forced` ones, or those of a :class:`pqbench.engine.chooser.Chooser`), in
 the layers of the cache, and in what they do with the logits.
 """
 

@@ -212,8 +212,8 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
     meters, cohorts = generation.meters(), generation.cohorts()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)
-    hits = sum(cohort.store.cache_hits for cohort in cohorts)
-    lookups = sum(cohort.store.cache_lookups for cohort in cohorts)
+    hits = sum(cohort.store.usage.cache_hits for cohort in cohorts)
+    lookups = sum(cohort.store.usage.cache_lookups for cohort in cohorts)
     record = _common(job, sample, name) | {
         "status": "ok",
         "prompt_tokens": len(sample.input_ids),
@@ -229,10 +229,10 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
         "index_resident_bytes": sum(cohort.state.resident_bytes for cohort in cohorts),
         "index_facts": cohorts[0].state.facts if cohorts else {},
         "corrected_heads": generation.corrected_heads,
-        "link_bytes": sum(cohort.store.link_bytes for cohort in cohorts) * layers // steps,
+        "link_bytes": sum(cohort.store.usage.link_bytes for cohort in cohorts) * layers // steps,
         "cache_hit_rate": hits / lookups if lookups else None,
-        "device_bytes": sum(cohort.store.device_bytes for cohort in cohorts),
-        "host_bytes": sum(cohort.store.host_bytes for cohort in cohorts),
+        "device_bytes": sum(cohort.store.usage.device_bytes for cohort in cohorts),
+        "host_bytes": sum(cohort.store.usage.host_bytes for cohort in cohorts),
     }
     scores = job.benchmark.score(record)
     return record | {"score": scores["score"], "scores": scores}
@@ -247,7 +247,6 @@ def failure(job: Job, sample: Sample, name: str, error: Exception) -> Record:
 
 
 def _common(job: Job, sample: Sample, name: str) -> Record:
-    budget = getattr(job.methods[name], "budget", None)
     return {
         "version": VERSION,
         "benchmark": job.benchmark.name,
@@ -256,7 +255,7 @@ def _common(job: Job, sample: Sample, name: str) -> Record:
         "sample_id": sample.id,
         "method": name,
         "key": job.files[name].folder.name.rsplit("-", 1)[-1],
-        "budget": "all" if budget is None else budget.label,
+        "budget": job.methods[name].budget_label,
         "question": job.question,
         "shared_prefill": name in job.dense and len(job.dense) > 1,
         "references": sample.references,
@@ -271,7 +270,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
     lengths = sorted({len(sample.input_ids) for sample in samples})
     longest = max((len(s.input_ids) + s.max_new_tokens for s in samples), default=0)
     for name, method in methods.items():
-        tokens = getattr(getattr(method, "budget", None), "tokens", None)
+        tokens = None if method.budget is None else method.budget.tokens
         if lengths and tokens is not None and tokens > longest:
             raise BudgetError(
                 f"{name}: budget.tokens is {tokens}, above the longest context of this run ({longest}): "

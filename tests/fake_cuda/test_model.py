@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
 LAYERS, PROMPT, NEW = 2, 2048, 6
 # The choice of tokens asks in every step whether the answer has ended, because the tests watch each step.
 # The check of a selection waits once in each layer, in the first step alone, as tests/fake_cuda/budgets.py verifies.
-LOOP = ("pqbench/engine/greedy.py", *CHECK)
+LOOP = ("pqbench/engine/chooser.py", *CHECK)
 
 
 @dataclass

@@ -22,7 +22,7 @@ def ready(cohorts: Sequence[Cohort], rows: int) -> bool:
     able = [cohort.state.reserve(cohort.store, rows) for cohort in cohorts]
     if all(able):
         for cohort in cohorts:
-            cohort.store.reserve(rows)
+            cohort.store.writer.reserve(rows)
     return all(able)
 
 
@@ -35,11 +35,11 @@ class Engine:
     """
 
     def __init__(self, cohorts: Sequence[Cohort], work: Work) -> None:
-        """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Store.write` and
+        """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Writer.write` and
         :meth:`pqbench.engine.cohort.Cohort.attend_captured` of every cohort."""
         self._cohorts, self._work = cohorts, work
         device = cohorts[0].store.device
-        backend = kernels(device, cohorts[0].state.geometry.body)
+        backend = kernels(device, cohorts[0].state.geometry.backend)
         self._graph: Graph = CudaGraph(device) if device.type == "cuda" else SoftwareGraph(backend)
         self._numbers: Numbers | None = None
         self._rehearsed = False
@@ -59,7 +59,7 @@ class Engine:
         """
         plans, numbers = [], []
         for cohort in self._cohorts:
-            cohort.store.prepare(1)
+            cohort.store.writer.prepare(1)
             plan = cohort.state.plan(cohort.store, cohort.store.length + 1)
             plans.append(plan)
             numbers += [cohort.store.length, cohort.store.length + 1, *plan.numbers]
@@ -68,7 +68,7 @@ class Engine:
         self._numbers.send(numbers)
         result = self._run()
         for cohort, plan in zip(self._cohorts, plans, strict=True):
-            cohort.store.written(1)
+            cohort.store.writer.written(1)
             cohort.replayed(plan)
         return result
 
@@ -77,7 +77,7 @@ class Engine:
         counts = [2 + len(plan.numbers) for plan in plans]
         numbers, first = Numbers(sum(counts), self._cohorts[0].store.device), 0
         for cohort, count in zip(self._cohorts, counts, strict=True):
-            cohort.store.number, cohort.length, *own = numbers.views(first, count)
+            cohort.store.extent.number, cohort.length, *own = numbers.views(first, count)
             cohort.state.numbers, first = own, first + count
         return numbers
 
@@ -106,4 +106,8 @@ class Engine:
 
     def _addresses(self) -> list[int]:
         """Where everything lies that steps share."""
-        return [tensor.data_ptr() for cohort in self._cohorts for tensor in (*cohort.store.fixed, *cohort.state.fixed)]
+        return [
+            tensor.data_ptr()
+            for cohort in self._cohorts
+            for tensor in (*cohort.store.writer.fixed, *cohort.state.fixed)
+        ]

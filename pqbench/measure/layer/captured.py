@@ -20,7 +20,7 @@ class CapturedSteps:
         key, value, q = self._places
 
         def work() -> Tensor:
-            cohort.store.write(key, value)
+            cohort.store.writer.write(key, value)
             return cohort.attend_captured(q)
 
         self._engine = Engine([cohort], work)

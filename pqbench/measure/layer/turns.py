@@ -95,7 +95,7 @@ def geometry_of(
         scaling=shape.head_dim**-0.5,
         prompt=context,
         inverse_frequencies=shape.frequencies(device),
-        body=setting.backend,
+        backend=setting.backend,
         device=device,
         calibration=setting.calibration,
         dense=dense,

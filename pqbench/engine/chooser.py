@@ -1,4 +1,4 @@
-"""Greedy choice of tokens, the ends of sequences, and what fills a sequence after its end."""
+"""The choice of tokens, the ends of sequences, and what fills a sequence after its end."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from pqbench.engine.sampling import Sampler
 
-class Greedy:
-    """A source of tokens for :class:`pqbench.engine.steps.Steps`: first those of a question, then the likeliest token
-    after each step, until every sequence has ended.
+
+class Chooser:
+    """A source of tokens for :class:`pqbench.engine.steps.Steps`: first those of a question, then after each step the
+    likeliest token, or the one that a sampler chooses, until every sequence has ended.
 
     Attributes:
         tokens: those that were chosen so far, each ``[B]``.
     """
 
-    def __init__(self, end: End, most: int, like: Tensor, question: Sequence[int] = ()) -> None:
+    def __init__(
+        self, end: End, most: int, like: Tensor, question: Sequence[int] = (), sampler: Sampler | None = None
+    ) -> None:
         """``most`` tokens are chosen at most, after the ``question``; ``like`` is any tensor ``[B]`` on the model's
         device."""
         self.tokens: list[Tensor] = []
-        self._end, self._most, self._question = end, most, iter(question)
+        self._end, self._most, self._question, self._sampler = end, most, iter(question), sampler
         self._done = torch.zeros_like(like, dtype=torch.bool)
 
     def __call__(self, logits: Tensor) -> Tensor | None:
@@ -30,7 +34,8 @@ class Greedy:
         if known is not None:
             return torch.full_like(self._done, known, dtype=torch.long)
         count, end = len(self.tokens), self._end
-        token = choose(logits, end.forbidden(count))
+        sampler = self._sampler
+        token = sampler(self.tokens, logits) if sampler else choose(logits, end.forbidden(count))
         self.tokens.append(token.masked_fill(self._done, end.filler) if end.possible(count) else token)
         last = count + 1 == self._most
         if not last and end.possible(count + 1):
