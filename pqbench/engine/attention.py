@@ -1,4 +1,4 @@
-"""The only contact with transformers' attention dispatch: one attention function, one mask function, no model names."""
+"""The only contact with transformers' attention dispatch: one attention and one mask function for all models."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Registered under :data:`NAME`, with the parameter names of transformers. The layer whose cache entry the model
-    updated last answers the call; the scaling is always the call's. Sliding layers, which are not ours, get plain SDPA.
-    All are causal, whatever their modules say: some leave that to a mask that is left out where it says nothing more.
+    updated last answers the call; the scaling is always that of the call. Sliding layers, which are not ours, get plain
+    SDPA. All layers are causal, whatever their modules say: some modules leave that to the mask, which is left out
+    where it says nothing else.
 
     Where keys and values differ in width (latent attention), both are padded with zeros to the larger width, which
     changes no product and no sum, and the output is cut to the width of the values.

@@ -25,7 +25,7 @@ from pqbench.store.base import Store
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of one length within a left-padded batch: their rows in the batch, and how many columns are padding."""
+    """The sequences of one length within a left-padded batch: their rows in the batch and the columns of padding."""
 
     index: Tensor | slice
     padding: int

@@ -1,7 +1,7 @@
-"""The caches handed to transformers: one kind of layer per phase, so a phase is never inferred from shapes.
+"""The caches handed to transformers. Each phase has its own kind of layer, so that no phase is inferred from shapes.
 
-:class:`PrefillLayer` keeps the whole prompt and computes dense attention; :class:`DecodeLayer` answers one query per
-sequence through a method.
+A :class:`PrefillLayer` keeps the whole prompt and computes dense attention. A :class:`DecodeLayer` answers one query
+per sequence through a method.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pqbench.store.tiers import Placement, Prompt
 
 
 class LayeredCache(Cache):
-    """A transformers cache that knows which of its layers are ours, and that every layer must use it: a model layer
-    first updates its entry and then calls attention, once per forward pass. A model that does otherwise is refused, for
-    its attention would not be what our layers answer."""
+    """A transformers cache that knows which of its layers are ours and verifies that every layer of the model uses it.
+    A model layer first updates its entry and then calls attention, once per forward pass. A model that does otherwise
+    is refused, since our layers would not answer its attention."""
 
     def __init__(self, layers: list[CacheLayerMixin]) -> None:
         super().__init__(layers=layers)
@@ -94,7 +94,8 @@ def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
 
 def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Attention type of every layer, and the arguments that its cache layer is made with. Releases of transformers
-    differ: the newest answer layer by layer, 5.17 with one set of arguments for all layers, older ones not at all."""
+    differ: the newest ones answer layer by layer, 5.17 answers with one set of arguments for all layers, and older
+    ones do not answer at all."""
     describe = getattr(cache_utils, "get_layer_types_and_kwargs", None)
     if describe is None:
         window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
@@ -108,7 +109,7 @@ def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]
 
 
 class OurLayer(CacheLayerMixin):
-    """What transformers asks of a cache layer; eviction is invisible to it, positions count all tokens seen."""
+    """What transformers asks of a cache layer. It does not see evictions: positions count all tokens seen."""
 
     is_sliding = False
     is_compileable = False
@@ -177,8 +178,8 @@ class PrefillLayer(OurLayer):
     """Holds the prompt's keys and values, answers with dense attention (or with the method's own, where ``own``) and
     shows each block to the observers.
 
-    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in: from then on the prompt's rows
-    belong to the tier (:meth:`prompt`), which may be moving them while the next layers compute.
+    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in. From then on the prompt's rows
+    belong to the tier (:meth:`prompt`), which may move them while the next layers compute.
     """
 
     def __init__(
@@ -264,16 +265,17 @@ class PrefillLayer(OurLayer):
 
 
 class DecodeLayer(OurLayer):
-    """One new token per sequence: stored, then answered cohort by cohort.
+    """Stores one new token per sequence, then answers its query, cohort by cohort.
 
-    ``make`` gives the cohorts when the first step reaches the layer: it waits for an index that is still being built.
+    ``make`` gives the cohorts when the first step reaches the layer, and waits for an index that is still being built.
     """
 
     def __init__(self, make: Callable[[], list[Cohort]], seen: int) -> None:
         super().__init__()
         self._make = make
         self.seen = seen
-        self.following: Callable[[], DecodeLayer | None] | None = None  # weak: layers in a ring would not be freed
+        # A weak reference: layers that refer to each other in a ring would not be freed.
+        self.following: Callable[[], DecodeLayer | None] | None = None
 
     @cached_property
     def cohorts(self) -> list[Cohort]:
@@ -281,7 +283,8 @@ class DecodeLayer(OurLayer):
         return self._make()
 
     def prefetch(self) -> None:
-        """The layer before starts its step. Nothing to ask for while an index is still being built."""
+        """Let the methods ask for what they will need, since the layer before starts its step. While an index is still
+        being built there is nothing to ask for."""
         for cohort in self.__dict__.get("cohorts", ()):
             cohort.state.prefetch(cohort.store)
 
@@ -323,7 +326,8 @@ def same_rows(held: Tensor, used: Tensor) -> bool:
 
 
 def link_layers(layers: Sequence[DecodeLayer]) -> None:
-    """Let each layer announce its step to the next, and the last to the first, whose step is the next token's."""
+    """Let each layer announce its step to the next one. The last layer announces it to the first, whose next step is
+    that of the next token."""
     for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
         layer.following = weakref.ref(following)
 

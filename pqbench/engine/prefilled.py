@@ -73,7 +73,8 @@ class Prefilled:
             check_switch(self.model.config, first, first + tokens)
 
     def start(self, layer: int) -> None:
-        """A layer's prompt is complete: build its indices beside what follows, if there is a place for that."""
+        """Build a layer's indices beside the following layers, if there is a place for that. Called when the layer's
+        prompt is complete."""
         if self.beside is None:
             return
         for method, cohort in product(range(len(self.methods)), range(len(self.cohorts))):
@@ -95,7 +96,8 @@ class Prefilled:
         return sum(built.took.total for built in finished)
 
     def finish(self, method: int) -> list[Built]:
-        """A method's indices of all layers and cohorts; on a GPU they may still be under way, ahead of what follows."""
+        """A method's indices of all layers and cohorts. On a GPU they may still be under way; they will be finished
+        before anything that is queued later."""
         return [self.built(method, i, c) for i, c in product(self.layers, range(len(self.cohorts)))]
 
     def built(self, method: int, layer: int, cohort: int) -> Built:
@@ -164,11 +166,11 @@ class Prefilled:
 
     @property
     def clock(self) -> Clock:
-        """Of whole steps: of the device that the model begins and ends on."""
+        """The clock for whole steps: that of the device on which the model begins and ends."""
         return clock_of(self.model.device, self.streams, named=self.named)
 
     def close(self) -> None:
-        """End what runs in the background; stores over this prompt are of no use afterwards.
+        """End what runs in the background. Stores over this prompt cannot be used afterwards.
 
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.

@@ -1,9 +1,11 @@
-"""What a model's attention is like, found out on a few tokens before any prompt runs, and whether we compute the same.
+"""A rehearsal of a model on a few tokens, before any prompt runs: what its attention is like, and whether our layers
+compute the same as transformers.
 
-A short sequence, and then two of which one is padded, go through transformers' own ``generate`` and through our layers
-with full attention: in one block and in chunks, then one decoded token. What our layers are called with is the model's
-:class:`Profile`; logits that differ, or calls that our layers would not answer rightly, refuse the model in one line
-that starts with its type. The cost is nine forward passes of at most twelve tokens, once for every loaded model.
+A short sequence goes through transformers' own ``generate`` and through our layers with full attention, in one block;
+then two sequences, of which one is padded, do so in chunks. One token is decoded after each. The calls that our layers
+get are the model's :class:`Profile`. A model whose logits differ, or that calls attention in a way that our layers
+would not answer correctly, is refused in one line that starts with its type. The cost is nine forward passes of at most
+twelve tokens, once for every loaded model.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def profile(model: PreTrainedModel) -> Profile:
 
 
 def _named(model: PreTrainedModel) -> Profile:
-    """A rehearsal whose errors all are ours and name the model's type."""
+    """Rehearse a model. All errors are of pqbench's own kind and name the model's type."""
     kind = model.config.model_type
     try:
         return rehearse(model)
@@ -133,7 +135,8 @@ def rehearse(model: PreTrainedModel) -> Profile:
 def _compared(
     model: PreTrainedModel, config: PreTrainedConfig, types: list[str], ids: Tensor, mask: Tensor, chunk: int
 ) -> dict[int, Shape]:
-    """What our layers were called with for this batch. Raises ModelError when logits differ from transformers'."""
+    """The shapes of the calls that our layers got for this batch. Raises ModelError when the logits differ from those
+    of transformers."""
     expected, token = _by_transformers(model, ids, mask)
     ours, shapes = _by_layers(model, config, types, ids, mask, token, chunk)
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
@@ -197,7 +200,7 @@ def _by_layers(
     token: Tensor,
     chunk: int,
 ) -> tuple[list[Tensor], dict[int, Shape]]:
-    """The same logits through our layers, and what these were called with."""
+    """The same logits computed through our layers, and the shapes of the calls that these got."""
     rows, placement = rows_by_length(mask.bool()), DeviceTier().open(model.device)
     prompt = {i: PrefillLayer(_COLUMNS, 1, rows, placement) for i, kind in enumerate(types) if kind == "full_attention"}
     sliding = sliding_layers(config)

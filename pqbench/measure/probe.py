@@ -1,7 +1,7 @@
 """How well a method's selections serve the exact attention: retained mass, top-k recall and output error.
 
-Teacher-forced on a given continuation and with clean inputs: every layer passes the dense output on, so all methods see
-the same queries and one pass measures them all. Nothing here is timed.
+The probe is teacher-forced on a given continuation, and its inputs are clean: every layer passes the dense output on.
+Therefore all methods see the same queries, and one pass measures them all. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pqbench.store.base import Store
 
 
 class Exact:
-    """Full attention of one step in one layer: what every method's answer to the same query is compared with.
+    """Full attention of one step in one layer, with which every method's answer to the same query is compared.
 
     Attributes:
         weights: probabilities ``[B, H, G, S]``; with sinks that the model learned they add up to less than one.
@@ -81,7 +81,8 @@ class Seen:
 
 @dataclass
 class Fidelity:
-    """Means over layers, steps and KV heads of one method: a number ``[]`` for each layer and step, where it was made.
+    """Figures of one method. Each list holds one number ``[]`` for each layer and step, a mean over KV heads, on the
+    device where it was computed.
 
     Attributes:
         mass: share of the exact attention probability that the attended tokens hold.
@@ -112,7 +113,7 @@ class Fidelity:
 
 
 class ProbeLayer(OurLayer):
-    """Answers densely, and on the side lets every method answer the same query."""
+    """Answers with dense attention, and also lets every method answer the same query."""
 
     def __init__(
         self, dense: Store, cohorts: Sequence[Cohort], fidelities: Sequence[Fidelity], splits: Any, seen: int

@@ -11,13 +11,13 @@ Work = Callable[[], Tensor]
 
 
 class Graph(Protocol):
-    """Device work that is captured once and replayed with everything frozen but the contents of memory."""
+    """Device work that is captured once and then replayed. Only the contents of memory may change between replays."""
 
     def rehearse(self, work: Work) -> Tensor:
-        """Run the work once, uncaptured, where it will be captured: kernels are compiled and libraries opened."""
+        """Run the work once without capturing it, so that kernels are compiled and libraries are opened."""
 
     def capture(self, work: Work) -> Tensor:
-        """Capture the work and return its result, which every :meth:`replay` overwrites. Only a replay fills it."""
+        """Capture the work and return the tensor of its result, which only :meth:`replay` fills, every time anew."""
 
     def replay(self) -> None:
-        """Do the captured work again, on what its tensors hold now."""
+        """Do the captured work again, with what its tensors hold now."""

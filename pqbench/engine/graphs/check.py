@@ -1,4 +1,4 @@
-"""Who can be captured, said before anything runs."""
+"""Checks, before anything runs, of which methods, tiers and models can be captured in a graph."""
 
 from __future__ import annotations
 

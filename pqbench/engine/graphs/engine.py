@@ -1,4 +1,4 @@
-"""Device work of layers captured once and replayed, and what the host does before and after each replay."""
+"""Decode steps of layers as one captured graph, and what the host does before and after each replay."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def ready(cohorts: Sequence[Cohort], rows: int) -> bool:
 
 
 class Engine:
-    """Steps of cohorts that are :func:`ready`, each of one layer, as one graph.
+    """The steps of cohorts that are :func:`ready`, one cohort for each layer, as one graph.
 
-    A step is: the host's part of every cohort (waits, codes for tokens that leave the window, numbers), one copy that
-    brings all numbers to the device, the replay, and what is due now and then (tokens on their way to the host). The
-    first step rehearses, the second captures.
+    In a step the host first does its part for every cohort: it waits where it must, encodes tokens that leave the
+    window, and computes numbers. One copy brings all numbers to the device, and the graph is replayed. Then follows
+    what is due from time to time, such as sending tokens to the host. The first step rehearses the work and the second
+    one captures it.
     """
 
     def __init__(self, cohorts: Sequence[Cohort], work: Work) -> None:
-        """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Writer.write` and
+        """``work`` is the part of a step that is captured. It calls :meth:`pqbench.store.base.Writer.write` and
         :meth:`pqbench.engine.cohort.Cohort.attend_captured` of every cohort."""
         self._cohorts, self._work = cohorts, work
         device = cohorts[0].store.device
@@ -52,7 +53,7 @@ class Engine:
         return self._result is not None
 
     def step(self) -> Tensor:
-        """Do a step; what the work takes must be in its place. The next step overwrites the result.
+        """Do a step. The tensors that the work reads must be filled before. The next step overwrites the result.
 
         Raises:
             ModelError: the work cannot be captured.
@@ -73,7 +74,7 @@ class Engine:
         return result
 
     def _numbered(self, plans: Sequence[Plan]) -> Numbers:
-        """Numbers on the device, and each cohort told which of them are its own."""
+        """Make room for the numbers on the device, and tell each cohort which of them are its own."""
         counts = [2 + len(plan.numbers) for plan in plans]
         numbers, first = Numbers(sum(counts), self._cohorts[0].store.device), 0
         for cohort, count in zip(self._cohorts, counts, strict=True):
@@ -99,13 +100,13 @@ class Engine:
         return self._result
 
     def _whole(self) -> Tensor:
-        """What needs no query, for all cohorts; then the work."""
+        """Do what needs no query for all cohorts, then the work."""
         for cohort in self._cohorts:
             cohort.state.prefetch(cohort.store)
         return self._work()
 
     def _addresses(self) -> list[int]:
-        """Where everything lies that steps share."""
+        """The addresses of all tensors that the steps share."""
         return [
             tensor.data_ptr()
             for cohort in self._cohorts

@@ -10,8 +10,8 @@ from pqbench.engine.layers import DecodeLayer, OurLayer, check_rows
 
 
 class CapturedLayer(OurLayer):
-    """The device work of a :class:`pqbench.engine.layers.DecodeLayer` with one cohort; the host's is done before each
-    replay."""
+    """The device's part of a :class:`pqbench.engine.layers.DecodeLayer` with one cohort. The host's part is done before
+    each replay."""
 
     def __init__(self, layer: DecodeLayer) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What stands for a CUDA graph on the CPU: every operation of a step, recorded and done again with what was frozen.
+"""A recording that takes the place of a CUDA graph on the CPU: every operation of a step is recorded and done again.
 
-A CUDA graph freezes all that the host decided while it was captured: shapes, Python numbers, addresses. Only what
-memory holds may change from one replay to the next. This class freezes the same, so that a step which would go wrong in
-a CUDA graph goes wrong here, where it can be tested.
+A CUDA graph freezes everything that the host decided while it was captured: shapes, Python numbers and addresses. Only
+the contents of memory may change from one replay to the next. The recording freezes the same, so that a step which
+would go wrong in a CUDA graph goes wrong here, where it can be tested.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation with its arguments as they were, and the tensors it gave."""
+    """One operation with the arguments that it had, and the tensors that it gave."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -39,7 +39,8 @@ class Launch:
     name: str
 
     def again(self) -> None:
-        """Do it once more; what it gives goes into the tensors it gave first, where later operations read it.
+        """Do the operation once more, and copy its results into the tensors of the first time, which later operations
+        read.
 
         Raises:
             ModelError: the result has another shape now, which no graph can follow.

@@ -1,4 +1,4 @@
-"""Decode steps of a whole model: one by one, or one captured and replayed."""
+"""Decode steps of a whole model, of which one is captured in a graph and replayed for the others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Forward = Callable[[LayeredCache, Tensor, Tensor], Tensor]
 
 
 class GraphedSteps:
-    """Steps of a model whose layers have one cohort each and are all our own.
+    """The steps of a model whose layers have one cohort each and are all our own.
 
-    The first :data:`WARM` steps, and those in which a method is not ready (a context too short for its index), run one
-    by one; then a step is captured, and every further token is a replay.
+    The first :data:`WARM` steps run one by one, and so do steps in which a method is not ready because the context is
+    too short for its index. Then a step is captured, and every further token is a replay.
     """
 
     def __init__(self, cache: LayeredCache, forward: Forward, more: int) -> None:

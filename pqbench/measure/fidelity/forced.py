@@ -1,4 +1,4 @@
-"""Teacher-forced decoding with a method in all layers: its errors run on through the model, as in generation."""
+"""Teacher-forced decoding with a method in all layers, so that its errors go on through the model as in generation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from pqbench.engine.steps import Forced, Steps
 
 
 class Drift:
-    """Next-token predictions against full attention's, step by step. Nothing waits for the device before it is asked.
+    """Compares next-token predictions with those of full attention, step by step. Nothing waits for the device before a
+    figure is asked for.
 
     Attributes:
         full: ``[T, V]`` logits of full attention after each token read.
