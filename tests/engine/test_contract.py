@@ -21,7 +21,7 @@ from pqbench import decode, prefill
 from pqbench.engine.setting import Setting
 from pqbench.errors import SelectionError
 from pqbench.integrations.lm_eval import likelihood
-from pqbench.measure.fidelity.forced import read_abreast
+from pqbench.measure.fidelity.forced import read_in_one_batch
 from pqbench.measure.probe import probe
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from tests.support import prompt_of, tiny_model
@@ -203,7 +203,7 @@ def test_every_way_of_decoding_checks(llama: PreTrainedModel) -> None:
         probe(prefilled, [5, 6], [0])
     with pytest.raises(SelectionError, match=reason):
         likelihood(prefilled, [5, 6])
-    faulty, full = read_abreast(prefilled, [0, 1], [5, 6], [lambda _: None, lambda _: None])
+    faulty, full = read_in_one_batch(prefilled, [0, 1], [5, 6], [lambda _: None, lambda _: None])
     assert isinstance(faulty, SelectionError)
     assert not isinstance(full, Exception)
 
@@ -213,7 +213,7 @@ def test_teacher_forced_decodes_compare_every_step_with_the_budget(llama: PreTra
     reason = r"Faulty, layer 1, step 3: attended to 65 tokens"
     with pytest.raises(SelectionError, match=reason):
         likelihood(prefilled, [5, 6, 7, 8, 9])
-    faulty, full = read_abreast(prefilled, [0, 1], [5, 6, 7, 8], [lambda _: None, lambda _: None])
+    faulty, full = read_in_one_batch(prefilled, [0, 1], [5, 6, 7, 8], [lambda _: None, lambda _: None])
     with pytest.raises(SelectionError, match=reason):
         raise faulty if isinstance(faulty, Exception) else RuntimeError
     assert not isinstance(full, Exception)

@@ -71,15 +71,15 @@ def dense_logits(prefilled: Prefilled, tokens: Sequence[int]) -> Tensor:
 
 
 def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callable[[Tensor], None]) -> Generation:
-    """One method alone, see :func:`read_abreast`. Raises what the method's own code raises, and ConfigError where the
-    model computes NaN."""
-    (outcome,) = read_abreast(prefilled, [method], tokens, [visit])
+    """Let one method alone read ``tokens``, see :func:`read_in_one_batch`. Raises what the method's own code raises, and
+    ConfigError where the model computes NaN."""
+    (outcome,) = read_in_one_batch(prefilled, [method], tokens, [visit])
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-class AbreastLayer(OurLayer):
+class JoinedLayer(OurLayer):
     """Sequences of one prompt, each with a method of its own: sequence i is answered by the i-th of ``layers``.
 
     A method that fails is named in ``failed``, is asked no more and answers zeros; the others go on.
@@ -117,7 +117,7 @@ def blamed(failed: dict[int, Exception], i: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def read_abreast(
+def read_in_one_batch(
     prefilled: Prefilled, methods: Sequence[int], tokens: Sequence[int], visits: Sequence[Callable[[Tensor], None]]
 ) -> list[Generation | Exception]:
     """Let methods read ``tokens`` after the prompt, all methods in one batch, so that a step reads the weights once.
@@ -160,7 +160,7 @@ def _steps(
 ) -> list[float]:
     """Read the tokens; seconds of every step. ``failed`` takes failures by place in ``caches``."""
     count = len(caches)
-    ours = {n: AbreastLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
+    ours = {n: JoinedLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
     joined = prefilled.cache(ours)
     for n in prefilled.sliding:
         joined.layers[n].batch_repeat_interleave(count)
