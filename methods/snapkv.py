@@ -54,6 +54,10 @@ class SnapKV(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return SnapKVState(self, geometry)
 
+    @property
+    def beyond_budget(self) -> str | None:
+        return None if self.evict_generated else "keeps every generated token"
+
 
 def pooled(votes: Tensor, kernel: int, kind: str) -> Tensor:
     """Average or maximum of ``kernel`` (odd) neighbouring votes ``[B, H, M]``, same length; see :class:`SnapKV`."""

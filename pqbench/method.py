@@ -71,7 +71,7 @@ class Geometry:
             and brings no value. Attention counts them by itself; probabilities of tokens come from
             :meth:`column_sums` and :meth:`exact_probabilities`, which count them too.
         correction: with selection ahead, the cosine up to which a query counts as turned, see
-            :class:`pqbench.engine.prefill.Setting`; None without.
+            :class:`pqbench.engine.setting.Setting`; None without.
     """
 
     layer: int
@@ -371,6 +371,19 @@ class Method(ABC):
     def split(self, context: int, prompt: int) -> Split | None:
         """The budget at this length, None when the method has none (full attention)."""
         return None if self.budget is None else self.budget.resolve(context, prompt)
+
+    @property
+    def beyond_budget(self) -> str | None:
+        """Why steps of this method attend to more tokens than the budget says, or to a number that varies, in words
+        that follow its name; None for a method that keeps to its budget. A record says it, and the harness does not
+        compare such a method with its budget."""
+        return None
+
+    def limit(self, context: int, geometry: Geometry) -> int | None:
+        """The largest number of tokens that one KV head of this layer may attend to in the step that makes the context
+        ``context`` tokens long; None for no limit. An evicting method may not hold more rows than that either."""
+        split = self.split(context, geometry.prompt)
+        return None if split is None or self.beyond_budget or self.attends_all(context) else split.total
 
 
 def compensated(method: Method) -> Method:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
