@@ -23,6 +23,7 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.config.compose import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.fields import check_fields
+from pqbench.config.shadow import check_import_path
 from pqbench.config.sweep import Failures
 from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
@@ -84,6 +85,7 @@ def main() -> None:
     sys.argv[1:] = opened(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
+        check_import_path()
         entry()
     except Exception as error:  # ours, Hydra's, or a launcher's
         if "debug=true" in sys.argv:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pqbench.errors import BudgetError
+from pqbench.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Budget:
         grow: recompute a ratio as the context grows while decoding; otherwise it stays at the prompt's value.
 
     Raises:
-        BudgetError: when the fields contradict each other, or a context leaves less than sink + window.
+        BudgetError: when a field has another type, the fields contradict each other, or a context leaves less than sink
+            + window.
     """
 
     sink: int = 32
@@ -67,6 +69,7 @@ class Budget:
     grow: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self, "budget", BudgetError)
         if self.tokens is not None and self.ratio == type(self).ratio:
             object.__setattr__(self, "ratio", None)  # nobody asked for the default
         if (self.tokens is None) == (self.ratio is None):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -20,6 +20,7 @@ from pqbench.budget import Budget, CompensatedBudget, PaperBudget, Split
 from pqbench.errors import BudgetError, ConfigError
 from pqbench.kernels import sinks
 from pqbench.kernels.backend import Kernels, Number, kernels
+from pqbench.typed import check_types
 
 __all__ = [
     "KV",
@@ -315,6 +316,24 @@ class Method(ABC):
     needs_positions: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     own_prefill: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """The types of a method's fields are checked before the method itself looks at their values."""
+        super().__init_subclass__(**options)
+        own = cls.__dict__.get("__post_init__")
+        if own is None:
+            return
+
+        @wraps(own)
+        def checked(self: Method) -> None:
+            check_types(self, type(self).__name__)
+            own(self)
+
+        setattr(cls, "__post_init__", checked)  # noqa: B010 - a plain assignment to a method is no longer typed
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError when a field has a value of another type than its annotation says."""
+        check_types(self, type(self).__name__)
 
     def why_not_captured(self, offloads: bool) -> str | None:
         """Why no CUDA graph can hold a decode step of this method, in words that follow its name; None where one can.

@@ -118,7 +118,7 @@ def test_the_papers_middle_never_shrinks_either(ratio: float) -> None:
         ({"ratio": 0.0}, r"ratio is 0.0.*\(0, 1\]"),
         ({"ratio": 1.5}, r"ratio is 1.5.*\(0, 1\]"),
         ({"ratio": -0.1}, r"\(0, 1\]"),
-        ({"ratio": float("nan")}, r"\(0, 1\]"),
+        ({"ratio": float("nan")}, "ratio is nan: use a number"),
         ({"window_share": 1.5}, "window_share is 1.5"),
         ({"sink": -1}, "sink"),
         ({"window": 0}, "window"),

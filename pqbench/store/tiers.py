@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import psutil
@@ -23,6 +24,9 @@ from pqbench.store.link.base import Link
 from pqbench.store.link.cuda import CudaLink
 from pqbench.store.link.emulated import EmulatedLink, speed
 from pqbench.store.link.local import LocalLink
+from pqbench.typed import check_types
+
+log = logging.getLogger(__name__)
 
 
 class Prompt(ABC):
@@ -161,8 +165,9 @@ class OffloadedPrompt(Prompt):
 
     def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
         tier, split = self._tier, _everything if split is None else split
+        cache = tier.cache_for(self._rows.length + self._reserve)
         return HostStore(
-            self._rows, split, tier.margin, tier.background, self._scratch, tier.cache, self._backend, self._reserve
+            self._rows, split, tier.margin, tier.background, self._scratch, cache, self._backend, self._reserve
         )
 
 
@@ -211,8 +216,10 @@ class HostTier(Tier):
     background: bool = True
     debug: bool = False
     margin: int = 64
+    _told: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # a note is given once
 
     def __post_init__(self) -> None:
+        check_types(self, "store")
         if self.link not in ("auto", "local", "cuda"):
             speed(self.link)
         if self.cache_block < 1:
@@ -228,13 +235,14 @@ class HostTier(Tier):
         if self.margin < 2:
             raise ConfigError(f"store.margin is {self.margin}: it must be at least 2 tokens")
 
-    @property
-    def cache(self) -> CacheOptions | None:
-        """Options of the block cache, None without one."""
+    def cache_for(self, context: int) -> CacheOptions | None:
+        """Options of the block cache for a context of so many tokens, None without a cache. A cache larger than the
+        context takes no more memory than the blocks of that context; one block is the least."""
         if not self.cache_tokens:
             return None
+        most = max(self.cache_block, context)
         return CacheOptions(
-            self.cache_tokens, self.cache_block, self.cache_policy, self.cache_admit, self.cache_per_head
+            min(self.cache_tokens, most), self.cache_block, self.cache_policy, self.cache_admit, self.cache_per_head
         )
 
     def why_not_captured(self) -> str | None:
@@ -243,10 +251,12 @@ class HostTier(Tier):
         return None
 
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
-        if self.cache_tokens > tokens:
-            raise ConfigError(
-                f"store.cache_tokens is {self.cache_tokens}, a cache larger than the context of {tokens} tokens: "
-                "lower it, or use store=device"
+        if self.cache_tokens > tokens and not self._told:
+            self._told.append(tokens)
+            log.info(
+                "store.cache_tokens is %d, more than a context of %d tokens: the cache holds that context as a whole",
+                self.cache_tokens,
+                tokens,
             )
         needed, kind = tokens * row_bytes, "host memory"
         advice = "use a shorter context, a smaller batch or a smaller dtype"
