@@ -349,8 +349,9 @@ class Method(ABC):
     def layer(self, geometry: Geometry) -> LayerState:
         """A fresh state for one layer and group. Raises ConfigError when the options do not fit the geometry."""
 
-    def attends_all(self, context: int) -> bool:
-        """Whether this context is by design attended whole whatever the budget (too short for the method's index)."""
+    def attends_all(self, context: int, prompt: int | None = None) -> bool:
+        """Whether this context, which began with a prompt of so many tokens (None for all of it), is attended whole by
+        design, whatever the budget, because it is too short for the method's index."""
         return False
 
     @cached_property  # a class attribute that the field of a subclass can replace

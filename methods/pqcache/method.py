@@ -81,8 +81,8 @@ class PQCache(Method):
     def why_not_ahead(self) -> str | None:
         return None if self.codes_on == "device" else "has no codes on the device ahead of a step: set codes_on=device"
 
-    def attends_all(self, context: int) -> bool:
-        first, stop = self.budget.resolve(context, context).middle(context)
+    def attends_all(self, context: int, prompt: int | None = None) -> bool:
+        first, stop = self.budget.resolve(context, context if prompt is None else prompt).middle(context)
         return stop - first <= self.clusters
 
     @property
