@@ -20,8 +20,11 @@ Number: TypeAlias = int | Tensor
 GPU read on the device, so that a captured CUDA graph replays with new numbers."""
 
 
-class AttentionKernels(Protocol):
-    """Exact attention, and the probabilities that it gives to tokens."""
+class Kernels(Protocol):
+    """The operations that decode steps and indexes are made of; shapes and meaning are those of
+    :mod:`pqbench.kernels.reference`. Bodies are modules."""
+
+    __name__: str
 
     def attention(
         self,
@@ -41,16 +44,6 @@ class AttentionKernels(Protocol):
         self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None
     ) -> Tensor:
         """Exact attention over all rows, or the first ``count``, by the fastest kernel there is."""
-
-    def exact_probabilities(self, q: Tensor, keys: Tensor, scaling: float) -> Tensor:
-        """Exact attention each token would receive."""
-
-    def column_sums(self, q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
-        """Attention each key received from a block of prompt queries."""
-
-
-class SearchKernels(Protocol):
-    """Finding the best tokens from codes, from lists by cell, or from scores."""
 
     def pq_probabilities(self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
         """Approximate attention each token would receive."""
@@ -80,15 +73,11 @@ class SearchKernels(Protocol):
     def merge_lists(self, starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
         """Lists by cell with the pending tokens at their ends."""
 
+    def exact_probabilities(self, q: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        """Exact attention each token would receive."""
+
     def top_k(self, scores: Tensor, count: int) -> Tensor:
         """Indices of the largest scores, ascending; ties to the lower index."""
-
-    def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
-        """Random numbers int32 ``[H, S]``, the same in every backend; see :mod:`pqbench.kernels.reference.noise`."""
-
-
-class CodebookKernels(Protocol):
-    """Product quantisation."""
 
     def train_codebook(
         self,
@@ -105,15 +94,14 @@ class CodebookKernels(Protocol):
     def encode(self, keys: Tensor, codebook: Tensor) -> Tensor:
         """Codes of keys in a given codebook."""
 
+    def column_sums(self, q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
+        """Attention each key received from a block of prompt queries."""
 
-class RowKernels(Protocol):
-    """Moving rows between buffers, and finding them where they lie."""
+    def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
+        """Random numbers int32 ``[H, S]``, the same in every backend; see :mod:`pqbench.kernels.reference.noise`."""
 
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
-
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy between strided tensors, also of host memory."""
 
     def append_rows(
         self,
@@ -144,7 +132,7 @@ class RowKernels(Protocol):
         blocks: Blocks | None = None,
         count: Number | None = None,
     ) -> Tensor:
-        """Where tokens lie on the device, those that did not copied there from the host, all in one."""
+        """Where tokens lie on the device; those that did not lie there are copied from the host by the same call."""
 
     def vacate_rows(
         self, indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
@@ -159,12 +147,8 @@ class RowKernels(Protocol):
     ) -> Tensor:
         """Which blocks a cache lets in, and where; see :mod:`pqbench.kernels.reference.blocks`."""
 
-
-class Kernels(AttentionKernels, SearchKernels, CodebookKernels, RowKernels, Protocol):
-    """The operations that decode steps and indexes are made of; shapes and meaning are those of
-    :mod:`pqbench.kernels.reference`. Backends are modules."""
-
-    __name__: str
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy between strided tensors, also of host memory."""
 
     def use_threads(self, count: int) -> None:
         """Threads of this backend in the calling thread."""
@@ -175,7 +159,7 @@ class Kernels(AttentionKernels, SearchKernels, CodebookKernels, RowKernels, Prot
 
 @cache
 def kernels(device: torch.device, backend: str = "auto") -> Kernels:
-    """The backend for tensors on ``device``: with ``auto`` the compiled one, else the one named.
+    """The backend for tensors on ``device``: the compiled one with ``auto``, otherwise the one that is named.
 
     Raises:
         ValueError: no such backend.
