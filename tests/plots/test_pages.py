@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from plots.pages.__main__ import PAGES, main, made, read
+from plots.pages.__main__ import PAGES, made, main, read
 from plots.pages.answer import choice
 from plots.pages.marks import replaced
 from plots.pages.packed import pack, unpack
