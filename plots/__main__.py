@@ -55,12 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawn = {name: module.draw(table, options.results / "figures") for name, module in wanted.items()}
     for path in [path for paths in drawn.values() for path in paths if path.suffix == ".png"]:
         log.info("figure %s", path)
-    return report_missing([name for name, paths in drawn.items() if not paths], wanted, options)
+    good = int((table["status"] == "ok").sum())
+    return report_missing([name for name, paths in drawn.items() if not paths], wanted, options, good)
 
 
-def report_missing(missing: Sequence[str], wanted: Mapping[str, ModuleType], options: argparse.Namespace) -> int:
-    """Say which command makes the records of figures that were not drawn. An error when they were asked for by name,
-    or when there is none at all."""
+def report_missing(
+    missing: Sequence[str], wanted: Mapping[str, ModuleType], options: argparse.Namespace, good: int
+) -> int:
+    """Say which command makes the records of figures that were not drawn. It is an error when these were asked for by
+    name, or when there are no ``good`` records at all; fewer records than any figure needs are none."""
     if not missing:
         return 0
     if options.figures:
@@ -68,6 +71,9 @@ def report_missing(missing: Sequence[str], wanted: Mapping[str, ModuleType], opt
         lacking = ", ".join(missing)
         log.error("no records to draw %s in %s: run `%s` first", lacking, options.results, "`, `".join(commands))
         return 1
+    if len(missing) == len(wanted) and good:
+        log.info("%d record(s) in %s are too few to draw any figure: `%s` makes more", good, options.results, DEFAULT)
+        return 0
     if len(missing) == len(wanted):
         log.error("no records to draw in %s: run `%s` first", options.results, DEFAULT)
         return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +21,22 @@ BASELINE = "full"
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.tables.summaries.frame`).
 
-    The newest run of a method is ``needle_<method>``; older ones and other models get a suffix. Empty list without
-    needle records.
+    The newest run of a method is ``needle_<method>``; older ones and other models get a suffix. Runs at a single length
+    are usually points of a sweep, so of these the newest is drawn, and only for a method that has no run at more
+    lengths. The list is empty without needle records.
     """
     cells = placed(table)
     if cells.empty:
         return []
     paths: list[Path] = []
     taken: set[str] = set()
-    runs = list(cells.groupby(["model", "method", "key"], sort=False))
-    for (model, method, key), run in reversed(runs):
-        if (method == BASELINE and len(runs) > 1) or run["length"].nunique() < 2:
-            continue  # a sweep at one length is no map
+    done: set[tuple[Hashable, Hashable]] = set()  # models with methods
+    runs = list(cells.groupby(["model", "method", "key"], sort=False))[::-1]  # the newest first
+    beside = bool((cells["method"] != BASELINE).any())  # full attention is then drawn beside each method
+    for (model, method, key), run in sorted(runs, key=lambda named: named[1]["length"].nunique() < 2):  # maps first
+        if (method == BASELINE and beside) or ((model, method) in done and run["length"].nunique() < 2):
+            continue
+        done.add((model, method))
         full = cells[
             (cells["model"] == model) & (cells["method"] == BASELINE) & cells["sample_id"].isin(run["sample_id"])
         ]

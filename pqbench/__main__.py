@@ -28,7 +28,7 @@ from pqbench.config.sweep import Failures
 from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, DeviceError
-from pqbench.kernels.backend import BODIES, kernels
+from pqbench.kernels.backend import BACKENDS, kernels
 from pqbench.measure.base import Measurement, TimingJob
 from pqbench.measure.scored import Job, Summary, run
 from pqbench.method import Budget, Method, compensated
@@ -183,8 +183,8 @@ def check_options(config: DictConfig) -> None:
     check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"))
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
-    if config.kernels not in BODIES:
-        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
+    if config.kernels not in BACKENDS:
+        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BACKENDS)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
     for option in ("overlap", "retry_failed", "debug", "graphs", "select_ahead"):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from hydra.utils import get_object
 
 from pqbench.errors import ConfigError
-
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
+from pqbench.typed import allowed, shown, words
 
 
 def check_fields(node: Any, path: str) -> None:
@@ -27,42 +24,8 @@ def check_fields(node: Any, path: str) -> None:
         for name, value in node.items():
             place = f"{path}.{name}" if path else str(name)
             if name in hints and not allowed(value, hints[name]):
-                raise ConfigError(f"{place} is {_shown(value)}: use {words(hints[name])}")
+                raise ConfigError(f"{place} is {shown(value)}: use {words(hints[name])}")
             check_fields(value, place)
-
-
-def allowed(value: Any, hint: Any) -> bool:
-    """Whether a value of a yaml fits an annotation. A whole number is a number; NaN and infinity are none. What an
-    annotation names beyond yaml's own types (a class, made from a node with ``_target_``) is not looked at."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(allowed(value, part) for part in inner)
-    if origin is Literal:
-        return value in inner
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if hint in (int, str, bool, NoneType):
-        return type(value) is hint
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping)
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        entry = inner[0] if inner else Any
-        return isinstance(value, list | tuple) and all(allowed(one, entry) for one in value)
-    return True if hint is Any else not isinstance(value, str | bool | int | float | list | tuple)
-
-
-def words(hint: Any) -> str:
-    """What an annotation allows, for people."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(words(part) for part in inner)
-    if origin is Literal:
-        return " or ".join(map(str, inner))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "names with values, {name: value}"
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list, each {words(inner[0])}" if inner else "a list"
-    return _WORDS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
 def _hints(target: str) -> dict[str, Any]:
@@ -76,8 +39,3 @@ def _hints(target: str) -> dict[str, Any]:
         return {}
     hints.pop("return", None)
     return hints
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -24,7 +24,7 @@ from pqbench.engine.clock import Spans, clock_of, streams_of
 from pqbench.engine.layers import layer_types
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import Kernels, kernels
-from pqbench.models.sources import cache_folder
+from pqbench.models.gguf import cache_folder
 from pqbench.records.environment import environment
 from pqbench.records.file import run_key, write_atomically
 

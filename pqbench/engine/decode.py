@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from pqbench.engine.arguments import check_call, check_count
 from pqbench.engine.attention import attached
 from pqbench.engine.batch import check_indices, check_length, check_logits
 from pqbench.engine.clock import Spans
@@ -17,6 +18,7 @@ from pqbench.engine.cohort import Group, Meter
 from pqbench.engine.graphs.steps import GraphedSteps
 from pqbench.engine.layers import LayeredCache
 from pqbench.engine.prefill import Prefilled, Setting, forward, prefill
+from pqbench.engine.sampling import Sampler, Sampling
 from pqbench.errors import ConfigError
 from pqbench.method import Method
 
@@ -104,8 +106,9 @@ def decode(
     extra_ends: Sequence[int] = (),
     config: GenerationConfig | None = None,
     spend: bool = False,
+    sampler: Sampler | None = None,
 ) -> Generation:
-    """Greedy decoding of a prefilled prompt by one of its methods.
+    """Decode a prefilled prompt by one of its methods, greedily unless there is a ``sampler``.
 
     Args:
         finished: sees the tokens so far ``[B, n]`` after every step and says which sequences end there, bool ``[B]``.
@@ -114,13 +117,14 @@ def decode(
         extra_ends: token ids that end a sequence besides the configured ones.
         config: end and padding tokens; None takes the model's own.
         spend: use up the method's state instead of a copy, see :meth:`Prefilled.fork`.
+        sampler: chooses the tokens; with None the likeliest token is chosen.
 
     Raises:
-        ConfigError: fewer than one token wanted, a model that computes NaN, or a context that would cross a length at
-            which the model's rotary frequencies change.
+        ConfigError: no such method, fewer than one token wanted, a model that computes NaN, or a context that would
+            cross a length at which the model's rotary frequencies change.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    check_count("max_new_tokens", max_new_tokens)
+    check_place(prefilled, method)
     model = prefilled.model
     prefilled.check_reach(len(question) + max_new_tokens - 1)
     config = model.generation_config if config is None else config
@@ -138,7 +142,7 @@ def decode(
         for known in question:
             logits = steps.ask(torch.full_like(done, known, dtype=torch.long))
         while True:
-            token = choose(logits, end.forbidden(len(tokens)))
+            token = sampler(tokens, logits) if sampler else choose(logits, end.forbidden(len(tokens)))
             tokens.append(token.masked_fill(done, end.filler) if end.possible(len(tokens)) else token)
             last = len(tokens) == max_new_tokens
             if not last and end.possible(len(tokens)):
@@ -263,20 +267,49 @@ def generate(
     max_new_tokens: int = 64,
     chunk: int | None = None,
     setting: Setting | None = None,
+    *,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> Tensor:
-    """Greedy continuation ``[B, new]`` of prompts ``[B, S]`` under a method; ends at the model's end-of-sequence token.
-    ``setting`` says where KV lives, which kernels compute and what overlaps.
+    """Continue prompts ``[B, S]`` under a method. Returns the new tokens ``[B, new]``; they end at the model's
+    end-of-sequence token.
+
+    Args:
+        setting: where KV lives, which kernels compute and what overlaps.
+        do_sample: draw the tokens as transformers' ``generate`` does; with the same seed and a budget that holds the
+            whole context they are the same. Otherwise the likeliest token is chosen.
+        temperature, top_k, top_p, seed: see :class:`pqbench.engine.sampling.Sampling`.
 
     Raises:
-        ConfigError: see :func:`prefill`; also when the context would outgrow the model.
+        ConfigError: see :func:`prefill`; also when the context would outgrow the model, or for a value out of range.
     """
+    check_call(model, input_ids, [method], attention_mask)
+    check_count("max_new_tokens", max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if not do_sample and sampling != Sampling():
+        raise ConfigError(
+            "temperature, top_k, top_p and seed concern tokens that are drawn: set do_sample=True as well"
+        )
+    setting = Setting.of(setting)
     if not method.own_prefill:
-        check_length(model, input_ids.shape[-1] + max_new_tokens, None if setting is None else setting.max_length)
+        check_length(model, input_ids.shape[-1] + max_new_tokens, setting.max_length)
     prefilled = prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting)
-    generation = decode(prefilled, 0, max_new_tokens, spend=True)
+    sampler = sampling.sampler(model, input_ids, attention_mask, max_new_tokens) if do_sample else None
+    with sampling.seeded(model.device):
+        generation = decode(prefilled, 0, max_new_tokens, spend=True, sampler=sampler)
     generation.settle()
     prefilled.close()
     return generation.tokens
+
+
+def check_place(prefilled: Prefilled, method: int) -> None:
+    """Raises ConfigError when there is no method of this number in a prefilled prompt."""
+    check_count("method", method, 0)
+    if method >= len(prefilled.methods):
+        raise ConfigError(f"method is {method}: the prompt was prefilled for methods 0 to {len(prefilled.methods) - 1}")
 
 
 def changes_of_greedy(model: PreTrainedModel) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from pqbench.engine.arguments import check_call, check_count, check_vocabulary
 from pqbench.engine.attention import attached
 from pqbench.engine.attention import forward as forward
 from pqbench.engine.batch import check_blocks, check_indices, check_logits, check_prompt, group_rows
@@ -195,7 +196,7 @@ class Prefilled:
             rows = observer.state.finish_prefill(store)
             if rows is None or len(self.methods) == 1:
                 stores.append(store.after_prefill(rows, self.methods[method].evicts))
-                stores[0].open()
+                stores[0].usage.open()
         if self.streams is None:  # nothing is under way, so that it can be said at once
             check_indices(observer.state.checks)
         return Built(rows, took, stores)
@@ -226,10 +227,14 @@ def prefill(
             that computes NaN, a tier that this machine does not have or that cannot hold the prompt, a method with a
             prefill of its own that is not alone, or a setting that the model, a method or the batch cannot follow.
     """
-    setting = Setting() if setting is None else setting
+    check_call(model, input_ids, methods, attention_mask)
+    if chunk is not None:
+        check_count("chunk", chunk)
+    setting = Setting.of(setting)
     setting.check({type(method).__name__: method for method in methods}, model)
     any_length = check_own_prefill(methods)
     mask, columns = check_prompt(model, input_ids, attention_mask, any_length, setting.max_length), input_ids.shape[1]
+    check_vocabulary(input_ids, model)
     check_blocks(model, mask, chunk or columns)
     groups = group_rows(mask)
     if setting.graphs:

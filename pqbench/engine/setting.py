@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from pqbench.engine.graphs.check import check_captured, check_methods_ahead
 from pqbench.errors import ConfigError, DeviceError
 from pqbench.method import Calibration, Method
 from pqbench.store.tiers import DeviceTier, Tier
+from pqbench.typed import check_types, shown
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Setting:
         max_length: longest context to run, where that is more than the model was made for; None for the model's own.
 
     Raises:
-        ConfigError: ``correction`` is no cosine.
+        ConfigError: a value of another type, or ``correction`` is no cosine.
     """
 
     tier: Tier = field(default_factory=DeviceTier)
@@ -51,6 +53,7 @@ class Setting:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "Setting")
         if not -1 <= self.correction <= 1:
             raise ConfigError(f"correction is {self.correction}: it is a cosine, from -1 to 1")
 
@@ -66,6 +69,13 @@ class Setting:
             check_captured(methods, self.tier, model)
         if self.select_ahead:
             check_methods_ahead(methods)
+
+    @classmethod
+    def of(cls, given: Any) -> Setting:
+        """What a caller gave, or the defaults for None. Raises ConfigError for anything else than a setting."""
+        if given is not None and not isinstance(given, cls):
+            raise ConfigError(f"setting is {shown(given)}: pass an object, such as Setting(HostTier())")
+        return cls() if given is None else given
 
     def device_answers(self) -> bool:
         """Whether a GPU, if there is one, can go on after an error: after one of memory it can, after an illegal access

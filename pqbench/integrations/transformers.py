@@ -2,62 +2,194 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import FrameType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
+from pqbench.engine.arguments import check_ids, check_method
 from pqbench.engine.decode import decode
 from pqbench.engine.prefill import prefill
+from pqbench.engine.sampling import Sampler
 from pqbench.errors import ConfigError
 from pqbench.method import Method
 
+Answer: TypeAlias = Tensor | GenerateDecoderOnlyOutput
+
 # What generate() adds by itself and our loop decides by itself.
 _OURS = frozenset({"attention_mask", "use_cache", "logits_to_keep", "cache_position"})
+# Options of a generation that our loop does not follow, with the values that ask for nothing.
+_REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "use_mtp": (None, False),
+    "guidance_scale": (None, 1, 1.0),
+    "cache_implementation": (None, "dynamic"),
+}
 _UNAVAILABLE = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# Arguments of generate() that it drops when it is given a function, and the names under which they reach our loop.
+_DROPPED = {
+    "streamer": "handed_streamer",
+    "tokenizer": "tokenizer",
+    "assistant_model": "assistant_model",
+    "assistant_tokenizer": "assistant_tokenizer",
+}
+_COLLECTS = "_extract_generation_mode_kwargs"  # the function of transformers that drops them
 
 
-def decoding_with(method: Method) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
+def decoding_with(method: Method) -> Callable[..., Answer]:
     """A decoding function for ``generate(custom_generate=...)`` that runs ``method``.
 
-    Stopping criteria and the generation config's lengths and end tokens are honoured. The result is ``[B, S + new]``,
-    or an object with that as ``sequences`` where ``return_dict_in_generate`` is set.
+    Sampling, logits processors, stopping criteria, stop strings, a streamer, several return sequences, and the
+    generation config's lengths and end tokens work as in transformers. The result is ``[B, S + new]``, or an object
+    with that as ``sequences`` where ``return_dict_in_generate`` is set.
 
     Raises:
-        ConfigError: when asked to sample, to search with beams, to process logits, to return scores or states, or to
-            read anything but token ids and their mask, such as images.
+        ConfigError: ``method`` is not an object of a method's class. The function itself raises it, with the name of
+            the option, when it is asked to search with beams, to be assisted by another model, to return scores or
+            states, to fill or read a cache of the caller, or to read anything but token ids and their mask, such as
+            images or embeddings.
     """
+    check_method(method)
+    return Decoding(method)
 
-    def decoding(
+
+class Decoding:
+    """Decodes by one method inside ``generate``; see :func:`decoding_with`."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The parameters of a call. ``generate`` asks for them to learn which of its arguments to pass on; those that
+        it would drop are handed over at that moment."""
+        hand_over(inspect.currentframe())
+        return inspect.signature(self.__call__)
+
+    @torch.no_grad()
+    def __call__(
+        self,
         model: PreTrainedModel,
         input_ids: Tensor,
         generation_config: GenerationConfig,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
-        check_options(generation_config, logits_processor)
-        mask = model_kwargs.get("attention_mask")
-        check_inputs(input_ids, mask, model_kwargs)
-        new = generation_config.max_length - input_ids.shape[1]
-        finished = stopping(stopping_criteria, input_ids) if stopping_criteria else None
-        prefilled = prefill(model, input_ids, [method], mask, reserve=new)
-        generation = decode(prefilled, 0, new, finished=finished, config=generation_config)
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        handed_streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
+        assistant_model: PreTrainedModel | None = None,
+        assistant_tokenizer: Any = None,
+        **inputs: Any,
+    ) -> Answer:
+        """Prompts ``[B, S]`` and what follows them, ``[B, S + new]``; called by ``generate``."""
+        check_options(generation_config, assistant_model)
+        mask = inputs.get("attention_mask")
+        check_inputs(input_ids, mask, inputs)
+        new, draw = generation_config.max_length - input_ids.shape[1], bool(generation_config.do_sample)
+        sampler = Sampler(input_ids, logits_processor or LogitsProcessorList(), draw)
+        steps = Steps(input_ids, stopping_criteria or StoppingCriteriaList(), streamer or handed_streamer)
+        chunk = generation_config.prefill_chunk_size
+        prefilled = prefill(model, input_ids, [self.method], mask, chunk, reserve=new)
+        generation = decode(
+            prefilled,
+            0,
+            new,
+            finished=steps.finished if steps.wanted else None,
+            config=generation_config,
+            spend=True,
+            sampler=sampler if draw or sampler.processors else None,
+        )
+        generation.settle()
+        prefilled.close()
+        steps.end(generation.tokens)
         sequences = torch.cat([input_ids, generation.tokens], 1)
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
         return sequences
 
-    return decoding
+
+def hand_over(frame: FrameType | None) -> None:
+    """Give a decoding function the arguments of ``generate`` that it only passes to its own ones.
+
+    ``generate`` collects streamer, tokenizer and assistant model, and then, for a function of the caller, keeps nothing
+    but what the function names and what is still among the remaining arguments. So they are put back there.
+
+    Args:
+        frame: where the function's parameters are asked for. Nothing happens when that is not inside ``generate``.
+
+    Raises:
+        ConfigError: the prompts are no tensor ``[B, S]``; transformers would fail on them before it calls our loop.
+    """
+    while frame is not None and frame.f_code.co_name != _COLLECTS:
+        frame = frame.f_back
+    if frame is None:
+        return
+    collected, remaining = frame.f_locals.get("generation_mode_kwargs"), frame.f_locals.get("kwargs")
+    if collected is not None and remaining is not None:
+        remaining.update({ours: collected[name] for name, ours in _DROPPED.items() if name in collected})
+        prompts = frame.f_back.f_locals.get("inputs") if frame.f_back else None
+        prompts = remaining.get("input_ids") if prompts is None else prompts
+        if prompts is not None:  # otherwise embeddings, which are refused by their name
+            check_ids(prompts)
 
 
-def check_options(config: GenerationConfig, logits_processor: Any) -> None:
-    """Raises ConfigError when generation is asked for something besides greedy tokens."""
-    if config.do_sample or (config.num_beams or 1) > 1 or logits_processor:
-        raise ConfigError("pqbench decodes greedily: set do_sample=False, num_beams=1 and no logits processors")
+class Steps:
+    """What happens after each step of a decode: stopping criteria are asked, and a streamer gets the token."""
+
+    def __init__(self, prompt: Tensor, criteria: StoppingCriteriaList, streamer: BaseStreamer | None) -> None:
+        """``prompt`` ``[B, S]`` is what criteria see before the new tokens."""
+        self._prompt, self._criteria, self._streamer = prompt, criteria, streamer
+        self._stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self._streamed = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody looks at the tokens while they come."""
+        return len(self._criteria) > 0 or self._streamer is not None
+
+    def finished(self, tokens: Tensor) -> Tensor:
+        """Which sequences have ended, bool ``[B]``, for the tokens so far ``[B, n]``. As in transformers, sequences go
+        on until all have ended when there is no end token, since nothing pads them then."""
+        self._stream(tokens)
+        if self._criteria:
+            self._stopped = self._stopped | stopping(self._criteria, self._prompt)(tokens)
+        return self._stopped if self._pads else self._stopped.all().expand(len(tokens))
+
+    def end(self, tokens: Tensor) -> None:
+        """The decode is over, with these tokens ``[B, new]``."""
+        self._stream(tokens)
+        if self._streamer is not None:
+            self._streamer.end()
+
+    def _stream(self, tokens: Tensor) -> None:
+        if self._streamer is not None:
+            for token in tokens[:, self._streamed :].cpu().unbind(1):
+                self._streamer.put(token)
+            self._streamed = tokens.shape[1]
+
+
+def check_options(config: GenerationConfig, assistant_model: PreTrainedModel | None = None) -> None:
+    """Raises ConfigError for an option of ``generate`` that our loop does not follow; the message names it."""
+    if assistant_model is not None:
+        raise ConfigError("assistant_model is given, but pqbench decodes by itself: leave it out")
+    for name, neutral in _REFUSED.items():
+        value = getattr(config, name, None)
+        if not any(value is one or (type(value) is type(one) and value == one) for one in neutral):
+            raise ConfigError(f"{name} is {value!r}, which pqbench does not follow: leave it out")
     for name in _UNAVAILABLE:
         if config.return_dict_in_generate and getattr(config, name, False):
             raise ConfigError(f"pqbench returns tokens alone: set {name}=False")
@@ -65,14 +197,20 @@ def check_options(config: GenerationConfig, logits_processor: Any) -> None:
 
 def check_inputs(input_ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> None:
     """Raises ConfigError for inputs that change what the model computes and that our loop would not pass on. Those that
-    say nothing new are let through: an empty cache, token types that are all zero, the usual positions."""
+    say nothing new are let through: the empty cache that ``generate`` makes, token types that are all zero, the usual
+    positions."""
     for name, value in inputs.items():
         if value is None or value is False or name in _OURS:
             continue
         if isinstance(value, Mapping) and not value:
             continue
-        if isinstance(value, Cache) and value.get_seq_length() == 0:
-            continue
+        if isinstance(value, Cache):
+            if value.get_seq_length() == 0 and not getattr(value, "_is_user_defined", False):
+                continue
+            raise ConfigError(
+                f"{name} is given, but pqbench keeps keys and values in a store of its own, which would neither read "
+                "nor fill it: leave it out"
+            )
         if name == "token_type_ids" and isinstance(value, Tensor) and not bool(value.any()):
             continue
         if name == "position_ids" and isinstance(value, Tensor) and torch.equal(value, usual(input_ids, mask)):

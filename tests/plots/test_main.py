@@ -9,7 +9,7 @@ import pytest
 
 from plots.__main__ import figures, main
 from plots.data import PUBLISHED, alike, machine, published, without
-from pqbench.records.file import RecordFile
+from pqbench.records.file import VERSION, RecordFile
 from pqbench.records.folders import read_settings
 from tests.plots.support import Results
 
@@ -121,3 +121,21 @@ def test_the_footer_names_machines_of_both_kinds_of_record() -> None:
 def test_no_published_numbers_are_an_empty_table(tmp_path: Path) -> None:
     assert list(published("absent", tmp_path).columns) == PUBLISHED
     assert published("absent", tmp_path).empty
+
+
+def test_too_few_records_for_any_figure_are_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = RecordFile.create(tmp_path, "ruler", "toy", "full", SETTINGS)
+    good = {"version": VERSION, "benchmark": "ruler", "model": "toy", "task": "vt", "sample_id": "1", "method": "full"}
+    file.append({**good, "key": "aa", "status": "ok"})
+    caplog.set_level("INFO")
+    assert main([str(tmp_path)]) == 0
+    (line,) = caplog.messages
+    assert line.startswith(f"1 record(s) in {tmp_path} are too few to draw any figure")
+
+
+def test_failed_records_alone_are_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = RecordFile.create(tmp_path, "ruler", "toy", "full", SETTINGS)
+    bad = {"version": VERSION, "benchmark": "ruler", "model": "toy", "task": "vt", "sample_id": "1", "method": "full"}
+    file.append({**bad, "key": "aa", "status": "error", "error": "x"})
+    assert main([str(tmp_path)]) == 1
+    assert "no records to draw" in caplog.text

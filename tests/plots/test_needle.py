@@ -75,3 +75,24 @@ def test_an_empty_folder_names_the_command_that_makes_records(tmp_path: Path, ca
     assert "make bench" in caplog.text
     assert main([str(tmp_path / "absent")]) == 1
     assert "no results folder" in caplog.text
+
+
+@pytest.mark.parametrize("methods", [["full"], ["pqcache"], ["full", "pqcache"]])
+@pytest.mark.parametrize("places", [[(1024, 0), (1024, 50)], [(1024, 50), (2048, 50)], [(1024, 50)]])
+def test_one_length_one_depth_and_one_method_are_drawn(
+    table: pd.DataFrame, tmp_path: Path, methods: list[str], places: list[tuple[int, int]]
+) -> None:
+    few = table[table["method"].isin(methods) & table["sample_id"].isin([f"{a}-{b}" for a, b in places])]
+    names = {path.name for path in needle.draw(few, tmp_path) if path.suffix == ".png"}
+    assert names == {f"needle_{methods[-1]}.png"}
+
+
+def test_of_several_runs_at_one_length_the_newest_is_drawn(table: pd.DataFrame, tmp_path: Path) -> None:
+    """They are points of a sweep. A run at more lengths is drawn instead, whatever is newer."""
+    points = [pd.DataFrame(rows("quest", key, "10 %", 1.0)) for key in ("cc", "dd")]
+    swept = pd.concat([table, *[part[part["sample_id"].str.startswith("1024")] for part in points]])
+    names = {path.name for path in needle.draw(swept, tmp_path) if path.suffix == ".png"}
+    assert names == {"needle_pqcache.png", "needle_quest.png"}
+    mapped = pd.concat([table, pd.DataFrame(rows("pqcache", "ee", "5 %", 1.0)).head(2)])
+    names = {path.name for path in needle.draw(mapped, tmp_path) if path.suffix == ".png"}
+    assert names == {"needle_pqcache.png"}

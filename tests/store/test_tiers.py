@@ -8,15 +8,18 @@ import psutil
 import pytest
 import torch
 
+from methods.pqcache import PQCache
+from pqbench import generate
+from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import Budget
 from pqbench.store.device import DeviceStore
-from pqbench.store.host.cached import CachedHostStore
 from pqbench.store.host.rows import page_locked
 from pqbench.store.host.store import HostStore
 from pqbench.store.link.base import OrderingError
 from pqbench.store.tiers import DeviceTier, HostTier, Need, Tier
+from tests.support import prompt_of, tiny_model
 
 CPU = torch.device("cpu")
 TIERS: list[Tier] = [
@@ -64,8 +67,7 @@ def test_a_tier_makes_the_store_it_describes() -> None:
     assert type(store(DeviceTier())) is DeviceStore
     assert type(store(HostTier())) is HostStore
     cached = store(HostTier(cache_tokens=20, cache_block=8))
-    assert type(cached) is CachedHostStore
-    assert cached.cache_bytes == 2 * 16 * 2 * 4 * 4  # two whole blocks for two heads
+    assert cached._holdings.cache.rows * cached._holdings.row_bytes == 2 * 16 * 2 * 4 * 4  # two blocks for two heads
     assert HostTier().open(CPU).link.label == "local"
     assert not HostTier().open(CPU).link.emulated
     assert HostTier("pcie3").open(CPU).link.label == "emulated PCIe 3.0 x16"
@@ -132,10 +134,26 @@ def test_page_locked_memory_that_the_driver_refuses_is_one_clear_line() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_cache_larger_than_the_context_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cache_tokens is 4096, a cache larger than the context of 1000 tokens"):
-        HostTier(cache_tokens=4096).check(1000, 100)
-    HostTier(cache_tokens=4096).check(4096, 100)
+def test_a_cache_larger_than_the_context_holds_the_context(caplog: pytest.LogCaptureFixture) -> None:
+    """A note says so once, and the cache takes no more memory than the context."""
+    caplog.set_level("INFO", "pqbench")
+    tier = HostTier(cache_tokens=4096, cache_block=128)
+    for tokens in (5000, 1000, 500):
+        tier.check(tokens, 100)
+    (note,) = caplog.messages
+    assert note.startswith("store.cache_tokens is 4096, more than a context of 1000 tokens")
+    held = {tokens: tier.cache_for(tokens) for tokens in (5000, 1000, 100)}
+    assert {tokens: cache.tokens for tokens, cache in held.items() if cache} == {5000: 4096, 1000: 1000, 100: 128}
+    assert HostTier().cache_for(1000) is None
+
+
+@pytest.mark.parametrize("prompt", [20, 60])
+def test_tokens_are_the_same_with_a_cache_larger_than_the_context(prompt: int) -> None:
+    model, method = tiny_model("llama"), PQCache(Budget(sink=4, tokens=16), b=2)
+    plain, cached = (Setting(HostTier("local", cache_tokens=tokens, cache_block=8)) for tokens in (0, 4096))
+    ids = prompt_of(prompt)
+    expected = generate(model, ids, method, max_new_tokens=12, setting=plain)
+    assert torch.equal(generate(model, ids, method, max_new_tokens=12, setting=cached), expected)
 
 
 def test_links_serve_the_device_they_are_made_for() -> None:

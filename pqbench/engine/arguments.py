@@ -1,0 +1,89 @@
+"""What a caller passes from Python is looked at before any work starts; what is wrong with it is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pqbench.errors import ConfigError
+from pqbench.method import Method
+from pqbench.typed import shown
+
+_IDS = "input_ids must be a tensor of token ids [B, S]"
+
+
+def check_call(model: Any, input_ids: Any, methods: Any, attention_mask: Any = None) -> None:
+    """Check the model, the prompts and the methods of a call.
+
+    Raises:
+        ConfigError: one of them is of another kind than it must be; the message says what to pass instead.
+    """
+    check_model(model)
+    check_ids(input_ids)
+    device = getattr(model, "device", input_ids.device)
+    if input_ids.device.type != device.type:
+        raise ConfigError(
+            f"input_ids lies on {input_ids.device}, the model on {device}: pass input_ids.to(model.device)"
+        )
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ConfigError(f"attention_mask is a {type(attention_mask).__name__}: pass a tensor [B, S]")
+    if isinstance(methods, str) or not isinstance(methods, Sequence) or not methods:
+        raise ConfigError(f"methods is {shown(methods)}: pass a list with at least one method, such as [PQCache()]")
+    for method in methods:
+        check_method(method)
+
+
+def check_model(model: Any) -> None:
+    """Raises ConfigError for what is no model of transformers, or for one that is being trained."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}: pass a model of transformers, which load_model(...).model is"
+        )
+    if model.training:
+        raise ConfigError("the model is in training mode, in which it may drop activations: call model.eval() first")
+
+
+def check_ids(input_ids: Any) -> None:
+    """Raises ConfigError for prompts that are not a tensor of whole numbers ``[B, S]``."""
+    if not isinstance(input_ids, Tensor):
+        raise ConfigError(f"{_IDS}, and it is a {type(input_ids).__name__}: pass torch.tensor([ids]) for one prompt")
+    if input_ids.ndim == 1 and input_ids.numel():
+        raise ConfigError(f"{_IDS}, and its shape is {tuple(input_ids.shape)}: pass input_ids[None] for one prompt")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ConfigError(f"{_IDS}, and it holds {input_ids.dtype}: pass whole numbers, input_ids.long()")
+
+
+def check_vocabulary(input_ids: Tensor, model: Any) -> None:
+    """Raises ConfigError for tokens that the model does not have. Tokens in the host's memory are looked at; reading
+    those of a GPU would make the host wait for it."""
+    if input_ids.device.type != "cpu" or not input_ids.numel():
+        return
+    known = model.get_input_embeddings().num_embeddings
+    least, most = int(input_ids.min()), int(input_ids.max())
+    if least < 0 or most >= known:
+        raise ConfigError(
+            f"input_ids holds the token {least if least < 0 else most}, and the model knows 0 to {known - 1}: use the "
+            "tokenizer of this model"
+        )
+
+
+def check_method(method: Any) -> None:
+    """Raises ConfigError for what is no method; a class or a name is told from an object of the class."""
+    if isinstance(method, Method):
+        return
+    if isinstance(method, type) and issubclass(method, Method):
+        raise ConfigError(f"the method is the class {method.__name__}: pass an object of it, {method.__name__}()")
+    if isinstance(method, str):
+        raise ConfigError(f"the method is the text {method!r}: pass an object, such as methods.pqcache.PQCache()")
+    raise ConfigError(f"the method is {shown(method)}: pass an object of a method's class, such as PQCache()")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises ConfigError for a value that is no whole number from ``least`` up."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} is {shown(value)}: use a whole number from {least} up")
+    if value < least:
+        raise ConfigError(f"{name} is {value}: it must be at least {least}")

