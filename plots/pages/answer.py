@@ -134,8 +134,8 @@ def example(found: Choice) -> str:
         f"For example, {CONTEXT // 1024}K tokens of Llama-3.1-8B in bfloat16 take {everything / 1e9:.1f} GB of keys "
         "and values for each sequence. Use `full` if your card has room for them. Otherwise use "
         f"`{finder}` with `store=host`, which keeps keys and values in host memory: about {codes / 1e6:.0f} MB of "
-        f"codes stay on the card, and each step fetches the selected {100 * found.ratio:g} % of the tokens. (These bytes are "
-        "computed from the shape of that model.)"
+        f"codes stay on the card, and each step fetches the selected {100 * found.ratio:g} % of the tokens. "
+        "(Bytes are computed from the shape of that model.)"
     )
 
 
