@@ -21,7 +21,8 @@ from pqbench.engine.prefill import Prefilled, prefill
 from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
-from pqbench.measure.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, outcome, tracked
+from pqbench.measure.checks import check_alive, check_methods, check_split
 from pqbench.measure.dense import body_name
 from pqbench.measure.machine import (
     Bandwidth,
@@ -34,11 +35,11 @@ from pqbench.measure.machine import (
     undisturbed,
 )
 from pqbench.measure.profile import TOKENS, phases, profile_facts, profiled, read_trace
-from pqbench.measure.scored import check_alive, check_methods
 from pqbench.measure.source import timing_tokens
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes
 from pqbench.records.file import Record
+from pqbench.records.kinds import LATENCY
 from pqbench.store.tiers import Need
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ INDEX_SHARE = 0.05  # of the bytes of keys and values: 36 to 100 bits beside the
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a method on a prompt, once. ``prompt`` tokens leave room for the answer in the model."""
+    """One measurement of a method on a prompt, which is cut to ``prompt`` tokens so that the answer fits the model."""
 
     repeat: int
     context: int
@@ -82,6 +83,7 @@ class Latency(Measurement):
     """
 
     name: ClassVar[str] = "latency"
+    kind: ClassVar[str] = LATENCY
 
     contexts: Sequence[int] = (1024, 2048, 4096, 8192)
     new_tokens: int = 32
@@ -101,7 +103,7 @@ class Latency(Measurement):
     def needs_model(self) -> bool:
         return True
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class.
 
         Raises:
@@ -111,7 +113,7 @@ class Latency(Measurement):
             raise ConfigError("benchmark=latency needs a model")
         loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
         body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self.name, loaded.name, job, body_name(body))
+        ledger = Ledger(self, loaded.name, job, body_name(body))
         cells = self._cells(job.methods, loaded.max_length)
         self._check(job, loaded.model, cells)
         missing = [cell for cell in cells if ledger.missing(cell.method, cell.sample_id)]
@@ -145,7 +147,7 @@ class Latency(Measurement):
             for name in methods
         ]
 
-    def _check(self, job: TimingJob, model: PreTrainedModel, cells: Sequence[Cell]) -> None:
+    def _check(self, job: Job, model: PreTrainedModel, cells: Sequence[Cell]) -> None:
         check_methods(job.methods, model, job.setting)
         for cell in cells:
             check_split(cell.method, job.methods[cell.method], cell.prompt)
@@ -153,19 +155,19 @@ class Latency(Measurement):
         job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
         check_memory(job, model, longest, self.new_tokens, row)
 
-    def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
-        """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
+    def _warm(self, job: Job, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
+        """Seconds of the runs that do not count. A failure is ignored here: it happens again later, and is recorded."""
         total = 0.0
         for _ in range(self.warmup):
             try:
                 generation = run_once(job, model, job.methods[name], prompt, self.new_tokens)[0]
                 total += generation.tt2t_s + sum(generation.steps_s[1:])
-            except Exception:  # noqa: BLE001 - as above
+            except Exception:  # noqa: BLE001 - see the docstring
                 continue
         return total
 
     def _record(
-        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
+        self, job: Job, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
     ) -> None:
         if job.loaded is None:
             raise RuntimeError("a latency record without a model")
@@ -201,24 +203,22 @@ class Latency(Measurement):
                 record |= self._profile(job, cell, model, prompt, record)
             ledger.ok(cell.method, cell.sample_id, record)
 
-    def _profile(
-        self, job: TimingJob, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record
-    ) -> Record:
-        """The same once more under the profiler, with every part of the work by itself. What fails here is said, and
-        costs no measurement."""
+    def _profile(self, job: Job, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record) -> Record:
+        """The facts of one more run under the profiler, in which every part of the work runs by itself. When the
+        profiler fails, that is logged and recorded, and the measurement stays."""
         setting = replace(job.setting, overlap=False, named=True)
         apart, path = replace(job, setting=setting), job.files[cell.method].folder / f"trace-{cell.context}.json.gz"
         tokens = min(TOKENS, self.new_tokens)
         try:
             profiled(lambda: run_once(apart, model, job.methods[cell.method], prompt, tokens), path, model.device)
             return {"profile": profile_facts(phases(read_trace(path)), figures), "trace": path.name}
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - see the docstring
             log.warning("no profile of %s on %d tokens: %s", cell.method, cell.prompt, error)
             return {"profile_error": outcome(error)["error"]}
 
 
 def run_once(
-    job: TimingJob, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
+    job: Job, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
 ) -> tuple[Generation, Prefilled]:
     """Prefill with one method alone, decode ``new_tokens``, and end what runs in the background."""
     gc.collect()
@@ -254,8 +254,8 @@ def times(generation: Generation) -> Record:
 
 
 def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
-    """Where a step's time goes, means in seconds over the steps whose phases were timed; and the bytes that a step
-    reads against what memory can do."""
+    """Where the time of a step goes, as means in seconds over the steps whose phases were timed; and the bytes that a
+    step reads, with their rate as a share of the bandwidth of a copy."""
     groups, meters = generation.groups(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
     spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
@@ -286,7 +286,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
 
 
 def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
-    """Bytes by where they lie and over the link per step, hits of the block cache, and what the link is."""
+    """Bytes on the device, on the host and over the link per step, hits of the block cache, and what the link is."""
     stores, steps = [group.store for group in generation.groups()], len(generation.steps_s)
     link: Any = getattr(prefilled.placement, "link", None)
     lookups = sum(store.usage.cache_lookups for store in stores)
@@ -305,21 +305,28 @@ def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one step reads: all but an input embedding that is not the output's as well."""
+    """Bytes of the weights that one step reads: all weights but an input embedding that no output layer shares."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     untied = head is not None and embedding.weight is not head.weight
     skipped = {id(embedding.weight)} if untied else set()
     return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
 
 
-def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
-    """Whether prefill and decoding of a prompt fit the device beside the weights that lie there already.
+def check_memory(job: Job, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
+    """Check that the prefill and the decoding of a prompt fit the device beside the weights that lie there already.
 
-    Counted are the keys and values, ``row`` bytes a token, or of :data:`LAYERS_AWAY` layers where they leave for the
-    host; the index, as a share of them; and what a block of the prefill computes in one layer.
+    Three parts are counted: keys and values, of which only :data:`LAYERS_AWAY` layers lie on the device when they leave
+    for the host; the index, as a share of these; and what a block of the prefill computes in one layer.
+
+    Args:
+        job: the job at work, for its store and the size of its blocks.
+        model: the loaded model.
+        prompt: tokens of the prompt.
+        new_tokens: tokens that are generated.
+        row: bytes of the keys and values of one token in all layers.
 
     Raises:
-        ConfigError: they do not; the message has the bytes and the option that lowers them.
+        ConfigError: they do not fit; the message has the bytes and the option that lowers them.
     """
     config = model.config.get_text_config()
     layers = max(1, len(layer_types(config)))

@@ -25,12 +25,12 @@ from hydra.utils import instantiate
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from pqbench.config.compose import conf_folder
 from pqbench.engine.decode import generate
 from pqbench.engine.layers import layer_types
 from pqbench.engine.rehearsal import check_config
 from pqbench.errors import PqbenchError
 from pqbench.method import Method
+from pqbench.records.classes import conf_folder
 from pqbench.support.miniature import VOCABULARY, causal_types, small_model
 from pqbench.terminal import log_to_terminal
 

@@ -15,7 +15,7 @@ from methods.pqcache import PQCache
 from pqbench.engine.prefill import Setting
 from pqbench.kernels import reference
 from pqbench.measure import dense
-from pqbench.measure.base import TimingJob
+from pqbench.measure.base import Job
 from pqbench.measure.dense import BACKENDS, DenseKernel, RefusedError, WithDense, dense_kernels
 from pqbench.measure.geometries import SHAPES
 from pqbench.measure.layer import attention
@@ -167,7 +167,7 @@ def test_rows_are_the_same_on_every_device() -> None:
 
 def test_on_a_gpu_full_attention_reads_the_device_whatever_the_store(measure: Run) -> None:
     benchmark, setting = Attention(**{**SMALL, "device": "cpu"}), Setting(HostTier(), body="reference")
-    job = TimingJob(None, METHODS, {}, setting)
+    job = Job(None, METHODS, {}, setting)
     cell = attention.Cell("float32", 64, 0.5)
     benchmark.device = "cuda"  # there is none to run on; the choice is what is looked at
     subjects = list(benchmark._subjects(job, cell, ["full"], reference))  # type: ignore[arg-type]

@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.table import Table
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import fits, whole
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
-from pqbench.measure.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import with_budget
+from pqbench.measure.checks import check_methods, check_split
 from pqbench.measure.dense import body_name
 from pqbench.measure.fidelity.cell import Cell, CellRun, Variant
 from pqbench.measure.fidelity.documents import file_documents, speech_documents
 from pqbench.measure.latency import row_bytes
-from pqbench.measure.scored import check_methods
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.records.file import Record
+from pqbench.records.kinds import FIDELITY
 from pqbench.store.tiers import Need
-from pqbench.tables.fidelity import sections
 
 
 @dataclass
@@ -53,6 +51,7 @@ class FidelityBenchmark(Measurement):
     """
 
     name: ClassVar[str] = "fidelity"
+    kind: ClassVar[str] = FIDELITY
 
     lengths: Sequence[int] = (4096,)
     documents: int = 4
@@ -81,7 +80,7 @@ class FidelityBenchmark(Measurement):
     def needs_answers(self) -> bool:
         return True
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class.
 
         Raises:
@@ -96,7 +95,7 @@ class FidelityBenchmark(Measurement):
         body.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
         self._check(job, loaded, variants)
-        ledger = Ledger(self.name, loaded.name, job, body_name(body))
+        ledger = Ledger(self, loaded.name, job, body_name(body))
         cells = list(self._cells(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
         with tracked(self.name, sum(len(cell.variants) for cell in cells)) as follow:
             for cell in cells:
@@ -105,13 +104,6 @@ class FidelityBenchmark(Measurement):
                 ).measure():
                     follow(f"{cell.document.name}, {cell.prompt} tokens, {variant.label}")
         return ledger.close()
-
-    def table(self, records: list[Record]) -> Table:
-        """The tables a run prints, one below the other."""
-        grid = Table.grid()
-        for section in sections(records):
-            grid.add_row(section.rich())
-        return grid
 
     def prompt(self, length: int, max_length: int) -> int:
         """Tokens of a prompt of this nominal length."""
@@ -124,7 +116,7 @@ class FidelityBenchmark(Measurement):
             for ratio in (self.ratios if method.budget is not None else [None])
         ]
 
-    def _check(self, job: TimingJob, loaded: LoadedModel, variants: Sequence[Variant]) -> None:
+    def _check(self, job: Job, loaded: LoadedModel, variants: Sequence[Variant]) -> None:
         fits(self.lengths, loaded.max_length)
         if self.steps >= loaded.max_length:
             raise ConfigError(

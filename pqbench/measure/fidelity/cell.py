@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pqbench.engine.prefill import Prefilled, prefill
-from pqbench.measure.base import Ledger, TimingJob
+from pqbench.measure.base import Job, Ledger
+from pqbench.measure.checks import check_alive
 from pqbench.measure.fidelity.clean import CleanFigures, each_alone
 from pqbench.measure.fidelity.documents import Document
 from pqbench.measure.fidelity.forced import Dense, Drift, dense_logits, read_abreast
 from pqbench.measure.fidelity.record import clean_facts, cost_facts, drift_facts
 from pqbench.measure.machine import device_name
-from pqbench.measure.scored import check_alive
 from pqbench.method import Method
 from pqbench.records.file import Record
 
@@ -26,7 +26,7 @@ _Outcome = TypeVar("_Outcome")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with one of the budgets; ``ratio`` is None for a method that has none."""
+    """A method with one of the budgets; ``ratio`` is None for a method without a budget."""
 
     name: str
     method: Method
@@ -40,7 +40,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """Variants to measure on one document at one length; ``prompt`` tokens of it leave room for the steps."""
+    """Variants to measure on one document at one length, cut to ``prompt`` tokens so that the steps fit the model."""
 
     document: Document
     length: int
@@ -55,11 +55,15 @@ class Cell:
 
 @dataclass
 class CellRun:
-    """A cell being measured. ``together`` variants at most share a prefill, all of them where it is None; ``abreast``
-    of those at most decode in one batch."""
+    """A cell being measured.
+
+    Attributes:
+        together: how many variants share a prefill at most; None for all of them.
+        abreast: how many of these decode in one batch at most.
+    """
 
     cell: Cell
-    job: TimingJob
+    job: Job
     model: PreTrainedModel
     ledger: Ledger
     steps: int
@@ -67,14 +71,14 @@ class CellRun:
     abreast: int
 
     def measure(self) -> Iterator[Variant]:
-        """Measure and record every variant. Each is announced before its work begins, the first before the prefill."""
+        """Measure and record every variant. Each is yielded before its work begins, the first before the prefill."""
         variants = self.cell.variants
         size = self.together or len(variants)
         for start in range(0, len(variants), size):
             yield from self._batch(variants[start : start + size])
 
     def _batch(self, variants: Sequence[Variant]) -> Iterator[Variant]:
-        """Variants that share a prefill."""
+        """Measure the variants that share a prefill."""
         yield variants[0]
         prompt, ids = self.cell.prompt, self.cell.document.ids
         tokens = ids[prompt : prompt + self.steps]
@@ -103,7 +107,7 @@ class CellRun:
         clean: Sequence[CleanFigures | Exception],
         full: Tensor,
     ) -> None:
-        """Decode with several methods of the prompt, and record that with their clean figures, or what went wrong."""
+        """Decode with several methods of the prompt, and record their figures with the clean ones, or their failures."""
         prompt, ids = self.cell.prompt, self.cell.document.ids
         tokens, targets = ids[prompt : prompt + self.steps], ids[prompt + 1 : prompt + self.steps + 1]
         drifts = [Drift(full, targets) for _ in variants]
@@ -124,7 +128,7 @@ class CellRun:
         self.ledger.failed(variant.name, self.cell.sample_id(variant), error, self._facts(variant))
 
     def _facts(self, variant: Variant) -> Record:
-        """What was measured, whatever came of it."""
+        """The facts of a record that are known before the measurement, so that a failure has them too."""
         return {
             "document": self.cell.document.name,
             "length": self.cell.length,

@@ -12,7 +12,7 @@ from pqbench.benchmarks.grid import whole
 from pqbench.engine.cohort import PHASES
 from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.kernels.backend import Kernels, kernels
-from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
 from pqbench.measure.dense import RefusedError, body_name, captured_kernel, dense_kernels
 from pqbench.measure.geometries import Shape, shape_of
@@ -33,6 +33,7 @@ from pqbench.method import Method
 from pqbench.models.devices import available_bytes, check_device, check_kernels
 from pqbench.models.sources import torch_dtype
 from pqbench.records.file import Record
+from pqbench.records.kinds import ATTENTION, DENSE
 from pqbench.store.tiers import DeviceTier
 
 SMALL = 2048  # tokens of the layer on which kernels are compiled
@@ -41,7 +42,7 @@ SLACK = 1.2  # memory a layer may need, as a multiple of its keys and values
 
 @dataclass(frozen=True)
 class Cell:
-    """What is timed in turns with each other: every method with one budget, and the dense kernels."""
+    """What is timed in turns: every method with one budget, and the dense kernels."""
 
     dtype: str
     context: int
@@ -78,6 +79,7 @@ class Attention(Measurement):
     """
 
     name: ClassVar[str] = "attention"
+    kind: ClassVar[str] = ATTENTION
     further: ClassVar[tuple[str, ...]] = (DENSE,)
 
     geometry: str = "llama31_8b"
@@ -111,7 +113,7 @@ class Attention(Measurement):
     def subject(self, model: str) -> str:
         return self.geometry
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class. Full attention is measured beside the methods whatever is asked for, but only put on
         record when ``job.files`` has a file for it.
 
@@ -123,7 +125,7 @@ class Attention(Measurement):
         cells = [Cell(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
         body = kernels(device, job.setting.body)
         body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self.name, self.geometry, job, body_name(body))
+        ledger = Ledger(self, self.geometry, job, body_name(body))
         self._check(job, cells, device)
         wanted = {cell: self._wanted(job, ledger, cell, body) for cell in cells}
         if not any(wanted.values()):
@@ -139,7 +141,7 @@ class Attention(Measurement):
 
     def _cell(
         self,
-        job: TimingJob,
+        job: Job,
         ledger: Ledger,
         cell: Cell,
         names: Sequence[str],
@@ -190,7 +192,7 @@ class Attention(Measurement):
             else:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
 
-    def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
+    def _subjects(self, job: Job, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
         device = self._device(job)
         tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
         dense = dense_kernels(body, self.shape.group, device)
@@ -201,8 +203,8 @@ class Attention(Measurement):
                 method = with_budget(job.methods[name], cell.budget)
                 yield Subject(name, body_name(body), method.budget_label, method)
 
-    def _wanted(self, job: TimingJob, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
-        """Names that lack a record in a cell."""
+    def _wanted(self, job: Job, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
+        """The names that lack a record in a cell."""
         return list(
             dict.fromkeys(
                 subject.name
@@ -212,7 +214,7 @@ class Attention(Measurement):
         )
 
     def _facts(self, cell: Cell, subject: Subject) -> Record:
-        """What names a row."""
+        """The facts that tell a row from others, which a failure has too."""
         what = subject.kernel if subject.method is None else f"{cell.budget:g}"
         return {
             "sample_id": f"{cell.dtype}-{cell.context}-{what}",
@@ -269,7 +271,7 @@ class Attention(Measurement):
             "steps": {phase: [round(s, 9) for s in seconds] for phase, seconds in by_phase.items()},
         }
 
-    def _device(self, job: TimingJob) -> torch.device:
+    def _device(self, job: Job) -> torch.device:
         if self.device is not None:
             return torch.device(self.device)
         return torch.device("cpu") if job.loaded is None else job.loaded.model.device
@@ -281,7 +283,7 @@ class Attention(Measurement):
             length *= 2
         return min(length, cell.context)
 
-    def _check(self, job: TimingJob, cells: Sequence[Cell], device: torch.device) -> None:
+    def _check(self, job: Job, cells: Sequence[Cell], device: torch.device) -> None:
         # Rows of full attention are those of the dense kernels, wherever the methods keep theirs.
         job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
         free = available_bytes(device)
@@ -303,7 +305,7 @@ class Attention(Measurement):
             for name in job.methods:
                 self._check_method(job, name, cell, device)
 
-    def _check_method(self, job: TimingJob, name: str, cell: Cell, device: torch.device) -> None:
+    def _check_method(self, job: Job, name: str, cell: Cell, device: torch.device) -> None:
         try:
             method = with_budget(job.methods[name], cell.budget)
             method.split(cell.context, cell.context)

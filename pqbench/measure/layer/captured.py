@@ -9,7 +9,7 @@ from torch import Tensor
 from pqbench.engine.cohort import Group
 from pqbench.engine.graphs.engine import Engine, ready
 
-STEPS = 3  # before a step is nothing but a replay: one that is not captured, the rehearsal, the capture
+STEPS = 3  # that come before the first replay: one that is not captured, the rehearsal, and the capture
 
 
 class CapturedSteps:

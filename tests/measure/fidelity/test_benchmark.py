@@ -25,6 +25,7 @@ from pqbench.measure.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget
 from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record, read_all
+from pqbench.tables.document import run_table
 from tests.measure.fidelity.conftest import Run
 
 SMALL: dict[str, Any] = {"lengths": [200, 320], "documents": 2, "steps": 6, "ratios": [0.3, 0.5]}
@@ -243,7 +244,7 @@ def test_a_length_that_fills_the_model_leaves_room_for_the_steps(
 
 def test_the_table_names_every_method_and_budget(measure: Run, small: FidelityBenchmark) -> None:
     _, records = measure(small, METHODS)
-    *pivots, figures, parts = small.table(records).columns[0].cells
+    *pivots, figures, parts = run_table(records).columns[0].cells
     assert (figures.row_count, parts.row_count) == (14, 12)  # type: ignore[union-attr]
     assert [pivot.row_count for pivot in pivots] == [3] * 8  # type: ignore[union-attr]
 
