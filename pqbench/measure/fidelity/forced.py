@@ -71,8 +71,12 @@ def dense_logits(prefilled: Prefilled, tokens: Sequence[int]) -> Tensor:
 
 
 def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callable[[Tensor], None]) -> Generation:
-    """Let one method alone read ``tokens``, see :func:`read_in_one_batch`. Raises what the method's own code raises, and
-    ConfigError where the model computes NaN."""
+    """Let one method alone read ``tokens``, see :func:`read_in_one_batch`.
+
+    Raises:
+        ConfigError: the model computes NaN.
+        SelectionError: the method breaks its contract.
+    """
     (outcome,) = read_in_one_batch(prefilled, [method], tokens, [visit])
     if isinstance(outcome, Exception):
         raise outcome
