@@ -107,7 +107,7 @@ class QuestState(LayerState):
         self.covered = stop - first
 
     def append(self, kv: KV) -> None:
-        """Put what has left the window into pages: first into the partial one, then into new ones."""
+        """Put the tokens that have left the window into pages: first into the partial one, then into new ones."""
         low, high = self._extremes()
         first, stop = self._middle(kv)
         if stop - first <= self.covered:

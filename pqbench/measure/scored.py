@@ -25,6 +25,7 @@ from pqbench.records.file import Record
 from pqbench.records.kinds import SCORES
 
 TAIL = 200  # tokens of a prompt's end that a record shows
+WAIT_S = 0.5  # between two looks at what other processes are at work on
 COMPILED_S = 5  # seconds of compiling that are worth a line; below, the kernels came from the cache
 
 
@@ -44,6 +45,7 @@ class Scored(Measurement):
     """
 
     kind: ClassVar[str] = SCORES
+    shared: ClassVar[bool] = True
 
     benchmark: Benchmark
     question: str = "dense"
@@ -86,9 +88,17 @@ class Scored(Measurement):
         if work:
             ledger.done.seconds[COMPILING] = body.warm_up()
         with tracked(self.name, len(work)) as follow:
-            for sample, names in work:
-                follow(f"{sample.id} ({len(sample.input_ids)} tokens)")
-                SampleRun(self, job, loaded, prompter, ledger, sample).measure(names)
+            while work:
+                busy: list[tuple[Sample, list[str]]] = []
+                for sample, names in work:
+                    with ledger.claim(sample.id, names) as (mine, others):
+                        if mine:
+                            follow(f"{sample.id} ({len(sample.input_ids)} tokens)")
+                            SampleRun(self, job, loaded, prompter, ledger, sample).measure(mine)
+                    busy += [(sample, others)] if others else []
+                if len(busy) == len(work):  # other processes are at work on all that is left
+                    time.sleep(WAIT_S)
+                work = busy
         return ledger.close()
 
     def footer(self, done: Measured, results: str) -> str:

@@ -54,8 +54,8 @@ def test_every_middle_token_has_the_code_of_its_own_key(llama: PreTrainedModel, 
         state = group.state
         first, stop = budget.resolve(group.store.length, PROMPT).middle(group.store.length)
         keys = group.store.stored_keys(first, stop)
-        expected = reference.encode(keys, state.codebook)  # type: ignore[attr-defined]
-        assert torch.equal(state.codes.view()[:, :, : stop - first], expected)  # type: ignore[attr-defined]
+        expected = reference.encode(keys, state.index.codebook)  # type: ignore[attr-defined]
+        assert torch.equal(state.index.codes.view()[:, :, : stop - first], expected)  # type: ignore[attr-defined]
         assert stop - first > len(prompt_of(PROMPT)[0]) - 4 - 60  # tokens joined while decoding
 
 
@@ -68,7 +68,7 @@ def test_codebooks_come_from_middle_tokens_of_this_prompt_alone(llama: PreTraine
     first, stop = GROWING.resolve(PROMPT, PROMPT).middle(PROMPT)
     keys = group.store.stored_keys(first, stop)
     codebook, _ = reference.train_codebook(keys, 2, 16, 5, 0, 128 * 16, 0.02)
-    torch.testing.assert_close(group.state.codebook, codebook)  # type: ignore[attr-defined]
+    torch.testing.assert_close(group.state.index.codebook, codebook)  # type: ignore[attr-defined]
 
 
 def test_codes_from_the_host_cost_a_byte_each_and_only_the_valid_ones(llama: PreTrainedModel) -> None:

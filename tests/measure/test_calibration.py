@@ -109,4 +109,4 @@ def test_pqcache_adapts_when_asked_to(llama: PreTrainedModel, idle: float, expec
     assert [state.facts["iterations"] for state in states] == [expected] * len(states)
     fixed = PQCache(Budget(sink=4, ratio=0.3, minimum=8), m=2, b=3, iterations=7)
     assert not fixed.needs_calibration
-    torch.testing.assert_close(states[0].codebook.shape[3], 8)  # type: ignore[attr-defined]
+    torch.testing.assert_close(states[0].index.codebook.shape[3], 8)  # type: ignore[attr-defined]

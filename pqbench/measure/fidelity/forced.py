@@ -75,7 +75,7 @@ def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callab
 
     Raises:
         ConfigError: the model computes NaN.
-        SelectionError: the method breaks its contract.
+        Exception: whatever the method's own code raises, or SelectionError when the method breaks its contract.
     """
     (outcome,) = read_in_one_batch(prefilled, [method], tokens, [visit])
     if isinstance(outcome, Exception):

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from methods.pqcache.method import PQCacheState
+from methods.pqcache.index import step_numbers
+from methods.pqcache.state import PQCacheState
 from pqbench.engine.decode import Generation, decode, generate
 from pqbench.engine.graphs.steps import WARM
 from pqbench.engine.prefill import prefill
@@ -116,9 +117,11 @@ class FrozenState(PQCacheState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         fault: Any = self.method
         if self.numbers is not None and fault.fault == "all":
-            self.numbers = self._numbers(kv.length + 1)
+            self.numbers = step_numbers(self.method.budget, kv.length + 1, self.geometry.prompt)
         if self.numbers is not None and fault.fault == "attended":
-            attended = torch.tensor([self._numbers(kv.length + 1)[4]], dtype=torch.int32)
+            attended = torch.tensor(
+                [step_numbers(self.method.budget, kv.length + 1, self.geometry.prompt)[4]], dtype=torch.int32
+            )
             self.numbers = (*self.numbers[:4], attended, self.numbers[5])
         if self.numbers is not None and fault.fault == "read":
             q = q * float(q.abs().max() > 0)
@@ -142,8 +145,8 @@ def test_a_step_that_reads_the_device_is_refused(llama: PreTrainedModel) -> None
 
 def test_a_buffer_that_moves_is_noticed(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def moves(self: PQCacheState, kv: KV, length: int) -> Any:
-        assert self.codebook is not None
-        self.codebook = self.codebook.clone()
+        assert self.index.codebook is not None
+        self.index.codebook = self.index.codebook.clone()
         return plan(self, kv, length)
 
     plan = PQCacheState.plan
