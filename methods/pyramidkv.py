@@ -54,6 +54,24 @@ class PyramidKV(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return PyramidKVState(self, geometry)
 
+    @property
+    def beyond_budget(self) -> str | None:
+        return None if self.evict_generated else "keeps every generated token"
+
+    def limit(self, context: int, geometry: Geometry) -> int | None:
+        """The layer's own share: the first layers hold more than the mean of all layers, and the last ones less."""
+        if self.beyond_budget:
+            return None
+        split = self.budget.resolve(context, geometry.prompt)
+        return split.sink + split.window + max(0, split.top_k + self.extra(geometry))
+
+    def extra(self, geometry: Geometry) -> int:
+        """Tokens that a layer holds beyond the mean of all layers; negative in the last layers."""
+        prompt = geometry.prompt
+        split = self.budget.resolve(prompt + 1, prompt)
+        middle = prompt - split.sink - (split.window - 1)
+        return layer_budget(split.top_k, middle, prompt, self.beta, geometry.layers, geometry.rank) - split.top_k
+
 
 def layer_budget(mean: int, middle: int, context: int, beta: int, layers: int, rank: int) -> int:
     """Middle tokens that layer ``rank`` of ``layers`` keeps of ``middle``, when the layers' mean is ``mean``.
@@ -86,11 +104,10 @@ class PyramidKVState(LayerState):
         self.votes.observe(q, keys, self.geometry.column_sums)
 
     def finish_prefill(self, kv: KV) -> Tensor:
-        method, layers, rank = self.method, self.geometry.layers, self.geometry.rank
-        split = self._next(kv)
+        method, split = self.method, self._next(kv)
         first, self.voted = split.middle(kv.length)
-        count = layer_budget(split.top_k, self.voted - first, kv.length, method.beta, layers, rank)
-        self.extra = count - split.top_k
+        self.extra = method.extra(self.geometry)
+        count = split.top_k + self.extra
         votes = self.votes.take(first, self.voted, method.kernel, method.pooling)
         return split.around(first + self.geometry.kernels.top_k(votes, count), kv.length)
 

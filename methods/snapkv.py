@@ -53,6 +53,10 @@ class SnapKV(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return SnapKVState(self, geometry)
 
+    @property
+    def beyond_budget(self) -> str | None:
+        return None if self.evict_generated else "keeps every generated token"
+
 
 class SnapKVState(LayerState):
     """The votes until the prefill ends, and afterwards the position up to which tokens were up for the vote."""

@@ -71,7 +71,7 @@ class Geometry:
             and brings no value. Attention counts them by itself; probabilities of tokens come from
             :meth:`column_sums` and :meth:`exact_probabilities`, which count them too.
         correction: with selection ahead, the cosine up to which a query counts as turned, see
-            :class:`pqbench.engine.prefill.Setting`; None without.
+            :class:`pqbench.engine.setting.Setting`; None without.
     """
 
     layer: int
@@ -378,10 +378,22 @@ class Method(ABC):
         """The budget at this length, None when the method has none (full attention)."""
         return None if self.budget is None else self.budget.resolve(context, prompt)
 
+    @property
+    def beyond_budget(self) -> str | None:
+        """Why steps of this method attend to more tokens than the budget says, or to a number that varies, in words
+        that follow its name; None for a method that keeps to its budget. A record says it, and the harness does not
+        compare such a method with its budget."""
+        return None
+
+    def limit(self, context: int, geometry: Geometry) -> int | None:
+        """The largest number of tokens that one KV head of this layer may attend to in the step that makes the context
+        ``context`` tokens long; None for no limit. An evicting method may not hold more rows than that either."""
+        if self.budget is None or self.beyond_budget or self.attends_all(context, geometry.prompt):
+            return None
+        return self.budget.resolve(context, geometry.prompt).total
+
 
 def compensated(method: Method) -> Method:
     """The method with more tokens when it evicts and its budget is a :class:`CompensatedBudget`; else as it is."""
-    budget = method.budget
-    if not (method.evicts and isinstance(budget, CompensatedBudget)):
-        return method
-    return method.with_budget(budget.for_evicting)
+    enlarged = method.budget.for_evicting if isinstance(method.budget, CompensatedBudget) else None
+    return method.with_budget(enlarged) if method.evicts and enlarged is not None else method

@@ -10,7 +10,7 @@ from methods.oracle import Oracle
 from methods.pqcache import PQCachePlus
 from methods.quest import Quest
 from methods.streaming_llm import StreamingLLM
-from pqbench.engine.cohort import Group, Rows
+from pqbench.engine.cohort import Cohort, Rows
 from pqbench.method import Budget, Method, PaperBudget
 from tests.catalogue import EVERY, SELECTING, exact, small
 from tests.support import append, case, finish, output_of, rows_of, start, tokens_of
@@ -99,20 +99,20 @@ def test_the_harness_computes_what_the_selection_says(name: str) -> None:
     data = case(50, 12)
     state, store = start(method, data)
     mirror, mirror_store = start(method, data)
-    group = Group(Rows(slice(None), 0, 2), store, state)
+    cohort = Cohort(Rows(slice(None), 0, 2), store, state, method)
     attended = []
     for step in range(12):
         at = data.prompt + step
-        group.append(data.keys[:, :, at : at + 1], data.values[:, :, at : at + 1])
-        output = group.attend(data.q[:, :, :, at])
+        cohort.append(data.keys[:, :, at : at + 1], data.values[:, :, at : at + 1])
+        output = cohort.attend(data.q[:, :, :, at])
         q = append(mirror, mirror_store, data, step)
         selection = mirror.select(q, mirror_store)
         assert np.allclose(output.numpy(), output_of(selection, mirror_store, q, data), atol=2e-5)
         seen = torch.ones(2, 2, 1, 1, dtype=torch.bool) if selection.visible is None else selection.visible
         attended.append(seen.expand(2, 2, -1, rows_of(selection, mirror_store).shape[2]).any(2).sum(-1).float().mean())
         finish(mirror, mirror_store, selection, q, data)
-    assert group.meter.steps == 12
-    assert group.meter.attended == pytest.approx(float(sum(attended)))
+    assert cohort.meter.steps == 12
+    assert cohort.meter.attended == pytest.approx(float(sum(attended)))
 
 
 @pytest.mark.parametrize("name", EVERY)

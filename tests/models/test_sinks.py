@@ -17,8 +17,8 @@ from methods.oracle import Oracle
 from methods.pqcache import PQCache
 from pqbench import Budget, decode, generate, prefill
 from pqbench.engine.attention import dense_attention
-from pqbench.engine.prefill import Setting
 from pqbench.engine.rehearsal import profile
+from pqbench.engine.setting import Setting
 from pqbench.kernels import reference, sinks
 from pqbench.measure.probe import probe
 from pqbench.store.tiers import HostTier
@@ -67,7 +67,7 @@ def test_sinks_matter_and_the_host_tier_and_the_reference_kernels_count_them() -
         if name.endswith("sinks"):
             torch.nn.init.constant_(parameter, -1e4)
     assert not torch.equal(truth(without, ids), right)
-    for setting in (Setting(HostTier()), Setting(body="reference")):
+    for setting in (Setting(HostTier()), Setting(backend="reference")):
         for method in (Full(), PQCache(WHOLE, m=2, b=3), H2O(WHOLE)):
             assert torch.equal(generate(model, ids, method, max_new_tokens=NEW, setting=setting), right)
 
