@@ -104,11 +104,11 @@ class PyramidKVState(LayerState):
         self.votes.observe(q, keys, self.geometry.column_sums)
 
     def finish_prefill(self, kv: KV) -> Tensor:
-        method, split = self.method, self._next(kv)
+        split = self._next(kv)
         first, self.voted = split.middle(kv.length)
-        self.extra = method.extra(self.geometry)
+        self.extra = self.method.extra(self.geometry)
         count = split.top_k + self.extra
-        votes = self.votes.take(first, self.voted, method.kernel, method.pooling)
+        votes = self.votes.take(first, self.voted, self.method.kernel, self.method.pooling)
         return split.around(first + self.geometry.kernels.top_k(votes, count), kv.length)
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
