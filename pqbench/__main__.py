@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pqbench.measure.base import Job, Measurement
 from pqbench.measure.scored import Scored
 from pqbench.measure.setting import run_setting
 from pqbench.method import Method, compensated
+from pqbench.records.claims import alone
 from pqbench.records.classes import conf_folder
 from pqbench.records.file import RecordFile
 from pqbench.records.heartbeat import heartbeat
@@ -127,7 +129,8 @@ def run(plain: dict[str, Any], methods: dict[str, Method], measurement: Measurem
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     settings = {name: run_settings(plain, name, methods.get(name)) for name in names}
     files = {name: RecordFile.create(results, measurement.name, subject, name, settings[name]) for name in names}
-    with heartbeat(list(files.values())):
+    mine = nullcontext() if measurement.shared else alone(list(files.values()))
+    with mine, heartbeat(list(files.values())):
         loaded = rehearsed(model_source(plain["model"])) if measurement.needs_model else None
         setting = run_setting(instantiate(plain["store"]), plain, methods, loaded)
         done = measurement.measure(Job(loaded, methods, files, setting, plain["retry_failed"], plain["chunk"]))

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pqbench.engine.decode import changes_of_greedy
+from pqbench.engine.chooser import changes_of_greedy
 from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models.sources import LoadedModel, ModelSource

@@ -10,18 +10,19 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
+from pqbench.records.claims import claimed
 from pqbench.records.file import FINISHED, VERSION, Record, RecordFile
 from pqbench.terminal import plain
 
@@ -81,9 +82,11 @@ class Measurement(ABC):
     Attributes:
         kind: what its records hold; tables and figures choose by it.
         further: the names of record files that it writes besides those of the job's methods.
+        shared: whether several processes may work on one run at a time; times would be the times of neither.
     """
 
     kind: ClassVar[str]
+    shared: ClassVar[bool] = False
     further: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -156,6 +159,31 @@ class Ledger:
         if error:
             self.done.failures.append(f"{name} on {sample_id} failed before (retry_failed=true runs it again): {error}")
         return False
+
+    @contextmanager
+    def claim(self, sample_id: str, names: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
+        """Claim a sample under several names until the block ends. Gives the names under which this process measures
+        it, and those under which another process is at work on it. What another process has recorded meanwhile counts
+        as resumed.
+
+        Raises:
+            DataError: the results folder cannot be written.
+        """
+        with ExitStack() as claims:
+            free = {name: claims.enter_context(claimed(self.job.files[name], sample_id)) for name in names}
+            mine = [name for name in names if free[name] and not self._recorded(name, sample_id)]
+            yield mine, [name for name in names if not free[name]]
+
+    def _recorded(self, name: str, sample_id: str) -> bool:
+        """Whether another process has recorded a sample since this one began."""
+        there, error = self.job.files[name].outcome(sample_id)
+        if not there or (sample_id in self._known[name] and self._known[name][sample_id] == error):
+            return False
+        self._known[name][sample_id] = error
+        self.done.resumed += 1
+        if error:
+            self.done.failures.append(f"{name} on {sample_id} failed in another process: {error}")
+        return True
 
     def ok(self, name: str, sample_id: str, facts: Mapping[str, Any]) -> None:
         """Record a measurement. Raises DataError when the file cannot be written."""

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from pqbench.benchmarks.base import Sample
 from pqbench.engine.cohort import Rows
 from pqbench.engine.decode import Generation
-from pqbench.engine.prefill import Setting, frequencies, geometry
 from pqbench.engine.rehearsal import profile
+from pqbench.engine.setting import Setting
+from pqbench.engine.shapes import frequencies, geometry
 from pqbench.errors import BudgetError, ConfigError, LivenessError, ModelError
 from pqbench.method import Method
 from pqbench.models.devices import check_kernels
@@ -45,7 +46,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
 
 def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting: Setting) -> None:
     """Raises ConfigError or ModelError when a method cannot work on this model, whatever the sample."""
-    check_kernels(setting.body, model.device)
+    check_kernels(setting.backend, model.device)
     setting.check(methods, model)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
         log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))

@@ -12,7 +12,8 @@ import torch
 
 from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.engine.decode import Generation, decode
-from pqbench.engine.prefill import Prefilled, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import COMPILING, Job, Ledger, Measured, Measurement, tracked
@@ -24,6 +25,7 @@ from pqbench.records.file import Record
 from pqbench.records.kinds import SCORES
 
 TAIL = 200  # tokens of a prompt's end that a record shows
+WAIT_S = 0.5  # between two looks at what other processes are at work on
 COMPILED_S = 5  # seconds of compiling that are worth a line; below, the kernels came from the cache
 
 
@@ -43,6 +45,7 @@ class Scored(Measurement):
     """
 
     kind: ClassVar[str] = SCORES
+    shared: ClassVar[bool] = True
 
     benchmark: Benchmark
     question: str = "dense"
@@ -78,16 +81,24 @@ class Scored(Measurement):
         samples = list(self.benchmark.samples(prompter))
         check_budgets(job.methods, samples)
         check_methods(job.methods, loaded.model, job.setting)
-        body = kernels(loaded.model.device, job.setting.body)
+        body = kernels(loaded.model.device, job.setting.backend)
         ledger = Ledger(self, loaded.name, job, body_name(body))
         wanted = [(sample, [name for name in job.methods if ledger.missing(name, sample.id)]) for sample in samples]
         work = [(sample, names) for sample, names in wanted if names]
         if work:
             ledger.done.seconds[COMPILING] = body.warm_up()
         with tracked(self.name, len(work)) as follow:
-            for sample, names in work:
-                follow(f"{sample.id} ({len(sample.input_ids)} tokens)")
-                SampleRun(self, job, loaded, prompter, ledger, sample).measure(names)
+            while work:
+                busy: list[tuple[Sample, list[str]]] = []
+                for sample, names in work:
+                    with ledger.claim(sample.id, names) as (mine, others):
+                        if mine:
+                            follow(f"{sample.id} ({len(sample.input_ids)} tokens)")
+                            SampleRun(self, job, loaded, prompter, ledger, sample).measure(mine)
+                    busy += [(sample, others)] if others else []
+                if len(busy) == len(work):  # other processes are at work on all that is left
+                    time.sleep(WAIT_S)
+                work = busy
         return ledger.close()
 
     def footer(self, done: Measured, results: str) -> str:
@@ -249,10 +260,11 @@ class SampleRun:
 
 def generation_facts(generation: Generation) -> Record:
     """Tokens, times in seconds, and bytes of one generation; bytes of the index and over the link are per step."""
-    meters, groups = generation.meters(), generation.groups()
+    meters, cohorts = generation.meters(), generation.cohorts()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)
-    hits, lookups = sum(g.store.usage.cache_hits for g in groups), sum(g.store.usage.cache_lookups for g in groups)
+    hits = sum(cohort.store.usage.cache_hits for cohort in cohorts)
+    lookups = sum(cohort.store.usage.cache_lookups for cohort in cohorts)
     return {
         "new_tokens": generation.tokens.shape[1],
         "ttft_s": generation.ttft_s,
@@ -260,13 +272,13 @@ def generation_facts(generation: Generation) -> Record:
         "tpot_s": generation.tpot_s,
         "index_build_s": generation.index_s,
         "attended_tokens": sum(meter.attended for meter in meters) / steps,
-        "kv_tokens": sum(group.store.length for group in groups) / len(groups),
+        "kv_tokens": sum(cohort.store.length for cohort in cohorts) / len(cohorts),
         "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
-        "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
-        "index_facts": groups[0].state.facts if groups else {},
+        "index_resident_bytes": sum(cohort.state.resident_bytes for cohort in cohorts),
+        "index_facts": cohorts[0].state.facts if cohorts else {},
         "corrected_heads": generation.corrected_heads,
-        "link_bytes": sum(group.store.usage.link_bytes for group in groups) * layers // steps,
+        "link_bytes": sum(cohort.store.usage.link_bytes for cohort in cohorts) * layers // steps,
         "cache_hit_rate": hits / lookups if lookups else None,
-        "device_bytes": sum(group.store.usage.device_bytes for group in groups),
-        "host_bytes": sum(group.store.usage.host_bytes for group in groups),
+        "device_bytes": sum(cohort.store.usage.device_bytes for cohort in cohorts),
+        "host_bytes": sum(cohort.store.usage.host_bytes for cohort in cohorts),
     }

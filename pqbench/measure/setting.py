@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pqbench.engine.calibration import calibrate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.kernels.backend import kernels
+from pqbench.measure.calibration import calibrate
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
 from pqbench.store.tiers import Tier

@@ -115,6 +115,21 @@ class RecordFile:
             if record["status"] in FINISHED or record.get("code") == harness_code()
         }
 
+    def outcome(self, sample_id: str) -> tuple[bool, str | None]:
+        """Whether a sample has a record by now, whoever wrote it, and what went wrong with it: see :meth:`outcomes`.
+
+        Raises:
+            DataError: the folder cannot be written, which taking its lock asks for.
+        """
+        try:
+            with self.lock():
+                self._catch_up()
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        status, (error_text, code) = self._written.get(sample_id, (None, (None, None)))
+        finished = status in FINISHED
+        return finished or (status is not None and code == harness_code()), None if finished else error_text
+
     def append(self, record: Record) -> bool:
         """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has
         finished the sample meanwhile, or it failed again in the same way.

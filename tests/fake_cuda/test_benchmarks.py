@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure import machine
 from pqbench.measure.base import Job
 from pqbench.measure.geometries import shape_of

@@ -13,7 +13,7 @@ from torch import Tensor
 from methods.full import Full
 from methods.h2o import H2O
 from pqbench.engine.clock import CudaStreams
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import DeviceError
 from pqbench.measure import machine
 from pqbench.measure.base import Job, Measurement
@@ -82,7 +82,7 @@ def loaded() -> LoadedModel:
 
 
 def setting_of(streams: Streams) -> Setting:
-    return Setting(streams=streams, body="reference")
+    return Setting(streams=streams, backend="reference")
 
 
 @pytest.mark.parametrize("where", ["finish_prefill", "select", "facts"])

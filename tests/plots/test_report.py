@@ -133,7 +133,8 @@ def test_the_frontier_is_what_no_run_beats() -> None:
 
 def test_methods_are_described_from_their_source_without_running_it(page: html.HtmlElement) -> None:
     sections = {part.get("data-method"): part for part in page.xpath("//details[@class='method']")}
-    assert "https://arxiv.org/abs/2407.12820" in (described := sections["pqcache"]).xpath(".//a/@href")
+    described = sections["pqcache"]
+    assert "https://arxiv.org/abs/2407.12820" in described.xpath(".//a/@href")
     assert "Differs from the paper" in described.text_content()
     assert "sub-spaces; must divide the head dimension" in described.text_content()
     rows = described.xpath(".//table[contains(@class,'settings')]//tr")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pqbench.config.compose import load_model
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure.base import Job
 from pqbench.measure.layer.scores import SHARES, AttentionScores
 from pqbench.records.file import VERSION, Record, RecordFile, encode
@@ -47,7 +47,7 @@ def test_the_kind_that_a_record_carries_counts() -> None:
 def test_every_measurement_writes_its_kind_into_its_records(tmp_path: Path) -> None:
     measurement = AttentionScores([96], queries=8)
     files = {"full": RecordFile.create(tmp_path, "attention_scores", "tiny", "full", {})}
-    measurement.measure(Job(load_model("tiny"), {}, files, Setting(body="reference")))
+    measurement.measure(Job(load_model("tiny"), {}, files, Setting(backend="reference")))
     records = files["full"].read()
     assert {record["kind"] for record in records} == {"attention_scores"}
     stripped = [{name: value for name, value in record.items() if name != "kind"} for record in records]

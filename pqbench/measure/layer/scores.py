@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
@@ -80,7 +81,7 @@ class AttentionScores(Measurement):
             raise ConfigError(
                 f"benchmark.contexts has {max(self.contexts)}, but the model takes {loaded.max_length} tokens at most"
             )
-        body = kernels(loaded.model.device, job.setting.body)
+        body = kernels(loaded.model.device, job.setting.backend)
         ledger = Ledger(self, loaded.name, job, body_name(body))
         missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
@@ -88,7 +89,7 @@ class AttentionScores(Measurement):
             for context in missing:
                 follow(f"{context} tokens")
                 ids = torch.tensor([prose_tokens(prompter, context, self.seed)], device=loaded.model.device)
-                setting = Setting(overlap=False, body=job.setting.body)
+                setting = Setting(overlap=False, backend=job.setting.backend)
                 prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
                 for number, layer in reversed(list(enumerate(prefilled.layers))):  # what is missing is told by layer 0
                     state: Any = prefilled.observer(0, layer, 0).state
