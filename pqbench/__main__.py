@@ -23,7 +23,8 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.config.compose import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.fields import check_fields
-from pqbench.config.sweep import Failures
+from pqbench.config.shape import check_shape, check_store
+from pqbench.config.sweep import Failures, cell
 from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, DeviceError
@@ -76,14 +77,15 @@ def main() -> None:
         except Exception as error:  # a sweep goes on past any failing cell
             if config.debug is True:
                 raise
-            lines = [explain(error)]
-            if lines not in failures.runs:  # what stops every run of a sweep is said once
+            reason = explain(error)
+            lines = [f"{cell()}{reason}"]
+            if failures.new(reason):  # what stops every run of a sweep is said once, and listed at the end
                 log.error(lines[0])
         failures.add(lines)
 
-    sys.argv[1:] = opened(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
+        sys.argv[1:] = opened(sys.argv[1:])
         entry()
     except Exception as error:  # ours, Hydra's, or a launcher's
         if "debug=true" in sys.argv:
@@ -110,11 +112,13 @@ def prepare() -> None:
 
 def run_config(config: DictConfig) -> list[str]:
     """One job of a composed configuration. Returns the failures, one line each."""
+    check_shape(config)
     check_options(config)
     own_budgets(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     for group in ("budget", "store", "model", "benchmark", "methods"):
         check_fields(plain[group], group)
+    check_store(plain["store"])
     if config.threads:
         torch.set_num_threads(config.threads)
     methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
@@ -211,6 +215,7 @@ def check_start(plain: dict[str, Any], benchmark: Benchmark | Measurement) -> No
     device: str = getattr(benchmark, "device", None) or "cpu"
     if timing is None or timing.needs_model:
         source = model_source(plain["model"])
+        source.check()
         if timing is None or timing.needs_answers:
             source.check_answers(f"benchmark={benchmark.name}")
         if source.placement is not None:

@@ -22,7 +22,7 @@ _WORDS: dict[Any, str] = {
 _IN_PYTHON: dict[Any, str] = {bool: "True or False", NoneType: "None"}
 
 
-def check_types(made: Any, place: str, error: type[ConfigError] = ConfigError) -> None:
+def check_types(made: Any, place: str, error: type[Exception] = ConfigError) -> None:
     """Check the fields of a dataclass instance; ``place`` is what messages call it, ``budget`` or the class's name.
 
     Raises:
@@ -79,7 +79,8 @@ def words(hint: Any, python: bool = False) -> str:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each {words(inner[0], python)}" if inner else "a list"
     known = {**_WORDS, **_IN_PYTHON} if python else _WORDS
-    return known.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+    name = f"a {getattr(hint, '__name__', hint)}"
+    return known.get(hint) or (name if python else f"the fields of {name}, {{name: value}}")
 
 
 def shown(value: Any) -> str:

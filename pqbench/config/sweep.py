@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from pqbench.errors import PqbenchError
+
+
+def cell() -> str:
+    """The values of a sweep that this process is at, as the beginning of a message; nothing for a single run. What the
+    command line gives to all runs is left out, as far as this process knows the command line."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return ""
+    own = [override for override in HydraConfig.get().overrides.task if override not in sys.argv]
+    return f"{' '.join(own)}: " if own else ""
 
 
 class RunFailedError(PqbenchError):
@@ -20,10 +33,17 @@ class Failures:
 
     def __init__(self) -> None:
         self.runs: list[list[str]] = []
+        self._reasons: set[str] = set()
         self._copied = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"runs": [], "_copied": True}
+        return {"runs": [], "_reasons": set(), "_copied": True}
+
+    def new(self, reason: str) -> bool:
+        """Whether no run of this process has failed for this reason before."""
+        known = reason in self._reasons
+        self._reasons.add(reason)
+        return not known
 
     def add(self, lines: list[str]) -> None:
         """Note a run's failures. Raises RunFailedError in another process when there are any."""
