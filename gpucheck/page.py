@@ -1,8 +1,8 @@
 """``python -m gpucheck.page > docs/results/gpu.md``: what is on record of runs on a GPU, as a page.
 
-With ``--readme`` it writes the table of README's section GPU. It reads the results of ``make gpu-check`` and, in the
-folder beside them, the records of ``benchmark=latency`` and ``benchmark=attention`` that a GPU made. What was never run
-says so. A check on the CPU leaves nothing here.
+It reads the results of ``make gpu-check`` and, in the folder beside them, the records of ``benchmark=latency`` and
+``benchmark=attention`` that a GPU made. The page says which steps were never run. A check on the
+CPU adds nothing to it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pqbench.tables.timings import Section, is_timing, sections
 from pqbench.terminal import markdown_table
 
 NOT_YET = "not yet run"
+NOTHING = "Nothing of this has run on a GPU yet."
 MACHINE = ("device", "driver", "cuda", "torch", "triton", "transformers", "python", "commit")
 _MET = {True: "met", False: "missed", None: "not measured"}
 
@@ -55,21 +56,19 @@ class OnGpu:
 
 
 def main() -> int:
-    """Write the page, or README's table, to stdout. Returns the exit code."""
+    """Write the page to stdout. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m gpucheck.page", description="results on a GPU as markdown")
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "results", help="folder of all results")
-    parser.add_argument("--readme", action="store_true", help="the table of README's section GPU instead")
     options = parser.parse_args()
-    found = OnGpu.read(options.results)
-    sys.stdout.write(readme(found) if options.readme else page(found))
+    sys.stdout.write(page(OnGpu.read(options.results)))
     return 0
 
 
-def readme(found: OnGpu) -> str:
-    """The table of README's section GPU."""
+def overview(found: OnGpu) -> str:
+    """A table with a row for each step, and the machine above it."""
     rows = [[f"{step.number} {step.name}", step.title, found.status(step)] for step in STEPS]
-    said = f"On record: {machines(found)[0]}." if found.steps else "Nothing of this has run on a GPU yet."
-    return f"{said}\n\n{markdown_table(['step', 'what it finds out', 'on a GPU'], rows, 3)}\n"
+    said = "\n".join(f"- {machine}" for machine in machines(found)) if found.steps else NOTHING
+    return f"{said}\n\n{markdown_table(['step', 'what it finds out', 'on a GPU'], rows, 3)}"
 
 
 def page(found: OnGpu) -> str:
@@ -79,7 +78,7 @@ def page(found: OnGpu) -> str:
         "",
         "Made from the records by `python -m gpucheck.page > docs/results/gpu.md`; `make gpu-check` makes the records.",
         "",
-        *(f"- {machine}" for machine in machines(found)),
+        overview(found),
         "",
         "## Targets",
         "",

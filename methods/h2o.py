@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.buffers import GrowingBuffer, swap_remove
-from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection, Split
+from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class H2OState(LayerState):
         self.scores = GrowingBuffer(sums)
 
     def finish_prefill(self, kv: KV) -> Tensor:
-        split = self._next(kv)
+        split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         first, stop = split.middle(kv.length)
         heavy = first + self.geometry.kernels.top_k(self.scores.view(first, stop), split.top_k)
         rows = split.around(heavy, kv.length)
@@ -68,20 +68,15 @@ class H2OState(LayerState):
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
         if weights is not None:
             self.scores.view().add_(weights.sum(2))
-        split = self._next(kv)
+        split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         surplus = kv.length - split.total
         if surplus <= 0:
             return None
         positions = kv.positions
-        kept = (positions < split.sink) | (positions >= kv.seen - split.window)
+        kept = split.always(positions, kv.seen)
         lightest = self.scores.view().masked_fill(kept, float("inf")).topk(surplus, dim=-1, largest=False).indices
         swap_remove(self.scores, lightest)
         return lightest
-
-    def _next(self, kv: KV) -> Split:
-        """What to hold until the next step, whose own token will complete the budget."""
-        split = self.method.budget.resolve(kv.seen + 1, self.geometry.prompt)
-        return Split(split.sink, split.window - 1, split.top_k)
 
     @property
     def index_bytes(self) -> int:

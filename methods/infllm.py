@@ -34,7 +34,7 @@ class InfLLM(Method):
 
     Attributes:
         budget: sinks are n_init, the window n_local, top_k the tokens of retrieved blocks.
-        block_size: tokens per block (paper: 128).
+        block_size: tokens per block (paper: 128, which is more than the whole top_k of short contexts).
         representatives: keys averaged per block (paper: 4; PQCache's comparison: 1).
         per_head: each KV head ranks blocks by itself; otherwise all heads of a layer share the same blocks (released).
         prefill: dense, or infllm, see above.
@@ -44,7 +44,7 @@ class InfLLM(Method):
     needs_positions = True
 
     budget: Budget = field(default_factory=Budget)
-    block_size: int = 128
+    block_size: int = 32
     representatives: int = 4
     per_head: bool = False
     prefill: str = "dense"

@@ -64,7 +64,6 @@ class MagicPIGState(LayerState):
         self.projections = torch.randn(shape, generator=generator).to(geometry.device)
         self.mean = torch.zeros(geometry.batch, geometry.kv_heads, 1, geometry.head_dim, device=geometry.device)
         self.hashes: GrowingBuffer | None = None
-        self._read = 0  # bytes of keys read in the last step to weigh the sample
 
     def finish_prefill(self, kv: KV) -> None:
         first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
@@ -84,15 +83,15 @@ class MagicPIGState(LayerState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         collides = self.collides(q)  # [B, H, G, M]
-        middle, self._read = collides.shape[3], 0
+        middle = collides.shape[3]
         if split.top_k >= middle:
             return Selection()  # the budget holds every token: nothing to sample
         union = collides.any(2)  # [B, H, M]
-        body, seed = self.geometry.kernels, step_seed(self.method.seed, self.geometry.layer, kv.length)
-        lots = body.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # from -1/4 to 1/4
+        backend, seed = self.geometry.kernels, step_seed(self.method.seed, self.geometry.layer, kv.length)
+        lots = backend.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # from -1/4 to 1/4
         sampled = union.sum(-1)  # [B, H]
         size = min(split.top_k, int(sampled.max()))  # heads with fewer get padding nobody sees
-        top = body.top_k(lots + union, size)
+        top = backend.top_k(lots + union, size)
         seen = collides.gather(3, top[:, :, None].expand(-1, -1, q.shape[2], -1))
         kept = (sampled.float() / max(split.top_k, 1)).clamp(min=1)  # [B, H]: tokens that a kept one stands for
         weights = kept.log()[:, :, None, None] - self._log_chance(q, kv, split.sink + top)
@@ -121,7 +120,6 @@ class MagicPIGState(LayerState):
     def _log_chance(self, q: Tensor, kv: KV, rows: Tensor) -> Tensor:
         """Log of the chance that a query ``[B, H, G, D]`` samples rows ``[B, H, n]``: ``[B, H, G, n]``."""
         keys = kv.keys_at(rows)
-        self._read = keys.nbytes
         directions = functional.normalize(keys.float() - self.mean, dim=-1)
         cosine = functional.normalize(q.float(), dim=-1) @ directions.transpose(2, 3)
         return collision_chance(cosine, self.method.bits, self.method.tables).log().float()
@@ -139,7 +137,7 @@ class MagicPIGState(LayerState):
 
     @property
     def index_bytes(self) -> int:
-        return self._read + (0 if self.hashes is None else self.hashes.bytes)
+        return 0 if self.hashes is None else self.hashes.bytes
 
     @property
     def resident_bytes(self) -> int:

@@ -25,7 +25,7 @@ class Oracle(Method):
             sinks and window, holds ``top_p`` of the group's mean probability, whatever its size.
         top_p: see ``rule``.
 
-    The index it reads is the whole key cache, which is counted (phi = 1).
+    The index that it reads is the whole key cache, which the store counts (phi = 1).
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -43,22 +43,20 @@ class Oracle(Method):
 
 
 class OracleState(LayerState):
-    """Keeps nothing between steps but the size of the keys it reads."""
+    """Keeps nothing between steps."""
 
     def __init__(self, method: Oracle, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.method = method
-        self._read = 0
 
     def select(self, q: Tensor, kv: KV) -> Selection:
-        keys = kv.keys()
-        self._read = keys.nbytes
+        keys = kv.keys()  # the store counts that they are read
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
-        body = self.geometry.kernels
+        backend = self.geometry.kernels
         if self.method.rule == "kv_head":
             received = self.geometry.exact_probabilities(q, keys)[..., first:stop]  # [B, H, M]
-            return Selection(split.around(first + body.top_k(received, split.top_k), kv.length))
+            return Selection(split.around(first + backend.top_k(received, split.top_k), kv.length))
         logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, S]
         received = probabilities(logits, self.geometry.sinks)
         middle = received[..., first:stop]
@@ -70,10 +68,6 @@ class OracleState(LayerState):
             outside = outside + (1 - received.sum(-1))  # what the learned sinks hold, whatever is selected
         chosen = _smallest_set(middle.mean(2), self.method.top_p - outside.mean(2))  # [B, H, M]
         return _ragged(chosen[:, :, None].expand_as(middle), split.around, first, kv.length)
-
-    @property
-    def index_bytes(self) -> int:
-        return self._read
 
 
 def _member(indices: Tensor, like: Tensor) -> Tensor:

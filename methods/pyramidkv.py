@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -112,13 +112,13 @@ class PyramidKVState(LayerState):
             return None
         positions = kv.positions
         order = positions + kv.seen * (positions < self.voted)  # oldest first, what was voted for last
-        kept = (positions < split.sink) | (positions >= kv.seen - split.window)
+        kept = split.always(positions, kv.seen)
         return order.masked_fill(kept, 2 * kv.seen).topk(surplus, dim=-1, largest=False).indices
 
     def _next(self, kv: KV) -> Split:
         """What to hold until the next step, whose own token will complete the layer's budget."""
-        split = self.method.budget.resolve(kv.seen + 1, self.geometry.prompt)
-        return Split(split.sink, split.window - 1, max(0, split.top_k + self.extra))
+        split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
+        return replace(split, top_k=max(0, split.top_k + self.extra))
 
     def _pooled(self, votes: Tensor) -> Tensor:
         """Average or maximum of neighbouring votes ``[B, H, M]``, same length."""

@@ -38,7 +38,7 @@ class RandomTokensState(LayerState):
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
         seed = (self.method.seed * 4099 + self.geometry.layer) * (1 << 24) + kv.seen  # differs in every layer and step
-        body = self.geometry.kernels
-        lots = body.noise(q.shape[1], stop - first, seed % (1 << 63), q.device)  # [H, middle]
-        top = first + body.top_k(lots.float()[None], split.top_k)
+        backend = self.geometry.kernels
+        lots = backend.noise(q.shape[1], stop - first, seed % (1 << 63), q.device)  # [H, middle]
+        top = first + backend.top_k(lots.float()[None], split.top_k)
         return Selection(split.around(top.expand(q.shape[0], -1, -1), kv.length))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Split
+from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 
 
 @dataclass(frozen=True)
@@ -85,23 +85,18 @@ class SnapKVState(LayerState):
     def finish_prefill(self, kv: KV) -> Tensor:
         if self.votes is None:
             raise RuntimeError("finish_prefill() before observe() saw the end of the prompt")
-        split = self._next(kv)
+        split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         first, self.voted = split.middle(kv.length)
         votes = pooled(self.votes[:, :, first : self.voted], self.method.kernel, self.method.pooling)
         self.votes = None
         return split.around(first + self.geometry.kernels.top_k(votes, split.top_k), kv.length)
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
-        split = self._next(kv)
+        split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         surplus = kv.length - split.total
         if surplus <= 0 or not self.method.evict_generated:
             return None
         positions = kv.positions
         order = positions + kv.seen * (positions < self.voted)  # oldest first, what was voted for last
-        kept = (positions < split.sink) | (positions >= kv.seen - split.window)
+        kept = split.always(positions, kv.seen)
         return order.masked_fill(kept, 2 * kv.seen).topk(surplus, dim=-1, largest=False).indices
-
-    def _next(self, kv: KV) -> Split:
-        """What to hold until the next step, whose own token will complete the budget."""
-        split = self.method.budget.resolve(kv.seen + 1, self.geometry.prompt)
-        return Split(split.sink, split.window - 1, split.top_k)

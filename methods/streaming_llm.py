@@ -65,4 +65,4 @@ class StreamingState(LayerState):
 
     def _size(self, kv: KV) -> int:
         """Rows to hold until the next step, whose own token will complete the budget."""
-        return self.method.budget.resolve(kv.seen + 1, self.geometry.prompt).total - 1
+        return self.method.budget.between_steps(kv.seen, self.geometry.prompt).total

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pqbench.method import KV, Budget, Geometry, LayerState, Method, Split
+from pqbench.method import KV, Budget, Geometry, LayerState, Method
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class TOVAState(LayerState):
     def finish_prefill(self, kv: KV) -> Tensor:
         if self.last is None:
             raise RuntimeError("finish_prefill() before observe() saw the end of the prompt")
-        split = self._next(kv)
+        split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         first, stop = split.middle(kv.length)
         rows = split.around(first + self._top(self.last[:, :, first:stop], split.top_k), kv.length)
         self.last = None
         return rows
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
-        split = self._next(kv)
+        split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         surplus = kv.length - split.total
         if surplus <= 0 or weights is None:
             return None
         positions = kv.positions
-        kept = (positions < split.sink) | (positions >= kv.seen - split.window)
+        kept = split.always(positions, kv.seen)
         return self._top(-weights.sum(2).masked_fill(kept, float("inf")), surplus)
 
     def _top(self, scores: Tensor, count: int) -> Tensor:
@@ -74,8 +74,3 @@ class TOVAState(LayerState):
             return self.geometry.kernels.top_k(scores, count)
         top = self.geometry.kernels.top_k(scores.mean(1, keepdim=True), count)  # [B, 1, count]
         return top.expand(-1, scores.shape[1], -1)
-
-    def _next(self, kv: KV) -> Split:
-        """What to hold until the next step, whose own token will complete the budget."""
-        split = self.method.budget.resolve(kv.seen + 1, self.geometry.prompt)
-        return Split(split.sink, split.window - 1, split.top_k)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class VAttention(Method):
                 f"{self.epsilon}, {self.delta} and {self.base_sample}"
             )
         name = type(self.base).__name__
-        if getattr(self.base, "budget", None) is None:
+        if self.base.budget is None:
             raise ConfigError(f"vattention.base is {name}, which attends to all tokens: nothing is left to sample")
         if self.base.evicts or self.base.needs_positions or self.base.own_prefill:
             raise ConfigError(
@@ -75,8 +74,7 @@ class VAttention(Method):
     @property
     def selecting(self) -> Method:
         """The base with the budget that the sample leaves it."""
-        options: dict[str, Any] = {"budget": _Remaining(whole=self.budget, share=self.share)}
-        return replace(self.base, **options)
+        return self.base.with_budget(_Remaining(whole=self.budget, share=self.share))
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,6 @@ class VAttentionState(LayerState):
                 f"vattention.base is {type(method.base).__name__}, which learns from what it attends to: "
                 "a sample would be mixed in; use a base that only selects"
             )
-        self._read = 0  # bytes of keys read in the last step to size the sample
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         self.base.observe(q, keys, values)
@@ -119,7 +116,7 @@ class VAttentionState(LayerState):
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         # What some query heads alone were to see is fetched for all: it is exact for all, and no padding is needed.
-        chosen, self._read = self.base.select(q, kv).indices, 0
+        chosen = self.base.select(q, kv).indices
         if chosen is None:
             return Selection()
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
@@ -141,7 +138,6 @@ class VAttentionState(LayerState):
         """How many of the sample ``[B, H, n]`` each KV head needs: ``[B, H]``."""
         base, rest = sample[..., : self.method.base_sample], kv.length - chosen.shape[2]
         keys = kv.keys_at(torch.cat([chosen, base], dim=2))
-        self._read = keys.nbytes
         logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, exact + base]
         exact, seen = logits.split([chosen.shape[2], base.shape[2]], dim=3)
         sizes = sample_sizes(exact.logsumexp(3), seen, rest, epsilon, self.method.delta)
@@ -167,7 +163,7 @@ class VAttentionState(LayerState):
 
     @property
     def index_bytes(self) -> int:
-        return self.base.index_bytes + self._read
+        return self.base.index_bytes
 
     @property
     def resident_bytes(self) -> int:

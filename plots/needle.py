@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
         return []
     paths: list[Path] = []
     taken: set[str] = set()
-    done: set[tuple[str, str]] = set()  # models with methods
+    done: set[tuple[Hashable, Hashable]] = set()  # models with methods
     runs = list(cells.groupby(["model", "method", "key"], sort=False))[::-1]  # the newest first
     beside = bool((cells["method"] != BASELINE).any())  # full attention is then drawn beside each method
     for (model, method, key), run in sorted(runs, key=lambda named: named[1]["length"].nunique() < 2):  # maps first
@@ -80,6 +81,27 @@ def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
         else f"{run['model'].iloc[0]}, {count} prompts, mean per cell",
     )
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def row(cells: pd.DataFrame, methods: Sequence[str]) -> Figure:
+    """One panel for each of several methods side by side, over the prompts of the first one.
+
+    Args:
+        cells: needle records with their places, see :func:`placed`; one run for each method.
+        methods: the methods in the order of the panels; those without records are left out.
+    """
+    parts = [part for part in (cells[cells["method"] == method] for method in methods) if not part.empty]
+    figure = Figure(figsize=(1.4 + 2.6 * len(parts), 3.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(parts), sharey=True))
+    for axis, part in zip(axes, parts, strict=True):
+        image = heatmap(axis, grid(part))
+        mean = part["score"].astype(float).mean()
+        axis.set_title(f"{part['method'].iloc[0]}: {mean:.0f} %", parse_math=False)
+    axes[0].set_ylabel("needle depth (% of context)")
+    figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.9)
+    budgets = ", ".join(dict.fromkeys(part["budget"].iloc[0] for part in parts if part["budget"].iloc[0] != "all"))
+    footer(figure, f"{parts[0]['model'].iloc[0]}, {len(parts[0])} prompts, budget {budgets} of the context (full: all)")
     return figure
 
 

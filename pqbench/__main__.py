@@ -23,12 +23,13 @@ from rich.text import Text
 from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.config.compose import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.fields import check_fields
+from pqbench.config.shadow import check_import_path
 from pqbench.config.shape import check_shape, check_store
 from pqbench.config.sweep import Failures, cell
 from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
 from pqbench.errors import ConfigError, DeviceError
-from pqbench.kernels.backend import BODIES, kernels
+from pqbench.kernels.backend import BACKENDS, kernels
 from pqbench.measure.base import Measurement, TimingJob
 from pqbench.measure.scored import Job, Summary, run
 from pqbench.method import Budget, Method, compensated
@@ -77,14 +78,14 @@ def main() -> None:
         except Exception as error:  # a sweep goes on past any failing cell
             if config.debug is True:
                 raise
-            reason = explain(error)
-            lines = [f"{cell()}{reason}"]
-            if failures.new(reason):  # what stops every run of a sweep is said once, and listed at the end
-                log.error(lines[0])
-        failures.add(lines)
+            lines = [explain(error)]
+            if failures.new(lines[0]):  # what stops several runs of a sweep is said once, and listed at the end
+                log.error("%s%s", cell(), lines[0])
+        failures.add(lines, cell())
 
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
+        check_import_path()
         sys.argv[1:] = opened(sys.argv[1:])
         entry()
     except Exception as error:  # ours, Hydra's, or a launcher's
@@ -95,10 +96,10 @@ def main() -> None:
     except KeyboardInterrupt:
         log.error("interrupted: finished samples are kept, the same command goes on from there")
         sys.exit(130)
-    failed = [line for lines in failures.runs for line in lines]
+    failed = failures.count
     if failed and len(failures.runs) > 1:
-        log.error("%d failures in %d runs:", len(failed), len(failures.runs))
-        for line in dict.fromkeys(failed):
+        log.error("%d failures in %d runs:", failed, len(failures.runs))
+        for line in failures.listed():
             log.error(line)
     sys.exit(1 if failed else 0)
 
@@ -185,8 +186,8 @@ def check_options(config: DictConfig) -> None:
     check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"))
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
-    if config.kernels not in BODIES:
-        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BODIES)}")
+    if config.kernels not in BACKENDS:
+        raise ConfigError(f"kernels is {config.kernels!r}: use one of {', '.join(BACKENDS)}")
     if config.question not in ("dense", "select"):
         raise ConfigError(f"question is {config.question!r}: use dense or select")
     for option in ("overlap", "retry_failed", "debug", "graphs", "select_ahead"):

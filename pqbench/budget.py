@@ -24,6 +24,10 @@ class Split:
         """Attended tokens per KV head."""
         return self.sink + self.window + self.top_k
 
+    def always(self, positions: Tensor, seen: int) -> Tensor:
+        """Which rows at ``positions`` ``[B, H, n]`` of ``seen`` tokens are sinks or in the window: bool, same shape."""
+        return (positions < self.sink) | (positions >= seen - self.window)
+
     def middle(self, length: int) -> tuple[int, int]:
         """First and one-past-last index of the tokens that compete for ``top_k``."""
         return self.sink, length - self.window
@@ -96,6 +100,12 @@ class Budget:
             )
         return Split(self.sink, window, size - self.sink - window)
 
+    def between_steps(self, seen: int, prompt: int) -> Split:
+        """What an evicting method holds between two steps, when ``seen`` tokens have been appended: the split of the
+        next step without that step's own token, which completes it."""
+        split = self.resolve(seen + 1, prompt)
+        return Split(split.sink, split.window - 1, split.top_k)
+
     @property
     def label(self) -> str:
         """The budget in a word, for tables."""
@@ -114,12 +124,22 @@ class Budget:
 @dataclass(frozen=True)
 class PaperBudget(Budget):
     """The split of PQCache's experiments: half window, half top-k of ``ratio x (prompt - sink)``; sinks and the current
-    token on top; fixed at the prompt's length (arXiv 2407.12820, released scripts)."""
+    token on top; fixed at the prompt's length (arXiv 2407.12820, released scripts).
+
+    Attributes:
+        sink: first tokens of the context, on top of the ratio.
+        ratio: share of the prompt without its sinks.
+        grow: recompute the split as the context grows while decoding; the paper does not.
+
+    Raises:
+        BudgetError: a field of :class:`Budget` is set that this budget does not use (tokens, window, window_share,
+            minimum).
+    """
 
     grow: bool = False
 
     def resolve(self, context: int, prompt: int) -> Split:
-        """See :meth:`Budget.resolve`; only ``sink`` and ``ratio`` count."""
+        """See :meth:`Budget.resolve`; ``sink``, ``ratio`` and ``grow`` count."""
         base = context if self.grow else prompt
         half = max(0, int((base - self.sink) * (self.ratio or 0) * 0.5))
         if self.sink + 2 * half + 1 >= context:
@@ -127,9 +147,16 @@ class PaperBudget(Budget):
         return Split(self.sink, half + 1, half)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ratio is None:
+        if self.tokens is not None or self.ratio is None:
             raise BudgetError("the paper's budget is a ratio: set budget.ratio, not budget.tokens")
+        super().__post_init__()
+        for name in ("window", "window_share", "minimum"):
+            value = getattr(self, name)
+            if value != getattr(Budget, name):
+                raise BudgetError(
+                    f"budget.{name} is {value}, but the paper's budget does not use it: half of the ratio is window, "
+                    f"half is top-k. Leave budget.{name} out, or use budget=default"
+                )
 
 
 @dataclass(frozen=True)
@@ -164,6 +191,8 @@ class CompensatedBudget(PaperBudget):
 
 
 class _Enlarged(PaperBudget):
+    """The paper's budget with a larger ratio."""
+
     @property
     def label(self) -> str:
         return f"{100 * (self.ratio or 0):.3g} % (C)"

@@ -10,8 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from typing import Any, ClassVar, Protocol
+from functools import cached_property, wraps
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Geometry:
         inverse_frequencies: rotary frequencies ``[D_rotary / 2]`` in radians per position, when the method asked for
             them with ``Method.needs_positions``; none of them where the layer does not rotate its keys.
         layers: number of full-attention layers of the model, of which this is the ``rank``-th, counted from 0.
-        body: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
+        backend: which kernels compute; one signature, see :mod:`pqbench.kernels.backend`.
         device: where this layer runs.
         calibration: times of this hardware, None where nobody measured them.
         sinks: ``[H, G]`` float32, logits that the model learned for this layer: each takes part in its head's softmax
@@ -84,7 +84,7 @@ class Geometry:
     inverse_frequencies: Tensor | None = None
     layers: int = 1
     rank: int = 0
-    body: str = "reference"
+    backend: str = "reference"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calibration: Calibration | None = None
     sinks: Tensor | None = None
@@ -106,7 +106,7 @@ class Geometry:
     @property
     def kernels(self) -> Kernels:
         """The kernels for tensors on the model's device."""
-        return kernels(self.device, self.body)
+        return kernels(self.device, self.backend)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Geometry:
         """Facts do not change: copies of a state share them."""
@@ -157,7 +157,7 @@ class KV(Protocol):
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The same keys where an index is best made of them: where they lie, so that nothing is moved; only keys that a
-        GPU has across a link are brought to it. What computes is the body for the device of these keys."""
+        GPU has across a link are brought to it. What computes is the backend for the device of these keys."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,11 @@ class LayerState:
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the index read by one step, all sequences and heads of the layer."""
+        """Bytes of its own index that the last step read, all sequences and heads of the layer.
+
+        Keys that :meth:`select` reads through :meth:`KV.keys`, :meth:`KV.keys_at` or :meth:`KV.stored_keys` do not
+        belong here: the store counts them, and the meters add them to this figure.
+        """
         return 0
 
     @property
@@ -349,16 +353,29 @@ class Method(ABC):
         """Whether this context is by design attended whole whatever the budget (too short for the method's index)."""
         return False
 
+    @cached_property  # a class attribute that the field of a subclass can replace
+    def budget(self) -> Budget | None:
+        """How many tokens a KV head may attend to; None for a method that has no budget (full attention)."""
+        return None
+
+    @property
+    def budget_label(self) -> str:
+        """The budget in a word, for tables; ``all`` for a method without one."""
+        return "all" if self.budget is None else self.budget.label
+
+    def with_budget(self, budget: Budget) -> Self:
+        """The same method with another budget, in place of the one that it has."""
+        options: dict[str, Any] = {"budget": budget}
+        return replace(self, **options)
+
     def split(self, context: int, prompt: int) -> Split | None:
         """The budget at this length, None when the method has none (full attention)."""
-        budget: Any = getattr(self, "budget", None)
-        return None if budget is None else budget.resolve(context, prompt)
+        return None if self.budget is None else self.budget.resolve(context, prompt)
 
 
 def compensated(method: Method) -> Method:
     """The method with more tokens when it evicts and its budget is a :class:`CompensatedBudget`; else as it is."""
-    budget: Any = getattr(method, "budget", None)
+    budget = method.budget
     if not (method.evicts and isinstance(budget, CompensatedBudget)):
         return method
-    larger: Any = method  # of some subclass that has a budget
-    return replace(larger, budget=budget.for_evicting)
+    return method.with_budget(budget.for_evicting)

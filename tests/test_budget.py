@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pqbench.method import Budget, BudgetError, PaperBudget, Split
+from pqbench.method import Budget, BudgetError, CompensatedBudget, ConfigError, PaperBudget, Split
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,28 @@ def test_a_context_that_leaves_less_than_sinks_and_window_is_named() -> None:
 def test_a_fixed_budget_names_the_length_it_was_taken_from() -> None:
     with pytest.raises(BudgetError, match=r"ratio 0.1 of 700\)"):
         Budget(window=40, grow=False).resolve(900, 700)
+
+
+@pytest.mark.parametrize("options", [{"window": 5}, {"minimum": 10}, {"window_share": 0.25}])
+@pytest.mark.parametrize("kind", [PaperBudget, CompensatedBudget])
+def test_fields_that_the_papers_budget_does_not_use_are_refused(
+    kind: type[PaperBudget], options: dict[str, Any]
+) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=rf"budget.{name} is .*does not use it.*Leave budget.{name} out"):
+        kind(**options)
+
+
+@given(budgets(), st.integers(41, 500), st.integers(0, 300))
+def test_between_two_steps_an_evicting_method_leaves_room_for_the_next_token(
+    budget: Budget, prompt: int, decoded: int
+) -> None:
+    held, coming = budget.between_steps(prompt + decoded, prompt), budget.resolve(prompt + decoded + 1, prompt)
+    assert held.total == coming.total - 1
+    assert (held.sink, held.top_k) == (coming.sink, coming.top_k)
+    always = held.always(torch.arange(prompt + decoded), prompt + decoded)
+    first, stop = coming.middle(prompt + decoded + 1)
+    assert always.tolist() == [not first <= row < stop for row in range(prompt + decoded)]
 
 
 def test_the_papers_budget_is_a_ratio() -> None:

@@ -108,7 +108,7 @@ def test_compensation_gives_evicting_methods_the_bytes_of_an_index(reading: str,
         extra = split.total - plain.resolve(prompt + 1, prompt).total
         expected = share * (prompt - 32) if name in EVICTING else 0
         assert extra == pytest.approx(expected, abs=2), name
-    assert compensated(methods["h2o"]).budget.label == {"kv": "10.4 % (C)", "keys": "10.8 % (C)"}[reading]  # type: ignore[attr-defined]
+    assert compensated(methods["h2o"]).budget.label == {"kv": "10.4 % (C)", "keys": "10.8 % (C)"}[reading]  # type: ignore[union-attr]
     assert methods["pqcache"].budget.label == "10 %"
 
 

@@ -1,4 +1,4 @@
-"""The page of results on a GPU and README's table: made of the records there are, and up to date."""
+"""The page of results on a GPU: made from the records that there are, and up to date."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpucheck.page import OnGpu, page, readme
+from gpucheck.page import OnGpu, page
 from gpucheck.plan import STEPS
 from pqbench.records.file import RecordFile
 
@@ -49,19 +49,18 @@ def put(folder: Path, number: int, machine: dict[str, Any], rows: list[dict[str,
     (folder / "gpu" / step.file).write_text(json.dumps(content))
 
 
-def test_page_and_readme_are_what_the_command_makes_of_the_records(results: Path) -> None:
+def test_the_page_is_what_the_command_makes_of_the_records(results: Path) -> None:
     command = [sys.executable, "-m", "gpucheck.page", str(results)]
-    for options, file in (([], "docs/results/gpu.md"), (["--readme"], "README.md")):
-        made = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        there = (ROOT / file).read_text(encoding="utf-8")
-        assert made in there if options else made == there, f"python -m gpucheck.page {' '.join(options)} brings it up"
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    there = (ROOT / "docs/results/gpu.md").read_text(encoding="utf-8")
+    assert made == there, "`python -m gpucheck.page > docs/results/gpu.md` brings the page up to date"
 
 
 def test_what_was_never_run_says_so(tmp_path: Path) -> None:
     found = OnGpu.read(tmp_path / "none")
-    assert readme(found).count("not yet run") == len(STEPS)
+    assert page(found).count("| not yet run |") == len(STEPS)
     assert page(found).count("Not yet run.") == len(STEPS)
-    assert "Nothing of this has run on a GPU yet." in readme(found)
+    assert "Nothing of this has run on a GPU yet." in page(found)
 
 
 def test_a_run_on_the_cpu_is_none_on_a_gpu(tmp_path: Path) -> None:
@@ -95,9 +94,9 @@ def test_results_of_a_gpu_are_shown_with_their_machine(tmp_path: Path) -> None:
             **TIMES,
         }
     )
-    found = OnGpu.read(tmp_path)
-    table, text = readme(found), page(found)
-    assert "On record: device Some Card, driver 1.2, cuda 13.0, torch 9.9, commit abc; 2030-01-02T03:04:05Z." in table
+    text = page(OnGpu.read(tmp_path))
+    table = text.partition("## Targets")[0]
+    assert "- device Some Card, driver 1.2, cuda 13.0, torch 9.9, commit abc; 2030-01-02T03:04:05Z\n" in table
     assert table.count("not yet run") == len(STEPS) - 2
     assert "failed, 1 right, 1 wrong" in table
     assert "attention: is | off" in text or "attention: is / off" in text

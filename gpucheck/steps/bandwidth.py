@@ -251,7 +251,7 @@ def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: flo
     store = prompt.store(lambda _: split)
     prompt.let_go()
     store.settle()
-    store.open()
+    store.usage.open()
     first, stop = split.middle(case.shape.tokens)
     chosen = case.order[case.order.ge(first) & case.order.lt(stop)].view(1, case.shape.heads, -1)[:, :, :count]
     indices = split.around(chosen.sort(-1).values, case.shape.tokens)

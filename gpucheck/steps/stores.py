@@ -77,7 +77,7 @@ def compared(tier: HostTier, device: torch.device, kind: torch.dtype, length: in
     near, far = case.store(here), case.store(there)
     wrong = torch.zeros(4, dtype=torch.int64, device=device)
     wrong[3] += int(not torch.equal(far.stored_keys().cpu(), near.keys().cpu()))
-    far.open()
+    far.usage.open()
     arriving = far.bring(case.codes.view())
     selections = [case.selection(near.length + step + 1) for step in range(STEPS)]  # ahead: uploading them waits
     for step, indices in enumerate(selections):

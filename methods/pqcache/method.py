@@ -301,7 +301,7 @@ class PQCacheState(LayerState):
         self.codes, self.arriving = GrowingBuffer(codes.to(kv.device)), None  # others may be on their way
 
     def _clustered(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codebook and codes of keys ``[B, H, S, D]``, made on their device by the body for it. Keys that are not
+        """Codebook and codes of keys ``[B, H, S, D]``, made on their device by the backend for it. Keys that are not
         finite raise ConfigError at once on the CPU; on a GPU, which is not waited for here, see :attr:`checks`."""
         # NaN is both the smallest and the largest. A mask of isfinite() would be as large as the keys.
         extremes = torch.stack(keys.aminmax())
@@ -311,8 +311,8 @@ class PQCacheState(LayerState):
         method, clusters = self.method, 2**self.method.b
         self.iterations = self._iterations(keys.shape[2])
         sample = None if method.sample is None else method.sample * clusters
-        body = kernels(keys.device, self.geometry.body)
-        return body.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance)
+        backend = kernels(keys.device, self.geometry.backend)
+        return backend.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance)
 
     def _iterations(self, points: int) -> int:
         calibration = self.geometry.calibration

@@ -107,7 +107,7 @@ class PQCachePlusState(PQCacheState):
     def _best(self, q: Tensor, kv: KV, split: Split) -> tuple[Tensor, Tensor | None, Residual | None]:
         """The best middle tokens ``[B, H, k]`` for q ``[B, H, G, D]``, which of them a head attends to if not to all
         and, where the tail is made from codes, what the others add."""
-        body, method, wanted = self.geometry.kernels, self.method, split.top_k
+        backend, method, wanted = self.geometry.kernels, self.method, split.top_k
         codes = self._codes(kv) if self._reads_codes else None
         wants_logits = method.tail in ("mean", "pq") or method.spread or method.top_p is not None
         logits = self._logits(q, codes) if codes is not None and wants_logits else None
@@ -117,11 +117,11 @@ class PQCachePlusState(PQCacheState):
         elif logits is not None and method.top_p is not None:
             top, seen = self._enough(q, kv, logits, split, method.top_p)
         elif logits is not None:
-            top = body.top_k(reference.group_probabilities(logits), wanted)
+            top = backend.top_k(reference.group_probabilities(logits), wanted)
         else:
             mapped, scaling = self.map.queries(q), self.geometry.scaling
-            scores = body.pq_probabilities(mapped, self._ready(self.codebook), self._key_codes(codes), scaling)
-            top = body.top_k(scores, wanted)
+            scores = backend.pq_probabilities(mapped, self._ready(self.codebook), self._key_codes(codes), scaling)
+            top = backend.top_k(scores, wanted)
         if method.tail not in ("mean", "pq"):
             return top, seen, None
         weights: Tensor | None = None
@@ -222,11 +222,11 @@ class PQCachePlusState(PQCacheState):
 
     def _encode(self, kv: KV, start: int, stop: int) -> Tensor:
         """Uint8 ``[B, H, n, m + m_v + 1]``: codes of keys and, where they are kept, of values, and the spread."""
-        body = self.geometry.kernels
+        backend = self.geometry.kernels
         keys, book = self.map.keys(kv.keys(start, stop)), self._ready(self.codebook)
-        parts = [body.encode(keys, book)]
+        parts = [backend.encode(keys, book)]
         if self.value_codebook is not None:
-            parts.append(body.encode(kv.values(start, stop), self.value_codebook))
+            parts.append(backend.encode(kv.values(start, stop), self.value_codebook))
         if self.spread is not None:
             parts.append(self.spread.of(keys, book, parts[0])[..., None])
         return torch.cat(parts, dim=3)

@@ -32,24 +32,41 @@ class Failures:
     """
 
     def __init__(self) -> None:
-        self.runs: list[list[str]] = []
-        self._reasons: set[str] = set()
+        self.runs: list[tuple[str, list[str]]] = []  # of each run, its cell and its failures
         self._copied = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"runs": [], "_reasons": set(), "_copied": True}
+        return {"runs": [], "_copied": True}
 
-    def new(self, reason: str) -> bool:
-        """Whether no run of this process has failed for this reason before."""
-        known = reason in self._reasons
-        self._reasons.add(reason)
-        return not known
+    @property
+    def count(self) -> int:
+        """Failures of all runs."""
+        return sum(len(lines) for _, lines in self.runs)
 
-    def add(self, lines: list[str]) -> None:
-        """Note a run's failures. Raises RunFailedError in another process when there are any."""
-        self.runs.append(lines)
+    def new(self, line: str) -> bool:
+        """Whether no run of this process has failed in this way before."""
+        return all(line not in lines for _, lines in self.runs)
+
+    def add(self, lines: list[str], where: str = "") -> None:
+        """Note a run's failures; ``where`` is its :func:`cell`. Raises RunFailedError in another process when there are
+        any."""
+        self.runs.append((where, lines))
         if self._copied and lines:
             more = f" (and {len(lines) - 1} more in this run)" if len(lines) > 1 else ""
             raise RunFailedError(
-                f"{lines[0]}{more}; other runs went on: `python -m pqbench.progress` counts what failed"
+                f"{where}{lines[0]}{more}; other runs went on: `python -m pqbench.progress` counts what failed"
             )
+
+    def listed(self) -> list[str]:
+        """Every way in which runs failed: once where all of them failed so, otherwise once for each cell."""
+        found: dict[str, list[str]] = {}
+        for where, lines in self.runs:
+            for line in dict.fromkeys(lines):
+                found.setdefault(line, []).append(where)
+        return [
+            named
+            for line, cells in found.items()
+            for named in (
+                [line] if len(cells) == len(self.runs) else dict.fromkeys(f"{where}{line}" for where in cells)
+            )
+        ]

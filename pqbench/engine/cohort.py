@@ -75,7 +75,8 @@ class Meter:
     Attributes:
         steps: how many there were.
         timed: those among them whose phases were timed, see :meth:`pqbench.engine.clock.Clock.samples`.
-        index_bytes: bytes of the index that all steps read.
+        index_bytes: bytes of the index that all steps read: those that the methods declare, and the keys that their
+            selections read through the store.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -133,6 +134,7 @@ class Group:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.clock)
+        self._captured_read = 0  # bytes of keys that the captured selection reads in every replay
 
     def check(self, keys: Tensor, scaling: float) -> None:
         """Raises ModelError when a call of attention is not of the geometry that the prompt's calls had."""
@@ -153,9 +155,12 @@ class Group:
 
     def attend(self, q: Tensor) -> Tensor:
         """The rest of the step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``."""
+        usage = self.store.usage
+        before = usage.key_bytes_read
         with self.meter.phase("select"):
             selection = self.state.select(q, self.store)
-        self.meter.count(selection, self.store.length, self.state.index_bytes)
+        read = usage.key_bytes_read - before  # keys that a selection reads are part of its index, declared or not
+        self.meter.count(selection, self.store.length, self.state.index_bytes + read)
         return self.answer(q, selection)
 
     def answer(self, q: Tensor, selection: Selection) -> Tensor:
@@ -172,13 +177,17 @@ class Group:
 
     def attend_captured(self, q: Tensor) -> Tensor:
         """:meth:`attend` without its host part: work of the device alone, which a CUDA graph can repeat."""
+        usage = self.store.usage
+        before = usage.key_bytes_read
         selection = self.state.select(q, self.store)
+        self._captured_read = usage.key_bytes_read - before
         keys, values, rows = self.store.fetch(selection.indices, selection.count, selection.anew)
         return self._attention(q, selection, keys, values, rows)[0]
 
     def replayed(self, plan: Plan) -> None:
         """Count a step that a CUDA graph has done."""
-        self.meter.replayed(self.store.length if plan.attended is None else plan.attended, self.state.index_bytes)
+        attended = self.store.length if plan.attended is None else plan.attended
+        self.meter.replayed(attended, self.state.index_bytes + self._captured_read)
 
     def _attention(
         self, q: Tensor, selection: Selection, keys: Tensor, values: Tensor, rows: Tensor | None

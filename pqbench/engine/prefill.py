@@ -196,7 +196,7 @@ class Prefilled:
             rows = observer.state.finish_prefill(store)
             if rows is None or len(self.methods) == 1:
                 stores.append(store.after_prefill(rows, self.methods[method].evicts))
-                stores[0].open()
+                stores[0].usage.open()
         if self.streams is None:  # nothing is under way, so that it can be said at once
             check_indices(observer.state.checks)
         return Built(rows, took, stores)

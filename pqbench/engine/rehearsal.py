@@ -226,7 +226,7 @@ def geometry_of(shape: Shape, layer: int, rows: Rows, prompt: int = 0, body: str
         head_dim=shape.head_dim,
         scaling=shape.scaling,
         prompt=prompt,
-        body=body,
+        backend=body,
         device=shape.device,
         sinks=shape.sinks,
     )

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pqbench.config.compose import conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.shadow import check_import_path
 from pqbench.engine.attention import attached
 from pqbench.engine.decode import decode
 from pqbench.engine.prefill import Prefilled, Setting, forward, prefill
@@ -194,6 +195,7 @@ def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig
     }
     try:
         GlobalHydra.instance().clear()
+        check_import_path()
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = compose("config", [f"{group}={choice}" for group, choice in groups.items()])
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Which body computes: one signature (:class:`Kernels`), three bodies; ``reference`` defines what others compute."""
+"""Which backend computes: three backends have one signature (:class:`Kernels`); ``reference`` is the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the reference itself speaks of a Number
     from pqbench.kernels.reference.blocks import Residency
     from pqbench.kernels.reference.rows import Blocks, Found, HostTokens
 
-BODIES = ("auto", "reference", "cpu", "gpu")
+BACKENDS = ("auto", "reference", "cpu", "gpu")
 
 Number: TypeAlias = int | Tensor
 """A number that changes from step to step: a Python int, or an int32 tensor with one element, which the kernels of a
@@ -98,7 +98,7 @@ class Kernels(Protocol):
         """Attention each key received from a block of prompt queries."""
 
     def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
-        """Random numbers int32 ``[H, S]``, the same in every body; see :mod:`pqbench.kernels.reference.noise`."""
+        """Random numbers int32 ``[H, S]``, the same in every backend; see :mod:`pqbench.kernels.reference.noise`."""
 
     def gather(self, source: Tensor, indices: Tensor, target: Tensor) -> None:
         """Copy rows into a buffer."""
@@ -151,21 +151,21 @@ class Kernels(Protocol):
         """Copy between strided tensors, also of host memory."""
 
     def use_threads(self, count: int) -> None:
-        """Threads of this body in the calling thread."""
+        """Threads of this backend in the calling thread."""
 
     def warm_up(self) -> float:
         """Compile what needs compiling before anything is timed; returns the seconds it took."""
 
 
 @cache
-def kernels(device: torch.device, body: str = "auto") -> Kernels:
-    """The body for tensors on ``device``: with ``auto`` the compiled one, else the one named.
+def kernels(device: torch.device, backend: str = "auto") -> Kernels:
+    """The backend for tensors on ``device``: with ``auto`` the compiled one, else the one named.
 
     Raises:
-        ValueError: no such body.
+        ValueError: no such backend.
     """
-    if body not in BODIES:
-        raise ValueError(f"kernels={body!r}: use one of {', '.join(BODIES)}")
-    if body == "auto":
-        body = {"cpu": "cpu", "cuda": "gpu"}.get(device.type, "reference")
-    return cast(Kernels, import_module(f"pqbench.kernels.{body}"))
+    if backend not in BACKENDS:
+        raise ValueError(f"kernels={backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = {"cpu": "cpu", "cuda": "gpu"}.get(device.type, "reference")
+    return cast(Kernels, import_module(f"pqbench.kernels.{backend}"))

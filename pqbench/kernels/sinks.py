@@ -1,7 +1,7 @@
 """Learned attention sinks: a logit per query head that takes part in the softmax and brings no value.
 
 A sink is a second set of tokens whose mean value is zero, so it is merged like any residual, and the probabilities of
-the tokens shrink by its share. These run on every device, whichever body computes the rest.
+the tokens shrink by its share. These run on every device, whichever backend computes the rest.
 Shapes as in :mod:`pqbench.kernels.reference`; sinks are float32 ``[H, G]``.
 """
 

@@ -18,13 +18,10 @@ def with_budget(method: Method, budget: float) -> Method:
     Raises:
         BudgetError: the method's kind of budget cannot be that.
     """
-    own: Any = getattr(method, "budget", None)
-    if own is None:
+    if method.budget is None:
         return method
     tokens, ratio = (int(budget), None) if budget > 1 else (None, budget)
-    changed: Any = replace(own, tokens=tokens, ratio=ratio)
-    options: dict[str, Any] = {"budget": changed}
-    return replace(method, **options)
+    return method.with_budget(replace(method.budget, tokens=tokens, ratio=ratio))
 
 
 def selects(method: Method, length: int) -> bool:

@@ -170,9 +170,8 @@ class Latency(Measurement):
         if job.loaded is None:
             raise RuntimeError("a latency record without a model")
         model, method = job.loaded.model, job.methods[cell.method]
-        budget = getattr(method, "budget", None)
         facts: Record = {
-            "budget": "all" if budget is None else budget.label,
+            "budget": method.budget_label,
             "context": cell.context,
             "prompt_tokens": cell.prompt,
             "new_tokens": self.new_tokens,
@@ -290,18 +289,18 @@ def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
     """Bytes by where they lie and over the link per step, hits of the block cache, and what the link is."""
     stores, steps = [group.store for group in generation.groups()], len(generation.steps_s)
     link: Any = getattr(prefilled.placement, "link", None)
-    lookups = sum(store.cache_lookups for store in stores)
+    lookups = sum(store.usage.cache_lookups for store in stores)
     return {
-        "device_bytes": sum(store.device_bytes for store in stores),
-        "host_bytes": sum(store.host_bytes for store in stores),
-        "to_device_bytes_step": sum(store.bytes_to_device for store in stores) / steps,
-        "to_host_bytes_step": sum(store.bytes_to_host for store in stores) / steps,
-        "link_bytes_step": sum(store.link_bytes for store in stores) / steps,
+        "device_bytes": sum(store.usage.device_bytes for store in stores),
+        "host_bytes": sum(store.usage.host_bytes for store in stores),
+        "to_device_bytes_step": sum(store.usage.bytes_to_device for store in stores) / steps,
+        "to_host_bytes_step": sum(store.usage.bytes_to_host for store in stores) / steps,
+        "link_bytes_step": sum(store.usage.link_bytes for store in stores) / steps,
         "cache_lookups": lookups,
-        "cache_hit_rate": sum(store.cache_hits for store in stores) / lookups if lookups else None,
+        "cache_hit_rate": sum(store.usage.cache_hits for store in stores) / lookups if lookups else None,
         "link": None if link is None else link.label,
         "emulated": link is not None and link.emulated,
-        "link_wait_s": None if link is None else link.seconds_waited,
+        "link_wait_s": None if link is None else link.meters.seconds_waited,
     }
 
 

@@ -209,7 +209,7 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
     meters, groups = generation.meters(), generation.groups()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)
-    hits, lookups = sum(g.store.cache_hits for g in groups), sum(g.store.cache_lookups for g in groups)
+    hits, lookups = sum(g.store.usage.cache_hits for g in groups), sum(g.store.usage.cache_lookups for g in groups)
     record = _common(job, sample, name) | {
         "status": "ok",
         "prompt_tokens": len(sample.input_ids),
@@ -225,10 +225,10 @@ def success(job: Job, sample: Sample, name: str, generation: Generation) -> Reco
         "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
         "index_facts": groups[0].state.facts if groups else {},
         "corrected_heads": generation.corrected_heads,
-        "link_bytes": sum(group.store.link_bytes for group in groups) * layers // steps,
+        "link_bytes": sum(group.store.usage.link_bytes for group in groups) * layers // steps,
         "cache_hit_rate": hits / lookups if lookups else None,
-        "device_bytes": sum(group.store.device_bytes for group in groups),
-        "host_bytes": sum(group.store.host_bytes for group in groups),
+        "device_bytes": sum(group.store.usage.device_bytes for group in groups),
+        "host_bytes": sum(group.store.usage.host_bytes for group in groups),
     }
     scores = job.benchmark.score(record)
     return record | {"score": scores["score"], "scores": scores}
@@ -243,7 +243,6 @@ def failure(job: Job, sample: Sample, name: str, error: Exception) -> Record:
 
 
 def _common(job: Job, sample: Sample, name: str) -> Record:
-    budget = getattr(job.methods[name], "budget", None)
     return {
         "version": VERSION,
         "benchmark": job.benchmark.name,
@@ -252,7 +251,7 @@ def _common(job: Job, sample: Sample, name: str) -> Record:
         "sample_id": sample.id,
         "method": name,
         "key": job.files[name].folder.name.rsplit("-", 1)[-1],
-        "budget": "all" if budget is None else budget.label,
+        "budget": job.methods[name].budget_label,
         "question": job.question,
         "shared_prefill": name in job.dense and len(job.dense) > 1,
         "references": sample.references,
@@ -267,7 +266,7 @@ def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> N
     lengths = sorted({len(sample.input_ids) for sample in samples})
     longest = max((len(s.input_ids) + s.max_new_tokens for s in samples), default=0)
     for name, method in methods.items():
-        tokens = getattr(getattr(method, "budget", None), "tokens", None)
+        tokens = None if method.budget is None else method.budget.tokens
         if lengths and tokens is not None and tokens > longest:
             raise BudgetError(
                 f"{name}: budget.tokens is {tokens}, above the longest context of this run ({longest}): "

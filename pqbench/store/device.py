@@ -2,100 +2,152 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Number, kernels
+from pqbench.kernels.backend import Kernels, Number, kernels
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows, swap_remove
-from pqbench.store.base import Store
+from pqbench.store.base import Extent, Store, Usage, Writer
+
+
+@dataclass
+class DeviceRows:
+    """The buffers of a device store, which its parts share.
+
+    Attributes:
+        keys, values: ``[B, H, S, D]``.
+        positions: ``[B, H, S]`` once rows were chosen or arranged; None while a row's number is its position.
+        lease: names the store that may write into memory shared by several; its first element is the youngest one.
+    """
+
+    keys: GrowingBuffer
+    values: GrowingBuffer
+    positions: GrowingBuffer | None = None
+    lease: list[DeviceRows] = field(default_factory=list)
+
+    def own(self, keys: GrowingBuffer, values: GrowingBuffer, positions: GrowingBuffer | None = None) -> None:
+        """Go on with memory of one's own."""
+        self.keys, self.values, self.positions, self.lease = keys, values, positions, [self]
+
+
+class DeviceWriter(Writer):
+    """Writes behind the rows held, into slack that several stores of one prompt may share."""
+
+    def __init__(self, extent: Extent, rows: DeviceRows, backend: Kernels) -> None:
+        super().__init__(extent)
+        self._rows, self._kernels = rows, backend
+
+    def prepare(self, count: int) -> None:
+        rows = self._rows
+        if rows.lease[0] is not rows:
+            raise RuntimeError("this store is stale: a younger store of the same prompt writes into the shared slack")
+        rows.keys.make_room(count)
+        rows.values.make_room(count)
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        at = self.extent.length if self.extent.number is None else self.extent.number
+        self._kernels.append_rows(keys, values, self._rows.keys.whole, self._rows.values.whole, at)
+
+    def written(self, count: int) -> None:
+        rows, seen = self._rows, self.extent.seen
+        if rows.positions is not None:
+            ages = torch.arange(seen, seen + count, device=rows.keys.whole.device)
+            rows.positions.append(ages.expand(*rows.keys.whole.shape[:2], -1))
+        rows.keys.advance(count)
+        rows.values.advance(count)
+        self.extent.length += count
+        self.extent.seen += count
+
+    def reserve(self, rows: int) -> None:
+        for buffer in (self._rows.keys, self._rows.values, self._rows.positions):
+            if buffer is not None:
+                buffer.reserve(rows)
+
+    @property
+    def fixed(self) -> list[Tensor]:
+        return [self._rows.keys.whole, self._rows.values.whole]
+
+
+class DeviceUsage(Usage):
+    """Rows on the device; nothing moves."""
+
+    def __init__(self, rows: DeviceRows) -> None:
+        super().__init__()
+        self._rows = rows
+
+    @property
+    def device_bytes(self) -> int:
+        return self._rows.keys.bytes + self._rows.values.bytes
 
 
 class DeviceStore(Store):
     """Rows in two growing buffers.
 
     Stores of one prompt share its rows without a copy and append into the same slack. ``lease`` names the one that may
-    write, the youngest: an older store raises instead of reading another's tokens.
+    write, the youngest: an older store raises an error instead of reading another's tokens.
     """
 
     def __init__(
-        self, keys: GrowingBuffer, values: GrowingBuffer, lease: list[DeviceStore] | None = None, body: str = "auto"
+        self,
+        keys: GrowingBuffer,
+        values: GrowingBuffer,
+        lease: list[DeviceRows] | None = None,
+        backend: str = "auto",
+        positions: GrowingBuffer | None = None,
+        seen: int | None = None,
     ) -> None:
-        """``body`` names the kernels that write rows."""
-        self._keys, self._values = keys, values
-        self._kernels = kernels(keys.whole.device, body)
-        self._seen = len(keys)
-        self._positions: GrowingBuffer | None = None  # rows are their own positions until some are dropped
-        self._lease = lease if lease is not None else []
-        self._lease[:] = [self]
-
-    @property
-    def length(self) -> int:
-        return len(self._keys)
-
-    @property
-    def seen(self) -> int:
-        return self._seen
+        """
+        Args:
+            keys, values: the rows ``[B, H, S, D]``.
+            lease: shared by all stores of one prompt; None for a store with memory of its own.
+            backend: names the kernels that write rows.
+            positions: of the rows ``[B, H, S]``; None where a row's number is its position.
+            seen: tokens appended so far; None for as many as there are rows.
+        """
+        device, extent = keys.whole.device, Extent(len(keys), len(keys) if seen is None else seen)
+        self._rows = rows = DeviceRows(keys, values, positions, lease if lease is not None else [])
+        rows.lease[:] = [rows]
+        writer = DeviceWriter(extent, rows, kernels(device, backend))
+        super().__init__(extent, device, DeviceUsage(rows), writer)
 
     @property
     def positions(self) -> Tensor:
-        if self._positions is not None:
-            return self._positions.view()
-        batch, heads = self._keys.view().shape[:2]
-        return torch.arange(self.length, device=self._keys.view().device).expand(batch, heads, -1)
+        rows = self._rows
+        if rows.positions is not None:
+            return rows.positions.view()
+        batch, heads = rows.keys.whole.shape[:2]
+        return torch.arange(self.length, device=self.device).expand(batch, heads, -1)
 
     def keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._keys.view(start, stop)
+        return self._read(self._rows.keys.view(start, stop))
 
     def values(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._values.view(start, stop)
+        return self._rows.values.view(start, stop)
 
-    @property
-    def device(self) -> torch.device:
-        return self._keys.view().device
-
-    def prepare(self, count: int) -> None:
-        if self._lease[0] is not self:
-            raise RuntimeError("this store is stale: a younger store of the same prompt writes into the shared slack")
-        self._keys.make_room(count)
-        self._values.make_room(count)
-
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        at = self.length if self.number is None else self.number
-        self._kernels.append_rows(keys, values, self._keys.whole, self._values.whole, at)
-
-    def written(self, count: int) -> None:
-        if self._positions is not None:
-            ages = torch.arange(self._seen, self._seen + count, device=self.device)
-            self._positions.append(ages.expand(*self._keys.whole.shape[:2], -1))
-        self._keys.advance(count)
-        self._values.advance(count)
-        self._seen += count
-
-    def reserve(self, rows: int) -> None:
-        for buffer in (self._keys, self._values, self._positions):
-            if buffer is not None:
-                buffer.reserve(rows)
-
-    @property
-    def fixed(self) -> list[Tensor]:
-        return [self._keys.whole, self._values.whole]
+    def keys_at(self, rows: Tensor) -> Tensor:
+        keys = self._rows.keys
+        return self._read(gather_rows(keys.view() if self.extent.number is None else keys.whole, rows))
 
     def fetch(
         self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.number is not None:  # shapes that do not change
-            return self._keys.whole, self._values.whole, indices
-        return self.keys(), self.values(), indices
+        rows = self._rows
+        if self.extent.number is not None:  # shapes that do not change
+            return rows.keys.whole, rows.values.whole, indices
+        return rows.keys.view(), rows.values.view(), indices
 
     def separate(self) -> None:
-        if self._positions is None:  # rows that were kept have own memory
-            self._keys, self._values, self._lease = GrowingBuffer(self.keys()), GrowingBuffer(self.values()), [self]
+        rows = self._rows
+        if rows.positions is None:  # rows that were kept have memory of their own already
+            rows.own(GrowingBuffer(rows.keys.view()), GrowingBuffer(rows.values.view()))
 
     def keep(self, indices: Tensor) -> DeviceStore:
-        self._positions = GrowingBuffer(self.positions.gather(2, indices))
-        self._keys = GrowingBuffer(gather_rows(self.keys(), indices))
-        self._values = GrowingBuffer(gather_rows(self.values(), indices))
-        self._lease = [self]  # own memory now
+        rows = self._rows
+        keys, values = (GrowingBuffer(gather_rows(buffer.view(), indices)) for buffer in (rows.keys, rows.values))
+        rows.own(keys, values, GrowingBuffer(self.positions.gather(2, indices)))
+        self.extent.length = indices.shape[2]
         return self
 
     def arrange(self, indices: Tensor) -> DeviceStore:
@@ -103,15 +155,9 @@ class DeviceStore(Store):
         return self.keep(indices)
 
     def drop(self, indices: Tensor) -> None:
-        if self._positions is None:
+        rows = self._rows
+        if rows.positions is None:
             raise RuntimeError("drop() before keep(): a prompt's rows are shared and cannot be removed in place")
-        for buffer in (self._keys, self._values, self._positions):
+        for buffer in (rows.keys, rows.values, rows.positions):
             swap_remove(buffer, indices)
-
-    @property
-    def device_bytes(self) -> int:
-        return self._keys.bytes + self._values.bytes
-
-    @property
-    def host_bytes(self) -> int:
-        return 0
+        self.extent.length -= indices.shape[2]

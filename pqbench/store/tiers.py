@@ -15,9 +15,8 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Split
 from pqbench.store.base import Store
-from pqbench.store.device import DeviceStore
+from pqbench.store.device import DeviceRows, DeviceStore
 from pqbench.store.host.blocks import POLICIES, CacheOptions
-from pqbench.store.host.cached import CachedHostStore
 from pqbench.store.host.rows import HostPrompt
 from pqbench.store.host.scratch import Scratch
 from pqbench.store.host.store import HostStore
@@ -102,8 +101,8 @@ class Tier(ABC):
     offloads: ClassVar[bool] = False  # whether the prompt lies in host memory
 
     @abstractmethod
-    def open(self, device: torch.device, body: str = "auto") -> Placement:
-        """Ready for one prefill on ``device``; ``body`` names the kernels that find and move rows."""
+    def open(self, device: torch.device, backend: str = "auto") -> Placement:
+        """Ready for one prefill on ``device``; ``backend`` names the kernels that find and move rows."""
 
     def why_not_captured(self) -> str | None:
         """Why no CUDA graph can hold a decode step over this tier, and what to set instead; None where one can."""
@@ -116,27 +115,27 @@ class Tier(ABC):
 class DevicePrompt(Prompt):
     """Rows stay where the prefill left them; stores share them without a copy."""
 
-    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, body: str = "auto") -> None:
-        self._keys, self._values, self._body = keys, values, body
-        self._lease: list[DeviceStore] = []
+    def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, backend: str = "auto") -> None:
+        self._keys, self._values, self._backend = keys, values, backend
+        self._lease: list[DeviceRows] = []
 
     def tensors(self) -> list[torch.Tensor]:
         return [self._keys.view(), self._values.view()]
 
     def store(self, split: Callable[[int], Split | None] | None) -> DeviceStore:
-        return DeviceStore(self._keys.fork(), self._values.fork(), self._lease, self._body)
+        return DeviceStore(self._keys.fork(), self._values.fork(), self._lease, self._backend)
 
 
 class DevicePlacement(Placement):
     """Nothing moves."""
 
-    def __init__(self, body: str = "auto") -> None:
-        self._body = body
+    def __init__(self, backend: str = "auto") -> None:
+        self._backend = backend
 
     def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> DevicePrompt:
         for buffer in (keys, values):
             buffer.reserve(len(buffer) + reserve)
-        return DevicePrompt(keys, values, self._body)
+        return DevicePrompt(keys, values, self._backend)
 
 
 @dataclass(frozen=True)
@@ -148,15 +147,15 @@ class DeviceTier(Tier):
             advice = "use store=host, a shorter context, a smaller batch or a smaller dtype"
             need.check_device(tokens, tokens * row_bytes, advice)
 
-    def open(self, device: torch.device, body: str = "auto") -> DevicePlacement:
-        return DevicePlacement(body)
+    def open(self, device: torch.device, backend: str = "auto") -> DevicePlacement:
+        return DevicePlacement(backend)
 
 
 class OffloadedPrompt(Prompt):
     """Rows on the host, or on their way there; stores share them."""
 
-    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, body: str, reserve: int) -> None:
-        self._rows, self._tier, self._scratch, self._body, self._reserve = rows, tier, scratch, body, reserve
+    def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, backend: str, reserve: int) -> None:
+        self._rows, self._tier, self._scratch, self._backend, self._reserve = rows, tier, scratch, backend, reserve
 
     def tensors(self) -> list[torch.Tensor]:
         return [] if self._rows.near is None else list(self._rows.near)
@@ -167,27 +166,23 @@ class OffloadedPrompt(Prompt):
     def store(self, split: Callable[[int], Split | None] | None) -> HostStore:
         tier, split = self._tier, _everything if split is None else split
         cache = tier.cache_for(self._rows.length + self._reserve)
-        if cache is None:
-            return HostStore(
-                self._rows, split, tier.margin, tier.background, self._scratch, body=self._body, reserve=self._reserve
-            )
-        return CachedHostStore(
-            self._rows, split, cache, tier.margin, tier.background, self._scratch, self._body, self._reserve
+        return HostStore(
+            self._rows, split, tier.margin, tier.background, self._scratch, cache, self._backend, self._reserve
         )
 
 
 class HostPlacement(Placement):
     """Prompts go to the host over one link; all their stores fetch whole contexts into one buffer."""
 
-    def __init__(self, tier: HostTier, link: Link, body: str) -> None:
-        self.tier, self.link, self.body = tier, link, body
+    def __init__(self, tier: HostTier, link: Link, backend: str) -> None:
+        self.tier, self.link, self.backend = tier, link, backend
         self._scratch = Scratch()
 
     def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> OffloadedPrompt:
         rows = HostPrompt.offload(self.link, keys.view(), values.view())
         if not self.tier.background:
             rows.wait()
-        return OffloadedPrompt(rows, self.tier, self._scratch, self.body, reserve)
+        return OffloadedPrompt(rows, self.tier, self._scratch, self.backend, reserve)
 
     def close(self) -> None:
         self.link.close()
@@ -278,13 +273,13 @@ class HostTier(Tier):
                 f"available: {advice}"
             )
 
-    def open(self, device: torch.device, body: str = "auto") -> HostPlacement:
-        return HostPlacement(self, self._link(device, body), body)
+    def open(self, device: torch.device, backend: str = "auto") -> HostPlacement:
+        return HostPlacement(self, self._link(device, backend), backend)
 
-    def _link(self, device: torch.device, body: str) -> Link:
+    def _link(self, device: torch.device, backend: str) -> Link:
         name = self.link if self.link != "auto" else "cuda" if device.type == "cuda" else "local"
         if name == "cuda":
-            return CudaLink(device, body, self.debug)
+            return CudaLink(device, backend, self.debug)
         if device.type != "cpu":
             raise ConfigError(f"store.link={name} serves models on the CPU, not on {device.type}: use auto or cuda")
         return LocalLink(self.debug) if name == "local" else EmulatedLink(speed(name), self.debug)

@@ -76,7 +76,7 @@ def test_codes_from_the_host_cost_a_byte_each_and_only_the_valid_ones(llama: Pre
     far = decoded(llama, PQCache(FIXED, m=2, b=4, codes_on="host"), HostTier(link="local"))
     assert torch.equal(near.tokens, far.tokens)
     for here, there in zip(near.groups(), far.groups(), strict=True):
-        codes = there.store.bytes_to_device - here.store.bytes_to_device
+        codes = there.store.usage.bytes_to_device - here.store.usage.bytes_to_device
         most = (PROMPT + NEW - 4 - 9) * 2 * 2  # middle tokens x KV heads x sub-spaces
         assert (NEW - 2) * (PROMPT - 4 - 9) * 2 * 2 <= codes <= (NEW + 1) * most
 
@@ -85,8 +85,8 @@ def test_an_evicting_method_leaves_nothing_but_its_budget_on_the_device(llama: P
     generation = decode(prefill(llama, prompt_of(PROMPT), [H2O(FIXED)], setting=Setting(HostTier(link="local"))), 0, 20)
     for group in generation.groups():
         assert group.store.length == 39  # the next token completes the budget
-        assert group.store.host_bytes == 0
-        assert group.store.device_bytes == 2 * 39 * 2 * 16 * 4  # K and V, rows, KV heads, D, float32
+        assert group.store.usage.host_bytes == 0
+        assert group.store.usage.device_bytes == 2 * 39 * 2 * 16 * 4  # K and V, rows, KV heads, D, float32
 
 
 def test_an_index_is_no_traffic_of_decoding(llama: PreTrainedModel) -> None:
@@ -94,8 +94,8 @@ def test_an_index_is_no_traffic_of_decoding(llama: PreTrainedModel) -> None:
     prefilled = prefill(llama, prompt_of(PROMPT), [SparQ(FIXED, rank=4)], setting=Setting(HostTier(link="local")))
     keys = PROMPT * 2 * 16 * 4  # of two heads
     stores = [prefilled.built(0, layer, 0).stores[0] for layer in prefilled.layers]
-    assert all(store.bytes_to_device == 0 for store in stores)
-    assert all(store.opening_bytes >= keys for store in stores)
+    assert all(store.usage.bytes_to_device == 0 for store in stores)
+    assert all(store.usage.opening_bytes >= keys for store in stores)
 
 
 def test_keys_that_are_read_to_weigh_a_sample_cross_the_link(llama: PreTrainedModel) -> None:
@@ -106,7 +106,7 @@ def test_keys_that_are_read_to_weigh_a_sample_cross_the_link(llama: PreTrainedMo
             prompt = HostPrompt.offload(link, rows[..., 0, :], rows[..., 1, :])
             store, state = HostStore(prompt, lambda n: FIXED.resolve(n, 120)), method.layer(data.geometry)
             state.finish_prefill(store)
-            store.open()
+            store.usage.open()
             store.append(data.keys[:, :, 120:], data.values[:, :, 120:])
             state.append(store)
             selection = state.select(data.q[:, :, :, 120], store)
@@ -115,5 +115,5 @@ def test_keys_that_are_read_to_weigh_a_sample_cross_the_link(llama: PreTrainedMo
             # Neither sinks nor in the ring, which still holds the token that left the window with this append.
             away = int(((weighed >= 4) & (weighed < 121 - 9 - 1)).sum())
             assert away > 0
-            assert store.bytes_to_device == away * 2 * 16 * 4
+            assert store.usage.bytes_to_device == away * 2 * 16 * 4
             store.settle()

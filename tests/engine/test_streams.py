@@ -90,7 +90,9 @@ def test_queues_change_no_token(llama: PreTrainedModel, name: str, tier: Tier) -
         assert torch.equal(generation.tokens, expected.tokens)
         assert [meter.steps for meter in generation.meters()] == [meter.steps for meter in expected.meters()]
         assert [meter.attended for meter in generation.meters()] == [meter.attended for meter in expected.meters()]
-        assert [g.store.link_bytes for g in generation.groups()] == [g.store.link_bytes for g in expected.groups()]
+        assert [g.store.usage.link_bytes for g in generation.groups()] == [
+            g.store.usage.link_bytes for g in expected.groups()
+        ]
         assert min(generation.steps_s) > 0
         assert generation.ttft_s > 0
         assert generation.build_s > 0

@@ -200,7 +200,7 @@ def _nested(shape: list[int], numbers: Iterator[int]) -> Any:
 
 
 def _host_kernel(tally: Tally, name: str) -> Any:
-    """A kernel of the CPU body: noted, and its result taken from the reference's shapes."""
+    """A kernel of the CPU backend: noted, and its result taken from the reference's shapes."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(part, Tensor) and part.is_cuda for part in args):

@@ -76,13 +76,18 @@ class Decode:
 
 
 def decode_layer(
-    patch: pytest.MonkeyPatch, method: Method, tier: Tier, context: int = 4096, body: str = "auto", steps: int = STEPS
+    patch: pytest.MonkeyPatch,
+    method: Method,
+    tier: Tier,
+    context: int = 4096,
+    backend: str = "auto",
+    steps: int = STEPS,
 ) -> Decode:
     """Build the index over ``context`` tokens of a Llama-3.1-8B layer in bfloat16 and decode ``steps`` tokens."""
     with fake_device(patch) as device:
         tally, shape = device.tally, shape_of("llama31_8b")
         with tally.part():
-            layer = Layer(shape, torch.bfloat16, context, steps, synthetic(shape, 0), CUDA, Setting(tier, body=body))
+            layer = Layer(shape, torch.bfloat16, context, steps, synthetic(shape, 0), CUDA, Setting(tier, body=backend))
         tally.faults.clear()  # of how rows are made up; test_benchmarks.py has these
         subject = Subject("subject", "gpu", "budget", method)
         with tally.part() as building:

@@ -25,10 +25,10 @@ def test_a_decode_stays_within_its_budget(
     assert not costs[list(TIERS).index(tier)].exceeded(decode)
 
 
-@pytest.mark.parametrize("body", ["auto", "gpu"])
+@pytest.mark.parametrize("backend", ["auto", "gpu"])
 @pytest.mark.parametrize("tier", TIERS)
-def test_the_index_is_made_on_the_gpu(tier: str, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = decode_layer(monkeypatch, method_of("pqcache"), TIERS[tier], body=body, steps=2)
+def test_the_index_is_made_on_the_gpu(tier: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = decode_layer(monkeypatch, method_of("pqcache"), TIERS[tier], backend=backend, steps=2)
     assert not decode.tally.faults
     work = {place: size for place, size in decode.tally.host_work.items() if "pqbench/measure/source.py" not in place}
     assert work == {}

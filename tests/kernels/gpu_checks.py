@@ -1,4 +1,4 @@
-"""Comparisons of the Triton body with the reference, for any device: Triton's interpreter on CPU tensors, or a GPU.
+"""Comparisons of the Triton backend with the reference, for any device: Triton's interpreter on CPU tensors, or a GPU.
 
 ``python -m tests.kernels.gpu_checks FILE`` runs them all on the CPU and writes what failed, as JSON. It must be a
 process of its own: Triton reads ``TRITON_INTERPRET`` when it is imported.
@@ -21,7 +21,7 @@ from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.kernels.reference import cells as reference_cells
 from tests.kernels import gpu_select_checks
 from tests.kernels.closeness import close, close_each, close_logs
-from tests.kernels.gpu_inputs import Check, body, draw_rows, normal
+from tests.kernels.gpu_inputs import Check, backend, draw_rows, normal
 from tests.kernels.gpu_row_checks import ROW_CHECKS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -40,32 +40,32 @@ def attention(group: int, width: int, dtype: torch.dtype, rows: str, device: tor
     if rows == "hidden":
         visible = normal(device, 2, 2, group, count, seed=3) > 0.3
         visible[:, :, 0, : count - 3], visible[..., -1] = False, True  # whole tiles hidden from one query head
-    got = body().attention(q, keys, values, 0.3, indices, visible, True, added)
+    got = backend().attention(q, keys, values, 0.3, indices, visible, True, added)
     expected = reference.attention(q, keys, values, 0.3, indices, visible, True, added)
     close(got[0], expected[0])
     close_logs(got[1], expected[1])
     assert got[2] is not None
     assert expected[2] is not None
     close_each(got[2], expected[2])
-    assert body().attention(q, keys, values, 0.3, indices, visible)[2] is None
+    assert backend().attention(q, keys, values, 0.3, indices, visible)[2] is None
 
 
 def attention_over_few_rows(device: torch.device, scale: int) -> None:
     for total in (1, 2, 33, 64):
         q, keys = normal(device, 1, 3, 1, 16), normal(device, 1, 3, total, 16, seed=1)
-        close(body().attention(q, keys, keys, 0.5)[0], reference.attention(q, keys, keys, 0.5)[0])
+        close(backend().attention(q, keys, keys, 0.5)[0], reference.attention(q, keys, keys, 0.5)[0])
 
 
 def dense(dtype: torch.dtype, device: torch.device, scale: int) -> None:
     q, keys = normal(device, 2, 2, 4, 32, dtype=dtype), normal(device, 2, 2, 90 * scale, 32, seed=1, dtype=dtype)
     values = normal(device, 2, 2, 90 * scale, 32, seed=2, dtype=dtype)
-    close(body().dense_attention(q, keys, values, 0.2), reference.attention(q, keys, values, 0.2)[0])
+    close(backend().dense_attention(q, keys, values, 0.2), reference.attention(q, keys, values, 0.2)[0])
 
 
 def exact(group: int, width: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
     q, keys = normal(device, 2, 2, group, width, dtype=dtype) * 4, normal(device, 2, 2, 200 * scale, width, dtype=dtype)
     for some in (keys, keys[:, :, :1]):
-        close_each(body().exact_probabilities(q, some, 0.3), reference.exact_probabilities(q, some, 0.3))
+        close_each(backend().exact_probabilities(q, some, 0.3), reference.exact_probabilities(q, some, 0.3))
 
 
 def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) -> None:
@@ -75,10 +75,10 @@ def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) 
     drawn = torch.randint(clusters, (2, 2, 300 * scale, parts), generator=torch.Generator().manual_seed(2))
     codes = GrowingBuffer(drawn.to(device, reference.CODE)).view()
     for scaling in (0.3, 40.0):
-        got = body().pq_probabilities(q, codebook, codes, scaling)
+        got = backend().pq_probabilities(q, codebook, codes, scaling)
         close_each(got, reference.pq_probabilities(q, codebook, codes, scaling), 1e-3 if scaling > 1 else 2e-4)
     one = codes[:, :, :1]
-    close_each(body().pq_probabilities(q, codebook, one, 0.3), reference.pq_probabilities(q, codebook, one, 0.3))
+    close_each(backend().pq_probabilities(q, codebook, one, 0.3), reference.pq_probabilities(q, codebook, one, 0.3))
 
 
 def cells(parts: int, bits: int, group: int, device: torch.device, scale: int) -> None:
@@ -90,12 +90,12 @@ def cells(parts: int, bits: int, group: int, device: torch.device, scale: int) -
     numbers = cell_numbers(drawn.to(device, reference.CODE), bits)
     listed, pending = numbers[:, :, : total * 2 // 3], numbers[:, :, total * 2 // 3 :]
     none = numbers.new_zeros(2, 2, 2 ** (parts * bits) + 1)
-    starts, tokens = body().merge_lists(none, listed[:, :, :0], listed)
+    starts, tokens = backend().merge_lists(none, listed[:, :, :0], listed)
     scores = reference_cells.cell_scores(q, codebook) * 0.3
     counts = torch.zeros_like(none[:, :, 1:], dtype=torch.int64).scatter_add(2, numbers.long(), numbers.long() * 0 + 1)
     shares = reference_cells.cell_probabilities(scores, counts).gather(2, numbers.long())
     for wanted in (0, 1, total // 2, total, total + 3):
-        found, weight = body().best_of_cells(q, codebook, starts, tokens, pending, wanted, 0.3)
+        found, weight = backend().best_of_cells(q, codebook, starts, tokens, pending, wanted, 0.3)
         assert found.shape[2] == min(wanted, total)
         assert bool((found.diff(dim=2) > 0).all())
         ranked = shares.sort(dim=2, descending=True).values[:, :, : found.shape[2]]
@@ -114,17 +114,17 @@ def top_k(total: int, device: torch.device, scale: int) -> None:
     scores[1, 2] = normal(device, total, seed=4).exp() * 1e-30
     buffer = GrowingBuffer(scores)
     for count in sorted({0, 1, 2, total // 3, total - 1, total, total + 5}):
-        got = body().top_k(buffer.view(), count)
+        got = backend().top_k(buffer.view(), count)
         assert got.dtype == torch.int64
         assert torch.equal(got, reference.top_k(scores, count)), count
-    assert torch.equal(body().top_k(scores[0, 0].to(BF16), 3), reference.top_k(scores[0, 0].to(BF16), 3))
+    assert torch.equal(backend().top_k(scores[0, 0].to(BF16), 3), reference.top_k(scores[0, 0].to(BF16), 3))
 
 
 def encode(parts: int, width: int, clusters: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
     """The nearest centroid, or one that is as near up to rounding."""
     keys = normal(device, 2, 2, 90 * scale, parts * width, dtype=dtype)
     codebook = normal(device, 2, 2, parts, clusters, width, seed=1)
-    got, expected = body().encode(keys, codebook), reference.encode(keys, codebook)
+    got, expected = backend().encode(keys, codebook), reference.encode(keys, codebook)
     assert got.dtype == reference.CODE
     assert got.shape == expected.shape
     points = reference.subspaces(keys.float(), parts)  # [P, N, w]
@@ -138,8 +138,8 @@ def encode_ties(device: torch.device, scale: int) -> None:
     """Integers make distances exact: ties go to the lowest index, also across blocks of centroids."""
     keys = torch.arange(-8.0, 9.0, device=device)[None, None, :, None]
     codebook = torch.cat([torch.arange(-8.0, 9.0, 2.0)] * 12)[:100].to(device)[None, None, None, :, None]
-    assert torch.equal(body().encode(keys, codebook), reference.encode(keys, codebook))
-    assert body().encode(keys[:, :, :0], codebook).shape == (1, 1, 0, 1)
+    assert torch.equal(backend().encode(keys, codebook), reference.encode(keys, codebook))
+    assert backend().encode(keys[:, :, :0], codebook).shape == (1, 1, 0, 1)
 
 
 def blobs(device: torch.device, count: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -161,10 +161,10 @@ def error(keys: Tensor, codebook: Tensor, codes: Tensor) -> float:
 def train(parts: int, width: int, sample: int | None, dtype: torch.dtype, device: torch.device, scale: int) -> None:
     keys = blobs(device, 130 * scale, parts * width, dtype)
     for iterations in (0, 1, 3, 12):
-        codebook, codes = body().train_codebook(keys, parts, 20, iterations, 3, sample)
+        codebook, codes = backend().train_codebook(keys, parts, 20, iterations, 3, sample)
         expected, theirs = reference.train_codebook(keys, parts, 20, iterations, 3, sample)
         assert codes.is_contiguous()
-        assert torch.equal(codes, body().encode(keys, codebook))
+        assert torch.equal(codes, backend().encode(keys, codebook))
         if device.type == "cpu" or iterations == 0:
             close(codebook, expected)
             assert torch.equal(codes, theirs)
@@ -175,7 +175,7 @@ def train(parts: int, width: int, sample: int | None, dtype: torch.dtype, device
 def train_again(device: torch.device, scale: int) -> None:
     """The same bits again: sums are ordered."""
     keys = normal(device, 1, 2, 200 * scale, 16)
-    first, again = body().train_codebook(keys, 2, 16, 4, 1), body().train_codebook(keys, 2, 16, 4, 1)
+    first, again = backend().train_codebook(keys, 2, 16, 4, 1), backend().train_codebook(keys, 2, 16, 4, 1)
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
 
@@ -187,10 +187,10 @@ def columns(band: int | None, group: int, width: int, dtype: torch.dtype, device
     keys = normal(device, 1, 2, total, width, seed=1, dtype=dtype)
     band = None if band is None else band * scale
     expected = reference.column_sums(q, keys, 0.4, band)
-    close_each(body().column_sums(q, keys, 0.4, band), expected)
+    close_each(backend().column_sums(q, keys, 0.4, band), expected)
     sums, half = torch.zeros_like(expected), 37 * scale
-    sums[:, :, :half] += body().column_sums(q[:, :, :, :half], keys[:, :, :half], 0.4, band)
-    sums += body().column_sums(q[:, :, :, half:], keys, 0.4, band)
+    sums[:, :, :half] += backend().column_sums(q[:, :, :, :half], keys[:, :, :half], 0.4, band)
+    sums += backend().column_sums(q[:, :, :, half:], keys, 0.4, band)
     close_each(sums, expected)
 
 
@@ -201,10 +201,10 @@ def gather(dtype: torch.dtype, device: torch.device, scale: int) -> None:
     source = (normal(device, 2, 3, total, 2, 24) * 50).to(dtype)
     for part in (source, source[:, :, :, 1], source[:, :, :, 0, 5], source[..., 3:20], source[..., ::2][:, :, :, 0]):
         target = part.new_empty(2, 3, count, *part.shape[3:])
-        body().gather(part, indices, target)
+        backend().gather(part, indices, target)
         assert torch.equal(target, gather_rows(part, indices))
     pairs = source.new_zeros(2, 3, count + 4, 2, 24)
-    body().gather(source[:, :, :, 1], indices, pairs[:, :, 2:-2, 0])  # into part of a buffer
+    backend().gather(source[:, :, :, 1], indices, pairs[:, :, 2:-2, 0])  # into part of a buffer
     assert torch.equal(pairs[:, :, 2:-2, 0], gather_rows(source, indices)[:, :, :, 1])
     assert int((pairs[:, :, :, 1] != 0).sum() + (pairs[:, :, :2] != 0).sum() + (pairs[:, :, -2:] != 0).sum()) == 0
 
@@ -213,7 +213,7 @@ def noise(device: torch.device, scale: int) -> None:
     """The very numbers of the reference."""
     for seed in (0, 2**31, 2**40 + 12345, 2**63 - 1):
         expected = reference.noise(3, 1100 * scale, seed, torch.device("cpu"))
-        assert torch.equal(body().noise(3, 1100 * scale, seed, device).cpu(), expected)
+        assert torch.equal(backend().noise(3, 1100 * scale, seed, device).cpu(), expected)
 
 
 CHECKS: dict[str, Check] = {

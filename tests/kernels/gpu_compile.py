@@ -62,7 +62,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*shape, dtype=dtype)
 
 
-def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def calls(backend: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Representative uses: 4 query heads per KV head, head dimension 128, keys and values side by side in storage."""
     q, rows = random(1, 2, 4, 128, dtype=dtype), random(1, 2, 640, 2, 128, dtype=dtype)
     keys, values, mha = rows[:, :, :, 0], rows[:, :, :, 1], random(1, 2, 1, 128, dtype=dtype)
@@ -71,35 +71,37 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
 
     def score(m: int, b: int, query: Tensor) -> object:
         codes = torch.zeros(1, 2, 640, m, dtype=torch.uint8)
-        return body.pq_probabilities(query, random(1, 2, m, 2**b, 128 // m), codes, 0.1)
+        return backend.pq_probabilities(query, random(1, 2, m, 2**b, 128 // m), codes, 0.1)
 
     def select(m: int, b: int, query: Tensor, tensors: bool, heads: int = 2, tokens: int = 640) -> object:
         codes, kept = torch.empty(1, heads, tokens, m, dtype=torch.uint8), torch.ones(1, heads, dtype=torch.bool)
         book = random(1, heads, m, 2**b, 128 // m)
         if not tensors:
-            return body.pq_select(query, book, codes, 0.1, 4, 64, tokens + 8, tokens, 80)
+            return backend.pq_select(query, book, codes, 0.1, 4, 64, tokens + 8, tokens, 80)
         four, many, every, middle = (torch.tensor([n], dtype=torch.int32) for n in (4, 64, tokens + 8, tokens))
         out = torch.zeros(1, heads, 80, dtype=torch.int64)
-        return body.pq_select(query, book, codes, 0.1, four, many, every, middle, 80, kept, out)
+        return backend.pq_select(query, book, codes, 0.1, four, many, every, middle, 80, kept, out)
 
     def search(m: int, b: int, query: Tensor) -> object:
         starts, waiting = (
             torch.zeros(1, 2, 2 ** (m * b) + 1, dtype=torch.int32),
             torch.zeros(1, 2, 64, dtype=torch.int32),
         )
-        return body.best_of_cells(query, random(1, 2, m, 2**b, 128 // m), starts, waiting[:, :, :0], waiting, 32, 0.1)
+        return backend.best_of_cells(
+            query, random(1, 2, m, 2**b, 128 // m), starts, waiting[:, :, :0], waiting, 32, 0.1
+        )
 
     uses: dict[str, Callable[[], object]] = {
-        "attention": lambda: body.attention(q, keys, values, 0.1, indices),
-        "attention, all wanted": lambda: body.attention(
+        "attention": lambda: backend.attention(q, keys, values, 0.1, indices),
+        "attention, all wanted": lambda: backend.attention(
             q, keys, values, 0.1, indices, visible, True, torch.zeros(1, 2, 4, 96)
         ),
-        "attention, all rows": lambda: body.attention(mha, keys, values, 0.1),
-        "attention, D=256": lambda: body.attention(wide[:, :, :8], wide, wide, 0.1),
-        "attention, D=64": lambda: body.attention(q[..., :64], keys[..., :64], values[..., :64], 0.1, indices),
-        "attention, G=32": lambda: body.attention(random(1, 2, 32, 128, dtype=dtype), keys, values, 0.1),
-        "exact_probabilities": lambda: body.exact_probabilities(q, keys, 0.1),
-        "exact_probabilities, D=256": lambda: body.exact_probabilities(wide[:, :, :8], wide, 0.1),
+        "attention, all rows": lambda: backend.attention(mha, keys, values, 0.1),
+        "attention, D=256": lambda: backend.attention(wide[:, :, :8], wide, wide, 0.1),
+        "attention, D=64": lambda: backend.attention(q[..., :64], keys[..., :64], values[..., :64], 0.1, indices),
+        "attention, G=32": lambda: backend.attention(random(1, 2, 32, 128, dtype=dtype), keys, values, 0.1),
+        "exact_probabilities": lambda: backend.exact_probabilities(q, keys, 0.1),
+        "exact_probabilities, D=256": lambda: backend.exact_probabilities(wide[:, :, :8], wide, 0.1),
         "pq_probabilities, m=2": lambda: score(2, 6, q),
         "pq_probabilities, m=4": lambda: score(4, 8, q),
         "pq_probabilities, G=1": lambda: score(4, 8, mha),
@@ -108,24 +110,24 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         "pq_select, 4x8": lambda: select(4, 8, q, False),
         "best_of_cells, 2x6": lambda: search(2, 6, q),
         "best_of_cells, 2x8, G=1": lambda: search(2, 8, mha),
-        "train_codebook, m=2": lambda: body.train_codebook(keys, 2, 64, 1, 0),
-        "train_codebook, m=4": lambda: body.train_codebook(keys, 4, 256, 1, 0),
-        "encode, m=1": lambda: body.encode(wide, random(1, 2, 1, 256, 256)),
-        "column_sums": lambda: body.column_sums(prompt, keys, 0.1),
-        "column_sums, band": lambda: body.column_sums(random(1, 2, 8, 32, 256, dtype=dtype), wide, 0.1, 64),
-        "gather": lambda: body.gather(keys, indices, random(1, 2, 96, 128, dtype=dtype)),
-        "gather, both": lambda: body.gather(rows, indices, random(1, 2, 96, 2, 128, dtype=dtype)),
-        "top_k, short": lambda: body.top_k(random(1, 2, 200), 100),
-        "top_k, long": lambda: body.top_k(random(1, 2, 20000), 100),
+        "train_codebook, m=2": lambda: backend.train_codebook(keys, 2, 64, 1, 0),
+        "train_codebook, m=4": lambda: backend.train_codebook(keys, 4, 256, 1, 0),
+        "encode, m=1": lambda: backend.encode(wide, random(1, 2, 1, 256, 256)),
+        "column_sums": lambda: backend.column_sums(prompt, keys, 0.1),
+        "column_sums, band": lambda: backend.column_sums(random(1, 2, 8, 32, 256, dtype=dtype), wide, 0.1, 64),
+        "gather": lambda: backend.gather(keys, indices, random(1, 2, 96, 128, dtype=dtype)),
+        "gather, both": lambda: backend.gather(rows, indices, random(1, 2, 96, 2, 128, dtype=dtype)),
+        "top_k, short": lambda: backend.top_k(random(1, 2, 200), 100),
+        "top_k, long": lambda: backend.top_k(random(1, 2, 20000), 100),
     }
     if dtype != HALF:
         return uses
     other = {group: random(1, 2, group, 128, dtype=dtype) for group in (7, 32)}
     return uses | {
-        "attention, its count on the device": lambda: body.attention(
+        "attention, its count on the device": lambda: backend.attention(
             q, keys, values, 0.1, indices, count=torch.tensor([9], dtype=torch.int32)
         ),
-        "dense attention, its count on the device": lambda: body.dense_attention(
+        "dense attention, its count on the device": lambda: backend.dense_attention(
             q, keys, values, 0.1, torch.tensor([9], dtype=torch.int32)
         ),
         "pq_select, 4x8, numbers on the device": lambda: select(4, 8, q, True),
@@ -135,11 +137,11 @@ def calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object
         "pq_select, 4x8, G=7": lambda: select(4, 8, other[7], False),
         "pq_select, 4x8, G=32": lambda: select(4, 8, other[32], False),
         "pq_select, 8x8": lambda: select(8, 8, q, False),
-        "noise": lambda: body.noise(2, 100, 3, torch.device("cpu")),
+        "noise": lambda: backend.noise(2, 100, 3, torch.device("cpu")),
     }
 
 
-def row_calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def row_calls(backend: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """How a step on the host tier writes, finds and copies rows, and how blocks come and go."""
     rows, table = random(1, 2, 640, 2, 128, dtype=dtype), random(1000, 2, 128, dtype=dtype)
     new, indices, known = random(1, 2, 1, 128, dtype=dtype), torch.zeros(1, 2, 96, dtype=torch.int64), torch.zeros(700)
@@ -150,20 +152,20 @@ def row_calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], ob
     pairs, slots = (rows[..., 0, :], rows[..., 1, :]), torch.zeros_like(indices)
 
     def fetch(blocks: Blocks | None, count: int | Tensor | None) -> object:
-        return body.fetch_rows(indices, local, table, 300, 600, tokens, tally, blocks, count)
+        return backend.fetch_rows(indices, local, table, 300, 600, tokens, tally, blocks, count)
 
     return {
-        "append": lambda: body.append_rows(new, new, *pairs, 600),
-        "append, number on the device": lambda: body.append_rows(new, new, *pairs, at),
-        "append to a ring": lambda: body.append_rows(new, new, *pairs, 600, local, 4),
-        "append to a ring, number on the device": lambda: body.append_rows(new, new, *pairs, at, local, 4),
-        "copy": lambda: body.copy(rows[:, :, :100, :1], random(1, 2, 100, 1, 128, dtype=dtype)),
+        "append": lambda: backend.append_rows(new, new, *pairs, 600),
+        "append, number on the device": lambda: backend.append_rows(new, new, *pairs, at),
+        "append to a ring": lambda: backend.append_rows(new, new, *pairs, 600, local, 4),
+        "append to a ring, number on the device": lambda: backend.append_rows(new, new, *pairs, at, local, 4),
+        "copy": lambda: backend.copy(rows[:, :, :100, :1], random(1, 2, 100, 1, 128, dtype=dtype)),
         "fetch": lambda: fetch(None, None),
         "fetch, number on the device": lambda: fetch(None, at),
         "fetch beside blocks": lambda: fetch(blocks, None),
-        "admit, lfu": lambda: body.admit_blocks(blocks.counts, 900, 32, True, residency, tally),
-        "admit, lru": lambda: body.admit_blocks(blocks.counts, at, 32, False, residency, tally),
-        "admit, 1M tokens": lambda: body.admit_blocks(
+        "admit, lfu": lambda: backend.admit_blocks(blocks.counts, 900, 32, True, residency, tally),
+        "admit, lru": lambda: backend.admit_blocks(blocks.counts, at, 32, False, residency, tally),
+        "admit, 1M tokens": lambda: backend.admit_blocks(
             torch.zeros(1, 8192).int(),
             8000,
             64,
@@ -171,8 +173,8 @@ def row_calls(body: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], ob
             Residency.empty(1, 1024, known.device)._replace(where=torch.zeros(1, 8192).long()),
             tally,
         ),
-        "vacate": lambda: body.vacate_rows(indices, slots, table, 300, 600, blocks),
-        "copy blocks": lambda: body.copy_blocks(torch.zeros(1, 32, 2).long(), tokens, table, 300, blocks),
+        "vacate": lambda: backend.vacate_rows(indices, slots, table, 300, 600, blocks),
+        "copy blocks": lambda: backend.copy_blocks(torch.zeros(1, 32, 2).long(), tokens, table, 300, blocks),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the checks of the Triton body share: the body, and its inputs."""
+"""What the checks of the Triton backend share: the backend, and its inputs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pqbench.kernels.backend import Kernels, Number, kernels
 Check = Callable[[torch.device, int], None]
 
 
-def body() -> Kernels:
-    """The body under test."""
+def backend() -> Kernels:
+    """The backend under test."""
     return kernels(torch.device("cpu"), "gpu")
 
 

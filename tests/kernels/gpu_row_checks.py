@@ -1,4 +1,4 @@
-"""Row and block kernels of the Triton body against the reference: what :mod:`tests.kernels.gpu_checks` runs of them."""
+"""Row and block kernels of the Triton backend compared with the reference; run by :mod:`tests.kernels.gpu_checks`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pqbench.kernels import reference
 from pqbench.kernels.backend import Kernels
 from pqbench.kernels.reference.blocks import Residency
 from pqbench.kernels.reference.rows import Blocks, HostTokens
-from tests.kernels.gpu_inputs import Check, body
+from tests.kernels.gpu_inputs import Check, backend
 
 F32, BF16 = torch.float32, torch.bfloat16
 BATCH, HEADS, SIZE = 2, 3, 4
@@ -33,7 +33,7 @@ def append(known: bool, ring: bool, dtype: torch.dtype, device: torch.device, sc
     locals_ = [torch.full((40,), -1, device=device) for _ in range(2)]
     keys, values = numbers(2, BATCH, 3, HEADS, width, seed=1).to(device, dtype).transpose(2, 3)
     at = 17 if ring else 4
-    for each, buffer, local in zip((reference, body()), buffers, locals_, strict=True):
+    for each, buffer, local in zip((reference, backend()), buffers, locals_, strict=True):
         place = buffer[:, :, 2:]
         number = at if known else torch.tensor([at], dtype=torch.int32, device=device)
         more = (local, 2) if ring else ()
@@ -49,10 +49,10 @@ def copy(dtype: torch.dtype, device: torch.device, scale: int) -> None:
     source = on_host(rows, device)
     for part in (source[:, :, 3:20, :1], source[..., 1, :], source[:, :, 5:9], source[:, :, :, 0, :2], source[0, 0]):
         target = torch.zeros(*part.shape, dtype=dtype, device=device)
-        body().copy(part, target)
+        backend().copy(part, target)
         assert torch.equal(target.cpu(), part.contiguous())
         back = on_host(torch.zeros(*part.shape[:-1], 2 * part.shape[-1], dtype=dtype), device)
-        body().copy(target, back[..., : part.shape[-1]])
+        backend().copy(target, back[..., : part.shape[-1]])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         assert torch.equal(back[..., : part.shape[-1]], part)
@@ -109,7 +109,7 @@ class Scene:
 
 
 def scenes(device: torch.device, scale: int, cached: bool, per_head: bool) -> tuple[Scene, Scene]:
-    """One for the reference, one for the body under test."""
+    """One for the reference, one for the backend under test."""
     return Scene(device, scale, cached, per_head), Scene(device, scale, cached, per_head)
 
 
@@ -122,7 +122,7 @@ def fetch(cached: bool, per_head: bool, count: str, device: torch.device, scale:
             s.tokens._replace(start=start, stop=stop, rows=s.tokens.rows[:, :, start:].contiguous())
             for s in (one, other)
         ]
-        one_slots, other_slots = one.fetch(reference, part[0], number), other.fetch(body(), part[1], number)
+        one_slots, other_slots = one.fetch(reference, part[0], number), other.fetch(backend(), part[1], number)
         assert torch.equal(one_slots, other_slots)
         one.equal(other)
     assert int(one.tally[0]) > 0
@@ -131,7 +131,7 @@ def fetch(cached: bool, per_head: bool, count: str, device: torch.device, scale:
 def vacate(per_head: bool, device: torch.device, scale: int) -> None:
     """A third of the blocks leave or change places after tokens were found."""
     one, other = scenes(device, scale, True, per_head)
-    for kernels_, scene in ((reference, one), (body(), other)):
+    for kernels_, scene in ((reference, one), (backend(), other)):
         slots = scene.fetch(kernels_, scene.tokens)
         assert scene.blocks is not None
         where = scene.blocks.where
@@ -160,7 +160,7 @@ def admit(frequent: bool, device: torch.device, scale: int) -> None:
         most = 3 if step % 5 else 9
         moves = [
             each.admit_blocks(counts[i], complete, most, frequent, states[i], tallies[i])
-            for i, each in enumerate((reference, body()))
+            for i, each in enumerate((reference, backend()))
         ]
         assert torch.equal(moves[0], moves[1]), step
         for one, other in zip(states[0], states[1], strict=True):
@@ -177,7 +177,7 @@ def blocks(per_head: bool, device: torch.device, scale: int) -> None:
     owners, last = len(one.blocks.where), one.length // SIZE
     moves = torch.tensor([[[0, 3], [-1, -1], [one.tokens.middle // SIZE, 0], [last - 1, 2]]]).repeat(owners, 1, 1)
     moves[-1, 0, 0] = 2
-    for kernels_, scene in ((reference, one), (body(), other)):
+    for kernels_, scene in ((reference, one), (backend(), other)):
         assert scene.blocks is not None
         kernels_.copy_blocks(moves.to(device), scene.tokens, scene.table, scene.resident, scene.blocks)
     one.equal(other)

@@ -12,7 +12,7 @@ from pqbench.kernels import reference
 from pqbench.kernels.backend import Number
 from pqbench.kernels.buffers import GrowingBuffer
 from tests.kernels.closeness import close, close_each, close_logs
-from tests.kernels.gpu_inputs import Check, body, draw_rows, normal, on_device
+from tests.kernels.gpu_inputs import Check, backend, draw_rows, normal, on_device
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Selecting:
 
 
 def select(sizes: Selecting, device: torch.device, scale: int) -> None:
-    """Exactly the tokens, and ties, of the body's own probabilities, by numbers that are passed and by numbers that are
-    read on the device; what lies behind a selection is left alone."""
+    """Exactly the tokens, and ties, of the backend's own probabilities, with numbers that are passed and with numbers
+    that are read on the device. What lies behind a selection is left alone."""
     sizes = replace(sizes, middle=sizes.middle * scale, top_k=sizes.top_k * scale)
     q, book, codes, scaling = sizes.inputs(device, room=300)
-    probabilities = body().pq_probabilities(q, book, codes[:, :, : sizes.middle], scaling)
+    probabilities = backend().pq_probabilities(q, book, codes[:, :, : sizes.middle], scaling)
     if sizes.spoilt is None:
         close_each(probabilities, reference.pq_probabilities(q, book, codes[:, :, : sizes.middle], scaling), 1e-3)
     expected = sizes.row(reference.top_k(probabilities, sizes.top_k))
@@ -69,7 +69,7 @@ def select(sizes: Selecting, device: torch.device, scale: int) -> None:
         numbers: list[Number] = [on_device(n, device) if tensors else n for n in sizes.numbers]
         out = torch.full((*codes.shape[:2], sizes.used + 5), -7, device=device)
         sink, top_k, length, middle = numbers
-        got = body().pq_select(q, book, codes, scaling, sink, top_k, length, middle, sizes.used + 5, out=out)
+        got = backend().pq_select(q, book, codes, scaling, sink, top_k, length, middle, sizes.used + 5, out=out)
         assert got.data_ptr() == out.data_ptr()
         assert torch.equal(got[:, :, : sizes.used], expected)
         assert bool((got[:, :, sizes.used :] == -7).all())
@@ -79,10 +79,10 @@ def select_some(kind: torch.dtype, device: torch.device, scale: int) -> None:
     """Heads that are not set keep their middle part."""
     sizes = Selecting(5000 * scale, 90 * scale, heads=3)
     inputs, (sink, top_k, length, middle) = sizes.inputs(device), sizes.numbers
-    whole = body().pq_select(*inputs, sink, top_k, length, middle, sizes.used)
+    whole = backend().pq_select(*inputs, sink, top_k, length, middle, sizes.used)
     only = torch.tensor([[1, 0, 1], [0, 0, 1]], device=device).to(kind)
     out = torch.full((2, 3, sizes.used), -7, device=device)
-    body().pq_select(*inputs, sink, top_k, length, middle, sizes.used, only, out)
+    backend().pq_select(*inputs, sink, top_k, length, middle, sizes.used, only, out)
     kept = torch.zeros_like(out, dtype=torch.bool)
     kept[:, :, sink : sink + top_k] = ~only.bool()[:, :, None]
     assert torch.equal(out, whole.masked_fill(kept, -7))
@@ -99,8 +99,8 @@ def select_again(device: torch.device, scale: int) -> None:
         for number, value in zip((sink, top_k, length, middle), now.numbers, strict=True):
             assert isinstance(number, Tensor)
             number.fill_(value)
-        body().pq_select(q, book, codes, scaling, sink, top_k, length, middle, 200, out=out)
-        top = reference.top_k(body().pq_probabilities(q, book, codes[:, :, :tokens], scaling), wanted)
+        backend().pq_select(q, book, codes, scaling, sink, top_k, length, middle, 200, out=out)
+        top = reference.top_k(backend().pq_probabilities(q, book, codes[:, :, :tokens], scaling), wanted)
         assert torch.equal(out[:, :, : now.used], now.row(top))
 
 
@@ -123,14 +123,14 @@ def first_rows(dtype: torch.dtype, indexed: bool, device: torch.device, scale: i
     else:
         indices = torch.nn.functional.pad(indices, (0, behind), value=1 << 40)
     for number in (count, on_device(count, device)):
-        output, lse, weights = body().attention(q, keys, values, 0.3, indices, seen, True, rest, number)
+        output, lse, weights = backend().attention(q, keys, values, 0.3, indices, seen, True, rest, number)
         assert weights is not None
         assert expected[2] is not None
         close(output, expected[0])
         close_logs(lse, expected[1])
         close_each(weights, torch.nn.functional.pad(expected[2], (0, behind)))
         if indices is None:
-            dense = body().dense_attention(q, keys, values, 0.3, number)
+            dense = backend().dense_attention(q, keys, values, 0.3, number)
             close(dense, reference.attention(q, *some, 0.3)[0])
 
 
@@ -140,10 +140,10 @@ def long_rows(device: torch.device, scale: int) -> None:
     q, book, codes, scaling = sizes.inputs(device)
     expected = reference.pq_probabilities(q, book, codes, scaling)
     assert float(expected.median()) < 1e-4
-    close_each(body().pq_probabilities(q, book, codes, scaling), expected)
+    close_each(backend().pq_probabilities(q, book, codes, scaling), expected)
     keys = normal(device, 1, 1, 8192 * scale, 16, seed=3)
     close_each(
-        body().exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1),
+        backend().exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1),
         reference.exact_probabilities(q[..., :8].repeat(1, 1, 1, 2), keys, 0.1),
     )
 
@@ -157,7 +157,7 @@ def far_rows(device: torch.device, scale: int) -> None:
     far.copy_(near)
     sink, top_k, length, middle = sizes.numbers
     got, expected = (
-        body().pq_select(q, book, codes, scaling, sink, top_k, length, middle, sizes.used) for codes in (far, near)
+        backend().pq_select(q, book, codes, scaling, sink, top_k, length, middle, sizes.used) for codes in (far, near)
     )
     assert torch.equal(got, expected)
 

@@ -1,4 +1,4 @@
-"""Where new rows are written: every body against plain dicts of what lies where."""
+"""Where new rows are written: every backend against plain dicts of what lies where."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pqbench.kernels import cpu, reference
 
-BODIES = pytest.mark.parametrize("body", [reference, cpu], ids=["reference", "cpu"])
+BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 
 
 def tokens(first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -22,21 +22,23 @@ def tokens(first: int, count: int) -> tuple[Tensor, Tensor]:
     return keys, -keys
 
 
-@BODIES
+@BACKENDS
 @given(held=st.integers(0, 5), count=st.integers(1, 4), room=st.integers(0, 3), known=st.booleans())
-def test_rows_go_behind_those_held(body: ModuleType, held: int, count: int, room: int, known: bool) -> None:
+def test_rows_go_behind_those_held(backend: ModuleType, held: int, count: int, room: int, known: bool) -> None:
     pairs = torch.zeros(2, 3, held + count + room, 2, 4)
     keys, values = tokens(held, count)
     at = held if known else torch.tensor([held], dtype=torch.int32)
-    body.append_rows(keys, values, pairs[..., 0, :], pairs[..., 1, :], at)
+    backend.append_rows(keys, values, pairs[..., 0, :], pairs[..., 1, :], at)
     assert torch.equal(pairs[:, :, held : held + count, 0], keys)
     assert torch.equal(pairs[:, :, held : held + count, 1], values)
     assert int(pairs[:, :, :held].count_nonzero() + pairs[:, :, held + count :].count_nonzero()) == 0
 
 
-@BODIES
+@BACKENDS
 @given(sinks=st.integers(0, 3), ring=st.integers(1, 6), first=st.integers(0, 9), counts=st.lists(st.integers(1, 6)))
-def test_a_ring_holds_the_newest_tokens(body: ModuleType, sinks: int, ring: int, first: int, counts: list[int]) -> None:
+def test_a_ring_holds_the_newest_tokens(
+    backend: ModuleType, sinks: int, ring: int, first: int, counts: list[int]
+) -> None:
     first += sinks
     local = torch.full((first + sum(counts) + 5,), -1)
     local[:sinks] = torch.arange(sinks)
@@ -44,7 +46,7 @@ def test_a_ring_holds_the_newest_tokens(body: ModuleType, sinks: int, ring: int,
     lies = {token: token for token in range(sinks)}
     for count in (min(count, ring) for count in counts):
         place = rows[:, :, sinks:]
-        body.append_rows(*tokens(first, count), place[..., 0, :], place[..., 1, :], first, local, sinks)
+        backend.append_rows(*tokens(first, count), place[..., 0, :], place[..., 1, :], first, local, sinks)
         for token in range(first, first + count):
             lies = {old: row for old, row in lies.items() if old < sinks or old > token - ring}
             lies[token] = sinks + token % ring

@@ -1,4 +1,4 @@
-"""Finding, copying and counting in one: every body against a plain dict of what lies where."""
+"""Finding, copying and counting in one: every backend against a plain dict of what lies where."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pqbench.kernels import cpu, reference
 from pqbench.kernels.reference.rows import Blocks, HostTokens
 
-BODIES = pytest.mark.parametrize("body", [reference, cpu], ids=["reference", "cpu"])
+BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 BATCH, HEADS, PAIRS, LENGTH, SIZE, SLOTS, FIRST = 2, 2, 4, 30, 4, 3, 9
 
 
@@ -38,7 +38,7 @@ def world(per_head: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return rows.view(BATCH, HEADS, LENGTH, 2, 2), local, table, Blocks(where, SIZE, FIRST, torch.zeros_like(where))
 
 
-@BODIES
+@BACKENDS
 @given(
     number=st.integers(0, 8),
     cached=st.booleans(),
@@ -48,7 +48,7 @@ def world(per_head: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     counted=st.integers(0, 8),
 )
 def test_slots_hold_the_rows_asked_for(
-    body: ModuleType, number: int, cached: bool, per_head: bool, seed: int, cuts: list[int], counted: int
+    backend: ModuleType, number: int, cached: bool, per_head: bool, seed: int, cuts: list[int], counted: int
 ) -> None:
     rows, local, table, blocks = world(per_head, seed)
     resident = FIRST + SLOTS * SIZE
@@ -59,7 +59,7 @@ def test_slots_hold_the_rows_asked_for(
         tokens = HostTokens(
             start, stop, rows[:, :, start:middle].contiguous(), middle, rows[:, :, middle:].contiguous()
         )
-        slots = body.fetch_rows(
+        slots = backend.fetch_rows(
             indices, local, table, resident, PAIRS * resident, tokens, tally, blocks if cached else None, counted
         )
     missed, asked = 0, torch.zeros_like(blocks.counts)
@@ -76,21 +76,21 @@ def test_slots_hold_the_rows_asked_for(
     assert torch.equal(blocks.counts, asked if cached else torch.zeros_like(asked))
 
 
-@BODIES
+@BACKENDS
 @given(per_head=st.booleans(), seed=st.integers(0, 999))
-def test_rows_of_blocks_that_left_are_saved(body: ModuleType, per_head: bool, seed: int) -> None:
+def test_rows_of_blocks_that_left_are_saved(backend: ModuleType, per_head: bool, seed: int) -> None:
     rows, local, table, blocks = world(per_head, seed)
     resident, generator = FIRST + SLOTS * SIZE, torch.Generator().manual_seed(seed + 1)
     staging = PAIRS * resident
     indices = torch.randint(0, LENGTH, (BATCH, HEADS, 8), generator=generator)
     tokens = HostTokens(0, LENGTH, rows, LENGTH, rows[:, :, :0])
-    slots = body.fetch_rows(indices, local, table, resident, staging, tokens, torch.zeros(2).long(), blocks)
+    slots = backend.fetch_rows(indices, local, table, resident, staging, tokens, torch.zeros(2).long(), blocks)
     before = slots.clone()
     blocks.where[torch.rand(blocks.where.shape, generator=generator) < 0.5] = -1
     blocks.where[:, -1] = 0  # a block that nobody asked for takes the place of another
     gone = blocks.where[:, :-1] == 0
     blocks.where[:, :-1][gone] = -1
-    body.vacate_rows(indices, slots, table, resident, staging, blocks)
+    backend.vacate_rows(indices, slots, table, resident, staging, blocks)
     for p in range(PAIRS):  # what is not held any more is overwritten
         for slot in set(range(SLOTS)) - set(blocks.where[p // (PAIRS // len(blocks.where)), :-1].tolist()):
             table[p * resident + FIRST + slot * SIZE :][:SIZE] = float("nan")
@@ -99,11 +99,11 @@ def test_rows_of_blocks_that_left_are_saved(body: ModuleType, per_head: bool, se
     assert torch.equal(slots[before >= staging], before[before >= staging])
 
 
-@BODIES
-def test_a_token_that_does_not_exist_is_an_error(body: ModuleType) -> None:
+@BACKENDS
+def test_a_token_that_does_not_exist_is_an_error(backend: ModuleType) -> None:
     rows, local, table, _ = world(False, 0)
     tokens = HostTokens(0, LENGTH, rows, LENGTH, rows[:, :, :0])
     with pytest.raises(IndexError):
-        body.fetch_rows(
+        backend.fetch_rows(
             torch.full((BATCH, HEADS, 1), LENGTH + 9), local, table, 21, 84, tokens, torch.zeros(2, dtype=torch.int64)
         )

@@ -1,4 +1,4 @@
-"""Where tokens lie on the device: both bodies against a plain dict of what is where."""
+"""Where tokens lie on the device: both backends against a plain dict of what is where."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from pqbench.kernels import cpu, reference
 
-BODIES = pytest.mark.parametrize("body", [reference, cpu], ids=["reference", "cpu"])
+BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(0, 12), st.integers(1, 40))
 
 
-@BODIES
+@BACKENDS
 @given(shape=SHAPES, block=st.integers(1, 7), per_head=st.booleans(), blocks=st.booleans(), seed=st.integers(0, 999))
 def test_every_token_is_found_where_it_was_put(
-    body: ModuleType, shape: tuple[int, int, int, int], block: int, per_head: bool, blocks: bool, seed: int
+    backend: ModuleType, shape: tuple[int, int, int, int], block: int, per_head: bool, blocks: bool, seed: int
 ) -> None:
     batch, heads, count, length = shape
     generator = torch.Generator().manual_seed(seed)
@@ -29,7 +29,7 @@ def test_every_token_is_found_where_it_was_put(
     where = torch.stack([torch.randperm(slots, generator=generator) for _ in range(owners)])
     where[torch.rand(where.shape, generator=generator) < 0.5] = -1
     indices = torch.randint(0, length, (batch, heads, count), generator=generator)
-    found = body.find_rows(indices, local, resident, *((where, block, length) if blocks else ()))
+    found = backend.find_rows(indices, local, resident, *((where, block, length) if blocks else ()))
 
     table = {
         (head, token): head * resident + int(local[token])
@@ -58,10 +58,12 @@ def test_every_token_is_found_where_it_was_put(
     assert found.counts is None or torch.equal(found.counts, counts)
 
 
-@BODIES
+@BACKENDS
 @pytest.mark.parametrize("token", [5, 1 << 33])
-def test_a_token_that_does_not_exist_is_an_error(body: ModuleType, token: int) -> None:
+def test_a_token_that_does_not_exist_is_an_error(backend: ModuleType, token: int) -> None:
     with pytest.raises(IndexError):
-        body.find_rows(torch.tensor([[[0, token]]]), torch.zeros(5, dtype=torch.int64), 8)
+        backend.find_rows(torch.tensor([[[0, token]]]), torch.zeros(5, dtype=torch.int64), 8)
     with pytest.raises(IndexError):  # of a block beyond the table
-        body.find_rows(torch.tensor([[[0, token]]]), torch.full((20,), -1), 8, torch.zeros(1, 2, dtype=torch.int64), 2)
+        backend.find_rows(
+            torch.tensor([[[0, token]]]), torch.full((20,), -1), 8, torch.zeros(1, 2, dtype=torch.int64), 2
+        )

@@ -1,4 +1,4 @@
-"""The Triton body against the reference without a GPU: Triton's interpreter runs the kernels on CPU tensors.
+"""The Triton backend against the reference without a GPU: Triton's interpreter runs the kernels on CPU tensors.
 
 One process for all checks, because Triton reads ``TRITON_INTERPRET`` when it is imported and importing torch takes
 longer than most checks; every check is a test of its own.

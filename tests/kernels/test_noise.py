@@ -1,4 +1,4 @@
-"""Random numbers by hash: the same in every body, and as random as a sample needs."""
+"""Random numbers by hash: the same in every backend, and as random as a sample needs."""
 
 from __future__ import annotations
 

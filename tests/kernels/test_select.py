@@ -1,4 +1,4 @@
-"""Selection in one call, and attention over the first rows of those given: reference and compiled body."""
+"""Selection in one call, and attention over the first rows of those given: reference and compiled backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pqbench.kernels import cpu, reference
 from pqbench.kernels.backend import Kernels, Number
 from tests.support import softmax
 
-BODIES = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
+BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def test_a_selection_is_sinks_the_best_of_the_middle_and_the_window(case: Case, 
 
 @given(cases, small, st.booleans())
 def test_the_compiled_body_selects_by_its_own_probabilities(case: Case, more: int, tensors: bool) -> None:
-    """Ties are equal codes, so they are ties in every body; other tokens may swap where probabilities nearly agree."""
+    """Equal codes are ties in every backend. Other tokens may swap where probabilities nearly agree."""
     q, codebook, codes, scaling = case.inputs
     room = case.used + more
     found = cpu.pq_select(q, codebook, codes, scaling, *numbers(case, tensors), room)[:, :, : case.used]
@@ -103,14 +103,14 @@ def test_the_compiled_body_selects_by_its_own_probabilities(case: Case, more: in
     assert torch.equal(found[:, :, outside], expected[:, :, outside])
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8])
-def test_heads_that_are_not_set_keep_their_middle(body: Kernels, kind: torch.dtype) -> None:
+def test_heads_that_are_not_set_keep_their_middle(backend: Kernels, kind: torch.dtype) -> None:
     case = Case(batch=2, heads=3, sink=2, top_k=6, middle=40, window=4, spare=3, seed=1)
-    whole = body.pq_select(*case.inputs, *numbers(case, False), case.used + 2)
+    whole = backend.pq_select(*case.inputs, *numbers(case, False), case.used + 2)
     only = torch.tensor([[1, 0, 1], [0, 0, 1]]).to(kind)
     out = torch.full((2, 3, case.used + 2), -7)
-    found = body.pq_select(*case.inputs, *numbers(case, False), case.used + 2, only, out)
+    found = backend.pq_select(*case.inputs, *numbers(case, False), case.used + 2, only, out)
     assert found.data_ptr() == out.data_ptr()
     middle = slice(case.sink, case.sink + case.top_k)
     for i in range(2):
@@ -121,26 +121,26 @@ def test_heads_that_are_not_set_keep_their_middle(body: Kernels, kind: torch.dty
     assert torch.equal(out[:, :, ends], whole[:, :, ends])
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_selections_that_cannot_be_are_refused(body: Kernels) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selections_that_cannot_be_are_refused(backend: Kernels) -> None:
     case = Case(batch=1, heads=2, sink=2, top_k=6, middle=40, window=4, spare=3, seed=1)
     inputs, right = case.inputs, (2, 6, 46, 40)
     with pytest.raises(ValueError, match="room for 11 tokens does not hold the 12 selected"):
-        body.pq_select(*inputs, *right, 11)
+        backend.pq_select(*inputs, *right, 11)
     with pytest.raises(ValueError, match="a middle of 44 tokens after 2 sinks does not fit 50 tokens and 43 codes"):
-        body.pq_select(*inputs, 2, 6, 50, 44, 20)
+        backend.pq_select(*inputs, 2, 6, 50, 44, 20)
     with pytest.raises(ValueError, match="does not fit 41 tokens"):
-        body.pq_select(*inputs, 2, 6, 41, 40, 20)
+        backend.pq_select(*inputs, 2, 6, 41, 40, 20)
     with pytest.raises(ValueError, match="pass out as well"):
-        body.pq_select(*inputs, *right, 12, only=torch.ones(1, 2, dtype=torch.bool))
+        backend.pq_select(*inputs, *right, 12, only=torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"out must be int64 \(1, 2, 12\)"):
-        body.pq_select(*inputs, *right, 12, out=torch.empty(1, 2, 13, dtype=torch.int64))
+        backend.pq_select(*inputs, *right, 12, out=torch.empty(1, 2, 13, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("by", [int, lambda n: torch.tensor([n], dtype=torch.int32)], ids=["int", "tensor"])
 @pytest.mark.parametrize("given_rows", [True, False])
-def test_rows_behind_the_count_may_hold_anything(body: Kernels, by: type, given_rows: bool) -> None:
+def test_rows_behind_the_count_may_hold_anything(backend: Kernels, by: type, given_rows: bool) -> None:
     """Against float64 over the rows that count; behind them lie NaN, or indices of no row."""
     generator = torch.Generator().manual_seed(3)
     q, keys, values = (torch.randn(2, 2, n, 32, generator=generator) for n in (3, 50, 50))
@@ -160,7 +160,7 @@ def test_rows_behind_the_count_may_hold_anything(body: Kernels, by: type, given_
     else:
         indices[..., count:] = 1 << 40
     added[..., count:] = torch.nan
-    output, lse, weights = body.attention(q, keys, values, 0.3, indices, visible, True, added, by(count))
+    output, lse, weights = backend.attention(q, keys, values, 0.3, indices, visible, True, added, by(count))
     assert np.allclose(output.numpy(), mean, atol=1e-5)
     assert np.allclose(lse.numpy(), np.log(np.exp(logits).sum(-1)), atol=1e-5)
     assert weights is not None
@@ -168,5 +168,5 @@ def test_rows_behind_the_count_may_hold_anything(body: Kernels, by: type, given_
     assert bool((weights[..., count:] == 0).all())
     if indices is None:
         plain = softmax((q.double() @ keys[:, :, :count].double().transpose(2, 3) * 0.3).numpy())
-        dense = body.dense_attention(q, keys, values, 0.3, by(count))
+        dense = backend.dense_attention(q, keys, values, 0.3, by(count))
         assert np.allclose(dense.numpy(), plain @ values[:, :, :count].double().numpy(), atol=1e-5)

@@ -51,20 +51,22 @@ def scanned(q: Tensor, codebook: Tensor, codes: Tensor) -> tuple[np.ndarray, np.
     return logits, (weights / weights.sum(-1, keepdims=True)).sum(2)
 
 
-BODIES = [pytest.param(body, id=body.__name__.rpartition(".")[2]) for body in (reference, cpu)]
+BACKENDS = [pytest.param(backend, id=backend.__name__.rpartition(".")[2]) for backend in (reference, cpu)]
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=150, deadline=None)
 @given(search=searches)
-def test_cells_select_what_a_scan_selects(body: Kernels, search: tuple[int, int, int, int, int, int, bool]) -> None:
+def test_cells_select_what_a_scan_selects(backend: Kernels, search: tuple[int, int, int, int, int, int, bool]) -> None:
     m, b, listed, appended, wanted, seed, few = search
     q, codebook, codes = drawn(m, b, listed + appended, seed, few)
-    lists = InvertedLists(cell_numbers(codes[:, :, :listed], b), m * b, body)
+    lists = InvertedLists(cell_numbers(codes[:, :, :listed], b), m * b, backend)
     for token in range(listed, listed + appended):
-        lists.append(cell_numbers(codes[:, :, token : token + 1], b), body)
+        lists.append(cell_numbers(codes[:, :, token : token + 1], b), backend)
     assert len(lists) == listed + appended
-    found_tokens, others_weigh = body.best_of_cells(q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.7)
+    found_tokens, others_weigh = backend.best_of_cells(
+        q, codebook, lists.starts, lists.tokens, lists.pending, wanted, 0.7
+    )
     found = found_tokens.numpy()
     q = q * 0.7
     logits, exact = scanned(q, codebook, codes)
@@ -85,16 +87,16 @@ def test_cells_select_what_a_scan_selects(body: Kernels, search: tuple[int, int,
             assert not any(t in chosen for t in same if t > s)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(search=searches)
 def test_lists_hold_every_token_once_oldest_first(
-    body: Kernels, search: tuple[int, int, int, int, int, int, bool]
+    backend: Kernels, search: tuple[int, int, int, int, int, int, bool]
 ) -> None:
     m, b, listed, appended, _, seed, few = search
     cells = cell_numbers(drawn(m, b, listed + appended, seed, few)[2], b)
-    lists = InvertedLists(cells[:, :, :listed], m * b, body)
-    starts, tokens = body.merge_lists(lists.starts, lists.tokens, cells[:, :, listed:])
+    lists = InvertedLists(cells[:, :, :listed], m * b, backend)
+    starts, tokens = backend.merge_lists(lists.starts, lists.tokens, cells[:, :, listed:])
     for i, h in np.ndindex(2, 2):
         bounds = starts[i, h].tolist()
         for cell in range(2 ** (m * b)):
@@ -102,17 +104,17 @@ def test_lists_hold_every_token_once_oldest_first(
             assert tokens[i, h, bounds[cell] : bounds[cell + 1]].tolist() == own
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_merged_lists_select_the_same(body: Kernels) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merged_lists_select_the_same(backend: Kernels) -> None:
     """Beyond 512 appended tokens."""
     q, codebook, codes = drawn(2, 3, 700, 5, False)
-    grown = InvertedLists(cell_numbers(codes[:, :, :50], 3), 6, body)
+    grown = InvertedLists(cell_numbers(codes[:, :, :50], 3), 6, backend)
     for first in range(50, 700, 13):
-        grown.append(cell_numbers(codes[:, :, first : first + 13], 3), body)
+        grown.append(cell_numbers(codes[:, :, first : first + 13], 3), backend)
     assert len(grown) == 700
     assert grown.pending.shape[2] < 512
     _, exact = scanned(q, codebook, codes)
-    found = body.best_of_cells(q, codebook, grown.starts, grown.tokens, grown.pending, 200, 1.0)[0].numpy()
+    found = backend.best_of_cells(q, codebook, grown.starts, grown.tokens, grown.pending, 200, 1.0)[0].numpy()
     for i, h in np.ndindex(2, 2):
         assert np.isclose(exact[i, h, found[i, h]].sum(), np.sort(exact[i, h])[-200:].sum(), rtol=1e-5)
 

@@ -15,7 +15,6 @@ from pqbench.method import Budget, Split
 from pqbench.store.base import Store
 from pqbench.store.device import DeviceStore
 from pqbench.store.host.blocks import CacheOptions
-from pqbench.store.host.cached import CachedHostStore
 from pqbench.store.host.rows import HostPrompt
 from pqbench.store.host.scratch import Scratch
 from pqbench.store.host.store import HostStore
@@ -66,9 +65,7 @@ def open_store(
     """A store over the first ``prompt`` tokens."""
     rows = HostPrompt.offload(link, keys[:, :, :prompt], values[:, :, :prompt])
     options = CACHES[cache]
-    if options is None:
-        return HostStore(rows, split, 12, overlap, scratch, reserve=reserve)
-    return CachedHostStore(rows, split, options, 12, overlap, scratch, reserve=reserve)
+    return HostStore(rows, split, 12, overlap, scratch, options, reserve=reserve)
 
 
 def selections(count: int = STEPS, seed: int = 1) -> Iterator[Tensor | None]:
@@ -116,7 +113,9 @@ def run(store: HostStore, keys: Tensor, values: Tensor, seed: int = 1) -> list[t
             assert torch.equal(got, want), step
         assert torch.equal(store.positions, twin.positions)
         assert (store.length, store.seen) == (twin.length, twin.seen)
-        meters.append((store.bytes_to_device, store.bytes_to_host, store.cache_hits, store.cache_lookups))
+        meters.append(
+            (store.usage.bytes_to_device, store.usage.bytes_to_host, store.usage.cache_hits, store.usage.cache_lookups)
+        )
     store.settle()
     assert torch.equal(store.stored_keys(), keys[:, :, : PROMPT + STEPS])
     assert torch.equal(store.values(), values[:, :, : PROMPT + STEPS])

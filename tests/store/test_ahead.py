@@ -20,28 +20,28 @@ def test_rows_that_were_asked_for_ahead(captured: bool, cache: str) -> None:
     with DirectLink(debug=True) as link:
         store = open_store(keys, values, link, cache)
         if captured:
-            store.reserve(PROMPT + STEPS)
+            store.writer.reserve(PROMPT + STEPS)
         number = torch.zeros(1, dtype=torch.int32)
         for at in range(PROMPT, PROMPT + STEPS):
             split = BUDGET.resolve(at + 1, PROMPT)
             first, stop = split.middle(at + 1)
             rows = torch.randint(first, stop, (BATCH, HEADS, split.top_k), generator=generator)
-            leaving = at - store._pool.ring
-            if store._pool.ring and first <= leaving < stop:
+            leaving = at - store._holdings.pool.ring
+            if store._holdings.pool.ring and first <= leaving < stop:
                 rows[..., 0] = leaving
             sinks, window = torch.arange(split.sink), torch.arange(stop, at + 1)
             whole = [part.expand(BATCH, HEADS, -1) for part in (sinks, window)]
             ahead = torch.cat([whole[0], rows, whole[1]], 2)
             asked = split.sink + split.top_k
             if captured:
-                store.prepare(1)
+                store.writer.prepare(1)
                 number.fill_(at)
-                store.number = number
+                store.extent.number = number
             store.fetch_ahead(ahead, torch.tensor([asked], dtype=torch.int32) if captured else asked)
-            used += store._ahead is not None
+            used += store._finder.is_ahead
             if captured:
-                store.write(keys[:, :, at : at + 1], values[:, :, at : at + 1])
-                store.written(1)
+                store.writer.write(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+                store.writer.written(1)
             else:
                 store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
             anew = torch.rand(BATCH, HEADS, generator=generator) < 0.4
@@ -63,11 +63,11 @@ def test_rows_that_have_arrived_are_not_brought_again() -> None:
             store = open_store(keys, values, link)
             store.append(keys[:, :, PROMPT - 1 : PROMPT], values[:, :, PROMPT - 1 : PROMPT])
             store.fetch(rows)
-            before = store.bytes_to_device
+            before = store.usage.bytes_to_device
             if ahead:
                 store.fetch_ahead(rows, 40)
             store.append(keys[:, :, PROMPT:], values[:, :, PROMPT:])
             store.fetch(rows, None, torch.zeros(BATCH, HEADS, dtype=torch.bool) if ahead else None)
-            moved[ahead] = store.bytes_to_device - before
+            moved[ahead] = store.usage.bytes_to_device - before
             store.settle()
     assert moved[True] == moved[False] == 40 * BATCH * HEADS * ROW

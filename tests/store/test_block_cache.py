@@ -17,7 +17,7 @@ from pqbench.kernels.reference.blocks import Residency
 from pqbench.store.host.blocks import BlockCache, CacheOptions
 
 CPU = torch.device("cpu")
-BODIES = pytest.mark.parametrize("body", [reference, cpu], ids=["reference", "cpu"])
+BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 STEPS = st.lists(st.lists(st.integers(0, 11), unique=True, max_size=9), max_size=25)
 
 
@@ -49,14 +49,14 @@ class Model:
 
 
 def stepped(
-    body: ModuleType, residency: Residency, blocks: list[int], lfu: bool, admit: int = 99
+    backend: ModuleType, residency: Residency, blocks: list[int], lfu: bool, admit: int = 99
 ) -> list[tuple[int, int]]:
     """One step of one owner that wants blocks in this order: what entered which slot."""
     counts = torch.zeros_like(residency.where)
     for rank, block in enumerate(blocks):
         counts[0, block] = 50 - rank
     tally = torch.zeros(1, dtype=torch.int64)
-    moves = body.admit_blocks(counts, counts.shape[1], admit, lfu, residency, tally)[0].tolist()
+    moves = backend.admit_blocks(counts, counts.shape[1], admit, lfu, residency, tally)[0].tolist()
     entered = [(block, slot) for block, slot in moves if block >= 0]
     assert int(tally) == len(entered)
     assert int(counts.sum()) == 0
@@ -68,15 +68,17 @@ def empty(capacity: int, blocks: int = 12) -> Residency:
     return Residency.empty(1, capacity, CPU)._replace(where=torch.full((1, blocks), -1))
 
 
-@BODIES
+@BACKENDS
 @pytest.mark.parametrize("lfu", [True, False])
 @given(capacity=st.integers(1, 6), steps=STEPS)
-def test_policies_hold_what_the_model_holds(body: ModuleType, lfu: bool, capacity: int, steps: list[list[int]]) -> None:
+def test_policies_hold_what_the_model_holds(
+    backend: ModuleType, lfu: bool, capacity: int, steps: list[list[int]]
+) -> None:
     residency, model = empty(capacity), Model(capacity, lfu)
     slots: dict[int, int] = {}  # slot -> block, from the moves alone
     for blocks in steps:
         before = set(model.counts)
-        entered = stepped(body, residency, blocks, lfu)
+        entered = stepped(backend, residency, blocks, lfu)
         model.step(blocks)
         for block, slot in entered:
             assert slots.get(slot) not in blocks[:capacity]  # blocks of one step do not evict each other
@@ -90,23 +92,23 @@ def test_policies_hold_what_the_model_holds(body: ModuleType, lfu: bool, capacit
             assert {block: int(residency.uses[0, slot]) for slot, block in slots.items()} == model.counts
 
 
-@BODIES
-def test_lfu_keeps_what_is_asked_for_often_and_lru_what_was_asked_for_last(body: ModuleType) -> None:
+@BACKENDS
+def test_lfu_keeps_what_is_asked_for_often_and_lru_what_was_asked_for_last(backend: ModuleType) -> None:
     for lfu, gone in ((True, 2), (False, 1)):
         residency = empty(2)
         for blocks in ([1], [1], [2]):
-            stepped(body, residency, blocks, lfu)
+            stepped(backend, residency, blocks, lfu)
         slot = int(residency.where[0, gone])
-        assert stepped(body, residency, [3], lfu) == [(3, slot)]
+        assert stepped(backend, residency, [3], lfu) == [(3, slot)]
         assert int(residency.where[0, gone]) == -1
 
 
-@BODIES
-def test_among_equals_the_one_promoted_longest_ago_leaves(body: ModuleType) -> None:
+@BACKENDS
+def test_among_equals_the_one_promoted_longest_ago_leaves(backend: ModuleType) -> None:
     residency = empty(3)
-    stepped(body, residency, [1, 2, 3], True)  # 1 is wanted most and promoted last
-    assert stepped(body, residency, [4], True) == [(4, 2)]  # where 3 was
-    assert stepped(body, residency, [5], True) == [(5, 1)]
+    stepped(backend, residency, [1, 2, 3], True)  # 1 is wanted most and promoted last
+    assert stepped(backend, residency, [4], True) == [(4, 2)]  # where 3 was
+    assert stepped(backend, residency, [5], True) == [(5, 1)]
 
 
 def owner_of(cache: BlockCache, head: int, heads: int, length: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.store.base import Store
-from pqbench.store.device import DeviceStore
+from pqbench.store.device import DeviceRows, DeviceStore
 from tests.support import store_of
 
 
@@ -42,13 +42,13 @@ def test_positions_follow_rows_through_keep_append_and_drop(prompt: int, steps: 
     assert [sorted(head) for head in store.positions[0].tolist()] == [sorted(head) for head in model]
     assert torch.equal(store.keys()[..., 0].long(), store.positions)  # a row's position is the one it was appended at
     assert torch.equal(store.values(), -store.keys())
-    assert store.device_bytes == 2 * 2 * store.length * 2 * 4
-    assert store.host_bytes == store.link_bytes == 0
+    assert store.usage.device_bytes == 2 * 2 * store.length * 2 * 4
+    assert store.usage.host_bytes == store.usage.link_bytes == 0
 
 
 def test_an_arranged_store_leaves_the_prompt_to_others() -> None:
     keys, values = GrowingBuffer(rows(0, 4)), GrowingBuffer(-rows(0, 4))
-    lease: list[DeviceStore] = []
+    lease: list[DeviceRows] = []
     first, second = (DeviceStore(keys.fork(), values.fork(), lease) for _ in range(2))
     order = torch.tensor([[[3, 0, 2, 1], [1, 2, 3, 0]]])
     assert first.after_prefill(None, False) is first
@@ -117,15 +117,15 @@ def test_an_evicting_store_owns_its_memory() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_rows_are_written_where_the_device_says(known: bool) -> None:
     store = store_of(rows(0, 3), -rows(0, 3))
-    store.reserve(300)
+    store.writer.reserve(300)
     place = store.keys().data_ptr()
     number = torch.zeros(1, dtype=torch.int32)
-    store.number = None if known else number
+    store.extent.number = None if known else number
     for at in range(3, 300):
-        store.prepare(1)
+        store.writer.prepare(1)
         number.fill_(at)
-        store.write(rows(at, 1), -rows(at, 1))
-        store.written(1)
+        store.writer.write(rows(at, 1), -rows(at, 1))
+        store.writer.written(1)
     assert (store.length, store.seen) == (300, 300)
     assert torch.equal(store.keys(), rows(0, 300))
     assert torch.equal(store.values(), -rows(0, 300))

@@ -33,18 +33,18 @@ def test_rows_are_written_where_the_device_says(cache: str, direct: bool) -> Non
     number = torch.zeros(1, dtype=torch.int32)
     with (DirectLink if direct else LocalLink)(debug=True) as link:
         store = open_store(keys, values, link, cache)
-        store.number = number
-        store.reserve(PROMPT + STEPS)
+        store.extent.number = number
+        store.writer.reserve(PROMPT + STEPS)
         for step, indices in enumerate(selections()):
             at = PROMPT + step
-            store.prepare(1)
+            store.writer.prepare(1)
             number.fill_(at)
-            store.write(keys[:, :, at : at + 1], values[:, :, at : at + 1])
-            store.written(1)
+            store.writer.write(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+            store.writer.written(1)
             if indices is not None:
                 assert torch.equal(fetched(store, indices)[1], gather_rows(values, indices))
             assert (
-                store._pool.ring == BUDGET.resolve(PROMPT + STEPS, PROMPT).window + 12
+                store._holdings.pool.ring == BUDGET.resolve(PROMPT + STEPS, PROMPT).window + 12
             )  # for the largest window, from the start
         with pytest.raises(RuntimeError, match="no fixed number"):
             store.fetch(None)
@@ -66,10 +66,10 @@ def test_with_room_for_all_tokens_no_memory_is_taken_while_decoding() -> None:
     keys, values = tokens(PROMPT + STEPS)
     with DirectLink() as link:
         store = open_store(keys, values, link, "lfu", reserve=STEPS)
-        buffers = [chunk.rows.data_ptr() for chunk in store._host._chunks]
+        buffers = [chunk.rows.data_ptr() for chunk in store._holdings.host._chunks]
         run(store, keys, values)
-        assert [chunk.rows.data_ptr() for chunk in store._host._chunks] == buffers
-        assert len(store._host.tokens()) == 1  # one launch reads both
+        assert [chunk.rows.data_ptr() for chunk in store._holdings.host._chunks] == buffers
+        assert len(store._holdings.host.tokens()) == 1  # one launch reads both
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -82,10 +82,10 @@ def test_keys_alone_are_those_of_the_rows_asked_for(cache: str, direct: bool) ->
             store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
             rows = torch.randint(0, at + 1, (BATCH, HEADS, 17))
             assert torch.equal(store.keys_at(rows), gather_rows(keys, rows))
-        moved, opening = store.bytes_to_device, store.opening_bytes
+        moved, opening = store.usage.bytes_to_device, store.usage.opening_bytes
         assert moved > 0
-        store.open()
-        assert (store.bytes_to_device, store.opening_bytes) == (0, opening + moved)
+        store.usage.open()
+        assert (store.usage.bytes_to_device, store.usage.opening_bytes) == (0, opening + moved)
         store.settle()
 
 
@@ -99,7 +99,7 @@ def test_host_buffers_are_released_when_their_store_is_gone() -> None:
     keys, values = tokens(PROMPT)
     with Noting() as link:
         store = open_store(keys, values, link, reserve=20)
-        wanted = [buffer.data_ptr() for buffer in store._host._buffers]
+        wanted = [buffer.data_ptr() for buffer in store._holdings.host._buffers]
         assert not released
         del store
         assert released == wanted

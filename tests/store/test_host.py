@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from pqbench.kernels.buffers import gather_rows
 from pqbench.method import Budget, Split
-from pqbench.store.host.cached import CachedHostStore
+from pqbench.store.host.cached import CachedFinder
 from pqbench.store.host.outbox import Outbox
-from pqbench.store.host.rows import HostPrompt, HostRows
+from pqbench.store.host.rows import HostPrompt
 from pqbench.store.host.scratch import Scratch
 from pqbench.store.host.store import HostStore
 from pqbench.store.link.base import OrderingError
@@ -76,7 +78,7 @@ def test_rows_are_the_same_over_a_slow_link() -> None:
     with EmulatedLink(PRESETS["pcie3"]) as link, LocalLink() as local:
         slow = run(open_store(keys, values, link, "lfu"), keys, values)
         assert slow == run(open_store(keys, values, local, "lfu"), keys, values)
-        assert link.bytes_to_host == local.bytes_to_host == keys.nbytes + values.nbytes
+        assert link.meters.to_host == local.meters.to_host == keys.nbytes + values.nbytes
 
 
 def test_layers_hold_the_same_tokens_one_step_after_the_other() -> None:
@@ -94,7 +96,7 @@ def test_layers_hold_the_same_tokens_one_step_after_the_other() -> None:
             assert len({store.length for store in stores}) == 1
         for store, (keys, values) in zip(stores, layers, strict=True):
             store.settle()
-            host = store._host.pieces(0, PROMPT + 80)  # row r on the host is token r, in every layer
+            host = store._holdings.host.pieces(0, PROMPT + 80)  # row r on the host is token r, in every layer
             rows = torch.cat([piece.rows for piece in host], 2)
             assert torch.equal(rows, torch.stack([keys, values], 3)[:, :, : PROMPT + 80])
 
@@ -127,22 +129,26 @@ def test_bytes_are_those_of_the_rows_that_moved() -> None:
     keys, values = tokens(PROMPT + 40)
     with LocalLink() as link:
         store = open_store(keys, values, link, split=lambda _: Split(8, 20, 10))
-        assert (store.link_bytes, store.device_bytes, store.host_bytes) == (0, 0, BATCH * HEADS * PROMPT * ROW)
+        assert (store.usage.link_bytes, store.usage.device_bytes, store.usage.host_bytes) == (
+            0,
+            0,
+            BATCH * HEADS * PROMPT * ROW,
+        )
         for at in range(PROMPT, PROMPT + 40):
             store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
-        assert store.opening_bytes == BATCH * HEADS * (8 + 20) * ROW
-        assert store.bytes_to_host == BATCH * HEADS * 36 * ROW  # six batches of margin / 2
+        assert store.usage.opening_bytes == BATCH * HEADS * (8 + 20) * ROW
+        assert store.usage.bytes_to_host == BATCH * HEADS * 36 * ROW  # six batches of margin / 2
         indices = torch.tensor([7, 8, 30, PROMPT + 39, 100]).expand(BATCH, HEADS, -1)
         store.fetch(indices)
-        assert store.bytes_to_device == BATCH * HEADS * 3 * ROW  # position 7 is a sink, the newest is in the ring
+        assert store.usage.bytes_to_device == BATCH * HEADS * 3 * ROW  # position 7 is a sink, the newest is in the ring
         ragged = torch.stack([indices, indices]).flatten()[: BATCH * HEADS * 2].view(BATCH, HEADS, 2)
-        before, on_host = store.bytes_to_device, int(((ragged >= 8) & (ragged < PROMPT + 7)).sum())
+        before, on_host = store.usage.bytes_to_device, int(((ragged >= 8) & (ragged < PROMPT + 7)).sum())
         store.fetch(ragged)
-        assert store.bytes_to_device - before == on_host * ROW  # heads need not miss equally many rows
-        before = store.bytes_to_device
+        assert store.usage.bytes_to_device - before == on_host * ROW  # heads need not miss equally many rows
+        before = store.usage.bytes_to_device
         store.fetch(None)
-        assert store.bytes_to_device - before == BATCH * HEADS * (PROMPT + 40 - 8 - 32) * ROW
-        assert store.link_bytes == store.bytes_to_device + store.bytes_to_host
+        assert store.usage.bytes_to_device - before == BATCH * HEADS * (PROMPT + 40 - 8 - 32) * ROW
+        assert store.usage.link_bytes == store.usage.bytes_to_device + store.usage.bytes_to_host
 
 
 def test_the_row_that_leaves_the_window_is_read_without_the_link() -> None:
@@ -152,13 +158,13 @@ def test_the_row_that_leaves_the_window_is_read_without_the_link() -> None:
         moved = None
         for at in range(PROMPT, PROMPT + STEPS):
             store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
-            moved = store.bytes_to_device if moved is None else moved
+            moved = store.usage.bytes_to_device if moved is None else moved
             left = at + 1 - BUDGET.resolve(at + 1, PROMPT).window - 1
             assert torch.equal(store.keys(left, left + 1), keys[:, :, left : left + 1])
             assert torch.equal(store.values(left, left + 2), values[:, :, left : left + 2])
-        assert store.bytes_to_device == moved
+        assert store.usage.bytes_to_device == moved
         assert torch.equal(store.keys(3, 60), keys[:, :, 3:60])
-        assert store.bytes_to_device == moved + BATCH * HEADS * (60 - 8) * ROW // 2  # keys alone, sinks not
+        assert store.usage.bytes_to_device == moved + BATCH * HEADS * (60 - 8) * ROW // 2  # keys alone, sinks not
         assert store.keys(5, 5).shape == (BATCH, HEADS, 0, WIDTH)
         store.settle()
 
@@ -168,12 +174,12 @@ def test_stored_keys_move_nothing_to_the_device() -> None:
     with LocalLink(debug=True) as link:
         store = open_store(keys, values, link)
         assert torch.equal(store.stored_keys(3, 90), keys[:, :, 3:90])
-        assert store.stored_keys(3, 90).data_ptr() == store._host._chunks[0].rows[:, :, 3:].data_ptr()
+        assert store.stored_keys(3, 90).data_ptr() == store._holdings.host._chunks[0].rows[:, :, 3:].data_ptr()
         for at in range(PROMPT, PROMPT + 70):
             store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
         assert torch.equal(store.stored_keys(3), keys[:, :, 3:])
         assert store.stored_keys(4, 4).shape == (BATCH, HEADS, 0, WIDTH)
-        assert store.bytes_to_device == 0
+        assert store.usage.bytes_to_device == 0
         store.settle()
 
 
@@ -190,8 +196,8 @@ def test_what_an_evicting_method_keeps_lies_on_the_device() -> None:
         assert torch.equal(kept.positions, indices)
         assert torch.equal(kept.keys(), gather_rows(keys, indices))
         assert torch.equal(kept.values(), gather_rows(values, indices))
-        assert (kept.seen, kept.length, kept.host_bytes, kept.link_bytes) == (PROMPT + 60, 25, 0, 0)
-        assert kept.opening_bytes == kept.device_bytes == BATCH * HEADS * 25 * ROW
+        assert (kept.seen, kept.length, kept.usage.host_bytes, kept.usage.link_bytes) == (PROMPT + 60, 25, 0, 0)
+        assert kept.usage.opening_bytes == kept.usage.device_bytes == BATCH * HEADS * 25 * ROW
         kept.append(keys[:, :, :1], values[:, :, :1])
         kept.drop(torch.zeros(BATCH, HEADS, 1, dtype=torch.long))
         assert int(kept.positions[0, 0].max()) == PROMPT + 60
@@ -208,10 +214,10 @@ def test_short_prompts_whose_sinks_are_still_growing() -> None:
                 store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])
                 indices = torch.randint(0, at + 1, (BATCH, HEADS, 9))
                 assert torch.equal(fetched(store, indices)[1], gather_rows(values, indices))
-            moved = store.bytes_to_device
+            moved = store.usage.bytes_to_device
             sinks = torch.arange(32).expand(BATCH, HEADS, -1)
             assert torch.equal(fetched(store, sinks)[0], keys[:, :, :32])
-            assert store.bytes_to_device == moved
+            assert store.usage.bytes_to_device == moved
             store.settle()
 
 
@@ -234,7 +240,7 @@ def test_an_index_crosses_the_link_on_request() -> None:
         store = open_store(keys, values, link)
         arrival = store.bring(codes[:, :, :40])
         assert torch.equal(arrival.wait(), codes[:, :, :40])
-        assert store.bytes_to_device == codes[:, :, :40].nbytes
+        assert store.usage.bytes_to_device == codes[:, :, :40].nbytes
         store.bring(codes)  # asked for, and never used
         store.bring(codes)
         store.settle()
@@ -247,7 +253,7 @@ def test_a_prompt_can_arrive_in_blocks() -> None:
         for start in range(0, PROMPT, 40):
             prompt.extend(keys[:, :, start : start + 40], values[:, :, start : start + 40])
         assert torch.equal(HostStore(prompt, split_of).stored_keys(), keys)
-        assert prompt.nbytes == link.bytes_to_host == 2 * keys.nbytes
+        assert prompt.nbytes == link.meters.to_host == 2 * keys.nbytes
         with pytest.raises(ValueError, match="does not fit"):
             prompt.extend(keys[:, :, :1], values[:, :, :1])
 
@@ -259,19 +265,21 @@ class Impatient(Outbox):
         self._landed = self.sent
 
 
-class NeverLands(HostStore):
-    """A store that reads host rows and overwrites ring slots without waiting for the copies."""
-
-    def _attach(self, host: HostRows) -> None:
-        super()._attach(host)
-        self._outbox = Impatient(host, self._pool, self._length, self._traffic)
+def never_lands(store: HostStore) -> None:
+    """Have a store read host rows and overwrite ring slots without waiting for the copies."""
+    held = store._holdings
+    held.outbox = Impatient(held.host, held.pool, store.length, held.traffic)
 
 
-class NeverArrives(CachedHostStore):
-    """A store that uses blocks before they are there."""
+def never_arrives(store: HostStore) -> None:
+    """Have a store use blocks before they are there."""
+    finder = store._finder
+    assert isinstance(finder, CachedFinder)
 
-    def _arrive(self) -> None:
-        self._entering = []
+    def arrive() -> None:
+        finder._entering = []
+
+    finder.arrive = arrive  # type: ignore[method-assign]
 
 
 def decode(store: HostStore, keys: Tensor, values: Tensor) -> None:
@@ -284,14 +292,12 @@ def decode(store: HostStore, keys: Tensor, values: Tensor) -> None:
         assert torch.equal(got, everything if indices is None else gather_rows(everything, indices))
 
 
-@pytest.mark.parametrize("broken", [NeverLands, NeverArrives])
-def test_a_store_that_forgets_to_wait_is_caught_every_time(broken: type[HostStore]) -> None:
+@pytest.mark.parametrize(("spoil", "cache"), [(never_lands, "none"), (never_arrives, "lfu")])
+def test_a_store_that_forgets_to_wait_is_caught_every_time(spoil: Callable[[HostStore], None], cache: str) -> None:
     keys, values = tokens(PROMPT + STEPS)
     link = LocalLink(debug=True)
-    prompt = HostPrompt.offload(link, keys[:, :, :PROMPT], values[:, :, :PROMPT])
-    options = CACHES["lfu"]
-    assert options is not None
-    store = NeverLands(prompt, split_of, 12) if broken is NeverLands else NeverArrives(prompt, split_of, options, 12)
+    store = open_store(keys, values, link, cache)
+    spoil(store)
     with pytest.raises((AssertionError, OrderingError)):
         decode(store, keys, values)
     with pytest.raises(OrderingError, match="never waited for"):

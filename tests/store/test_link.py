@@ -119,21 +119,21 @@ def test_gather_brings_the_rows_asked_for(
         with LocalLink(debug) as link:
             link.gather(source, rows, target.zero_()).wait()
             assert torch.equal(target, gather_rows(source, rows))
-            assert (link.bytes_to_device, link.bytes_to_host) == (target.numel() * target.element_size(), 0)
+            assert (link.meters.to_device, link.meters.to_host) == (target.numel() * target.element_size(), 0)
 
 
 def test_bytes_and_waits_are_counted() -> None:
     with LocalLink() as link:
         link.to_host(torch.ones(5), torch.zeros(5)).wait()
         link.to_device(torch.ones(2, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)).wait()
-        assert (link.bytes_to_host, link.bytes_to_device) == (20, 2)
-        waited = link.seconds_waited
+        assert (link.meters.to_host, link.meters.to_device) == (20, 2)
+        waited = link.meters.seconds_waited
         held = HeldCopy(torch.ones(3), torch.zeros(3))
         transfer = link.submit([held], Direction.TO_HOST)
         assert held.started.wait(PATIENCE)
         threading.Timer(0.02, held.go_on.set).start()
         transfer.wait()
-        assert link.seconds_waited - waited > 0
+        assert link.meters.seconds_waited - waited > 0
 
 
 def test_threads_end_with_their_link() -> None:
@@ -164,7 +164,7 @@ def test_an_emulated_transfer_takes_its_time_without_burning_any() -> None:
         assert time.process_time() - burned < 0.055
         assert transfer.done
         assert torch.equal(source, target)
-        assert link.seconds_waited > 0.05
+        assert link.meters.seconds_waited > 0.05
 
 
 def test_emulated_transfers_of_one_direction_queue() -> None:

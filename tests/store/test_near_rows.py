@@ -36,10 +36,10 @@ def test_rows_that_are_near_are_read_there(rows: tuple[Tensor, Tensor]) -> None:
             end = PROMPT if stop is None else stop
             assert torch.equal(store.keys(start, stop), rows[0][:, :, start:end])
             assert torch.equal(store.values(start, stop), rows[1][:, :, start:end])
-        assert store.bytes_to_device == 0
+        assert store.usage.bytes_to_device == 0
         prompt.near = None
         assert torch.equal(store.keys(3, 90), rows[0][:, :, 3:90])
-        assert store.bytes_to_device > 0
+        assert store.usage.bytes_to_device > 0
 
 
 def test_what_is_kept_of_near_rows_moves_nothing(rows: tuple[Tensor, Tensor]) -> None:
@@ -54,7 +54,7 @@ def test_what_is_kept_of_near_rows_moves_nothing(rows: tuple[Tensor, Tensor]) ->
             assert torch.equal(kept.values(), gather_rows(rows[1], indices))
             assert torch.equal(kept.positions, indices)
             assert kept.seen == PROMPT
-        assert (near.opening_bytes, far.opening_bytes) == (0, near.keys().nbytes + near.values().nbytes)
+        assert (near.usage.opening_bytes, far.usage.opening_bytes) == (0, near.keys().nbytes + near.values().nbytes)
 
 
 def test_steps_read_the_new_tokens_whatever_is_near(rows: tuple[Tensor, Tensor]) -> None:

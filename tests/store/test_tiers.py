@@ -15,7 +15,6 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import Budget
 from pqbench.store.device import DeviceStore
-from pqbench.store.host.cached import CachedHostStore
 from pqbench.store.host.rows import page_locked
 from pqbench.store.host.store import HostStore
 from pqbench.store.link.base import OrderingError
@@ -68,8 +67,7 @@ def test_a_tier_makes_the_store_it_describes() -> None:
     assert type(store(DeviceTier())) is DeviceStore
     assert type(store(HostTier())) is HostStore
     cached = store(HostTier(cache_tokens=20, cache_block=8))
-    assert type(cached) is CachedHostStore
-    assert cached.cache_bytes == 2 * 16 * 2 * 4 * 4  # two whole blocks for two heads
+    assert cached._holdings.cache.rows * cached._holdings.row_bytes == 2 * 16 * 2 * 4 * 4  # two blocks for two heads
     assert HostTier().open(CPU).link.label == "local"
     assert not HostTier().open(CPU).link.emulated
     assert HostTier("pcie3").open(CPU).link.label == "emulated PCIe 3.0 x16"

@@ -20,7 +20,7 @@ def ready(groups: Sequence[Group], rows: int) -> bool:
     able = [group.state.reserve(group.store, rows) for group in groups]
     if all(able):
         for group in groups:
-            group.store.reserve(rows)
+            group.store.writer.reserve(rows)
     return all(able)
 
 
@@ -33,11 +33,11 @@ class Engine:
     """
 
     def __init__(self, groups: Sequence[Group], work: Work) -> None:
-        """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Store.write` and
+        """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Writer.write` and
         :meth:`pqbench.engine.cohort.Group.attend_captured` of every group."""
         self._groups, self._work = groups, work
         device = groups[0].store.device
-        self._graph: Graph = graph(device, kernels(device, groups[0].state.geometry.body))
+        self._graph: Graph = graph(device, kernels(device, groups[0].state.geometry.backend))
         self._numbers: Numbers | None = None
         self._rehearsed = False
         self._result: Tensor | None = None
@@ -56,7 +56,7 @@ class Engine:
         """
         plans, numbers = [], []
         for group in self._groups:
-            group.store.prepare(1)
+            group.store.writer.prepare(1)
             plan = group.state.plan(group.store, group.store.length + 1)
             plans.append(plan)
             numbers += [group.store.length, group.store.length + 1, *plan.numbers]
@@ -65,7 +65,7 @@ class Engine:
         self._numbers.send(numbers)
         result = self._run()
         for group, plan in zip(self._groups, plans, strict=True):
-            group.store.written(1)
+            group.store.writer.written(1)
             group.replayed(plan)
         return result
 
@@ -74,7 +74,7 @@ class Engine:
         counts = [2 + len(plan.numbers) for plan in plans]
         numbers, first = Numbers(sum(counts), self._groups[0].store.device), 0
         for group, count in zip(self._groups, counts, strict=True):
-            group.store.number, group.length, *own = numbers.views(first, count)
+            group.store.extent.number, group.length, *own = numbers.views(first, count)
             group.state.numbers, first = own, first + count
         return numbers
 
@@ -103,4 +103,6 @@ class Engine:
 
     def _addresses(self) -> list[int]:
         """Where everything lies that steps share."""
-        return [tensor.data_ptr() for group in self._groups for tensor in (*group.store.fixed, *group.state.fixed)]
+        return [
+            tensor.data_ptr() for group in self._groups for tensor in (*group.store.writer.fixed, *group.state.fixed)
+        ]

@@ -27,7 +27,7 @@ class CapturedLayer(OurLayer):
         """Write the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``."""
         check_rows(k, 1)
         self.group.check(k, scaling)
-        self.group.store.write(k, v)
+        self.group.store.writer.write(k, v)
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
         return self.group.attend_captured(grouped).reshape(batch, 1, heads, width)

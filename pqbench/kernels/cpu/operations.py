@@ -473,7 +473,7 @@ def admit_blocks(
 
 
 def use_threads(count: int) -> None:
-    """Threads of this body in the calling thread. Torch keeps its number: numba sets it to that of all cores when it
+    """Threads of this backend in the calling thread. Torch keeps its number: numba sets it to that of all cores when it
     starts its threads, since both count OpenMP's."""
     before = torch.get_num_threads()
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))

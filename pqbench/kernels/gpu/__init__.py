@@ -1,5 +1,6 @@
-"""The body for CUDA: the operations of :class:`pqbench.kernels.backend.Kernels` in Triton, on the current stream. The
-merging of lists and the finding of rows are the reference's, in torch.
+"""The backend for CUDA: the operations of :class:`pqbench.kernels.backend.Kernels` in Triton, on the current stream.
+
+Lists are merged and rows are found by the reference, in torch.
 
 Shapes and meaning are those of :mod:`pqbench.kernels.reference`. Kernels live by topic, beside their launches. The
 module imports wherever Triton is installed; its functions need tensors on a GPU, or Triton's interpreter

@@ -1,4 +1,4 @@
-"""Which blocks of a context a cache holds, in plain torch; other bodies are tested against this."""
+"""Which blocks of a context a cache holds, in plain torch; other backends are tested against this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers that are a hash of a seed, a head and a token: every body computes the same where its tensors are."""
+"""Random numbers that are a hash of a seed, a head and a token: every backend computes the same numbers."""
 
 from __future__ import annotations
 

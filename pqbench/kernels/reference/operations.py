@@ -1,4 +1,4 @@
-"""The definition of every kernel in plain torch; other bodies are tested against these.
+"""The definition of every kernel in plain torch; other backends are tested against these.
 
 Shapes: B sequences, H KV heads, G query heads per KV head, S tokens, D head dimension, m sub-spaces of D/m dimensions,
 K = 2**b centroids. Arithmetic is float32 whatever the storage type.
@@ -310,4 +310,4 @@ def warm_up() -> float:
 
 
 def use_threads(count: int) -> None:
-    """Threads of this body in the calling thread; torch has its own setting."""
+    """Threads of this backend in the calling thread; torch has its own setting."""

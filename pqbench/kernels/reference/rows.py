@@ -1,4 +1,4 @@
-"""Where selected tokens lie on the device, in plain torch; other bodies are tested against this."""
+"""Where selected tokens lie on the device, in plain torch; other backends are tested against this."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class FidelityBenchmark(Measurement):
         return [
             Variant(name, with_budget(method, ratio), ratio) if ratio else Variant(name, method, None)
             for name, method in methods.items()
-            for ratio in (self.ratios if getattr(method, "budget", None) is not None else [None])
+            for ratio in (self.ratios if method.budget is not None else [None])
         ]
 
     def _check(self, job: TimingJob, loaded: LoadedModel, variants: Sequence[Variant]) -> None:

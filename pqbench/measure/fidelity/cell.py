@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -125,14 +125,13 @@ class CellRun:
 
     def _facts(self, variant: Variant) -> Record:
         """What was measured, whatever came of it."""
-        budget: Any = getattr(variant.method, "budget", None)
         return {
             "document": self.cell.document.name,
             "length": self.cell.length,
             "prompt_tokens": self.cell.prompt,
             "steps": self.steps,
             "ratio": variant.ratio,
-            "budget": "all" if budget is None else budget.label,
+            "budget": variant.method.budget_label,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": device_name(self.model.device),
         }

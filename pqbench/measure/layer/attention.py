@@ -199,8 +199,7 @@ class Attention(Measurement):
         for name in names:
             if name != DENSE:
                 method = with_budget(job.methods[name], cell.budget)
-                budget = getattr(method, "budget", None)
-                yield Subject(name, body_name(body), "all" if budget is None else budget.label, method)
+                yield Subject(name, body_name(body), method.budget_label, method)
 
     def _wanted(self, job: TimingJob, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
         """Names that lack a record in a cell."""
@@ -257,10 +256,10 @@ class Attention(Measurement):
             "attended_bytes": moved,
             "index_bytes": subject.index_bytes / count,
             "index_resident_bytes": group.state.resident_bytes,
-            "device_bytes": group.store.device_bytes,
-            "host_bytes": group.store.host_bytes,
-            "to_device_bytes": group.store.bytes_to_device,
-            "to_host_bytes": group.store.bytes_to_host,
+            "device_bytes": group.store.usage.device_bytes,
+            "host_bytes": group.store.usage.host_bytes,
+            "to_device_bytes": group.store.usage.bytes_to_device,
+            "to_host_bytes": group.store.usage.bytes_to_host,
             "link": None if link is None else link.label,
             "emulated": link is not None and link.emulated,
             "bandwidth_gbps": rate / 1e9,

@@ -20,7 +20,7 @@ class CapturedSteps:
         key, value, q = self._places
 
         def work() -> Tensor:
-            group.store.write(key, value)
+            group.store.writer.write(key, value)
             return group.attend_captured(q)
 
         self._engine = Engine([group], work)

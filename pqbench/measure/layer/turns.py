@@ -93,7 +93,7 @@ def geometry_of(
         scaling=shape.head_dim**-0.5,
         prompt=context,
         inverse_frequencies=shape.frequencies(device),
-        body=setting.body,
+        backend=setting.body,
         device=device,
         calibration=setting.calibration,
         dense=dense,

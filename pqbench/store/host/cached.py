@@ -1,99 +1,84 @@
-"""A host store whose device also holds the blocks that selections ask for most (PQCache, arXiv 2407.12820)."""
+"""Finding rows where the device also holds the blocks that selections ask for most (PQCache, arXiv 2407.12820)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Number, kernels
+from pqbench.kernels.backend import Number
 from pqbench.kernels.reference.rows import Found
-from pqbench.method import Split
-from pqbench.store.host.blocks import Admission, BlockCache, CacheOptions
-from pqbench.store.host.rows import HostPrompt
-from pqbench.store.host.scratch import Scratch
-from pqbench.store.host.store import HostStore
+from pqbench.store.host.blocks import Admission, BlockCache
+from pqbench.store.host.finder import Finder
+from pqbench.store.host.holdings import Holdings
 from pqbench.store.link.base import Copy, Direction, Transfer
 
 
-class CachedHostStore(HostStore):
-    """Blocks let in by one step are copied in the background, after the rows that the step itself misses, and waited
-    for at the start of the next step. So which rows are hits does not depend on the speed of a link."""
+class CachedFinder(Finder):
+    """Blocks that one step lets in are copied in the background, after the rows that the step itself misses, and they
+    are waited for at the start of the next step. So the speed of a link does not decide which rows are hits."""
 
-    def __init__(
-        self,
-        prompt: HostPrompt,
-        split: Callable[[int], Split | None],
-        options: CacheOptions,
-        margin: int = 64,
-        overlap: bool = True,
-        scratch: Scratch | None = None,
-        body: str = "auto",
-        reserve: int = 0,
-    ) -> None:
-        """See :class:`HostStore`."""
-        batch, heads, device = prompt.rows.shape[0], prompt.rows.shape[1], prompt.device
-        self._blocks = BlockCache(options, batch, heads, device, kernels(device, body))
-        self._blocks.table(prompt.length + reserve)  # so that it does not grow, nor its kernel change, while decoding
-        super().__init__(prompt, split, margin, overlap, scratch, self._blocks, body, reserve)
+    def __init__(self, holdings: Holdings, cache: BlockCache) -> None:
+        super().__init__(holdings)
+        self._blocks = cache
         self._entering: list[Transfer] = []
         self._asked = self._hits = self._admitted = 0
+        device = holdings.device
         self._entered = torch.zeros(1, dtype=torch.int64, device=device)  # nobody reads it: the bytes say more
         self._complete = torch.zeros(1, dtype=torch.int32, device=device)  # blocks on the host, for a captured graph
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the pool that cached blocks may take."""
-        return self._blocks.rows * self._row_bytes
-
-    @property
-    def bytes_to_device(self) -> int:
-        return super().bytes_to_device + self._admitted_directly
-
-    @property
     def bytes_admitted(self) -> int:
-        return self._admitted + self._admitted_directly
+        return self._admitted + self.admitted_directly
+
+    @property
+    def admitted_directly(self) -> int:
+        owners, held = len(self._blocks.table(0)), self._holdings
+        return held.counted[2] * self._blocks.options.block * (held.row_bytes // owners)
 
     @property
     def cache_lookups(self) -> int:
-        return self._asked + self._counted[1]
+        return self._asked + self._holdings.counted[1]
 
     @property
     def cache_hits(self) -> int:
-        return self._hits + self._counted[1] - self._counted[0]
+        copied, asked, _ = self._holdings.counted
+        return self._hits + asked - copied
 
-    @property
-    def _admitted_directly(self) -> int:
-        owners = len(self._blocks.table(0))
-        return self._counted[2] * self._blocks.options.block * (self._row_bytes // owners)
+    def arrive(self) -> None:
+        for transfer in self._entering:
+            transfer.wait()
+        self._entering = []
 
-    def prepare(self, count: int) -> None:
-        super().prepare(count)
-        if self.number is not None:
-            self._outbox.land(self._outbox.sent)
-            self._complete.fill_(self._outbox.sent // self._blocks.options.block)
+    def prepare(self) -> None:
+        super().prepare()
+        if self._holdings.extent.number is not None:
+            outbox = self._holdings.outbox
+            outbox.land(outbox.sent)
+            self._complete.fill_(outbox.sent // self._blocks.options.block)
 
     def _slots(self, indices: Tensor, count: Number | None) -> Tensor:
-        slots = super()._slots(indices, count)
-        if self._direct is not None:
-            self._outbox.land(self._outbox.sent)
-            complete = self._outbox.sent // self._blocks.options.block if self.number is None else self._complete
-            aside = self._overlap and self.number is None
-            self._entering = self._direct.exchange(indices, slots, self._most, complete, aside)
+        slots, held, direct = super()._slots(indices, count), self._holdings, self._holdings.direct
+        if direct is not None:
+            held.outbox.land(held.outbox.sent)
+            captured = held.extent.number is not None
+            complete = self._complete if captured else held.outbox.sent // self._blocks.options.block
+            self._entering = direct.exchange(indices, slots, held.most, complete, held.overlap and not captured)
         return slots
 
     def _find(self, indices: Tensor) -> Found:
-        pool, table = self._pool, self._blocks.table(self._length)
-        size = self._blocks.options.block
-        return self._kernels.find_rows(indices, pool.local[: self._length], pool.resident, table, size, pool.blocks)
+        held, pool = self._holdings, self._holdings.pool
+        length, size = held.extent.length, self._blocks.options.block
+        table = self._blocks.table(length)
+        return held.kernels.find_rows(indices, pool.local[:length], pool.resident, table, size, pool.blocks)
 
     def _bring(self, indices: Tensor, found: Found) -> None:
-        cache, pool, slots, missing = self._blocks, self._pool, found.slots, found.missing
+        cache, pool, slots, missing = self._blocks, self._holdings.pool, found.slots, found.missing
         if found.counts is None:
             raise RuntimeError("nothing was counted")
-        asked = found.asked
-        admitted = cache.admissions(cache.step(found.counts, self._outbox.sent // cache.options.block, self._entered))
+        asked, sent = found.asked, self._holdings.outbox.sent
+        admitted = cache.admissions(cache.step(found.counts, sent // cache.options.block, self._entered))
         leaving = missing[:0]
         if admitted:  # a row whose block leaves now, for one that is copied over it, moves out of the way first
             gone = (self._find(indices).slots != slots) & (slots >= 0)
@@ -113,18 +98,14 @@ class CachedHostStore(HostStore):
         """Start to copy blocks in; all their tokens have been sent to the host."""
         if not admitted:
             return
-        rows, size = self._pool.rows.flatten(0, 1), self._blocks.options.block
+        held, pool = self._holdings, self._holdings.pool
+        rows, size = pool.rows.flatten(0, 1), self._blocks.options.block
         copies = []
-        self._outbox.land(max(block.start for block in admitted) + size)
+        held.outbox.land(max(block.start for block in admitted) + size)
         for block in admitted:
-            for piece in self._host.pieces(block.start, block.start + size):
+            for piece in held.host.pieces(block.start, block.start + size):
                 source = piece.rows.flatten(0, 1)[block.first : block.stop]
-                first = self._pool.blocks + block.row + piece.start - block.start
+                first = pool.blocks + block.row + piece.start - block.start
                 copies.append(Copy(source, rows[block.first : block.stop, first : first + source.shape[1]]))
         self._admitted += sum(copy.nbytes for copy in copies)
-        self._entering = [self._traffic.move(copies, Direction.TO_DEVICE, "blocks")]
-
-    def _arrive(self) -> None:
-        for transfer in self._entering:
-            transfer.wait()
-        self._entering = []
+        self._entering = [held.traffic.move(copies, Direction.TO_DEVICE, "blocks")]

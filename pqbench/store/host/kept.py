@@ -15,12 +15,11 @@ class KeptRows(DeviceStore):
     """Rows that were chosen from more; owns its memory."""
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int, moved: int | None = None) -> None:
-        """Keys and values ``[B, H, n, D]`` at positions ``[B, H, n]``, of ``seen`` tokens; ``moved`` bytes of them came
-        over a link, None for all."""
-        super().__init__(GrowingBuffer(keys), GrowingBuffer(values))
-        self._positions = GrowingBuffer(positions)
-        self._seen = seen
-        self.opening_bytes = keys.nbytes + values.nbytes if moved is None else moved
+        """Keys and values ``[B, H, n, D]`` at positions ``[B, H, n]``, of ``seen`` tokens. ``moved`` bytes of them came
+        over a link; None for all."""
+        rows = GrowingBuffer(keys), GrowingBuffer(values)
+        super().__init__(*rows, positions=GrowingBuffer(positions), seen=seen)
+        self.usage.opening_bytes = keys.nbytes + values.nbytes if moved is None else moved
 
     @classmethod
     def fetched(cls, host: HostRows, indices: Tensor, seen: int) -> KeptRows:

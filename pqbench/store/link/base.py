@@ -70,6 +70,16 @@ class Meters:
         self.seconds_waited = 0.0
         self._lock = threading.Lock()
 
+    @property
+    def to_host(self) -> int:
+        """Bytes moved from the device so far."""
+        return self.bytes[Direction.TO_HOST]
+
+    @property
+    def to_device(self) -> int:
+        """Bytes moved to the device so far."""
+        return self.bytes[Direction.TO_DEVICE]
+
     def count(self, size: int, direction: Direction) -> None:
         """Add a transfer of ``size`` bytes."""
         with self._lock:
@@ -190,21 +200,6 @@ class Link(ABC):
 
     def release(self, buffers: Sequence[Tensor]) -> None:  # noqa: B027
         """Let go of host buffers once all kernels have read them that were launched so far."""
-
-    @property
-    def bytes_to_host(self) -> int:
-        """Bytes moved from the device so far."""
-        return self.meters.bytes[Direction.TO_HOST]
-
-    @property
-    def bytes_to_device(self) -> int:
-        """Bytes moved to the device so far."""
-        return self.meters.bytes[Direction.TO_DEVICE]
-
-    @property
-    def seconds_waited(self) -> float:
-        """Seconds callers were blocked in waits so far."""
-        return self.meters.seconds_waited
 
     def close(self) -> None:
         """End the link.

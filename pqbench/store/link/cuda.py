@@ -62,14 +62,14 @@ class CudaLink(Link):
     label = "cuda"
     pinned = True
 
-    def __init__(self, device: torch.device, body: str = "auto", debug: bool = False) -> None:
+    def __init__(self, device: torch.device, backend: str = "auto", debug: bool = False) -> None:
         if device.type != "cuda" or not torch.cuda.is_available():
             raise ConfigError("store.link=cuda, but no CUDA device is available here: use store.link=local")
         super().__init__(debug)
         self._device = device
         self._streams = {direction: torch.cuda.Stream(device) for direction in Direction}
-        self._body = _kernels(device, body)
-        self.direct = self._body is not None
+        self._backend = _kernels(device, backend)
+        self.direct = self._backend is not None
         self._readers: dict[int, torch.cuda.Stream] = {}
         self._held = Held()
 
@@ -115,27 +115,27 @@ class CudaLink(Link):
 
     def _move(self, copy: Copy) -> None:
         if copy.rows is None:
-            _copy(copy.source, copy.target, self._body)
-        elif self._body is not None and copy.source.is_pinned():
+            _copy(copy.source, copy.target, self._backend)
+        elif self._backend is not None and copy.source.is_pinned():
             # Page-locked memory has a device address under unified addressing, so a kernel can read it.
-            self._body.gather(copy.source, copy.rows.to(self._device), copy.target)
+            self._backend.gather(copy.source, copy.rows.to(self._device), copy.target)
         else:
             rows = gather_rows(copy.source, copy.rows.cpu())
             _copy(rows.pin_memory(), copy.target, None)  # freed pinned blocks wait for copies in the host allocator
 
 
-def _copy(source: Tensor, target: Tensor, body: Kernels | None) -> None:
+def _copy(source: Tensor, target: Tensor, backend: Kernels | None) -> None:
     """Queue a copy. One of strided tensors would go through pageable memory and block: it is cut into dense pieces, and
     where these are small, a kernel copies them all."""
     if source.dim() <= 1 or (source.is_contiguous() and target.is_contiguous()):
         target.copy_(source, non_blocking=True)
         return
     reachable = all(tensor.is_cuda or tensor.is_pinned() for tensor in (source, target))
-    if body is not None and reachable and source.dim() >= 4 and _dense_bytes(source, target) < _PIECE:
-        body.copy(source, target)
+    if backend is not None and reachable and source.dim() >= 4 and _dense_bytes(source, target) < _PIECE:
+        backend.copy(source, target)
         return
     for part, place in zip(source, target, strict=True):
-        _copy(part, place, body)
+        _copy(part, place, backend)
 
 
 def _dense_bytes(*tensors: Tensor) -> int:
@@ -148,9 +148,9 @@ def _dense_bytes(*tensors: Tensor) -> int:
     return size * tensors[0].element_size()
 
 
-def _kernels(device: torch.device, body: str) -> Kernels | None:
+def _kernels(device: torch.device, backend: str) -> Kernels | None:
     """The kernels that read page-locked memory from the device; None where plain torch or nothing else is there."""
-    if body not in ("auto", "gpu"):
+    if backend not in ("auto", "gpu"):
         return None
     try:
         return kernels(device, "gpu")

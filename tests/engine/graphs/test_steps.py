@@ -53,7 +53,7 @@ def same(first: Generation, second: Generation) -> None:
         assert (one.meter.steps, one.meter.attended) == (other.meter.steps, other.meter.attended)
         assert one.meter.index_bytes == other.meter.index_bytes
         assert one.store.length == other.store.length
-        assert one.store.bytes_to_host == other.store.bytes_to_host
+        assert one.store.usage.bytes_to_host == other.store.usage.bytes_to_host
         assert one.state.facts == other.state.facts
 
 

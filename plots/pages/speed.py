@@ -1,0 +1,45 @@
+"""The page of ``benchmark=attention`` and ``benchmark=latency``: seconds per step, and times to the first tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from plots.latency import draw
+from plots.pages.packed import Measured
+from plots.pages.source import heading, origin, picture
+from pqbench.records.file import Record
+from pqbench.tables.timings import sections
+from pqbench.terminal import markdown_table
+
+TITLE = "Speed"
+INTRODUCTION = """\
+Two measurements. `benchmark=attention` times the decode step of one attention layer with keys and values of
+real shape: selecting, fetching and attending. `benchmark=latency` times a whole model: the time to the first
+token (TTFT), to the second token (TT2T, when the index is complete) and per later token (TPOT), each method
+with a prefill of its own. *x dense* says how many times as fast as the fastest dense kernel a method is. Times
+depend on the machine; compare them within one table."""
+
+
+def page(measured: Measured) -> str:
+    """The whole page in markdown."""
+    counts = {name: sum(r["benchmark"] == name for r in measured.records) for name in ("attention", "latency")}
+    samples = ", ".join(f"{count} records of benchmark={name}" for name, count in counts.items() if count)
+    lines = [*heading(TITLE, INTRODUCTION), *origin(measured, samples)]
+    for section in sections(measured.records):
+        table = markdown_table(section.headings, section.rows, section.labels)
+        lines += [f"## {section.title[0].upper()}{section.title[1:]}", "", table, ""]
+    for name in names(measured.records):
+        lines += picture("TTFT, TT2T and TPOT against the context", f"{name}.png")
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def names(records: Sequence[Record]) -> list[str]:
+    """The names that :mod:`plots.latency` gives its figures of these records."""
+    models = dict.fromkeys(str(r["model"]) for r in records if r["benchmark"] == "latency" and r["status"] == "ok")
+    return [f"latency_{model}" for model in models]
+
+
+def figures(measured: Measured, folder: Path) -> list[Path]:
+    """Times against the context, where the whole model was measured at several."""
+    return draw(measured.table(), folder)

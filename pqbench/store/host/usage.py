@@ -1,0 +1,54 @@
+"""The bytes of a host store."""
+
+from __future__ import annotations
+
+from pqbench.store.base import Usage
+from pqbench.store.host.finder import Finder
+from pqbench.store.host.holdings import Holdings
+from pqbench.store.host.scratch import Scratch
+
+
+class HostUsage(Usage):
+    """Adds up what transfers and kernels have moved."""
+
+    def __init__(self, holdings: Holdings, finder: Finder, scratch: Scratch | None) -> None:
+        """``scratch`` is the buffer for whole contexts where the store does not share it."""
+        super().__init__()
+        self._holdings, self._finder, self._scratch = holdings, finder, scratch
+
+    @property
+    def bytes_to_device(self) -> int:
+        held = self._holdings
+        by_kernels = held.counted[0] * held.row_bytes // held.heads
+        return held.traffic.to_device + by_kernels + self._finder.admitted_directly
+
+    @property
+    def bytes_to_host(self) -> int:
+        return self._holdings.traffic.to_host
+
+    @property
+    def bytes_admitted(self) -> int:
+        return self._finder.bytes_admitted
+
+    @property
+    def cache_lookups(self) -> int:
+        return self._finder.cache_lookups
+
+    @property
+    def cache_hits(self) -> int:
+        return self._finder.cache_hits
+
+    @property
+    def device_bytes(self) -> int:
+        """The pool with cache and staging area, and the buffer for whole contexts unless it is shared."""
+        return self._holdings.pool.table.nbytes + (0 if self._scratch is None else self._scratch.nbytes)
+
+    @property
+    def host_bytes(self) -> int:
+        return self._holdings.outbox.sent * self._holdings.row_bytes
+
+    def open(self) -> None:
+        held = self._holdings
+        self.opening_bytes, held.traffic.to_device = self.opening_bytes + self.bytes_to_device, 0
+        if held.direct is not None:
+            held.direct.forget()

@@ -1,0 +1,109 @@
+"""The wheel: it holds every package and data file, runs from another folder, and says what hides its packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("pqbench", "methods", "plots")
+SMALL = (
+    "model=tiny",
+    "threads=1",
+    "kernels=reference",
+    "method=[full,pqcache]",
+    "benchmark.lengths=[256]",
+    "benchmark.depths=[50]",
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the files that belong to the checkout."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    for name in (*PACKAGES, "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # A folder that somebody adds tomorrow.
+    (source / "pqbench" / "newroom" / "inner").mkdir(parents=True)
+    (source / "pqbench" / "newroom" / "__init__.py").write_text('"""New."""\n')
+    (source / "pqbench" / "newroom" / "inner" / "__init__.py").write_text('"""New."""\n')
+    (source / "conf" / "newgroup").mkdir()
+    (source / "conf" / "newgroup" / "choice.yaml").write_text("a: 1\n")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(built))
+    done = run([sys.executable, "-m", "pip", "wheel", *options, str(source)], source)
+    assert done.returncode == 0, done.stderr
+    [found] = built.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel installs, and nothing of the checkout."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run(command: list[str], folder: Path, *path: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder with an import path that does not hold the checkout."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    wanted |= {f"pqbench/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert wanted <= held
+    added = {"pqbench/newroom/__init__.py", "pqbench/newroom/inner/__init__.py", "pqbench/conf/newgroup/choice.yaml"}
+    assert held - wanted == added
+
+
+def test_the_installed_package_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:
+    where = "import methods.pqcache, plots, pqbench; print(pqbench.__file__, methods.__file__, plots.__file__)"
+    places = run([sys.executable, "-c", where], tmp_path, installed).stdout.split()
+    assert [Path(place).parents[1] for place in places] == [installed] * 3
+    done = run([sys.executable, "-m", "pqbench", *SMALL, "results=out"], tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("out/needle/tiny/*/records.jsonl"))) == 2
+
+
+def test_a_package_that_hides_the_methods_is_named_in_one_line(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "__init__.py").write_text("raise SystemExit('the package of the user must not be run')\n")
+    done = run([sys.executable, "-m", "pqbench", *SMALL, "results=out"], tmp_path, installed)
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: your package {tmp_path / 'methods'} hides the package methods of pqbench")
+    assert "rename it" in line
+    assert not (tmp_path / "out").exists()
+    # A folder without code is no package and hides nothing.
+    (tmp_path / "methods" / "__init__.py").unlink()
+    done = run([sys.executable, "-m", "pqbench", *SMALL, "results=out"], tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_package_that_hides_the_plots_is_named_and_the_run_goes_on(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "__init__.py").write_text("")
+    done = run([sys.executable, "-m", "pqbench", *SMALL, "results=out"], tmp_path, installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"warning: your package {tmp_path / 'plots'} hides the package plots of pqbench") == 1
