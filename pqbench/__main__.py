@@ -24,7 +24,7 @@ from pqbench.benchmarks.base import Benchmark, Prompter
 from pqbench.config.compose import check_yamls, conf_folder, explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.fields import check_fields
 from pqbench.config.shadow import check_import_path
-from pqbench.config.shape import check_shape, check_store
+from pqbench.config.shape import check_shape, check_store, made_method
 from pqbench.config.sweep import Failures, cell
 from pqbench.engine.calibration import calibrate
 from pqbench.engine.prefill import Setting
@@ -122,7 +122,7 @@ def run_config(config: DictConfig) -> list[str]:
     check_store(plain["store"])
     if config.threads:
         torch.set_num_threads(config.threads)
-    methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
+    methods = {name: compensated(made_method(name, node)) for name, node in config.methods.items()}
     plain["methods"] = {name: whole(plain["methods"][name], method) for name, method in methods.items()}
     benchmark = instantiate(config.benchmark)
     check_start(plain, benchmark)

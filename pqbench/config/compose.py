@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -120,7 +120,12 @@ def model_source(fields: Mapping[str, Any]) -> ModelSource:
     """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
     alone."""
     described = {name: value for name, value in fields.items() if name not in _PROMPTS}
-    source: ModelSource = instantiate(described, _convert_="all")
+    try:
+        source: ModelSource = instantiate(described, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, PqbenchError):
+            raise error.__cause__ from None  # the line itself, without Hydra's words around it
+        raise
     return source
 
 

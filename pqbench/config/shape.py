@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from pqbench.errors import ConfigError
+from pqbench.method import Method
 from pqbench.typed import shown
 
 GROUPS = ("budget", "store", "model", "benchmark")
@@ -47,6 +48,16 @@ def check_prompts(model: Mapping[str, Any]) -> None:
     options = model.get("chat_options")
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"model.chat_options is {shown(options)}: use names with values, {{name: value}}")
+
+
+def made_method(name: str, fields: Any) -> Method:
+    """The method that ``methods.NAME`` describes. Raises ConfigError when its class is no method's."""
+    found = instantiate(fields)
+    if not isinstance(found, Method):
+        raise ConfigError(
+            f"methods.{name}._target_ is {fields['_target_']!r}, which is no method: see docs/add_a_method.md"
+        )
+    return found
 
 
 def check_store(store: Mapping[str, Any]) -> None:

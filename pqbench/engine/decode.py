@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from pqbench.engine.arguments import check_call, check_count
+from pqbench.engine.arguments import check_call, check_count, outlives_exit
 from pqbench.engine.attention import attached
 from pqbench.engine.batch import check_indices, check_length, check_logits
 from pqbench.engine.clock import Spans
@@ -95,6 +95,7 @@ class Generation:
         return [group.meter for group in self.groups()]
 
 
+@outlives_exit
 @torch.inference_mode()
 def decode(
     prefilled: Prefilled,

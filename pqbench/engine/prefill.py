@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from pqbench.engine.arguments import check_call, check_count, check_vocabulary
+from pqbench.engine.arguments import check_call, check_count, check_vocabulary, outlives_exit
 from pqbench.engine.attention import attached
 from pqbench.engine.attention import forward as forward
 from pqbench.engine.batch import check_blocks, check_indices, check_logits, check_prompt, group_rows
@@ -202,6 +202,7 @@ class Prefilled:
         return Built(rows, took, stores)
 
 
+@outlives_exit
 @torch.inference_mode()
 def prefill(
     model: PreTrainedModel,
