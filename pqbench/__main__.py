@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pqbench.config.interrupt import begun  # isort: skip - before the imports below, which take seconds
+
 import logging
 import os
 import sys
@@ -60,6 +62,7 @@ MOST_THREADS = 16  # per core; more only wait for each other
 
 def main() -> None:
     """Entry point of ``python -m pqbench`` and of the console script. Exits 0, 1 on any failure, 130 on Ctrl-C."""
+    begun()
     if "--version" in sys.argv[1:]:
         sys.stdout.write(f"pqbench {version('pqbench')}\n")
         sys.exit(0)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -552,4 +554,19 @@ def test_a_process_ends_with_one_line_too(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert "did you mean tiny?" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="how far the imports are is read from /proc")
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pqbench", *SMALL]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        while "libtorch" not in Path(f"/proc/{started.pid}/maps").read_text():
+            assert started.poll() is None
+            time.sleep(0.01)
+        started.send_signal(signal.SIGINT)
+        output, errors = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert errors.splitlines() == ["error: interrupted before anything was begun"]
+    assert output == ""
     assert list(tmp_path.iterdir()) == []
