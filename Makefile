@@ -13,7 +13,7 @@ comma := ,
 STAMP := .venv/ready
 RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) method=[$(if $(filter full,$(METHOD)),full,full,$(METHOD))] results=$(RESULTS)
 
-.PHONY: setup setup-sweep bench paper figures report tables test lint gpu-check gpu-wheels
+.PHONY: setup setup-sweep bench paper figures report tables test test-all lint gpu-check gpu-wheels
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ tables: setup
 # A process per core, each of them (and each command that it starts) on one thread; four hold enough models in memory.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# What is slow by nature as well: every compile target of the kernels, and the launchers of sweeps where they are installed.
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,8 @@ from gpucheck.result import read_json
 from gpucheck.summary import errors_of, figures_of
 from gpucheck.targets import TARGETS
 from pqbench.records.file import Record, read_all
-from pqbench.tables.timings import Section, is_timing, sections
+from pqbench.tables.kinds import has_scores, sections
+from pqbench.tables.section import Section
 from pqbench.terminal import markdown_table
 
 NOT_YET = "not yet run"
@@ -42,7 +43,7 @@ class OnGpu:
         found = {step.number: read_json(results / "gpu" / step.file) for step in STEPS}
         steps = {number: content for number, content in found.items() if content.get("machine", {}).get("capability")}
         records = read_all(results) if results.is_dir() else []
-        timed = [record for record in records if is_timing(record.get("benchmark"))]
+        timed = [record for record in records if not has_scores(record)]
         return cls(steps, [record for record in timed if _of_a_gpu(record)])
 
     def status(self, step: Step) -> str:

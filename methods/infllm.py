@@ -71,21 +71,70 @@ class InfLLM(Method):
         return InfLLMState(self, geometry)
 
 
+class Representatives:
+    """What each token of a layer received from the queries that saw it in their local windows, ``[B, H, S]``, and the
+    vectors of blocks that follow from it."""
+
+    def __init__(self, method: InfLLM, geometry: Geometry) -> None:
+        self._method, self._geometry = method, geometry
+        self.scores = GrowingBuffer(torch.zeros(geometry.batch, geometry.kv_heads, 0))
+
+    @property
+    def frequencies(self) -> Tensor:
+        """Rotary frequencies ``[D_rotary / 2]`` of the layer."""
+        if self._geometry.inverse_frequencies is None:
+            raise RuntimeError("InfLLM needs rotary frequencies")
+        return self._geometry.inverse_frequencies
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held between steps."""
+        return self.scores.bytes
+
+    def observe(self, q: Tensor, keys: Tensor) -> None:
+        """Add the attention that queries ``[B, H, G, n, D]``, the last of the keys ``[B, H, S, D]``, give to the tokens
+        of their local windows."""
+        window = self._method.budget.resolve(self._geometry.prompt, self._geometry.prompt).window
+        sums = self._geometry.column_sums(q, keys, band=window)  # [B, H, S]
+        if len(self.scores):
+            sums[:, :, : len(self.scores)] += self.scores.view()
+        self.scores = GrowingBuffer(sums)
+
+    def append(self) -> None:
+        """One more token, which nobody has seen yet."""
+        self.scores.append(self.scores.view(stop=1) * 0)
+
+    def attended(self, received: Tensor, window: int, length: int) -> None:
+        """Add what the tokens of the window received in one step: the last of ``received`` ``[B, H, n]``."""
+        self.scores.view(length - window).add_(received[..., -window:])
+
+    def summaries(self, keys: Tensor, start: int, size: int) -> Tensor:
+        """Mean un-rotated representative of each block of ``size`` tokens, ``[B, H, blocks, D]``, of the keys
+        ``[B, H, n, D]`` from token ``start`` on."""
+        scores = self.scores.view(start, start + keys.shape[2])  # [B, H, n]
+        blocks = scores.view(*scores.shape[:2], -1, size)
+        best = self._geometry.kernels.top_k(blocks, self._method.representatives)  # [B, H, blocks, r]
+        offset = size * torch.arange(blocks.shape[2], device=best.device)[:, None]
+        rows = (best + offset).flatten(2)  # [B, H, blocks * r]
+        chosen = reference.rotate(gather_rows(keys, rows), -(rows + start), self.frequencies)
+        return chosen.view(*best.shape, -1).mean(3)
+
+
 class InfLLMState(LayerState):
-    """Representative scores per token ``[B, H, S]`` and one vector per block ``[B, H, blocks, D]``."""
+    """The representatives of the tokens, and one vector per block ``[B, H, blocks, D]``."""
 
     needs_weights = True
 
     def __init__(self, method: InfLLM, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.method = method
-        self.scores = GrowingBuffer(torch.zeros(geometry.batch, geometry.kv_heads, 0))
+        self.representatives = Representatives(method, geometry)
         self.vectors: GrowingBuffer | None = None
         self.covered = 0  # tokens in blocks
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         if not self.method.own_prefill:
-            self._score(q, keys)
+            self.representatives.observe(q, keys)
 
     def prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         length, size = keys.shape[2], self.method.exec_block
@@ -95,13 +144,13 @@ class InfLLMState(LayerState):
             begin, end = max(start, first), min(start + size, length)
             block = q[:, :, :, begin - first : end - first]
             outputs.append(self._attend_block(block, keys[:, :, :end], values[:, :, :end]))
-            self._score(block, keys[:, :, :end])
+            self.representatives.observe(block, keys[:, :, :end])
         return torch.cat(outputs, dim=3)
 
     def _attend_block(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Output ``[B, H, G, n, D]`` of an execution block: q of the last n of the keys ``[B, H, S, D]`` so far."""
         length, count, size = keys.shape[2], q.shape[3], self.method.block_size
-        split, frequencies = self.method.budget.resolve(length, self.geometry.prompt), self._frequencies
+        split, frequencies = self.method.budget.resolve(length, self.geometry.prompt), self.representatives.frequencies
         position = torch.arange(length - count, length, device=q.device)  # of the queries
         far_q = reference.rotate(q, split.window - 1 - position, frequencies).float()  # at angle window - 1
         outside = length - count + 1 - split.window  # tokens before are outside every query's window
@@ -130,29 +179,21 @@ class InfLLMState(LayerState):
         known, size = len(self.vectors), self.method.block_size
         if known < blocks:
             rows = slice(sink + known * size, sink + blocks * size)
-            self.vectors.append(self._summaries(keys[:, :, rows], rows.start, size))
+            self.vectors.append(self.representatives.summaries(keys[:, :, rows], rows.start, size))
         return self.vectors.view(0, blocks)
-
-    def _score(self, q: Tensor, keys: Tensor) -> None:
-        """Add the attention that a block's queries give to the tokens of their local windows."""
-        window = self.method.budget.resolve(self.geometry.prompt, self.geometry.prompt).window
-        sums = self.geometry.column_sums(q, keys, band=window)  # [B, H, S]
-        if len(self.scores):
-            sums[:, :, : len(self.scores)] += self.scores.view()
-        self.scores = GrowingBuffer(sums)
 
     def finish_prefill(self, kv: KV) -> None:
         self.vectors = GrowingBuffer.like(kv.keys(0, 0), 0)  # none of them: on the host all would have to come over
         self._cover(kv)
 
     def append(self, kv: KV) -> None:
-        self.scores.append(self.scores.view(stop=1) * 0)
+        self.representatives.append()
         self._cover(kv)
 
     def attended(self, weights: Tensor | None, kv: KV) -> None:
         if weights is not None:
             window = self.method.budget.resolve(kv.length, self.geometry.prompt).window
-            self.scores.view(kv.length - window).add_(weights.sum(2)[..., -window:])
+            self.representatives.attended(weights.sum(2), window, kv.length)
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
@@ -172,7 +213,7 @@ class InfLLMState(LayerState):
         if self.vectors is None:
             raise RuntimeError("select() before finish_prefill()")
         turn = torch.full((), split.window - kv.length, device=q.device)  # a number from the host would be waited for
-        local = reference.rotate(q, turn, self._frequencies)  # query at angle window - 1
+        local = reference.rotate(q, turn, self.representatives.frequencies)  # query at angle window - 1
         return self._best(local.float(), self.vectors.view(), split.top_k + self.method.block_size)
 
     def _best(self, q: Tensor, vectors: Tensor, top_k: int) -> Tensor:
@@ -196,27 +237,14 @@ class InfLLMState(LayerState):
         start = first + whole * self.method.block_size
         full = (stop - start) // self.method.block_size * self.method.block_size
         if full:
-            self.vectors.append(self._summaries(kv.keys(start, start + full), start, self.method.block_size))
+            self.vectors.append(
+                self.representatives.summaries(kv.keys(start, start + full), start, self.method.block_size)
+            )
         if start + full < stop:
-            self.vectors.append(self._summaries(kv.keys(start + full, stop), start + full, stop - start - full))
+            self.vectors.append(
+                self.representatives.summaries(kv.keys(start + full, stop), start + full, stop - start - full)
+            )
         self.covered = stop - first
-
-    def _summaries(self, keys: Tensor, start: int, size: int) -> Tensor:
-        """Mean un-rotated representative of each block of ``size`` tokens, ``[B, H, blocks, D]``, of the keys
-        ``[B, H, n, D]`` from token ``start`` on."""
-        scores = self.scores.view(start, start + keys.shape[2])  # [B, H, n]
-        blocks = scores.view(*scores.shape[:2], -1, size)
-        best = self.geometry.kernels.top_k(blocks, self.method.representatives)  # [B, H, blocks, r]
-        offset = size * torch.arange(blocks.shape[2], device=best.device)[:, None]
-        rows = (best + offset).flatten(2)  # [B, H, blocks * r]
-        chosen = reference.rotate(gather_rows(keys, rows), -(rows + start), self._frequencies)
-        return chosen.view(*best.shape, -1).mean(3)
-
-    @property
-    def _frequencies(self) -> Tensor:
-        if self.geometry.inverse_frequencies is None:
-            raise RuntimeError("InfLLM needs rotary frequencies")
-        return self.geometry.inverse_frequencies
 
     @property
     def index_bytes(self) -> int:
@@ -224,4 +252,4 @@ class InfLLMState(LayerState):
 
     @property
     def resident_bytes(self) -> int:
-        return self.index_bytes + self.scores.bytes
+        return self.index_bytes + self.representatives.nbytes

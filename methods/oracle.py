@@ -41,6 +41,12 @@ class Oracle(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return OracleState(self, geometry)
 
+    @property
+    def beyond_budget(self) -> str | None:
+        if self.rule == "query_head":
+            return "reads the union of what its query heads choose"
+        return "takes as many tokens as hold top_p of the probability" if self.rule == "top_p" else None
+
 
 class OracleState(LayerState):
     """Keeps nothing between steps."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
+from pqbench.kernels.voting import Votes, oldest_generated
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Split
 
 
@@ -55,6 +54,24 @@ class PyramidKV(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return PyramidKVState(self, geometry)
 
+    @property
+    def beyond_budget(self) -> str | None:
+        return None if self.evict_generated else "keeps every generated token"
+
+    def limit(self, context: int, geometry: Geometry) -> int | None:
+        """The layer's own share: the first layers hold more than the mean of all layers, and the last ones less."""
+        if self.beyond_budget:
+            return None
+        split = self.budget.resolve(context, geometry.prompt)
+        return split.sink + split.window + max(0, split.top_k + self.extra(geometry))
+
+    def extra(self, geometry: Geometry) -> int:
+        """Tokens that a layer holds beyond the mean of all layers; negative in the last layers."""
+        prompt = geometry.prompt
+        split = self.budget.resolve(prompt + 1, prompt)
+        middle = prompt - split.sink - (split.window - 1)
+        return layer_budget(split.top_k, middle, prompt, self.beta, geometry.layers, geometry.rank) - split.top_k
+
 
 def layer_budget(mean: int, middle: int, context: int, beta: int, layers: int, rank: int) -> int:
     """Middle tokens that layer ``rank`` of ``layers`` keeps of ``middle``, when the layers' mean is ``mean``.
@@ -74,35 +91,24 @@ def layer_budget(mean: int, middle: int, context: int, beta: int, layers: int, r
 
 
 class PyramidKVState(LayerState):
-    """During prefill the last queries ``[B, H, G, w, D]``, then their votes ``[B, H, S]``; afterwards two numbers."""
+    """The votes until the prefill ends; afterwards how this layer's budget differs, and what was up for the vote."""
 
     def __init__(self, method: PyramidKV, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.method = method
-        self.queries: Tensor | None = None
-        self.votes: Tensor | None = None
+        self.votes = Votes(method.observation, geometry.prompt)
         self.voted = 0  # tokens before this position were sinks or up for the vote
         self.extra = 0  # tokens this layer keeps beyond the mean; negative in upper layers
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        recent = q if self.queries is None else torch.cat([self.queries, q], dim=3)
-        recent = recent[:, :, :, -self.method.observation :]
-        if keys.shape[2] < self.geometry.prompt:
-            self.queries = recent.clone()  # a view would hold the whole block
-        else:
-            self.queries = None
-            self.votes = self.geometry.column_sums(recent, keys)
+        self.votes.observe(q, keys, self.geometry.column_sums)
 
     def finish_prefill(self, kv: KV) -> Tensor:
-        if self.votes is None:
-            raise RuntimeError("finish_prefill() before observe() saw the end of the prompt")
-        method, layers, rank = self.method, self.geometry.layers, self.geometry.rank
         split = self._next(kv)
         first, self.voted = split.middle(kv.length)
-        count = layer_budget(split.top_k, self.voted - first, kv.length, method.beta, layers, rank)
-        self.extra = count - split.top_k
-        votes = self._pooled(self.votes[:, :, first : self.voted])
-        self.votes = None
+        self.extra = self.method.extra(self.geometry)
+        count = split.top_k + self.extra
+        votes = self.votes.take(first, self.voted, self.method.kernel, self.method.pooling)
         return split.around(first + self.geometry.kernels.top_k(votes, count), kv.length)
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
@@ -111,19 +117,9 @@ class PyramidKVState(LayerState):
         if surplus <= 0 or not self.method.evict_generated:
             return None
         positions = kv.positions
-        order = positions + kv.seen * (positions < self.voted)  # oldest first, what was voted for last
-        kept = split.always(positions, kv.seen)
-        return order.masked_fill(kept, 2 * kv.seen).topk(surplus, dim=-1, largest=False).indices
+        return oldest_generated(positions, kv.seen, self.voted, split.always(positions, kv.seen), surplus)
 
     def _next(self, kv: KV) -> Split:
         """What to hold until the next step, whose own token will complete the layer's budget."""
         split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         return replace(split, top_k=max(0, split.top_k + self.extra))
-
-    def _pooled(self, votes: Tensor) -> Tensor:
-        """Average or maximum of neighbouring votes ``[B, H, M]``, same length."""
-        kernel = self.method.kernel
-        if kernel == 1 or votes.shape[-1] == 0:
-            return votes
-        pool = functional.avg_pool1d if self.method.pooling == "avg" else functional.max_pool1d
-        return pool(votes, kernel, stride=1, padding=kernel // 2)

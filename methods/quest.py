@@ -51,6 +51,13 @@ class Quest(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return LayerState(geometry) if geometry.rank < self.dense_layers else QuestState(self, geometry)
 
+    @property
+    def beyond_budget(self) -> str | None:
+        return "reads the union of what its query heads choose" if self.per_query_head else None
+
+    def limit(self, context: int, geometry: Geometry) -> int | None:
+        return None if geometry.rank < self.dense_layers else super().limit(context, geometry)
+
 
 def page_extremes(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest value per dimension of each page of keys ``[B, H, n, D]``: two ``[B, H, pages, D]``."""
@@ -100,7 +107,7 @@ class QuestState(LayerState):
         self.covered = stop - first
 
     def append(self, kv: KV) -> None:
-        """Put what has left the window into pages: first into the partial one, then into new ones."""
+        """Put the tokens that have left the window into pages: first into the partial one, then into new ones."""
         low, high = self._extremes()
         first, stop = self._middle(kv)
         if stop - first <= self.covered:

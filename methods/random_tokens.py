@@ -28,7 +28,7 @@ class RandomTokens(Method):
 
 
 class RandomTokensState(LayerState):
-    """Nothing to remember: the number of tokens seen is the step."""
+    """Remembers nothing: the number of tokens seen says which step it is."""
 
     def __init__(self, method: RandomTokens, geometry: Geometry) -> None:
         super().__init__(geometry)

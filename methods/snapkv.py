@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
+from pqbench.kernels.voting import Votes, oldest_generated
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 
 
@@ -54,41 +53,27 @@ class SnapKV(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return SnapKVState(self, geometry)
 
-
-def pooled(votes: Tensor, kernel: int, kind: str) -> Tensor:
-    """Average or maximum of ``kernel`` (odd) neighbouring votes ``[B, H, M]``, same length; see :class:`SnapKV`."""
-    if kernel == 1 or votes.shape[-1] == 0:
-        return votes
-    pool = functional.avg_pool1d if kind == "avg" else functional.max_pool1d
-    return pool(votes, kernel, stride=1, padding=kernel // 2)
+    @property
+    def beyond_budget(self) -> str | None:
+        return None if self.evict_generated else "keeps every generated token"
 
 
 class SnapKVState(LayerState):
-    """During prefill the last queries ``[B, H, G, w, D]``, then their votes ``[B, H, S]``; afterwards one number."""
+    """The votes until the prefill ends, and afterwards the position up to which tokens were up for the vote."""
 
     def __init__(self, method: SnapKV, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.method = method
-        self.queries: Tensor | None = None
-        self.votes: Tensor | None = None
+        self.votes = Votes(method.observation, geometry.prompt)
         self.voted = 0  # tokens before this position were sinks or up for the vote
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        recent = q if self.queries is None else torch.cat([self.queries, q], dim=3)
-        recent = recent[:, :, :, -self.method.observation :]
-        if keys.shape[2] < self.geometry.prompt:
-            self.queries = recent.clone()  # a view would hold the whole block
-        else:
-            self.queries = None
-            self.votes = self.geometry.column_sums(recent, keys)
+        self.votes.observe(q, keys, self.geometry.column_sums)
 
     def finish_prefill(self, kv: KV) -> Tensor:
-        if self.votes is None:
-            raise RuntimeError("finish_prefill() before observe() saw the end of the prompt")
         split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         first, self.voted = split.middle(kv.length)
-        votes = pooled(self.votes[:, :, first : self.voted], self.method.kernel, self.method.pooling)
-        self.votes = None
+        votes = self.votes.take(first, self.voted, self.method.kernel, self.method.pooling)
         return split.around(first + self.geometry.kernels.top_k(votes, split.top_k), kv.length)
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
@@ -97,6 +82,4 @@ class SnapKVState(LayerState):
         if surplus <= 0 or not self.method.evict_generated:
             return None
         positions = kv.positions
-        order = positions + kv.seen * (positions < self.voted)  # oldest first, what was voted for last
-        kept = split.always(positions, kv.seen)
-        return order.masked_fill(kept, 2 * kv.seen).topk(surplus, dim=-1, largest=False).indices
+        return oldest_generated(positions, kv.seen, self.voted, split.always(positions, kv.seen), surplus)

@@ -68,8 +68,8 @@ class VAttention(Method):
     def layer(self, geometry: Geometry) -> LayerState:
         return VAttentionState(self, geometry)
 
-    def attends_all(self, context: int) -> bool:
-        return self.selecting.attends_all(context)
+    def attends_all(self, context: int, prompt: int | None = None) -> bool:
+        return self.selecting.attends_all(context, prompt)
 
     @property
     def selecting(self) -> Method:

@@ -18,17 +18,18 @@ import plots
 from plots.data import with_settings
 from pqbench.errors import PqbenchError
 from pqbench.records.file import read_all
-from pqbench.records.folders import read_settings
+from pqbench.records.folders import read_folders
 from pqbench.tables.summaries import frame
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("plots")
 
-DEFAULT = "make bench METHOD=pqcache"  # makes the records of figures that do not say otherwise
+DEFAULT = "make bench METHOD=pqcache"  # makes records of the figures that most people want
 
 
 def figures() -> Mapping[str, ModuleType]:
-    """Every module beside this one with a function ``draw(table, folder) -> paths``: one figure each."""
+    """Every module beside this one with a function ``draw(table, folder) -> paths``: one figure each. ``NEEDS`` says
+    which records a module needs, ``MADE_BY`` which command makes them."""
     names = [found.name for found in pkgutil.iter_modules(plots.__path__) if found.name != "__main__"]
     modules = {name: import_module(f"plots.{name}") for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "draw")}
@@ -36,22 +37,24 @@ def figures() -> Mapping[str, ModuleType]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the figures of a results folder. Returns the exit code."""
-    known = figures()
+    drawable = figures()
     parser = argparse.ArgumentParser(prog="python -m plots", description=__doc__)
     parser.add_argument("results", type=Path, help="folder that runs wrote to")
-    parser.add_argument("figures", nargs="*", help=f"all, or some of: {', '.join(known)}")
+    parser.add_argument("figures", nargs="*", help=f"all, or some of: {', '.join(drawable)}")
     options = parser.parse_args(arguments)
     log_to_terminal()
-    foreign = sorted(set(options.figures) - known.keys())
+    foreign = sorted(set(options.figures) - drawable.keys())
     if foreign:
-        log.error("there is no figure %s: use some of %s", ", ".join(foreign), ", ".join(known))
+        log.error("there is no figure %s: use some of %s", ", ".join(foreign), ", ".join(drawable))
         return 1
     try:
-        table = with_settings(frame(read_all(options.results)), read_settings(options.results))
+        folders = read_folders(options.results)
+        known = {run.key: (run.settings, next(iter(run.environments), {})) for run in folders}
+        table = with_settings(frame(read_all(options.results, folders=folders)), known)
     except PqbenchError as error:
         log.error(error)
         return 1
-    wanted = {name: known[name] for name in options.figures or known}
+    wanted = {name: drawable[name] for name in options.figures or drawable}
     drawn = {name: module.draw(table, options.results / "figures") for name, module in wanted.items()}
     for path in [path for paths in drawn.values() for path in paths if path.suffix == ".png"]:
         log.info("figure %s", path)
@@ -62,26 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_missing(
     missing: Sequence[str], wanted: Mapping[str, ModuleType], options: argparse.Namespace, good: int
 ) -> int:
-    """Say which command makes the records of figures that were not drawn. It is an error when these were asked for by
-    name, or when there are no ``good`` records at all; fewer records than any figure needs are none."""
+    """Say what the figures that were not drawn need, and which command makes it. It is an error when these were asked
+    for by name, or when there are no ``good`` records at all; fewer records than any figure needs are none. Returns the
+    exit code."""
     if not missing:
         return 0
+    results = options.results
     if options.figures:
-        commands = dict.fromkeys(getattr(wanted[name], "MADE_BY", DEFAULT) for name in missing)
-        lacking = ", ".join(missing)
-        log.error("no records to draw %s in %s: run `%s` first", lacking, options.results, "`, `".join(commands))
+        for name in missing:
+            module = wanted[name]
+            log.error("%s is not drawn: it needs %s in %s: run `%s`", name, module.NEEDS, results, module.MADE_BY)
         return 1
     if len(missing) == len(wanted) and good:
-        log.info("%d record(s) in %s are too few to draw any figure: `%s` makes more", good, options.results, DEFAULT)
+        log.info("%d record(s) in %s are too few to draw any figure: `%s` makes more", good, results, DEFAULT)
         return 0
     if len(missing) == len(wanted):
-        log.error("no records to draw in %s: run `%s` first", options.results, DEFAULT)
+        log.error("no records to draw in %s: run `%s` first", results, DEFAULT)
         return 1
-    log.info(
-        "no records for %s: `python -m plots %s NAME` says which command makes them",
-        ", ".join(missing),
-        options.results,
-    )
+    log.info("not drawn: %s; `python -m plots %s NAME` says what a figure needs", ", ".join(missing), results)
     return 0
 
 

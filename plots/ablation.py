@@ -16,6 +16,7 @@ from plots.style import footer, headline, number, save, style, tokens, write_cel
 from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=ablation"
+NEEDS = "fidelity records of pqcache_plus with two codebooks and two tails or more at one length and budget"
 PARTS = ("codebook", "m", "b", "tail", "spread")
 # Field of a record, title of its panel.
 PANELS = (("output_error", "error of the attention output"), ("kl", "KL of the next token, method in all layers"))
@@ -45,8 +46,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def parted(good: pd.DataFrame) -> pd.DataFrame:
-    """Rows of PQCache whose settings name all parts, these as columns."""
-    own = good[(good["family"] == "pqcache") & good["ratio"].notna()]
+    """Rows whose settings name all parts, which only runs of pqcache_plus do; these as columns."""
+    own = good[good["ratio"].notna()]
     values = {part: [setting(settings, f"method.{part}") for settings in own["settings"]] for part in PARTS}
     return own.assign(**values).dropna(subset=list(PARTS)).astype({"m": int, "b": int})
 

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from plots.data import measured
 from plots.style import BASELINE, footer, number, save, style, threads, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import ATTENTION
 
 MADE_BY = "python -m pqbench benchmark=attention method=[full,pqcache]"
+NEEDS = "records of benchmark=attention"
 # Field of a record, name, colour; blue, orange, green and grey of the colour-blind-safe palette.
 PHASES = (
     ("select_s", "select", "#0072B2"),
@@ -43,7 +45,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def timed(table: pd.DataFrame) -> pd.DataFrame:
     """The attention records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
-    good = measured(table, *(field for field, _, _ in PHASES), "total_s", "context", benchmarks=["attention"])
+    good = measured(table, *(field for field, _, _ in PHASES), "total_s", "context", kind=ATTENTION)
     good = good if {"dtype", "kernel"} <= set(good) else good.iloc[:0].assign(dtype=None, kernel=None)
     good = good.assign(**{name: "-" for name in [*RUN, "emulated"] if name not in good})
     return good.assign(**{name: good[name].fillna("-") for name in RUN})

@@ -13,8 +13,10 @@ from plots.data import alike, emulated, families, link, machine, measured, sampl
 from plots.latency import FEW
 from plots.style import BASELINE, footer, headline, number, save, style, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=breakdown"
+NEEDS = "latency records of two methods or more in one setting, with more than 4 new tokens"
 PHASES = (
     ("dense_step_s", "model", "0.82"),
     *((field.replace("_s", "_step_s"), name, colour) for field, name, colour in STEP),
@@ -23,9 +25,7 @@ PHASES = (
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """A figure for every model and setting with two methods among the latency records, a panel per context."""
-    good = measured(
-        table, *(field for field, _, _ in PHASES), "tpot_s", "context", "new_tokens", benchmarks=["latency"]
-    )
+    good = measured(table, *(field for field, _, _ in PHASES), "tpot_s", "context", "new_tokens", kind=LATENCY)
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for run in alike(families(good[good["new_tokens"] > FEW]), "method"):

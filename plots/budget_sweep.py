@@ -15,6 +15,7 @@ from plots.style import BASELINE, Look, footer, headline, looks, save, style
 from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=token_budget"
+NEEDS = "scores of one method at two budgets or more"
 # Field of a record, title, unit of the axis, factor, what full attention has by definition.
 PANELS = (
     ("score", "score", "% of the official metric", 1.0, None),

@@ -12,8 +12,10 @@ from matplotlib.ticker import NullLocator
 from plots.data import alike, emulated, link, machine, measured, numbers, published, samples, setting, unique
 from plots.style import footer, headline, number, save, style, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=cache"
+NEEDS = "latency records of one method with two sizes of the block cache or more (store.cache_tokens)"
 POLICIES = {"lfu": ("#0072B2", "s", "-"), "lru": ("#D55E00", "o", (0, (4, 1.5)))}  # colour, marker, dash
 PAPER = "0.35"
 
@@ -35,7 +37,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def cached(table: pd.DataFrame) -> pd.DataFrame:
     """Latency rows of a host tier with ``size`` (tokens per layer) and ``policy`` of its cache."""
-    good = measured(table, "tpot_s", "context", benchmarks=["latency"])
+    good = measured(table, "tpot_s", "context", kind=LATENCY)
     sizes = [setting(settings, "store.cache_tokens") for settings in good["settings"]]
     policies = [setting(settings, "store.cache_policy", "-") for settings in good["settings"]]
     return good.assign(size=pd.to_numeric(pd.Series(sizes, good.index, dtype=object)), policy=policies).dropna(

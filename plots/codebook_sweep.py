@@ -14,6 +14,7 @@ from plots.style import HEAT, footer, headline, save, style, write_cells
 from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=codebooks"
+NEEDS = "scores of pqcache with two codebooks or more (m x b)"
 # Field, title, factor, colour map: dark is bad in both.
 PANELS = (("score", "score (%)", 1.0, HEAT), ("output_error", "output error (%)", 100.0, f"{HEAT}_r"))
 

@@ -15,6 +15,7 @@ from plots.style import BASELINE, Look, footer, headline, looks, save, style
 from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=communication_budget"
+NEEDS = "scores of full and of two methods at one token budget, each of these with two sizes of its index or more"
 PANELS = (
     ("score", "score", "% of the official metric", 1.0),
     ("output_error", "error of the attention output", "% of its norm", 100.0),

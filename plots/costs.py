@@ -23,6 +23,7 @@ from pqbench.records.file import plain_name
 log = logging.getLogger("plots")
 
 MADE_BY = "python -m pqbench benchmark=latency store=host method=[full,pqcache]"
+NEEDS = "latency records at two contexts or more, of a model whose shape is known"
 
 CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
 BATCHES = tuple(2**i for i in range(7))

@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 
 from plots.style import number, threads
+from pqbench.records.classes import described
+from pqbench.records.identity import class_name
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"  # csv files of published numbers
 PUBLISHED = ["benchmark", "model", "method", "budget", "setting", "metric", "value", "unit", "certainty", "source"]
@@ -24,12 +26,20 @@ def with_settings(table: pd.DataFrame, known: Mapping[str, tuple[Settings, Setti
     return table.assign(settings=[settings for settings, _ in found], machine=machines)
 
 
-def measured(table: pd.DataFrame, *columns: str, benchmarks: Sequence[str] | None = None) -> pd.DataFrame:
-    """Good rows (of these benchmarks) that hold a number in every one of ``columns``, as numbers.
+def measured(
+    table: pd.DataFrame, *columns: str, kind: str | None = None, benchmarks: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Good rows that hold a number in every one of ``columns``, as numbers.
 
     Empty where a column is missing. ``settings`` and ``machine`` are added where the table lacks them.
+
+    Args:
+        kind: rows of this kind of record alone, see :mod:`pqbench.records.kinds`; None for all.
+        benchmarks: rows of these suites alone, for a figure that shows what one suite asks; None for all.
     """
     good = table[table["status"] == "ok"]
+    if kind is not None:
+        good = good[good["kind"] == kind]
     if benchmarks is not None:
         good = good[good["benchmark"].isin(benchmarks)]
     if not set(columns) <= set(good.columns):
@@ -75,16 +85,16 @@ def alike(table: pd.DataFrame, *paths: str) -> Iterator[pd.DataFrame]:
     yield from sorted((part for _, part in groups), key=len, reverse=True)
 
 
-def family(settings: Settings, method: str) -> str:
-    """The method behind a run whatever the run is called: ``pqcache`` for every run of methods.pqcache.PQCache."""
-    parts = str(setting(settings, "method._target_", "")).split(".")
-    return parts[1] if len(parts) > 2 else method
-
-
 def families(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column ``family``."""
-    pairs = zip(table["settings"], table["method"], strict=True)
-    return table.assign(family=[family(settings, str(method)) for settings, method in pairs])
+    """The table with a column ``family``: the method behind a run, whatever the run is called.
+
+    It is ``pqcache`` for every run of the class that conf/method/pqcache.yaml names, and the name of the run itself
+    where no yaml names its class.
+    """
+    known = described("method")
+    classes = [class_name(setting(settings, "method._target_", "")) for settings in table["settings"]]
+    pairs = zip(classes, table["method"], strict=True)
+    return table.assign(family=[known[one].name if one in known else str(method) for one, method in pairs])
 
 
 def emulated(run: pd.DataFrame) -> bool:

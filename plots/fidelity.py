@@ -14,9 +14,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from plots.style import BASELINE, Look, footer, headline, looks, name_ends, number, save, style, threads, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import FIDELITY
 from pqbench.tables.summaries import LEVEL, resampled
 
 MADE_BY = "python -m pqbench benchmark=fidelity method=[oracle,random_tokens,streaming_llm,pqcache,pqcache_plus]"
+NEEDS = "records of benchmark=fidelity with a budget"
 # Field of a record, title of its panel, label of its axis.
 PANELS = (
     ("output_error", "attention output, clean inputs", "relative error"),
@@ -72,7 +74,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def measured(table: pd.DataFrame) -> pd.DataFrame:
     """The fidelity records that hold figures; ``texts`` is what their documents were cut from."""
-    good = table[(table["benchmark"] == "fidelity") & (table["status"] == "ok")]
+    good = table[(table["kind"] == FIDELITY) & (table["status"] == "ok")]
     if good.empty:
         return good.assign(**dict.fromkeys([*RUN, "ratio"], "-"))
     texts = good["document"].astype(str).str.rsplit("-", n=1).str[0]

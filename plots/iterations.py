@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from plots.data import alike, emulated, families, link, machine, measured, numbers, samples, setting, unique
 from plots.style import footer, headline, looks, save, style
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=iterations and experiment=iterations_latency"
+NEEDS = "records of pqcache with two counts of K-Means iterations or more"
 # Field, title, unit, factor; those of a benchmark with scores, then those of benchmark=latency.
 QUALITY = (
     ("score", "score", "%", 1.0),
@@ -60,7 +62,7 @@ def counted(table: pd.DataFrame) -> pd.DataFrame:
 
 def panels(run: pd.DataFrame) -> Figure:
     """The figure of one benchmark (and context)."""
-    timed = run["benchmark"].iloc[0] == "latency"
+    timed = run["kind"].iloc[0] == LATENCY
     shown = [panel for panel in (TIMES if timed else QUALITY) if panel[0] in run]
     figure = Figure(figsize=(0.6 + 3.8 * len(shown), 3.9), layout="constrained")
     for axis, (field, title, unit, factor) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -85,7 +87,7 @@ def panels(run: pd.DataFrame) -> Figure:
 def line(axis: Axes, fixed: pd.DataFrame, adaptive: pd.DataFrame) -> None:
     """The fixed counts as a line at even distances, the adaptive choice as a star where its count lies."""
     look = looks(["pqcache"])["pqcache"]
-    middle = "median" if fixed["benchmark"].eq("latency").all() else "mean"
+    middle = "median" if fixed["kind"].eq(LATENCY).all() else "mean"
     points = fixed.groupby("asked")["value"].agg(middle).sort_index()
     counts = [int(count) for count in points.index]
     axis.plot(range(len(counts)), points.to_numpy(), color=look.colour, marker=look.marker, label="fixed")

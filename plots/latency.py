@@ -14,8 +14,10 @@ from matplotlib.ticker import NullLocator
 from plots.data import families, measured, without
 from plots.style import BASELINE, Look, footer, looks, name_ends, number, save, style, threads, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=latency"
+NEEDS = "latency records of two methods, or of two contexts, with more than 4 new tokens"
 # Field of a record, title of its panel, factor, unit.
 PANELS = (
     ("ttft_s", "time to first token", 1.0, "s"),
@@ -62,7 +64,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def timed(table: pd.DataFrame) -> pd.DataFrame:
     """The latency records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
-    good = measured(table, *(field for field, _, _, _ in PANELS), "context", "new_tokens", benchmarks=["latency"])
+    good = measured(table, *(field for field, _, _, _ in PANELS), "context", "new_tokens", kind=LATENCY)
     missing = {name: "-" for name in [*RUN, "emulated"] if name not in good}
     good = good.assign(**missing)
     return good.assign(**{name: good[name].fillna("-") for name in RUN})

@@ -13,8 +13,10 @@ from matplotlib.ticker import NullLocator
 from plots.data import machine, measured, numbers, published, unique
 from plots.style import BASELINE, footer, headline, name_ends, save, style, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=memory"
+NEEDS = "latency records that hold bytes"
 LENGTHS = tuple(2**n for n in range(12, 21))  # 4K to 1M
 BATCHES = (1, 8, 32, 128)
 SHADES = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00")
@@ -41,7 +43,7 @@ GROUP = 4
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """A figure for every model with latency records that hold bytes; empty list without any."""
-    good = measured(table, "device_bytes", "host_bytes", "context", benchmarks=["latency"])
+    good = measured(table, "device_bytes", "host_bytes", "context", kind=LATENCY)
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for model, run in good.groupby("model", sort=False):

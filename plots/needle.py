@@ -17,6 +17,9 @@ from pqbench.records.file import plain_name
 
 BASELINE = "full"
 
+MADE_BY = "make bench METHOD=pqcache"
+NEEDS = "scores of benchmark=needle"
+
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.tables.summaries.frame`).

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from plots.data import alike, emulated, link, machine, measured, samples, setting, unique
 from plots.style import footer, headline, save, style, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=overlap"
+NEEDS = "latency records of one method with overlap and without"
 # Column, name, colour; from left to right, up to the second token.
 PARTS = (
     ("prefill", "prefill, to the first token", "#0072B2"),
@@ -39,7 +41,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 def parts(table: pd.DataFrame) -> pd.DataFrame:
     """Latency rows with the :data:`PARTS` of the time to the second token in seconds, and whether work ``overlaps``."""
-    good = measured(table, "ttft_s", "tt2t_s", "wait_s", "index_build_s", "context", benchmarks=["latency"])
+    good = measured(table, "ttft_s", "tt2t_s", "wait_s", "index_build_s", "context", kind=LATENCY)
     overlaps = [setting(settings, "overlap") for settings in good["settings"]]
     step = (good["tt2t_s"] - good["ttft_s"] - good["wait_s"]).clip(lower=0)
     good = good.assign(

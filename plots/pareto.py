@@ -15,6 +15,7 @@ from plots.style import Look, footer, headline, looks, name_ends, save, style
 from pqbench.records.file import plain_name
 
 MADE_BY = "make bench METHOD=pqcache"
+NEEDS = "scores of three runs or more of two methods on one benchmark and model"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:

@@ -13,15 +13,17 @@ from matplotlib.ticker import NullLocator
 from plots.data import machine, measured, unique
 from plots.style import footer, headline, number, save, style, tokens
 from pqbench.records.file import plain_name
+from pqbench.records.kinds import ATTENTION_SCORES
 
 MADE_BY = "python -m pqbench experiment=power_law"
+NEEDS = "records of benchmark=attention_scores"
 NEEDED = {"ranks", "probabilities", "mass", "mass_shares"}
 BLUE, RED = "#0072B2", "#D55E00"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     """A figure for every model and context among the attention-score records; empty list without any."""
-    good = measured(table, "context", "layer", benchmarks=["attention_scores"])
+    good = measured(table, "context", "layer", kind=ATTENTION_SCORES)
     if not set(good.columns) >= NEEDED:
         return []
     paths: list[Path] = []

@@ -15,6 +15,7 @@ from pqbench.records.file import plain_name
 from pqbench.tables.summaries import Estimate, suites
 
 MADE_BY = "python -m pqbench experiment=infinitebench_1_10"
+NEEDS = "scores of three methods or more on InfiniteBench, LongBench or RULER"
 SUITES = ("infinitebench", "longbench", "ruler")  # those with tasks of their own; needles have heatmaps
 AVERAGES = ("pqcache_table2", "all", "mean")  # the first that there is
 Dot = tuple[str, str, Estimate]  # method, its family, score

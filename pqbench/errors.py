@@ -29,3 +29,7 @@ class DeviceError(PqbenchError):
 
 class LivenessError(PqbenchError):
     """A method never skipped a token although its budget said it must: its figures would be those of full attention."""
+
+
+class SelectionError(PqbenchError):
+    """A method selected tokens that it must not select, or attended to more tokens than its budget allows."""

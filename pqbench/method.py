@@ -43,7 +43,7 @@ __all__ = [
 
 
 class Calibration(Protocol):
-    """Times measured on this hardware, for methods that fit their work to it."""
+    """Times measured on this hardware, for methods that fit their work to them."""
 
     def idle_seconds(self, length: int) -> float:
         """Seconds of clustering that one layer's dense prefill of ``length`` tokens hides."""
@@ -54,7 +54,7 @@ class Calibration(Protocol):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a layer state knows of its layer.
+    """The facts of its layer that a layer state may use.
 
     Attributes:
         layer: index of the layer in the model.
@@ -71,7 +71,7 @@ class Geometry:
             and brings no value. Attention counts them by itself; probabilities of tokens come from
             :meth:`column_sums` and :meth:`exact_probabilities`, which count them too.
         correction: with selection ahead, the cosine up to which a query counts as turned, see
-            :class:`pqbench.engine.prefill.Setting`; None without.
+            :class:`pqbench.engine.setting.Setting`; None without.
     """
 
     layer: int
@@ -114,7 +114,7 @@ class Geometry:
 
 
 class Arrival(Protocol):
-    """A tensor on its way to the device."""
+    """A tensor that is on its way to the device."""
 
     def wait(self) -> Tensor:
         """The tensor, complete."""
@@ -149,20 +149,22 @@ class KV(Protocol):
         """Ask for a tensor in host memory; it crosses the link while the caller goes on."""
 
     def fetch_ahead(self, rows: Tensor, count: Number) -> None:
-        """Bring the first ``count`` of rows ``[B, H, n]`` to the device, which the coming step will ask for at these
-        places of its selection, but for heads that it names in :attr:`Selection.anew`."""
+        """Bring the first ``count`` of rows ``[B, H, n]`` to the device before the coming step asks for them, at
+        these places of its selection. The step names the heads that will ask for other rows in
+        :attr:`Selection.anew`."""
 
     def keys_at(self, rows: Tensor) -> Tensor:
         """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``."""
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The same keys where an index is best made of them: where they lie, so that nothing is moved; only keys that a
-        GPU has across a link are brought to it. What computes is the backend for the device of these keys."""
+        """The same keys where an index is best built from them. That is where they lie, so that nothing is moved;
+        but keys that lie across the link of a GPU are brought to the GPU. The backend for the device of these keys
+        computes."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """What the unselected tokens would have added: merged with the exact part by log-sum-exp.
+    """What the unselected tokens would have added to the output. It is merged with the exact part by log-sum-exp.
 
     Attributes:
         value: ``[B, H, G, D]``, their weighted mean value.
@@ -188,9 +190,11 @@ class Selection:
         residual: estimate of the unselected rest.
         log_weights: ``[B, H, G, n]`` or ``[B, H, 1, n]`` float32, added to the logits: log of how many tokens a row
             stands for, where rows are a sample of more.
-        count: how many of the n rows count, from the first on; None means all. Those behind may be anything. A step
-            that is captured selects into the same room always, and says so how much of it this step fills.
-        anew: bool ``[B, H]``, after :meth:`KV.fetch_ahead`: heads whose rows are others than those asked for ahead.
+        count: how many of the n rows count, from the first on; None means all. The rows behind them may be
+        anything. A captured step always selects into the same room, and says by this number how much of it is
+        filled.
+        anew: bool ``[B, H]``, after :meth:`KV.fetch_ahead`: heads whose rows differ from those that were asked for
+        ahead.
     """
 
     indices: Tensor | None = None
@@ -204,8 +208,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the host knows of a step before it is replayed: the numbers that :meth:`LayerState.select` reads, and how
-    many tokens a KV head attends to, None for all."""
+    """What the host knows of a captured step before it is replayed: the numbers that :meth:`LayerState.select`
+    reads, and how many tokens a KV head attends to (None for all)."""
 
     numbers: tuple[int, ...] = ()
     attended: int | None = None
@@ -213,12 +217,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that an index takes for granted and that only the device knows while it is built: looked at once, after
-    the work, so that nothing waits in the middle of a prefill.
+    """Something that an index takes for granted and that only the device knows while the index is built. It is
+    looked at once, after the work, so that nothing waits in the middle of a prefill.
 
     Attributes:
         holds: bool ``[]`` on the device.
-        message: of the ConfigError that follows if it does not.
+        message: text of the ConfigError that is raised if it does not hold.
     """
 
     holds: Tensor
@@ -280,12 +284,13 @@ class LayerState:
 
     @property
     def checks(self) -> list[Check]:
-        """What the index takes for granted. The harness looks after the index is built and at the end of decoding."""
+        """Conditions that the index takes for granted. The harness looks at them after the index is built and at
+        the end of decoding."""
         return []
 
     @property
     def facts(self) -> dict[str, float]:
-        """What a record should say about this index besides its size."""
+        """Facts about this index that a record should hold besides its size."""
         return {}
 
     @property
@@ -349,8 +354,9 @@ class Method(ABC):
     def layer(self, geometry: Geometry) -> LayerState:
         """A fresh state for one layer and group. Raises ConfigError when the options do not fit the geometry."""
 
-    def attends_all(self, context: int) -> bool:
-        """Whether this context is by design attended whole whatever the budget (too short for the method's index)."""
+    def attends_all(self, context: int, prompt: int | None = None) -> bool:
+        """Whether this context, which began with a prompt of so many tokens (None for all of it), is attended whole by
+        design, whatever the budget, because it is too short for the method's index."""
         return False
 
     @cached_property  # a class attribute that the field of a subclass can replace
@@ -371,6 +377,19 @@ class Method(ABC):
     def split(self, context: int, prompt: int) -> Split | None:
         """The budget at this length, None when the method has none (full attention)."""
         return None if self.budget is None else self.budget.resolve(context, prompt)
+
+    @property
+    def beyond_budget(self) -> str | None:
+        """Why steps of this method attend to more tokens than the budget says, or to a number that varies, in words
+        that follow its name; None for a method that keeps to its budget. A record says it, and the harness does not
+        compare such a method with its budget."""
+        return None
+
+    def limit(self, context: int, geometry: Geometry) -> int | None:
+        """The largest number of tokens that one KV head of this layer may attend to in the step that makes the context
+        ``context`` tokens long; None for no limit. An evicting method may not hold more rows than that either."""
+        split = self.split(context, geometry.prompt)
+        return None if split is None or self.beyond_budget or self.attends_all(context) else split.total
 
 
 def compensated(method: Method) -> Method:

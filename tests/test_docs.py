@@ -108,6 +108,42 @@ def test_the_other_python_examples_run() -> None:
 
 
 def test_pages_link_to_files_that_exist() -> None:
-    for page in (ROOT / "docs").glob("*.md"):
-        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
         assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+
+
+def test_no_figure_lies_in_docs_that_no_page_shows() -> None:
+    text = "".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+    figures = [path for kind in ("png", "svg") for path in (ROOT / "docs").rglob(f"*.{kind}")]
+    assert figures
+    assert [path.name for path in figures if path.name not in text] == []
+
+
+def test_the_readme_is_short_and_lists_every_method() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 160
+    listed = set(re.findall(r"^\| `(\w+)` \|", readme, re.MULTILINE))
+    presets = {"paper_longbench", "paper_infinitebench"}  # settings of pqcache, not methods
+    assert listed == {path.stem for path in (ROOT / "conf/method").glob("*.yaml")} - presets
+
+
+def test_the_map_of_the_rooms_names_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## The map")[2].partition("## Where")[0]
+    rooms = {path for path in (ROOT / "pqbench").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    missing = {path.stem for path in rooms if not re.search(rf"`(pqbench/)?{path.stem}/?`", text)} - {"__init__"}
+    assert missing == set()
+    for name in re.findall(r"^\| `([\w/]+/)` ", text, re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+
+
+def test_modules_that_pages_name_exist() -> None:
+    """Paths and dotted names of our files, in the README, CONTRIBUTING.md and docs/."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text()
+        found = re.findall(r"\b(?:pqbench|methods|plots|gpucheck|conf|tests)/[\w/]+\.(?:py|yaml)\b", text)
+        own = [name for name in found if not re.search(r"random_rows|code_word|mine|NAME", name)]
+        assert [name for name in own if not (ROOT / name).exists()] == [], page.name
+        for name in re.findall(r"python -m ((?:pqbench|plots|gpucheck)[\w.]*)", text):
+            place = ROOT.joinpath(*name.split("."))
+            assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), (page.name, name)

@@ -12,8 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pqbench.__main__ import KEYED
 from pqbench.benchmarks.base import Benchmark
+from pqbench.config.keys import KEYED
 from pqbench.measure.base import Measurement
 from pqbench.method import BudgetError, CompensatedBudget, Method, PaperBudget, compensated
 from pqbench.records.file import run_key

@@ -66,7 +66,15 @@ def test_what_was_never_run_says_so(tmp_path: Path) -> None:
 def test_a_run_on_the_cpu_is_none_on_a_gpu(tmp_path: Path) -> None:
     put(tmp_path, 1, {"device": "a processor"}, [{"name": "top_k", "ok": True}])
     RecordFile.create(tmp_path, "latency", "x", "full", {}).append(
-        {"benchmark": "latency", "model": "x", "method": "full", "sample_id": "a", "status": "ok", **TIMES}
+        {
+            "kind": "latency",
+            "benchmark": "latency",
+            "model": "x",
+            "method": "full",
+            "sample_id": "a",
+            "status": "ok",
+            **TIMES,
+        }
     )
     assert page(OnGpu.read(tmp_path)) == page(OnGpu.read(tmp_path / "none"))
 
@@ -83,6 +91,7 @@ def test_results_of_a_gpu_are_shown_with_their_machine(tmp_path: Path) -> None:
     put(tmp_path, 4, CARD, [{"name": "scan", "ok": None, "gbps": 2500.0}])
     RecordFile.create(tmp_path / "gpu" / "records", "latency", "llama31_8b", "pqcache", {}).append(
         {
+            "kind": "latency",
             "benchmark": "latency",
             "model": "llama31_8b",
             "method": "pqcache",

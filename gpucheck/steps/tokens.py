@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from gpucheck.options import Options
 from gpucheck.result import Result, Skipped
 from methods.pqcache import PQCache
-from pqbench.engine.attention import attached
 from pqbench.engine.decode import generate
-from pqbench.engine.prefill import Setting, forward, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
+from pqbench.engine.steps import Forced, Steps
 from pqbench.errors import ConfigError
 from pqbench.method import Budget, Method
 from pqbench.store.tiers import DeviceTier, HostTier
@@ -142,8 +143,8 @@ def _bodies(result: Result, model: PreTrainedModel, ids: Tensor, name: str, meth
     ways, so PQCache keeps the centroids it starts with."""
     if isinstance(method, PQCache):
         method = PQCache(method.budget, m=method.m, b=method.b, iterations=0)
-    tokens = generate(model, ids, method, max_new_tokens=steps, setting=Setting(body="reference", overlap=False))
-    expected, got = (forced(model, ids, method, Setting(body=body), tokens) for body in ("reference", "gpu"))
+    tokens = generate(model, ids, method, max_new_tokens=steps, setting=Setting(backend="reference", overlap=False))
+    expected, got = (forced(model, ids, method, Setting(backend=body), tokens) for body in ("reference", "gpu"))
     errors = (got - expected).abs().amax(-1) / expected.std(-1)
     agreeing = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
     near = float(errors.median())
@@ -161,12 +162,10 @@ def forced(model: PreTrainedModel, ids: Tensor, method: Method, setting: Setting
     """Logits ``[n, V]`` after each of the given tokens ``[1, n]``, decoded by a method."""
     prefilled = prefill(model, ids, [method], reserve=tokens.shape[1], setting=setting)
     prefilled.build(0)
-    cache, position, found = prefilled.fork(0, spend=True), prefilled.lengths[:, None], []
-    with attached(model):
-        for i in range(tokens.shape[1]):
-            found.append(forward(model, tokens[:, i : i + 1], cache, None, position + i)[0].float())
-    for layer in cache.selective.values():
-        for group in layer.groups:
-            group.store.settle()
+    cache = prefilled.fork(0, spend=True)
+    with Steps(prefilled, cache, Forced(tokens[0].tolist(), prefilled.lengths)) as steps:
+        found = [step.logits[0].float() for step in steps]
+    for cohort in cache.cohorts:
+        cohort.store.settle()
     prefilled.close()
     return torch.stack(found)

@@ -1,6 +1,9 @@
 """PQCache as published (:class:`PQCache`), and beyond the paper (:class:`PQCachePlus`)."""
 
-from methods.pqcache.method import PQCache, PQCacheState, adaptive_iterations
-from methods.pqcache.plus import PQCachePlus, PQCachePlusState
+from methods.pqcache.clustering import adaptive_iterations
+from methods.pqcache.method import PQCache
+from methods.pqcache.plus import PQCachePlus
+from methods.pqcache.plus_state import PQCachePlusState
+from methods.pqcache.state import PQCacheState
 
 __all__ = ["PQCache", "PQCachePlus", "PQCachePlusState", "PQCacheState", "adaptive_iterations"]

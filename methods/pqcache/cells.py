@@ -1,4 +1,5 @@
-"""When to search by cells, and the lists that it needs. :mod:`pqbench.kernels.reference.cells` says what it finds."""
+"""When a search by cells pays, and the lists that it needs. :mod:`pqbench.kernels.reference.cells` defines its
+result."""
 
 from __future__ import annotations
 

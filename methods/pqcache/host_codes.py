@@ -1,4 +1,4 @@
-"""Codes that lie in host memory and come over for every step."""
+"""Codes that lie in host memory and cross the link in every step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pqbench.method import KV, Arrival
 
 
 class HostCodes:
-    """Codes uint8 ``[B, H, N, m]``: those of the prompt in host memory, page-locked beside a GPU, so that neither way
-    makes the host wait; those of tokens that joined later where they are made, on the device. These are a byte for each
-    sub-space, and to move them one by one would take a transfer in every step."""
+    """Codes uint8 ``[B, H, N, m]``. Those of the prompt lie in host memory, page-locked beside a GPU, so that the
+    host does not wait in either direction. Codes of tokens that joined later stay on the device, where they are
+    made: they take a byte for each sub-space, and to move them one by one would take a transfer in every step."""
 
     def __init__(self, codes: Tensor) -> None:
         """Take over codes ``[B, H, N, m]`` on the device."""
@@ -42,5 +42,5 @@ class HostCodes:
         self._joined.append(codes)
 
     def view(self) -> Tensor:
-        """All codes on the device, at once: for who looks at an index, not for a step."""
+        """All codes on the device at once, for a look at the index; a step does not use this."""
         return self.all(self._settled.to(self._joined.view().device))

@@ -116,6 +116,26 @@ class PQCachePlus(PQCache):
         return PQCachePlusState(self, geometry)
 
     @property
+    def estimates_tail(self) -> bool:
+        """Whether unselected tokens enter by estimates from codes."""
+        return self.tail in ("mean", "pq")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the mass of the tail is fitted to queries."""
+        return self.calibrated and self.estimates_tail
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether a step scores every token, whatever the search."""
+        return self.tail == "pq" or self.spread or self.top_p is not None
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether a scan needs logits on the scale of the exact ones."""
+        return self.estimates_tail or self.spread or self.top_p is not None
+
+    @property
     def clusters(self) -> int:
         """Middle tokens that need no codebook."""
         return 2 ** max(self.b, self.b_v if self.tail == "pq" else 0)

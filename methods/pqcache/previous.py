@@ -1,8 +1,8 @@
 """Selection ahead: rows chosen with the query of the step before, and which heads must choose anew.
 
-Queries of neighbouring tokens resemble each other, so that what one chose nearly serves the next, and choosing need not
-wait for the query (InfiniGen, arXiv 2406.19707; FreeKV, arXiv 2505.13109). A KV head whose query has turned since then
-is corrected: it chooses with the query that it has now.
+Queries of neighbouring tokens resemble each other. The rows that one query chooses therefore nearly serve the next
+query, and a selection need not wait for its own query (InfiniGen, arXiv 2406.19707; FreeKV, arXiv 2505.13109). A KV
+head whose query has turned since then is corrected: it chooses with its present query.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PreviousQuery:
 
     @property
     def fixed(self) -> list[Tensor]:
-        """Tensors that keep their place from step to step."""
+        """Tensors that keep their place in memory from step to step."""
         return [kept for kept in (self.chosen, self._query, self._corrected) if kept is not None]
 
     def follow(self, q: Tensor) -> None:
@@ -53,8 +53,8 @@ class PreviousQuery:
             self._query.copy_(q)
 
     def choose_ahead(self, choose: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        """Have ``choose`` make :attr:`chosen` from the previous query, into the tensor that is there already if one is,
-        beside whatever else a GPU does."""
+        """Have ``choose`` compute :attr:`chosen` from the previous query, beside whatever else a GPU does. If there
+        is a tensor already, it is written into that tensor."""
         if self._query is None:
             raise RuntimeError("there is no step before the first")
         if not self._query.is_cuda:
@@ -72,7 +72,8 @@ class PreviousQuery:
         self.chosen = chosen
 
     def arrived(self) -> Tensor | None:
-        """:attr:`chosen` in order with what is launched from now on; None where nothing was chosen ahead."""
+        """:attr:`chosen`, ordered before all work that is launched from now on; None where nothing was chosen
+        ahead."""
         if self.chosen is not None and self._there is not None:
             torch.cuda.current_stream(self.chosen.device).wait_event(self._there)
         return self.chosen
@@ -88,5 +89,5 @@ class PreviousQuery:
         return flags
 
     def share(self, heads: int) -> float:
-        """Corrected heads of all, when there are ``heads`` in a step; waits for the device."""
+        """Share of the heads that were corrected, where a step has ``heads`` of them. Waits for the device."""
         return 0.0 if self._corrected is None or not self.steps else int(self._corrected) / (self.steps * heads)

@@ -23,7 +23,7 @@ class Spread:
     Attributes:
         moment: ``[B, H, D, D]`` of queries in the codebook's coordinates, times the squared scaling.
         most: ``[B, H, 1]``, the largest of the tokens it was made from; later tokens are cut there.
-        numbers: what is kept of the tokens, 0 to 15 each.
+        numbers: the quantised number of each token, 0 to 15.
     """
 
     def __init__(self, keys: Tensor, codebook: Tensor, codes: Tensor, moment: Tensor, device: torch.device) -> None:

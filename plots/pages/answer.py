@@ -94,7 +94,7 @@ def answer(found: Choice) -> str:
             "The same, and the output must stay as close to full attention as possible",
             f"{faithful} with store=host",
             f"Its error is {found.error(faithful):.3f}; that of {finder} is {found.error(finder):.3f}, "
-            f"that of the exact top-k {found.error(EXACT):.3f}.",
+            f"that of the tokens with the highest exact scores {found.error(EXACT):.3f}.",
         ],
         [
             "There is no room for all tokens anywhere, so most must be dropped",
@@ -116,8 +116,10 @@ def basis(found: Choice) -> str:
     texts = {str(record["document"]) for record in good(found.fidelity)}
     [length] = {record["length"] for record in good(found.fidelity)}
     return (
-        f"Measured on the small model `{prompts[0]['model']}`: needles in {len(prompts)} prompts of {lengths[0]} to "
-        f"{lengths[-1]} tokens, and errors of the attention output on {len(texts)} texts of {length} tokens. The pages "
+        f"Every method but `full` attended to {100 * found.ratio:g} % of the tokens in each step. A needle is a number "
+        "hidden in a long text that the model must repeat; the error is that of the attention output, relative to full "
+        f"attention. Measured on the small model `{prompts[0]['model']}`: needles in {len(prompts)} prompts of "
+        f"{lengths[0]} to {lengths[-1]} tokens, errors on {len(texts)} texts of {length} tokens. The pages "
         "[quick suite](docs/results/quick_suite.md) and [fidelity](docs/results/fidelity.md) have all figures. With so "
         "few prompts a difference of one needle means nothing, so repeat the comparison on your own model and task."
     )
@@ -131,9 +133,9 @@ def example(found: Choice) -> str:
     return (
         f"For example, {CONTEXT // 1024}K tokens of Llama-3.1-8B in bfloat16 take {everything / 1e9:.1f} GB of keys "
         "and values for each sequence. Use `full` if your card has room for them. Otherwise use "
-        f"`{finder}` with `store=host`: the keys and values then lie in host memory, about {codes / 1e6:.0f} MB of "
-        f"codes stay on the card, and each step fetches the selected {100 * found.ratio:g} % of the tokens. (Bytes are "
-        "computed from the shape of that model; quality was measured on a small model.)"
+        f"`{finder}` with `store=host`, which keeps keys and values in host memory: about {codes / 1e6:.0f} MB of "
+        f"codes stay on the card, and each step fetches the selected {100 * found.ratio:g} % of the tokens. "
+        "(Bytes are computed from the shape of that model.)"
     )
 
 

@@ -9,7 +9,8 @@ from plots.latency import draw
 from plots.pages.packed import Measured
 from plots.pages.source import heading, origin, picture
 from pqbench.records.file import Record
-from pqbench.tables.timings import sections
+from pqbench.records.kinds import ATTENTION, LATENCY, kind_of
+from pqbench.tables.kinds import sections
 from pqbench.terminal import markdown_table
 
 TITLE = "Speed"
@@ -23,7 +24,7 @@ depend on the machine; compare them within one table."""
 
 def page(measured: Measured) -> str:
     """The whole page in markdown."""
-    counts = {name: sum(r["benchmark"] == name for r in measured.records) for name in ("attention", "latency")}
+    counts = {name: sum(kind_of(r) == name for r in measured.records) for name in (ATTENTION, LATENCY)}
     samples = ", ".join(f"{count} records of benchmark={name}" for name, count in counts.items() if count)
     lines = [*heading(TITLE, INTRODUCTION), *origin(measured, samples)]
     for section in sections(measured.records):
@@ -36,7 +37,7 @@ def page(measured: Measured) -> str:
 
 def names(records: Sequence[Record]) -> list[str]:
     """The names that :mod:`plots.latency` gives its figures of these records."""
-    models = dict.fromkeys(str(r["model"]) for r in records if r["benchmark"] == "latency" and r["status"] == "ok")
+    models = dict.fromkeys(str(r["model"]) for r in records if kind_of(r) == LATENCY and r["status"] == "ok")
     return [f"latency_{model}" for model in models]
 
 

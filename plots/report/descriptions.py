@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from pqbench.records.classes import described
+
 _ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 _MARKUP = re.compile(r"``(.+?)``|:\w+:`~?(.+?)`|`(.+?)`", re.DOTALL)
 _ATTRIBUTE = re.compile(r"    (\w+): +(.*)")
@@ -34,8 +36,15 @@ class Description:
     papers: list[str] = field(default_factory=list)  # arXiv ids
 
 
+def describe(class_name: str) -> Description | None:
+    """The description of a method's class by its name, wherever the class lies today; None when no yaml of a method
+    names it."""
+    known = described("method").get(class_name)
+    return None if known is None else source_description(known.target)
+
+
 @cache
-def describe(target: str) -> Description | None:
+def source_description(target: str) -> Description | None:
     """The description of a class by its dotted name; None when there is no such source here."""
     parts = target.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):

@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from pqbench.records.file import FINISHED, READABLE, Record, newest_of, read_lines
-from pqbench.records.folders import environments, older_code, run_folders, settings_of
+from pqbench.records.folders import older_code, read_folders
+from pqbench.tables.kinds import has_scores
 from pqbench.tables.summaries import frame
-from pqbench.tables.timings import is_timing
+from pqbench.tables.variants import with_variants
 
 REAL_LINKS = ("auto", "local", "cuda")  # every other setting of a link is a model of one
 
@@ -34,8 +35,13 @@ class Folder:
 
 @dataclass
 class Loaded:
-    """A results folder in memory. ``table`` holds the scored records (column ``folder`` indexes ``folders``), ``timed``
-    those of timing and fidelity benchmarks that say what they measured."""
+    """A results folder in memory.
+
+    Attributes:
+        records: everything that can be read, whatever its kind.
+        table: the records with scores; its column ``folder`` indexes ``folders``.
+        others: the records of all other kinds that say what they measured.
+    """
 
     root: Path
     records: list[Record] = field(default_factory=list)
@@ -45,9 +51,9 @@ class Loaded:
     broken: int = 0  # lines that are no record
     old_code: int = 0  # records of runs that were measured again with other code of the method
     older: int = 0  # records that a newer one of the same sample replaces
-    unplaced: int = 0  # timing or fidelity records that do not say what they measured
+    unplaced: int = 0  # records without scores that do not say what they measured
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
-    timed: list[Record] = field(default_factory=list)
+    others: list[Record] = field(default_factory=list)
 
     @property
     def failed(self) -> int:
@@ -64,7 +70,7 @@ class Loaded:
             (self.broken, "broken lines"),
             (self.old_code, "of older code, measured again since"),
             (self.older, "replaced by a newer record of the same sample"),
-            (self.unplaced, "timing or fidelity records that do not say what they measured"),
+            (self.unplaced, "records without scores that do not say what they measured"),
         ):
             if count:
                 parts.append(f"{count} {what}")
@@ -78,8 +84,10 @@ def load(root: Path) -> Loaded:
         DataError: the folder does not exist, or records in it cannot be read.
     """
     loaded = Loaded(root)
-    outdated = older_code(root)
-    for path in run_folders(root):
+    folders = read_folders(root)
+    outdated = older_code(folders)
+    for folder in folders:
+        path = folder.path
         lines = list(read_lines(path / "records.jsonl"))
         kept, versions = newest_of(lines)
         if path in outdated:
@@ -90,21 +98,21 @@ def load(root: Path) -> Loaded:
         loaded.broken += _written(path / "records.jsonl") - len(lines)
         loaded.owner += [len(loaded.folders)] * len(kept)
         loaded.records += kept
-        loaded.folders.append(Folder(settings_of(path), environments(path / "environment.json")))
-    timing = [is_timing(record.get("benchmark")) for record in loaded.records]
-    scored = [record for record, timed in zip(loaded.records, timing, strict=True) if not timed]
-    loaded.table = frame(scored)
-    loaded.table["folder"] = [owner for owner, timed in zip(loaded.owner, timing, strict=True) if not timed]
-    every = [record for record, timed in zip(loaded.records, timing, strict=True) if timed]
-    loaded.timed = [record for record in every if _placed(record)]
-    loaded.unplaced = len(every) - len(loaded.timed)
+        loaded.folders.append(Folder(folder.settings, folder.environments))
+    loaded.records = with_variants(loaded.records, {folder.key: folder.settings for folder in folders})
+    scored = [i for i, record in enumerate(loaded.records) if has_scores(record)]
+    loaded.table = frame([loaded.records[i] for i in scored])
+    loaded.table["folder"] = [loaded.owner[i] for i in scored]
+    others = [record for record in loaded.records if not has_scores(record)]
+    loaded.others = [record for record in others if _placed(record)]
+    loaded.unplaced = len(others) - len(loaded.others)
     return loaded
 
 
 def _placed(record: Record) -> bool:
     """Whether a record that is no score says what it measured, in fields that can be compared."""
     context = record.get("context", record.get("length"))
-    named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "key", "keys", "kernel")
+    named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "variant", "key", "keys", "kernel")
     plain = not any(isinstance(record.get(field), list | dict) for field in named)
     numbers = type(context) is int and type(record.get("ratio")) in (int, float, type(None))
     return plain and numbers and isinstance(record.get("method"), str)

@@ -17,7 +17,8 @@ from plots.report.samples import browser
 from plots.report.sections import method_sections, provenance
 from plots.report.text import name
 from plots.style import looks
-from pqbench.tables.timings import group_records, sections
+from pqbench.tables.kinds import sections
+from pqbench.tables.section import group_records
 
 ROWS, CELLS, PANELS, METHODS = 1500, 20_000, 60, 100  # limits of the page; what they cut off is said where it is cut
 
@@ -33,7 +34,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Timing:
-    """One table of timings or fidelity, with numbers found in its cells so that it can be sorted."""
+    """One table of records without scores, with numbers found in its cells so that it can be sorted."""
 
     benchmark: str
     model: str
@@ -90,12 +91,12 @@ def render(loaded: Loaded) -> str:
 
 
 def _labels(rows: list[leaderboard.Row]) -> list[str]:
-    """The names a leaderboard row needs: benchmark and model unless all have the same, question and key only where rows
-    would look alike without them."""
+    """The names a leaderboard row needs: benchmark and model unless all have the same; question, the settings that
+    differ, and the key only where rows would look alike without them."""
     shown = ["method", "budget"]
     if len({(row.names["benchmark"], row.names["model"]) for row in rows}) > 1:
         shown += ["benchmark", "model"]
-    for further in ("question", "key"):
+    for further in ("question", "variant", "key"):
         alike = {tuple(row.names[label] for label in shown) for row in rows}
         if len(alike) < len(rows) and len({row.names[further] for row in rows}) > 1:
             shown.append(further)
@@ -104,8 +105,8 @@ def _labels(rows: list[leaderboard.Row]) -> list[str]:
 
 def _values(loaded: Loaded, rows: list[leaderboard.Row], key: str) -> list[str]:
     """What a filter can be set to."""
-    timed = [name(record[key]) for record in loaded.timed if key in record and key != "budget"]
-    return list(dict.fromkeys([*(row.names[key] for row in rows), *timed]))[:300]
+    others = [name(record[key]) for record in loaded.others if key in record and key != "budget"]
+    return list(dict.fromkeys([*(row.names[key] for row in rows), *others]))[:300]
 
 
 def _tasks(boards: list[leaderboard.Board]) -> list[Tasks]:
@@ -123,7 +124,7 @@ def _tasks(boards: list[leaderboard.Board]) -> list[Tasks]:
 
 def _timings(loaded: Loaded) -> list[Timing]:
     found, left = [], CELLS
-    for (benchmark, model), records in group_records(loaded.timed, "benchmark", "model").items():
+    for (benchmark, model), records in group_records(loaded.others, "benchmark", "model").items():
         for section in sections(records):
             rows = section.rows[: left // max(1, len(section.headings))]
             left -= len(rows) * len(section.headings)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from plots.report.load import Loaded
 from plots.report.text import clip, facts, inert, name
 from pqbench.records.file import Record
-from pqbench.tables.timings import is_timing
+from pqbench.tables.kinds import has_scores
 
 BYTES = 6_000_000  # of the embedded text
 PREDICTION, REFERENCE, REFERENCES = 1200, 300, 5  # characters, characters, how many
@@ -66,7 +66,7 @@ def _collect(loaded: Loaded) -> tuple[list[tuple[str, ...]], list[Sample]]:
     samples: dict[tuple[str, ...], Sample] = {}
     for record in loaded.records:
         said = isinstance(record.get("prediction"), str) or record["status"] != "ok"
-        if is_timing(record.get("benchmark")) or not said:
+        if not has_scores(record) or not said:
             continue
         benchmark, model, task = (name(record.get(key, "-")) for key in ("benchmark", "model", "task"))
         names = (benchmark, model, *(name(record.get(key, "-")) for key in ("method", "budget", "question", "key")))

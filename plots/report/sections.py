@@ -19,7 +19,9 @@ from plots.report.load import Loaded
 from plots.report.text import facts, name
 from plots.style import BASELINE, HEAT, tokens
 from pqbench.records.file import Record
-from pqbench.tables.timings import group_records, link_of, middle
+from pqbench.records.identity import class_name
+from pqbench.records.kinds import LATENCY, kind_of
+from pqbench.tables.section import group_records, link_of, middle
 
 SETTINGS, HEATMAPS, CELLS, LATENCIES = 8, 12, 400, 40  # columns, tables, cells and rows that a method's section shows
 
@@ -43,10 +45,10 @@ class Settings:
 
 @dataclass
 class Section:
-    """One method. ``target`` is the class that its runs name."""
+    """One method. ``class_name`` is the class that its runs name."""
 
     method: str
-    target: str
+    class_name: str
     description: Description | None
     settings: Settings
     heatmaps: list[Heatmap]
@@ -65,8 +67,8 @@ def method_sections(loaded: Loaded, limit: int) -> tuple[list[Section], list[str
     ordered = sorted(configs, key=lambda method: (method != BASELINE, method))
     for method in ordered[:limit]:
         nodes = [config["method"] for config in _distinct(configs[method]) if isinstance(config.get("method"), dict)]
-        target = str(next((node["_target_"] for node in nodes if "_target_" in node), ""))
-        maps, timed = heatmaps(cells, method), latency(loaded.timed, method)
+        named = class_name(next((node["_target_"] for node in nodes if "_target_" in node), ""))
+        maps, timed = heatmaps(cells, method), latency(loaded.others, method)
         known = settings(nodes)
         left_out = [
             f"first {shown} of {whole} {what}"
@@ -77,9 +79,7 @@ def method_sections(loaded: Loaded, limit: int) -> tuple[list[Section], list[str
             )
             if whole > shown
         ]
-        found.append(
-            Section(method, name(target), describe(target), known, maps[:HEATMAPS], timed[:LATENCIES], left_out)
-        )
+        found.append(Section(method, name(named), describe(named), known, maps[:HEATMAPS], timed[:LATENCIES], left_out))
     return found, ordered
 
 
@@ -130,7 +130,7 @@ def latency(records: Sequence[Record], method: str) -> list[list[str]]:
     own = [
         record
         for record in records
-        if record.get("benchmark") == "latency" and record["status"] == "ok" and name(record["method"]) == method
+        if kind_of(record) == LATENCY and record["status"] == "ok" and name(record["method"]) == method
     ]
     rows = []
     for (model, link, context, budget), part in group_records(own, "model", "link", "context", "budget").items():

@@ -1,4 +1,4 @@
-"""Where the configuration lies, models by the names it gives them, and what went wrong with it in one line."""
+"""Models by the names that the configuration gives them, and what went wrong with a configuration in one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pqbench.engine.decode import changes_of_greedy
+from pqbench.engine.chooser import changes_of_greedy
 from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models.sources import LoadedModel, ModelSource
+from pqbench.records.classes import conf_folder
 
 log = logging.getLogger("pqbench")
 
@@ -31,13 +32,6 @@ _OPEN = ("model.chat_options.", "model.chat_options=", "budgets.")  # names belo
 _OWN_BUDGET = re.compile(r"^methods\.(\w+)\.budget\.(?=\w+=)")
 CHOICES = ("method", "budget", "model", "store", "benchmark", "scale", "experiment")  # groups of files in conf/
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
-
-
-def conf_folder() -> Path:
-    """The configuration folder: beside the package in a checkout, inside it when installed from a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parent / "conf"
-    return checkout if (checkout / "config.yaml").exists() else package / "conf"
 
 
 def opened(arguments: Sequence[str]) -> list[str]:

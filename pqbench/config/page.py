@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from pqbench.config.compose import conf_folder
+from pqbench.records.classes import conf_folder
 
 # Group -> what one chooses with it.
 GROUPS = {

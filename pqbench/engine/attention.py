@@ -1,4 +1,4 @@
-"""The only contact with transformers' attention dispatch: one attention function, one mask function, no model names."""
+"""The only contact with transformers' attention dispatch: one attention and one mask function for all models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,23 @@ from transformers.masking_utils import sdpa_mask
 
 from pqbench.errors import ModelError
 
-if TYPE_CHECKING:
-    from pqbench.engine.layers import LayeredCache
-
 NAME = "pqbench"
-_RUNNING: ContextVar[LayeredCache | None] = ContextVar("cache of the forward pass at work", default=None)
+
+
+class Layers(Protocol):
+    """What attention needs of a cache; see :class:`pqbench.engine.layers.LayeredCache`."""
+
+    def begin(self) -> None:
+        """A forward pass starts."""
+
+    def answering(self) -> Any:
+        """The layer that answers the call of attention at work."""
+
+    def end(self) -> None:
+        """A forward pass is over."""
+
+
+_RUNNING: ContextVar[Layers | None] = ContextVar("cache of the forward pass at work", default=None)
 # Tensors that a call may bring besides queries, keys, values, mask and learned sinks: attention does not read them.
 _IGNORED = frozenset({"position_ids", "cache_position", "s_aux"})
 
@@ -38,8 +50,9 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Registered under :data:`NAME`, with the parameter names of transformers. The layer whose cache entry the model
-    updated last answers the call; the scaling is always the call's. Sliding layers, which are not ours, get plain SDPA.
-    All are causal, whatever their modules say: some leave that to a mask that is left out where it says nothing more.
+    updated last answers the call; the scaling is always that of the call. Sliding layers, which are not ours, get plain
+    SDPA. All layers are causal, whatever their modules say: some modules leave that to the mask, which is left out
+    where it says nothing else.
 
     Where keys and values differ in width (latent attention), both are padded with zeros to the larger width, which
     changes no product and no sum, and the output is cut to the width of the values.
@@ -117,7 +130,7 @@ def _with_sink_key(
     return (functional.pad(q, (0, 0, 1, 0)) if dummy_query else q), k, v
 
 
-def forward(model: PreTrainedModel, ids: Tensor, cache: LayeredCache, mask: Tensor | None, positions: Tensor) -> Tensor:
+def forward(model: PreTrainedModel, ids: Tensor, cache: Layers, mask: Tensor | None, positions: Tensor) -> Tensor:
     """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None.
 
     Raises:

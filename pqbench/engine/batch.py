@@ -1,4 +1,4 @@
-"""Prompts as a batch: validity of what goes in and comes out, and the grouping of left-padded sequences by length."""
+"""Prompts as a batch: checks of what goes into a model and comes out of it, and left-padded sequences by length."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def check_prompt(
     any_length: bool = False,
     max_length: int | None = None,
 ) -> Tensor:
-    """The validity mask ``[B, S]`` bool of a batch; with ``any_length`` it may exceed the model's limit, and with
-    ``max_length`` reach so far.
+    """The validity mask ``[B, S]`` bool of a batch. With ``any_length`` a prompt may exceed the model's limit, and with
+    ``max_length`` it may be that long.
 
     Raises:
         ConfigError: an empty prompt, a mask with holes or right padding, or a prompt longer than the model allows.
@@ -46,7 +46,7 @@ def check_prompt(
 
 
 def check_length(model: PreTrainedModel, tokens: int, max_length: int | None = None) -> None:
-    """Raises ConfigError when ``tokens`` exceed what the model was built for, and ``max_length`` where that is more."""
+    """Raises ConfigError when ``tokens`` exceed both the model's own limit and ``max_length``."""
     limit = max(longest_context(model.config), max_length or 0)
     if tokens > limit:
         raise ConfigError(
@@ -66,7 +66,7 @@ def check_blocks(model: PreTrainedModel, mask: Tensor, chunk: int) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raises ConfigError when the model or a method's attention computed NaN: its tokens would look like an answer."""
+    """Raises ConfigError when the model or a method computed NaN, whose tokens would look like an answer."""
     if bool(logits.isnan().any()):
         raise ConfigError("the model's logits are NaN: weights or keys are not finite, try model.dtype=float32")
 
@@ -81,13 +81,13 @@ def check_indices(checks: Sequence[Check]) -> None:
             raise ConfigError(check.message)
 
 
-def group_rows(mask: Tensor) -> list[Rows]:
-    """Sequences of a validity mask ``[B, S]`` by equal length, longest first."""
+def rows_by_length(mask: Tensor) -> list[Rows]:
+    """The cohorts of a validity mask ``[B, S]``: sequences of equal length, the longest first."""
     padding = (~mask).long().sum(-1)
     if int(padding.min()) == int(padding.max()):
         return [Rows(slice(None), int(padding[0]), mask.shape[0])]
-    groups = []
+    found = []
     for columns in padding.unique(sorted=True).tolist():
         index = (padding == columns).nonzero().squeeze(1)
-        groups.append(Rows(index, columns, len(index)))
-    return groups
+        found.append(Rows(index, columns, len(index)))
+    return found

@@ -22,36 +22,36 @@ class Pending(Protocol[_Result]):
     """Work under way; a :class:`concurrent.futures.Future` is one."""
 
     def result(self) -> _Result:
-        """What the work returned, ready for the caller's own work; raises what it raised."""
+        """What the work returned, ready for the caller's own work. Raises what the work raised."""
 
 
 class Beside(ABC):
-    """Work beside the prefill."""
+    """A place where work runs beside the prefill."""
 
     @abstractmethod
     def submit(self, work: Callable[[], T], device: torch.device, uses: Iterable[Tensor]) -> Pending[T]:
-        """Start work on a device that reads the tensors ``uses``, made by the caller's own work so far."""
+        """Start work on a device. It reads the tensors ``uses``, which the caller's own work has made so far."""
 
     def close(self) -> None:  # noqa: B027 - a stream needs no end
-        """End what was opened for it."""
+        """End the threads that were started for it."""
 
 
 class IdleCores(Beside):
-    """One background thread, on the cores that a model on the CPU leaves idle."""
+    """One background thread, which uses the cores that a model on the CPU leaves idle."""
 
-    def __init__(self, cores: int, body: Kernels) -> None:
+    def __init__(self, cores: int, backend: Kernels) -> None:
         def begin() -> None:
-            body.use_threads(cores)
+            backend.use_threads(cores)
             stay_alone()
 
         self._thread = ThreadPoolExecutor(1, "index", initializer=begin)
 
     @classmethod
-    def of(cls, body: Kernels) -> IdleCores | None:
-        """None where the model leaves no core idle: a team of threads is as slow as its slowest, so work beside it
-        would cost more than after."""
+    def of(cls, backend: Kernels) -> IdleCores | None:
+        """None where the model leaves no core idle. A team of threads is as slow as its slowest thread, so that work on
+        the same cores would slow the prefill by more than the work takes afterwards."""
         cores = usable_cores() - torch.get_num_threads()
-        return cls(cores, body) if cores > 0 else None
+        return cls(cores, backend) if cores > 0 else None
 
     def submit(self, work: Callable[[], T], device: torch.device, uses: Iterable[Tensor]) -> Pending[T]:
         return self._thread.submit(work)
@@ -61,20 +61,20 @@ class IdleCores(Beside):
 
 
 class SideStream(Beside):
-    """A second stream of the device. The calling thread queues the work there and goes on at once with the next layer;
-    the device does both side by side.
+    """A second stream of the device. The calling thread queues the work there and goes on at once with the next layer,
+    so that the device does both side by side.
 
-    The thread is the caller's own, because that is what makes memory safe without a count of who uses what. The
-    allocator gives a freed block to the next work of the stream that it was allocated for, and knows nothing of other
-    streams:
+    The work is queued by the caller's own thread. That keeps memory safe without counting who uses which tensor,
+    because the allocator gives a freed block to the next work of the stream for which the block was allocated, and
+    knows nothing of other streams:
 
     - What the work reads was allocated for the caller's stream. It may be freed as soon as the work is queued (an index
-      lets go of what it learnt during prefill), so it is lent to the side stream: the allocator then waits for that.
+      lets go of what it learnt during prefill), so it is lent to the side stream, for which the allocator then waits.
     - What the work leaves behind was allocated for the side stream and is later read by the caller's. When it is freed,
       its block goes to the next work that is submitted here, and this begins by waiting for all that the caller has
-      queued until then, the last reader included. With a second thread that would not be so.
+      queued until then, the last reader included. With a second thread this order would not hold.
 
-    What the caller's stream reads of the result, it reads after an event (:meth:`Ordered.result`); no thread waits.
+    The caller's stream reads the result after an event (:meth:`Ordered.result`), and no thread waits.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -82,7 +82,7 @@ class SideStream(Beside):
         self._sides: dict[torch.device, Any] = {}
 
     def submit(self, work: Callable[[], T], device: torch.device, uses: Iterable[Tensor]) -> Pending[T]:
-        """See the base class. An error is kept for who asks for the result, as in a thread."""
+        """See the base class. An error is kept until somebody asks for the result, as in a thread."""
         if device not in self._sides:
             self._sides[device] = self._streams.side(device)
         side, began, done = self._sides[device], self._streams.event(timed=False), self._streams.event(timed=False)
@@ -107,13 +107,13 @@ class Ordered(Pending[T]):
         self._outcome, self._done, self._streams, self._device = outcome, done, streams, device
 
     def result(self) -> T:
-        """What the work returned. What the caller queues from here on runs after the work."""
+        """What the work returned. Everything that the caller queues from now on runs after the work."""
         self._streams.current(self._device).wait_event(self._done)
         return self._outcome.result()
 
 
 class Finished(Pending[T]):
-    """Work that the caller did itself."""
+    """Work that the calling thread has done by itself."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._outcome: Future[T] = Future()
@@ -123,12 +123,12 @@ class Finished(Pending[T]):
             self._outcome.set_exception(error)
 
     def result(self) -> T:
-        """What the work returned; raises what it raised, every time."""
+        """What the work returned. Raises what the work raised, every time."""
         return self._outcome.result()
 
 
 def tensors_of(thing: object, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor that an object, its attributes and their parts hold, each once."""
+    """Every tensor that an object, its attributes and their parts hold. Each tensor comes once."""
     seen = set() if seen is None else seen
     if id(thing) in seen:
         return

@@ -1,8 +1,8 @@
-"""How long things take, on the host and on a GPU that works through a queue: marks are set now and read later.
+"""How long work takes, on the host and on a GPU that works through a queue: marks are set now and read later.
 
-A GPU runs behind the program that feeds it. To read a clock it would have to be waited for, and that alone would cost
-more than many of the things that are timed. So :meth:`Clock.mark` puts an event into the queue, and the seconds between
-two events are read when somebody asks for a sum, after the run.
+A GPU runs behind the program that feeds it. To read a clock at once, the program would have to wait for the GPU, and
+that wait alone would cost more than much of the work that is timed. Therefore :meth:`Clock.mark` puts an event into the
+queue, and the seconds between two events are read after the run, when somebody asks for a sum.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-SAMPLED = 8  # a step in so many has the times of its phases taken where that costs time itself
+SAMPLED = 8  # where timing phases costs time itself, they are timed in one step out of so many
 PREFIX = "pqbench::"  # of the names of spans in the record of a profiler
-_OPEN = 64  # spans that wait to be read before those that the device has passed are
+_OPEN = 64  # when more spans than this wait to be read, those that the device has passed are read
 
-Mark = Any  # what a clock gave; only that clock can read it
+Mark = Any  # a mark is only of use to the clock that gave it
 
 
 class Event(Protocol):
-    """A point in the queue of a device: the part of :class:`torch.cuda.Event` that is used."""
+    """A point in the queue of a device. These are the methods of :class:`torch.cuda.Event` that are used."""
 
     def record(self, stream: Any) -> None:
-        """Put it behind everything in the stream so far."""
+        """Put the event behind everything that is in the stream so far."""
 
     def query(self) -> bool:
-        """Whether the device has passed it."""
+        """Whether the device has passed the event."""
 
     def synchronize(self) -> None:
-        """Return when the device has passed it."""
+        """Return when the device has passed the event."""
 
     def elapsed_time(self, end_event: Any) -> float:
         """Milliseconds to a later event; the device must have passed both."""
 
 
 class Streams(Protocol):
-    """What is asked of a device that works through queues ("streams"). :class:`CudaStreams`, or a stand-in that shows
-    on a machine without a GPU in which order things are queued."""
+    """A device that works through queues ("streams"): :class:`CudaStreams`, or a stand-in for tests, which shows on a
+    machine without a GPU in which order work is queued."""
 
     def event(self, timed: bool) -> Event:
-        """A new event; one that is not ``timed`` only orders streams."""
+        """A new event. One that is not ``timed`` only orders the work of streams."""
 
     def current(self, device: torch.device) -> Any:
         """The stream that the calling thread's work on the device goes to."""
@@ -54,17 +54,17 @@ class Streams(Protocol):
         """Another stream of the device."""
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
-        """The calling thread's work goes to ``stream`` inside."""
+        """Inside this context the calling thread's work goes to ``stream``."""
 
     def lend(self, rows: Tensor, stream: Any) -> None:
-        """Work queued on ``stream`` uses ``rows`` too: their memory must not be given to anybody before it is done."""
+        """Say that work queued on ``stream`` uses ``rows`` too: their memory is not reused before that is done."""
 
     def alive(self) -> bool:
         """Whether the device still answers after an error. Waits for it."""
 
 
 class CudaStreams:
-    """Those of CUDA."""
+    """The streams of CUDA."""
 
     def event(self, timed: bool) -> Event:
         """See :class:`Streams`."""
@@ -104,25 +104,25 @@ class Clock(ABC):
     """Sets marks, and tells the seconds between two of them.
 
     Attributes:
-        every: the phases of one step in so many are timed, see :meth:`samples`.
+        every: the phases of one step out of so many are timed, see :meth:`samples`.
     """
 
     every: int = 1
 
     @abstractmethod
     def mark(self) -> Mark:
-        """This point of the work queued so far."""
+        """Mark the end of the work that is queued so far."""
 
     @abstractmethod
     def passed(self, mark: Mark) -> bool:
-        """Whether :meth:`seconds` up to this mark would answer at once."""
+        """Whether :meth:`seconds` up to this mark would answer without waiting."""
 
     @abstractmethod
     def seconds(self, first: Mark, last: Mark) -> float:
         """Seconds between two marks. Waits for the device, and takes both marks back."""
 
     def spans(self, name: str, listed: bool = False) -> Spans:
-        """The seconds of one part of the work, see :class:`Spans`. The name is for clocks that show it to somebody."""
+        """The seconds of one part of the work, see :class:`Spans`. Only clocks that show names use the name."""
         return Spans(self, listed)
 
     def samples(self, step: int) -> bool:
@@ -147,8 +147,8 @@ class HostClock(Clock):
 class EventClock(Clock):
     """Time of one device: a mark is an event in the calling thread's current stream there.
 
-    To record an event takes the host a few microseconds, and a step with phases has ten in each layer: that is why only
-    a step in :data:`SAMPLED` has them.
+    Recording an event takes the host a few microseconds, and a step whose phases are timed records ten in each layer.
+    That is why the phases of only one step out of :data:`SAMPLED` are timed.
     """
 
     def __init__(self, streams: Streams, device: torch.device, every: int = SAMPLED) -> None:
@@ -178,7 +178,7 @@ class Spans(AbstractContextManager[None]):
     """
 
     def __init__(self, clock: Clock, listed: bool = False) -> None:
-        """With ``listed`` every span is kept, else their sum alone."""
+        """With ``listed`` the seconds of every span are kept, otherwise only their sum."""
         self._clock, self._listed = clock, listed
         self._open: deque[tuple[Mark, Mark]] = deque()
         self._began: Mark = None
@@ -217,7 +217,7 @@ class Spans(AbstractContextManager[None]):
 
 
 class NamedClock(Clock):
-    """Another clock, whose spans bear their names in what a torch profiler records. Every step has its phases."""
+    """Another clock whose spans have names in the record of a torch profiler. The phases of every step are timed."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -236,7 +236,7 @@ class NamedClock(Clock):
 
 
 class NamedSpans(Spans):
-    """Spans that a torch profiler records as :data:`PREFIX` and their name."""
+    """Spans that a torch profiler records under :data:`PREFIX` followed by their name."""
 
     def __init__(self, name: str, clock: Clock, listed: bool) -> None:
         super().__init__(clock, listed)
@@ -255,11 +255,11 @@ class NamedSpans(Spans):
 
 
 def streams_of(device: torch.device, given: Streams | None = None) -> Streams | None:
-    """The streams of a device, None where it has none; ``given`` ones instead if there are any."""
+    """The streams of a device, or the ``given`` ones if there are any. None for a device without streams."""
     return CudaStreams() if given is None and device.type == "cuda" else given
 
 
 def clock_of(device: torch.device, streams: Streams | None = None, every: int = SAMPLED, named: bool = False) -> Clock:
-    """The clock of a device whose streams are :func:`streams_of` it; ``named`` for a run under a torch profiler."""
+    """The clock of a device with these streams, see :func:`streams_of`; ``named`` for a run under a torch profiler."""
     clock = HostClock() if streams is None else EventClock(streams, device, every)
     return NamedClock(clock) if named else clock

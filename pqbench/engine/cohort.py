@@ -1,31 +1,31 @@
-"""One method at work on sequences of one length in one layer: select, fetch, attend, merge, with its meters.
+"""One method at work on a cohort in one layer: select, fetch, attend, merge, with its meters.
 
-Sequences of a left-padded batch are grouped by length; a group holds no padding, so methods and stores never see any.
+A cohort is the sequences of a left-padded batch that have the same length. It holds no padding, so methods and stores
+never see any.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pqbench.engine.clock import Clock, HostClock
+from pqbench.engine.clock import Clock, HostClock, Spans
+from pqbench.engine.contract import Contract
+from pqbench.engine.meter import Meter
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
 from pqbench.kernels.sinks import with_sinks
-from pqbench.method import LayerState, Plan, Selection
+from pqbench.method import LayerState, Method, Plan, Selection
 from pqbench.store.base import Store
-
-PHASES = ("select", "fetch", "attend", "append")
-_UNTIMED = nullcontext()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of one length within a left-padded batch: their rows in the batch, and how many columns are padding."""
+    """The sequences of one length within a left-padded batch: their rows in the batch and the columns of padding."""
 
     index: Tensor | slice
     padding: int
@@ -34,7 +34,7 @@ class Rows:
 
 @dataclass
 class Observer:
-    """One method's state for one group during prefill, with the time its own work takes."""
+    """One method's state for one cohort during prefill, with the time that its own work takes."""
 
     rows: Rows
     state: LayerState
@@ -45,11 +45,12 @@ class Observer:
 
     @property
     def seconds(self) -> float:
-        """What :meth:`observe` took so far. Waits for the device."""
+        """Seconds that :meth:`observe` took so far. Waits for the device."""
         return self._spans.total
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Pass the group's part of a block on: q ``[B, H, G, n, D]`` of all sequences, keys ``[B, H, S, D]`` so far."""
+        """Show the state the cohort's part of a block: q ``[B, H, G, n, D]`` of all sequences, and all keys and values
+        ``[B, H, S, D]`` so far."""
         columns = q.shape[3]
         skipped = max(0, self.rows.padding - (keys.shape[2] - columns))  # padding columns inside this block
         if skipped >= columns:
@@ -59,8 +60,8 @@ class Observer:
             self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
 
     def answer(self, q: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
-        """Write the method's own attention of the group's part of a block into ``output`` ``[B, H, G, n, D]``; see
-        :meth:`observe` for the rest. Padding is left as it is."""
+        """Write the method's own attention of the cohort's part of a block into ``output`` ``[B, H, G, n, D]``. The
+        other arguments are those of :meth:`observe`. Padding is left as it is."""
         columns, index, padding = q.shape[3], self.rows.index, self.rows.padding
         skipped = max(0, padding - (keys.shape[2] - columns))
         if skipped < columns:
@@ -69,71 +70,29 @@ class Observer:
             ).to(output.dtype)
 
 
-class Meter:
-    """Sums over the steps of one group in one layer. Nothing here waits for the device before a sum is asked for.
+@dataclass
+class Cohort:
+    """A method at work on one cohort in one layer.
 
     Attributes:
-        steps: how many there were.
-        timed: those among them whose phases were timed, see :meth:`pqbench.engine.clock.Clock.samples`.
-        index_bytes: bytes of the index that all steps read: those that the methods declare, and the keys that their
-            selections read through the store.
+        rows: which sequences of the batch they are.
+        store: where their keys and values lie.
+        state: what the method knows of the layer.
+        method: the method itself, whose limit its selections must keep.
+        length: with a captured step, the rows held, int32 with one element on the device.
     """
-
-    def __init__(self, clock: Clock) -> None:
-        self.steps = self.timed = self.index_bytes = 0
-        self._clock, self._sampled = clock, False
-        self._attended = 0.0
-        self._ragged: Tensor | None = None  # float64 [], tokens of selections whose size only the device knows
-        self._phases = {phase: clock.spans(phase) for phase in PHASES}
-
-    def begin(self) -> None:
-        """A step begins."""
-        self._sampled = self._clock.samples(self.steps)
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Times what is inside as a phase of the step, if the step is one of those that are timed."""
-        return self._phases[name] if self._sampled else _UNTIMED
-
-    def count(self, selection: Selection, held: int, index_bytes: int) -> None:
-        """Add one step. Rows that no query head of a KV head sees are padding and not counted."""
-        self.steps += 1
-        self.timed += self._sampled
-        self.index_bytes += index_bytes
-        if selection.visible is not None:
-            seen = selection.visible.any(2).sum(-1).float().mean().double()
-            self._ragged = seen if self._ragged is None else self._ragged + seen
-        else:
-            self._attended += held if selection.indices is None else selection.indices.shape[2]
-
-    def replayed(self, attended: int, index_bytes: int) -> None:
-        """Add one step that a graph has done, whose phases nobody can time."""
-        self.steps += 1
-        self.index_bytes += index_bytes
-        self._attended += attended
-
-    @property
-    def attended(self) -> float:
-        """Tokens per KV head attended to, all steps together. Waits for the device where it counts them."""
-        return self._attended + (0.0 if self._ragged is None else float(self._ragged))
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of the timed steps by phase (:data:`PHASES`). Waits for the device."""
-        return {phase: spans.total for phase, spans in self._phases.items()}
-
-
-@dataclass
-class Group:
-    """A method at work on the sequences of one group in one layer."""
 
     rows: Rows
     store: Store
     state: LayerState
+    method: Method
     clock: Clock = field(default_factory=HostClock)
-    length: Tensor | None = None  # with a captured step: rows held, int32 with one element on the device
+    length: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.clock)
+        self.contract = Contract(self.method, self.state.geometry)
+        self.checking = Spans(self.clock)  # the seconds that the check of the first step takes
         self._captured_read = 0  # bytes of keys that the captured selection reads in every replay
 
     def check(self, keys: Tensor, scaling: float) -> None:
@@ -154,12 +113,19 @@ class Group:
             self.state.append(self.store)
 
     def attend(self, q: Tensor) -> Tensor:
-        """The rest of the step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``."""
+        """The rest of the step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``.
+
+        Raises:
+            SelectionError: the first step's selection breaks the method's contract.
+        """
         usage = self.store.usage
         before = usage.key_bytes_read
         with self.meter.phase("select"):
             selection = self.state.select(q, self.store)
-        read = usage.key_bytes_read - before  # keys that a selection reads are part of its index, declared or not
+        read = usage.key_bytes_read - before  # Keys that a selection reads are part of its index, declared or not.
+        if not self.meter.steps:
+            with self.checking:
+                self.contract.check(selection, self.store)
         self.meter.count(selection, self.store.length, self.state.index_bytes + read)
         return self.answer(q, selection)
 
@@ -176,7 +142,7 @@ class Group:
         return output
 
     def attend_captured(self, q: Tensor) -> Tensor:
-        """:meth:`attend` without its host part: work of the device alone, which a CUDA graph can repeat."""
+        """Do the part of :meth:`attend` that is work of the device alone, which a CUDA graph can repeat."""
         usage = self.store.usage
         before = usage.key_bytes_read
         selection = self.state.select(q, self.store)
@@ -186,8 +152,17 @@ class Group:
 
     def replayed(self, plan: Plan) -> None:
         """Count a step that a CUDA graph has done."""
-        attended = self.store.length if plan.attended is None else plan.attended
-        self.meter.replayed(attended, self.state.index_bytes + self._captured_read)
+        held = self.store.length
+        attended = held if plan.attended is None else plan.attended
+        self.meter.replayed(attended, held, self.state.index_bytes + self._captured_read)
+
+    def check_steps(self, ragged: float) -> None:
+        """Compare every step so far with the budget; ``ragged`` is what the meter's own sum of that name holds.
+
+        Raises:
+            SelectionError: a step attended to more tokens than the method's limit.
+        """
+        self.contract.check_steps(self.meter.counts, self.meter.held, ragged, self.store.seen)
 
     def _attention(
         self, q: Tensor, selection: Selection, keys: Tensor, values: Tensor, rows: Tensor | None
@@ -213,3 +188,17 @@ class Group:
         if sinks is not None:
             output, weights = with_sinks(output, lse, weights, sinks)
         return output, weights
+
+
+def check_cohorts(cohorts: Sequence[Cohort]) -> None:
+    """Compare every step of a decode with the budget, once it is over. Waits for the device once, and only where a
+    method's number of tokens is known to the device alone.
+
+    Raises:
+        SelectionError: a step attended to more tokens than its method's limit; the message names method, layer and
+            step.
+    """
+    counted = [sums for cohort in cohorts if (sums := cohort.meter.ragged) is not None]
+    told = iter(torch.stack([sums.to(counted[0].device) for sums in counted]).tolist() if counted else ())
+    for cohort in cohorts:
+        cohort.check_steps(0.0 if cohort.meter.ragged is None else next(told))

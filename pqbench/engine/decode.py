@@ -1,4 +1,4 @@
-"""Greedy decoding of a prefilled prompt by one method: the loop every benchmark and timing goes through."""
+"""Greedy decoding of a prefilled prompt by one method: what every benchmark and timing of generation goes through."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from pqbench.engine.arguments import check_call, check_count, outlives_exit
-from pqbench.engine.attention import attached
 from pqbench.engine.batch import check_indices, check_length, check_logits
+from pqbench.engine.chooser import Chooser, End, end_tokens, pad_token
 from pqbench.engine.clock import Spans
-from pqbench.engine.cohort import Group, Meter
-from pqbench.engine.graphs.steps import GraphedSteps
+from pqbench.engine.cohort import Cohort, check_cohorts
 from pqbench.engine.layers import LayeredCache
-from pqbench.engine.prefill import Prefilled, Setting, forward, prefill
+from pqbench.engine.meter import Meter
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.sampling import Sampler, Sampling
+from pqbench.engine.setting import Setting
+from pqbench.engine.steps import Steps
 from pqbench.errors import ConfigError
 from pqbench.method import Method
 
-__all__ = ["Generation", "decode", "end_tokens", "generate", "pad_token", "prefill"]
+__all__ = ["Generation", "decode", "generate", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -77,22 +80,22 @@ class Generation:
     @property
     def corrected_heads(self) -> float | None:
         """Share of KV heads that selected anew with their own query; None without selection ahead."""
-        facts = [group.state.facts for group in self.groups()]
+        facts = [cohort.state.facts for cohort in self.cohorts()]
         shares = [known["corrected_heads"] for known in facts if "corrected_heads" in known]
         return fmean(shares) if shares else None
 
     def settle(self) -> None:
         """Wait for every transfer that decoding left under way."""
-        for group in self.groups():
-            group.store.settle()
+        for cohort in self.cohorts():
+            cohort.store.settle()
 
-    def groups(self) -> list[Group]:
-        """The groups of every layer, with their stores, states and meters."""
-        return groups_of(self.cache)
+    def cohorts(self) -> list[Cohort]:
+        """The cohorts of every layer, with their stores, states and meters."""
+        return self.cache.cohorts
 
     def meters(self) -> list[Meter]:
-        """The meters of every layer and group."""
-        return [group.meter for group in self.groups()]
+        """The meters of every layer and cohort."""
+        return [cohort.meter for cohort in self.cohorts()]
 
 
 @outlives_exit
@@ -123,141 +126,47 @@ def decode(
     Raises:
         ConfigError: no such method, fewer than one token wanted, a model that computes NaN, or a context that would
             cross a length at which the model's rotary frequencies change.
+        SelectionError: the method selected invalid rows, or attended to more tokens than its budget allows.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_place(prefilled, method)
-    model = prefilled.model
-    prefilled.check_reach(len(question) + max_new_tokens - 1)
-    config = model.generation_config if config is None else config
-    more = torch.tensor(extra_ends, dtype=torch.long, device=model.device)
-    end = End(torch.cat([end_tokens(config, model.device), more]), min_new_tokens, pad_token(config), finished)
+    most = len(question) + max_new_tokens - 1
+    prefilled.check_reach(most)
+    end = _end(prefilled.model, config, extra_ends, min_new_tokens, finished)
     if prefilled.beside is None:
         prefilled.finish(method)
     spending = Spans(prefilled.clock)
     with spending:
         cache = prefilled.fork(method, spend=spend)
-    steps = Steps(prefilled, cache, len(question), len(question) + max_new_tokens - 1)
-    tokens: list[Tensor] = []
-    logits, done = prefilled.logits, torch.zeros_like(prefilled.lengths, dtype=torch.bool)
-    with attached(model):
-        for known in question:
-            logits = steps.ask(torch.full_like(done, known, dtype=torch.long))
-        while True:
-            token = sampler(tokens, logits) if sampler else choose(logits, end.forbidden(len(tokens)))
-            tokens.append(token.masked_fill(done, end.filler) if end.possible(len(tokens)) else token)
-            last = len(tokens) == max_new_tokens
-            if not last and end.possible(len(tokens)):
-                done = end.reached(done, tokens)
-                last = bool(done.all())  # the one read of the device in a step, and none where no end can come
-            if last:
-                break
-            logits = steps.step(tokens[-1])
+    chooser = Chooser(end, max_new_tokens, prefilled.lengths, question, sampler)
+    with Steps(prefilled, cache, chooser, most, len(question), graphs=prefilled.graphs) as steps:
+        steps.run()
     observe, build = prefilled.observe_seconds[method], prefilled.build(method)
-    check_indices([check for group in groups_of(cache) for check in group.state.checks])
-    check_logits(logits)  # once: NaN in a token's keys stays, since the window holds it
+    check_indices([check for cohort in cache.cohorts for check in cohort.state.checks])
+    check_logits(steps.logits)  # Once is enough: NaN in a token's keys stays, since the window holds it.
+    check_cohorts(cache.cohorts)
     pending = 0.0 if prefilled.beside is not None else build
-    if spend:  # compaction by an evicting method; without spending it would be the time of copies
+    if spend:  # The time in which an evicting method's rows are compacted; without spending, copies would be timed.
         pending += spending.total
-    ttft, seconds = prefilled.seconds + observe, steps.spans.each
+    asked, seconds = steps.seconds(cache.cohorts)
+    ttft = prefilled.seconds + observe
     if len(question):
-        ttft, pending = ttft + pending + steps.asked.total, 0.0
-    return Generation(
-        torch.stack(tokens, 1), ttft, seconds, observe, build, pending, cache, steps.phased, steps.replays
-    )
+        ttft, pending = ttft + pending + asked, 0.0
+    tokens = torch.stack(chooser.tokens, 1)
+    return Generation(tokens, ttft, seconds, observe, build, pending, cache, steps.phased, steps.replays)
 
 
-@dataclass(frozen=True)
-class End:
-    """When sequences end, and what fills them afterwards.
-
-    Attributes:
-        tokens: ids ``[n]`` that end a sequence, possibly none.
-        earliest: tokens before an end may come.
-        filler: the token of a sequence after its end.
-        finished: sees the tokens so far ``[B, n]`` and says which sequences end there, bool ``[B]``; None for none.
-    """
-
-    tokens: Tensor
-    earliest: int
-    filler: int
-    finished: Callable[[Tensor], Tensor] | None
-
-    def forbidden(self, count: int) -> Tensor | None:
-        """Tokens that may not follow ``count`` tokens."""
-        return self.tokens if count < self.earliest else None
-
-    def possible(self, count: int) -> bool:
-        """Whether some sequence may have ended within ``count`` tokens; otherwise the device need not be asked."""
-        return self.finished is not None or (len(self.tokens) > 0 and count > self.earliest)
-
-    def reached(self, done: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-        """Which sequences have ended, bool ``[B]``: those ``done`` before, and those that end with the last token."""
-        done = done | torch.isin(tokens[-1], self.tokens)
-        return done if self.finished is None else done | self.finished(torch.stack(list(tokens), 1))
-
-
-class Steps:
-    """The decode steps of one method after a prompt, with their times.
-
-    Attributes:
-        asked: seconds of the tokens that were given.
-        spans: seconds of every other step.
-    """
-
-    def __init__(self, prefilled: Prefilled, cache: LayeredCache, given: int, most: int) -> None:
-        """At most so many steps, whose first ``given`` tokens are the question's."""
-        self.asked = prefilled.clock.spans("question")
-        self.spans = prefilled.clock.spans("step", listed=True)
-        self._prefilled, self._cache = prefilled, cache
-        # Methods know by their groups what is padding. Transformers' own layers do not, and it would look at the mask
-        # in every step.
-        self._mask = prefilled.mask if prefilled.sliding else None
-        self._position, self._given, self._count = prefilled.lengths[:, None], given, 0
-        self._graphed = GraphedSteps(cache, self._logits, most) if prefilled.graphs else None
-
-    def ask(self, token: Tensor) -> Tensor:
-        """Logits ``[B, V]`` after a given token ``[B]``."""
-        with self.asked:
-            return self._forward(token)
-
-    def step(self, token: Tensor) -> Tensor:
-        """Logits ``[B, V]`` after a token ``[B]`` that was chosen."""
-        with self.spans:
-            return self._forward(token)
-
-    @property
-    def phased(self) -> frozenset[int]:
-        """Which of :attr:`spans` had their phases timed at the cost of time: see :class:`Generation`."""
-        clock = self._prefilled.clock
-        if self._graphed is not None:
-            return frozenset()
-        steps = range(self._count - self._given) if clock.every > 1 else ()
-        return frozenset(step for step in steps if clock.samples(self._given + step))
-
-    @property
-    def replays(self) -> frozenset[int] | None:
-        """Which of :attr:`spans` replayed a captured step: see :class:`Generation`."""
-        if self._graphed is None:
-            return None
-        return frozenset(step - self._given for step in self._graphed.replays if step >= self._given)
-
-    def _forward(self, token: Tensor) -> Tensor:
-        if self._mask is not None:
-            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
-        if self._graphed is None:
-            logits = self._logits(self._cache, token, self._position)
-        else:
-            logits = self._graphed.logits(token, self._position)
-        self._position, self._count = self._position + 1, self._count + 1
-        return logits
-
-    def _logits(self, cache: LayeredCache, token: Tensor, position: Tensor) -> Tensor:
-        return forward(self._prefilled.model, token[:, None], cache, self._mask, position)
-
-
-def groups_of(cache: LayeredCache) -> list[Group]:
-    """The groups of every layer of a decode."""
-    return [group for layer in cache.selective.values() for group in layer.groups]
+def _end(
+    model: PreTrainedModel,
+    config: GenerationConfig | None,
+    extra: Sequence[int],
+    earliest: int,
+    finished: Callable[[Tensor], Tensor] | None,
+) -> End:
+    """When the sequences of a decode end; see :func:`decode` for what is given."""
+    config = model.generation_config if config is None else config
+    more = torch.tensor(extra, dtype=torch.long, device=model.device)
+    return End(torch.cat([end_tokens(config, model.device), more]), earliest, pad_token(config), finished)
 
 
 def generate(
@@ -311,46 +220,3 @@ def check_place(prefilled: Prefilled, method: int) -> None:
     check_count("method", method, 0)
     if method >= len(prefilled.methods):
         raise ConfigError(f"method is {method}: the prompt was prefilled for methods 0 to {len(prefilled.methods) - 1}")
-
-
-def changes_of_greedy(model: PreTrainedModel) -> list[str]:
-    """The settings of a model's generation configuration that change what greedy decoding chooses in transformers; this
-    loop knows none of them but end tokens."""
-    config = model.generation_config
-    neutral = {
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
-        "bad_words_ids": None,
-        "forced_bos_token_id": None,
-        "forced_eos_token_id": None,
-        "sequence_bias": None,
-        "exponential_decay_length_penalty": None,
-        "encoder_repetition_penalty": 1.0,
-        "min_length": 0,
-        "min_new_tokens": None,
-    }
-    found = {name: getattr(config, name, None) for name in neutral}
-    return [f"{name}={value}" for name, value in found.items() if value is not None and value != neutral[name]]
-
-
-def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:
-    """Greedy token ``[B]``; ``forbidden`` tokens are out of the question."""
-    if forbidden is not None and len(forbidden):
-        logits = logits.index_fill(1, forbidden, float("-inf"))
-    return logits.argmax(-1)
-
-
-def pad_token(config: GenerationConfig | None) -> int:
-    """What fills a sequence after its end, as in transformers: the padding token, else the first end token."""
-    pad = None if config is None else config.pad_token_id
-    ends = end_tokens(config)
-    return int(pad) if pad is not None else int(ends[0]) if len(ends) else 0
-
-
-def end_tokens(config: GenerationConfig | None, device: torch.device | None = None) -> Tensor:
-    """End-of-sequence ids of a configuration, ``[n]``, possibly none."""
-    ends = config.eos_token_id if config is not None else None
-    listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return torch.tensor(listed, dtype=torch.long, device=device)

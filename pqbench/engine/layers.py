@@ -1,16 +1,17 @@
-"""The caches handed to transformers: one kind of layer per phase, so a phase is never inferred from shapes.
+"""The caches handed to transformers. Each phase has its own kind of layer, so that no phase is inferred from shapes.
 
-:class:`PrefillLayer` keeps the whole prompt and computes dense attention; :class:`DecodeLayer` answers one query per
-sequence through a method.
+A :class:`PrefillLayer` keeps the whole prompt and computes dense attention. A :class:`DecodeLayer` answers one query
+per sequence through a method.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,22 +20,28 @@ from transformers import Cache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from pqbench.engine.attention import dense_attention
-from pqbench.engine.cohort import Group, Observer, Rows
+from pqbench.engine.cohort import Cohort, Observer, Rows
 from pqbench.errors import ModelError
 from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.method import Geometry
 from pqbench.store.tiers import Placement, Prompt
 
 
 class LayeredCache(Cache):
-    """A transformers cache that knows which of its layers are ours, and that every layer must use it: a model layer
-    first updates its entry and then calls attention, once per forward pass. A model that does otherwise is refused, for
-    its attention would not be what our layers answer."""
+    """A transformers cache that knows which of its layers are ours and verifies that every layer of the model uses it.
+    A model layer first updates its entry and then calls attention, once per forward pass. A model that does otherwise
+    is refused, since our layers would not answer its attention."""
 
     def __init__(self, layers: list[CacheLayerMixin]) -> None:
         super().__init__(layers=layers)
         self.selective: dict[int, Any] = {i: layer for i, layer in enumerate(layers) if hasattr(layer, "attention")}
         self._updated: int | None = None  # layer whose entry was updated and whose attention was not called yet
         self._answered = 0
+
+    @property
+    def cohorts(self) -> list[Cohort]:
+        """The cohorts of every layer of a decode, layer by layer."""
+        return [cohort for layer in self.selective.values() for cohort in layer.cohorts]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -87,7 +94,8 @@ def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
 
 def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Attention type of every layer, and the arguments that its cache layer is made with. Releases of transformers
-    differ: the newest answer layer by layer, 5.17 with one set of arguments for all layers, older ones not at all."""
+    differ: the newest ones answer layer by layer, 5.17 answers with one set of arguments for all layers, and older
+    ones do not answer at all."""
     describe = getattr(cache_utils, "get_layer_types_and_kwargs", None)
     if describe is None:
         window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
@@ -101,7 +109,7 @@ def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]
 
 
 class OurLayer(CacheLayerMixin):
-    """What transformers asks of a cache layer; eviction is invisible to it, positions count all tokens seen."""
+    """What transformers asks of a cache layer. It does not see evictions: positions count all tokens seen."""
 
     is_sliding = False
     is_compileable = False
@@ -150,13 +158,28 @@ class Shape:
         known = None if sinks is None else sinks.detach().float().view(heads, group)
         return cls(heads, group, q.shape[-1], scaling, q.device, known)
 
+    def geometry(self, layer: int, rows: Rows, prompt: int = 0, backend: str = "reference") -> Geometry:
+        """What a method's state must know of a layer of this shape, without the facts that only some methods need."""
+        return Geometry(
+            layer=layer,
+            batch=rows.count,
+            kv_heads=self.kv_heads,
+            group=self.group,
+            head_dim=self.head_dim,
+            scaling=self.scaling,
+            prompt=prompt,
+            backend=backend,
+            device=self.device,
+            sinks=self.sinks,
+        )
+
 
 class PrefillLayer(OurLayer):
     """Holds the prompt's keys and values, answers with dense attention (or with the method's own, where ``own``) and
     shows each block to the observers.
 
-    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in: from then on the prompt's rows
-    belong to the tier (:meth:`prompt`), which may be moving them while the next layers compute.
+    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in. From then on the prompt's rows
+    belong to the tier (:meth:`prompt`), which may move them while the next layers compute.
     """
 
     def __init__(
@@ -169,11 +192,11 @@ class PrefillLayer(OurLayer):
     ) -> None:
         super().__init__()
         self.columns, self.reserve, self.rows, self.placement, self.on_end = columns, reserve, rows, placement, on_end
-        self.observers: list[Observer] = []
+        self.observers: list[list[Observer]] = []  # by method and cohort
         self.own = False
         self.shape: Shape | None = None  # known after the first block
         self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
-        self._prompts: dict[int, Prompt] = {}  # by padding, which tells groups apart
+        self._prompts: dict[int, Prompt] = {}  # by padding, which tells cohorts apart
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._buffers is None:
@@ -195,30 +218,34 @@ class PrefillLayer(OurLayer):
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], columns, width)  # [B, H, G, n, D]
         if self.own:
             answer = torch.zeros_like(grouped)
-            for observer in self.observers:
+            for observer in self._each_observer():
                 observer.answer(grouped, k, v, answer)
             output = answer.view_as(q).transpose(1, 2).contiguous()
         else:
             output = dense_attention(module, q, k, v, mask, scaling, self.sinks)
-        for observer in self.observers:
+        for observer in self._each_observer():
             observer.observe(grouped, k, v)
         if self.seen == self.columns:
             self._end(k, v)
         return output
 
     def prompt(self, rows: Rows) -> Prompt:
-        """The finished prompt of one group, from which stores are made."""
+        """The finished prompt of one cohort, from which stores are made."""
         if not self._prompts:
             raise RuntimeError("prompt() before the last token was prefilled")
         return self._prompts[rows.padding]
 
     def release(self, rows: Rows) -> None:
-        """Let go of the prompt of one group; stores made from it keep what they need."""
+        """Let go of the prompt of one cohort; stores made from it keep what they need."""
         self._prompts.pop(rows.padding, None)
 
+    def _each_observer(self) -> Iterator[Observer]:
+        """The observers of every method and cohort, method by method."""
+        return chain.from_iterable(self.observers)
+
     def _end(self, k: Tensor, v: Tensor) -> None:
-        """Hand the rows over to the tier, group by group; nothing is copied where a group is the whole batch. The rows
-        are those that attention used, which are not always those of the cache: latent attention expands them."""
+        """Hand the rows over to the tier, cohort by cohort; nothing is copied where a cohort is the whole batch. The
+        rows are those that attention used, which are not always those of the cache: latent attention expands them."""
         if self._buffers is None:
             raise RuntimeError("attention() before update()")
         keys, values = (
@@ -238,26 +265,28 @@ class PrefillLayer(OurLayer):
 
 
 class DecodeLayer(OurLayer):
-    """One new token per sequence: stored, then answered group by group.
+    """Stores one new token per sequence, then answers its query, cohort by cohort.
 
-    ``make`` gives the groups when the first step reaches the layer: it waits for an index that is still being built.
+    ``make`` gives the cohorts when the first step reaches the layer, and waits for an index that is still being built.
     """
 
-    def __init__(self, make: Callable[[], list[Group]], seen: int) -> None:
+    def __init__(self, make: Callable[[], list[Cohort]], seen: int) -> None:
         super().__init__()
         self._make = make
         self.seen = seen
-        self.following: Callable[[], DecodeLayer | None] | None = None  # weak: layers in a ring would not be freed
+        # A weak reference: layers that refer to each other in a ring would not be freed.
+        self.following: Callable[[], DecodeLayer | None] | None = None
 
     @cached_property
-    def groups(self) -> list[Group]:
-        """The groups, made at first use."""
+    def cohorts(self) -> list[Cohort]:
+        """The cohorts, made at first use."""
         return self._make()
 
     def prefetch(self) -> None:
-        """The layer before starts its step. Nothing to ask for while an index is still being built."""
-        for group in self.__dict__.get("groups", ()):
-            group.state.prefetch(group.store)
+        """Let the methods ask for what they will need, since the layer before starts its step. While an index is still
+        being built there is nothing to ask for."""
+        for cohort in self.__dict__.get("cohorts", ()):
+            cohort.state.prefetch(cohort.store)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         following = None if self.following is None else self.following()
@@ -270,18 +299,18 @@ class DecodeLayer(OurLayer):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
         """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``; the mask is
-        implied by the groups."""
+        implied by the cohorts."""
         check_rows(k, 1)
-        for group in self.groups:
-            group.check(k, scaling)
-            group.append(k[group.rows.index], v[group.rows.index])
+        for cohort in self.cohorts:
+            cohort.check(k, scaling)
+            cohort.append(k[cohort.rows.index], v[cohort.rows.index])
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
-        if len(self.groups) == 1:
-            return self.groups[0].attend(grouped).reshape(batch, 1, heads, width)
+        if len(self.cohorts) == 1:
+            return self.cohorts[0].attend(grouped).reshape(batch, 1, heads, width)
         output = torch.empty_like(grouped)
-        for group in self.groups:
-            output[group.rows.index] = group.attend(grouped[group.rows.index])
+        for cohort in self.cohorts:
+            output[cohort.rows.index] = cohort.attend(grouped[cohort.rows.index])
         return output.reshape(batch, 1, heads, width)
 
 
@@ -296,8 +325,9 @@ def same_rows(held: Tensor, used: Tensor) -> bool:
     return held.data_ptr() == used.data_ptr() and held.shape == used.shape and held.stride() == used.stride()
 
 
-def chain(layers: Sequence[DecodeLayer]) -> None:
-    """Let each layer announce its step to the next, and the last to the first, whose step is the next token's."""
+def link_layers(layers: Sequence[DecodeLayer]) -> None:
+    """Let each layer announce its step to the next one. The last layer announces it to the first, whose next step is
+    that of the next token."""
     for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
         layer.following = weakref.ref(following)
 

@@ -1,16 +1,17 @@
-"""What a model's attention is like, found out on a few tokens before any prompt runs, and whether we compute the same.
+"""A rehearsal of a model on a few tokens, before any prompt runs: what its attention is like, and whether our layers
+compute the same as transformers.
 
-A short sequence, and then two of which one is padded, go through transformers' own ``generate`` and through our layers
-with full attention: in one block and in chunks, then one decoded token. What our layers are called with is the model's
-:class:`Profile`; logits that differ, or calls that our layers would not answer rightly, refuse the model in one line
-that starts with its type. The cost is nine forward passes of at most twelve tokens, once for every loaded model.
+A short sequence goes through transformers' own ``generate`` and through our layers with full attention, in one block;
+then two sequences, of which one is padded, do so in chunks. One token is decoded after each. The calls that our layers
+get are the model's :class:`Profile`. A model whose logits differ, or that calls attention in a way that our layers
+would not answer correctly, is refused in one line that starts with its type. The cost is nine forward passes of at most
+twelve tokens, once for every loaded model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from pqbench.engine.attention import attached, forward
-from pqbench.engine.batch import group_rows
-from pqbench.engine.cohort import Group, Rows
+from pqbench.engine.batch import rows_by_length
+from pqbench.engine.cohort import Cohort, Rows
+from pqbench.engine.dense import Dense
 from pqbench.engine.layers import DecodeLayer, LayeredCache, PrefillLayer, Shape, layer_types, sliding_layers
 from pqbench.errors import ModelError, PqbenchError
-from pqbench.method import Geometry, LayerState
 from pqbench.store.tiers import DeviceTier
 
 _COLUMNS, _SHORT, _CHUNK = 6, 4, 4  # tokens of the sequences, of the shorter one, and of a prefill block
@@ -33,6 +34,7 @@ _HALF_TOLERANCE = 0.2
 # In half precision rounding can send a token to another expert of a mixture, which changes everything behind it. It
 # does so for few prompts; what is wrong is wrong for all.
 _HALF_ATTEMPTS = 4
+_ATTRIBUTE = "pqbench_known"  # of a model, where its profile is kept
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,37 @@ class Profile:
         return list(first.values())
 
 
-# A model is rehearsed once for each place and type it is used in; the entry goes with the model.
-_KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, torch.dtype, Profile]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class Known:
+    """What a rehearsal found out, and of which model: a copy of the model, one that moved to another device or one
+    that changed its type is rehearsed again."""
+
+    model: int
+    device: torch.device
+    dtype: torch.dtype
+    profile: Profile
+
+    def of(self, model: PreTrainedModel) -> bool:
+        """Whether this is known of the model as it is now."""
+        return (self.model, self.device, self.dtype) == (id(model), model.device, model.dtype)
 
 
 def profile(model: PreTrainedModel) -> Profile:
-    """The model's profile, from a rehearsal at first use.
+    """The model's profile, from a rehearsal at first use. It is kept in an attribute of the model, as transformers
+    keeps ``hf_device_map`` there, so that it lives as long as the model.
 
     Raises:
         ModelError: no method can serve this model exactly; one line that names its type and the reason.
     """
-    known = _KNOWN.get(model)
-    if known is None or known[:2] != (model.device, model.dtype):
-        known = _KNOWN[model] = (model.device, model.dtype, _named(model))
-    return known[2]
+    known: Known | None = getattr(model, _ATTRIBUTE, None)
+    if known is None or not known.of(model):
+        known = Known(id(model), model.device, model.dtype, _named(model))
+        setattr(model, _ATTRIBUTE, known)
+    return known.profile
 
 
 def _named(model: PreTrainedModel) -> Profile:
-    """A rehearsal whose errors all are ours and name the model's type."""
+    """Rehearse a model. All errors are of pqbench's own kind and name the model's type."""
     kind = model.config.model_type
     try:
         return rehearse(model)
@@ -120,7 +135,8 @@ def rehearse(model: PreTrainedModel) -> Profile:
 def _compared(
     model: PreTrainedModel, config: PreTrainedConfig, types: list[str], ids: Tensor, mask: Tensor, chunk: int
 ) -> dict[int, Shape]:
-    """What our layers were called with for this batch. Raises ModelError when logits differ from transformers'."""
+    """The shapes of the calls that our layers got for this batch. Raises ModelError when the logits differ from those
+    of transformers."""
     expected, token = _by_transformers(model, ids, mask)
     ours, shapes = _by_layers(model, config, types, ids, mask, token, chunk)
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
@@ -184,8 +200,8 @@ def _by_layers(
     token: Tensor,
     chunk: int,
 ) -> tuple[list[Tensor], dict[int, Shape]]:
-    """The same logits through our layers, and what these were called with."""
-    rows, placement = group_rows(mask.bool()), DeviceTier().open(model.device)
+    """The same logits computed through our layers, and the shapes of the calls that these got."""
+    rows, placement = rows_by_length(mask.bool()), DeviceTier().open(model.device)
     prompt = {i: PrefillLayer(_COLUMNS, 1, rows, placement) for i, kind in enumerate(types) if kind == "full_attention"}
     sliding = sliding_layers(config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -209,24 +225,10 @@ def _cache(layers: Mapping[int, CacheLayerMixin]) -> LayeredCache:
 def _decoding(layer: PrefillLayer, index: int, shape: Shape, rows: list[Rows]) -> DecodeLayer:
     """A layer that goes on from the prompt with full attention."""
 
-    def groups() -> list[Group]:
-        states = [LayerState(geometry_of(shape, index, part)) for part in rows]
-        return [Group(part, layer.prompt(part).store(None), state) for part, state in zip(rows, states, strict=True)]
+    dense = Dense()
 
-    return DecodeLayer(groups, layer.seen)
+    def cohort(part: Rows) -> Cohort:
+        state = dense.layer(shape.geometry(index, part))
+        return Cohort(part, layer.prompt(part).store(None), state, dense)
 
-
-def geometry_of(shape: Shape, layer: int, rows: Rows, prompt: int = 0, body: str = "reference") -> Geometry:
-    """What a method's state needs to know of a layer of this shape, without what only some methods ask for."""
-    return Geometry(
-        layer=layer,
-        batch=rows.count,
-        kv_heads=shape.kv_heads,
-        group=shape.group,
-        head_dim=shape.head_dim,
-        scaling=shape.scaling,
-        prompt=prompt,
-        backend=body,
-        device=shape.device,
-        sinks=shape.sinks,
-    )
+    return DecodeLayer(lambda: [cohort(part) for part in rows], layer.seen)

@@ -1,8 +1,8 @@
-"""By which frequencies each layer of a model turns its keys, for methods that give keys other positions.
+"""The rotary frequencies by which each layer of a model turns its keys, for methods that give keys other positions.
 
-Nothing is read from model code: one token goes through the model at several positions, each time as a sequence of its
-own. Such a sequence attends to itself alone, so that no layer's input depends on the position, and what differs in a
-layer's keys is its rotation. Our rotation must give the same keys; a layer whose keys do not change has none.
+Nothing is read from model code. Instead one token goes through the model at several positions, each time as a sequence
+of its own. Such a sequence attends to itself alone, so that no layer's input depends on the position, and a layer's
+keys differ by their rotation only. Our rotation must give the same keys; a layer whose keys do not change has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POSITIONS = (0, 1, 7, 60, 1000)
 
 
 class KeyLayer(OurLayer):
-    """Keeps the keys ``[B, H, 1, D]`` of one token per sequence."""
+    """A cache layer that keeps the keys ``[B, H, 1, D]`` of one token per sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def layer_frequencies(model: PreTrainedModel, layers: list[int]) -> dict[int, Te
 
 
 def _candidates(model: PreTrainedModel) -> list[Tensor]:
-    """All frequencies that the model keeps, each once."""
+    """All different frequencies that the model keeps in its buffers."""
     found: list[Tensor] = []
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.ndim == 1 and not any(torch.equal(buffer, known) for known in found):
@@ -85,8 +85,8 @@ def _candidates(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _found(keys: Tensor, positions: Tensor, frequencies: list[Tensor], accuracy: float) -> Tensor | None:
-    """Those of the frequencies that turn the first of the keys ``[n, H, D]`` into all of them; none of them, ``[0]``,
-    where all are equal; None where no frequencies do it."""
+    """The frequencies that turn the first of the keys ``[n, H, D]`` into all of them. An empty tensor ``[0]`` where all
+    keys are equal; None where no frequencies do it."""
     none = torch.empty(0, device=keys.device)
     tolerance = accuracy * float(keys.norm(dim=-1).max())
     turns = positions[:, None].expand(keys.shape[:2])

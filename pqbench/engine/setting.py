@@ -1,4 +1,4 @@
-"""How prompts are run, whatever the method: what the options of a run say, and who can follow them."""
+"""How prompts are run, whatever the method: the options of a run, and which methods can follow them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ class Setting:
 
     Attributes:
         tier: where KV lives while decoding.
-        overlap: with a single method, build each layer's index while the next layers compute, on a stream of its own
-            beside a model on a GPU, else on cores that the model's threads leave idle; the tokens are the same without.
-            With several methods no index overlaps, so that their times stay apart.
-        body: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
+        overlap: with a single method, build each layer's index while the next layers compute: on a GPU in a stream of
+            its own, otherwise on cores that the model's threads leave idle. The tokens are the same without. With
+            several methods no index overlaps with the prefill, so that the times of the methods stay apart.
+        backend: which kernels compute, see :func:`pqbench.kernels.backend.kernels`.
         calibration: times of this hardware for methods that adapt to it.
         streams: the queues of the device; None for CUDA's on a GPU and for none on the CPU.
-        named: the phases of the work bear their names in what a torch profiler records.
-        graphs: capture one decode step in a CUDA graph and replay it for every further token (on the CPU a recording
-            stands for the graph); for methods that can, on batches of prompts of one length.
-        select_ahead: select with the query of the step before, while the layer before computes, and again for KV heads
-            whose query has turned since; for methods that can.
-        correction: a query has turned when its cosine with the one before, averaged over the query heads of a KV head,
-            is at most this; 1 corrects always.
-        max_length: longest context to run, where that is more than the model was made for; None for the model's own.
+        named: the phases of the work have names in the record of a torch profiler.
+        graphs: capture one decode step in a CUDA graph and replay it for every further token; on the CPU a recording
+            takes the place of the graph. This works for methods that can be captured, on batches of prompts of one
+            length.
+        select_ahead: select with the query of the step before, while the layer before computes, and select again for
+            KV heads whose query has turned since. This works for methods that can select ahead.
+        correction: a query counts as turned when its cosine with the query before, averaged over the query heads of a
+            KV head, is at most this; with 1 every head selects again.
+        max_length: the longest context to run, where that is more than the model was made for; None for the model's
+            own limit.
 
     Raises:
         ConfigError: a value of another type, or ``correction`` is no cosine.
@@ -43,7 +45,7 @@ class Setting:
 
     tier: Tier = field(default_factory=DeviceTier)
     overlap: bool = True
-    body: str = "auto"
+    backend: str = "auto"
     calibration: Calibration | None = None
     streams: Streams | None = None
     named: bool = False
@@ -59,7 +61,7 @@ class Setting:
 
     @property
     def options(self) -> dict[str, float]:
-        """Those that change how a step runs and are off unless asked for, as far as they are on."""
+        """The options that change how a step runs and that are off by default, as far as they are on."""
         ahead = {"select_ahead": True, "correction": self.correction} if self.select_ahead else {}
         return {**({"graphs": True} if self.graphs else {}), **ahead}
 
@@ -78,13 +80,13 @@ class Setting:
         return cls() if given is None else given
 
     def device_answers(self) -> bool:
-        """Whether a GPU, if there is one, can go on after an error: after one of memory it can, after an illegal access
-        it cannot."""
+        """Whether a GPU, if there is one, can go on after an error. After an error of memory it can; after an illegal
+        access it cannot."""
         streams = CudaStreams() if self.streams is None else self.streams
         return streams.alive()
 
     def check_device(self, error: object) -> None:
-        """Raises DeviceError when the device answers no more after an error; to be called when that is on record."""
+        """Raises DeviceError when the device no longer answers after an error. Call it once the error is on record."""
         if not self.device_answers():
             raise DeviceError(
                 f"the GPU answers no more after this error: {error}. What was measured before is kept, and the same "

@@ -25,15 +25,19 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from pqbench.config.compose import conf_folder, explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.compose import explain, model_source, opened, own_budgets, rehearsed
 from pqbench.config.shadow import check_import_path
-from pqbench.engine.attention import attached
+from pqbench.engine.cohort import check_cohorts
 from pqbench.engine.decode import decode
-from pqbench.engine.prefill import Prefilled, Setting, forward, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
+from pqbench.engine.setting import Setting
+from pqbench.engine.steps import Forced, Steps
 from pqbench.errors import ConfigError, DataError, PqbenchError
 from pqbench.integrations.lm_eval_plugin import register
 from pqbench.integrations.transformers import stopping
 from pqbench.method import compensated
+from pqbench.records.classes import conf_folder
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
@@ -168,15 +172,24 @@ def check_continuations(requests: Sequence[Request], longest: int) -> None:
 @torch.inference_mode()
 def likelihood(prefilled: Prefilled, continuation: Sequence[int]) -> tuple[float, bool]:
     """Log-probability of the tokens after a prompt, read one by one through its first method, and whether greedy
-    decoding would have chosen each of them."""
-    cache, logits, position = prefilled.fork(0), prefilled.logits, prefilled.lengths[:, None]
+    decoding would have chosen each of them.
+
+    Raises:
+        SelectionError: the method selected invalid rows, or attended to more tokens than its budget allows.
+    """
+    cache = prefilled.fork(0)
     told: list[Tensor] = []  # log-probability, and whether the token is the likeliest: read once, at the end
-    with attached(prefilled.model):
-        for step, token in enumerate(continuation):
-            if step:
-                ids = torch.full_like(position, continuation[step - 1])
-                logits = forward(prefilled.model, ids, cache, None, position + step - 1)
-            told.append(torch.stack([torch.log_softmax(logits[0].float(), -1)[token], logits[0].argmax() == token]))
+
+    def tell(logits: Tensor) -> None:
+        token = continuation[len(told)]
+        told.append(torch.stack([torch.log_softmax(logits[0].float(), -1)[token], logits[0].argmax() == token]))
+
+    if continuation:
+        tell(prefilled.logits)
+    with Steps(prefilled, cache, Forced(continuation[:-1], prefilled.lengths)) as steps:
+        for step in steps:
+            tell(step.logits)
+    check_cohorts(cache.cohorts)
     rows = torch.stack(told).tolist() if told else []
     return sum((row[0] for row in rows), 0.0), all(row[1] for row in rows)
 

@@ -21,7 +21,7 @@ GPU read on the device, so that a captured CUDA graph replays with new numbers."
 
 
 class Kernels(Protocol):
-    """The operations a decode step and an index are made of; shapes and meaning are those of
+    """The operations that decode steps and indexes are made of; shapes and meaning are those of
     :mod:`pqbench.kernels.reference`. Bodies are modules."""
 
     __name__: str
@@ -132,7 +132,7 @@ class Kernels(Protocol):
         blocks: Blocks | None = None,
         count: Number | None = None,
     ) -> Tensor:
-        """Where tokens lie on the device, those that did not copied there from the host, all in one."""
+        """Where tokens lie on the device; those that did not lie there are copied from the host by the same call."""
 
     def vacate_rows(
         self, indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
@@ -159,7 +159,7 @@ class Kernels(Protocol):
 
 @cache
 def kernels(device: torch.device, backend: str = "auto") -> Kernels:
-    """The backend for tensors on ``device``: with ``auto`` the compiled one, else the one named.
+    """The backend for tensors on ``device``: the compiled one with ``auto``, otherwise the one that is named.
 
     Raises:
         ValueError: no such backend.

@@ -1,43 +1,47 @@
-"""What every timing benchmark is made of: a job, its records, and what becomes of a measurement that fails."""
+"""What every measurement is made of: the job, the ledger of its records, and what becomes of a failure.
+
+There is one runner. Scores, times and fidelity are measurements alike: each gets a :class:`Job`, asks its
+:class:`Ledger` what is still missing, and records one outcome for each sample.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pqbench.engine.prefill import Setting
-from pqbench.errors import BudgetError, ConfigError
+from pqbench.engine.setting import Setting
+from pqbench.errors import ConfigError
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
+from pqbench.records.claims import claimed
 from pqbench.records.file import FINISHED, VERSION, Record, RecordFile
-from pqbench.tables.timings import DENSE, timing_table
 from pqbench.terminal import plain
-
-__all__ = ["DENSE", "Ledger", "Measured", "Measurement", "TimingJob", "at_least", "check_split", "outcome", "tracked"]
 
 log = logging.getLogger(__name__)
 
+COMPILING = "compile"  # the part of a run's seconds in which kernels were compiled
+
 
 @dataclass
-class TimingJob:
-    """What is to be timed, and where the records go.
+class Job:
+    """What is to be measured, and where the records go.
 
     Attributes:
         loaded: the model; None where the measurement needs none (:attr:`Measurement.needs_model`).
-        methods: by the name that results use.
+        methods: the methods by the name that results use.
         files: the record file of each method, and of every name in :attr:`Measurement.further`.
-        setting: where KV lives, which kernels compute, what overlaps.
+        setting: where KV lies, which kernels compute, and what overlaps.
         retry_failed: measure samples again whose record is an error.
-        chunk: prefill block in tokens, None for one shot.
+        chunk: tokens of a block of the prefill; None prefills a prompt in one piece.
     """
 
     loaded: LoadedModel | None
@@ -50,22 +54,45 @@ class TimingJob:
 
 @dataclass
 class Measured:
-    """What a run did."""
+    """What a run did.
+
+    Attributes:
+        measured: samples that this run put on record.
+        resumed: samples that were on record already.
+        failures: one line for each sample that failed, in this run or before.
+        wall_s: seconds of the whole run; compiling kernels is left out.
+        seconds: the parts of the run that a measurement timed by itself, by name.
+    """
 
     measured: int = 0
     resumed: int = 0
     failures: list[str] = field(default_factory=list)
     wall_s: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def counts(self) -> str:
+        """How many samples were measured, resumed and failed, in words."""
+        return f"{self.measured} measured, {self.resumed} already there, {len(self.failures)} failed"
 
 
 class Measurement(ABC):
-    """A timing benchmark. Subclasses are dataclasses, one file each, validated in ``__post_init__``.
+    """Something that can be measured of methods. Subclasses are dataclasses, validated in ``__post_init__``.
 
-    ``further`` names record files it writes besides those of the job's methods.
+    Attributes:
+        kind: what its records hold; tables and figures choose by it.
+        further: the names of record files that it writes besides those of the job's methods.
+        shared: whether several processes may work on one run at a time; times would be the times of neither.
     """
 
-    name: ClassVar[str]
+    kind: ClassVar[str]
+    shared: ClassVar[bool] = False
     further: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name of the benchmark in records and on the command line."""
 
     @property
     @abstractmethod
@@ -78,34 +105,35 @@ class Measurement(ABC):
         return False
 
     def subject(self, model: str) -> str:
-        """What results call the thing that is timed; ``model`` is the configured model's name."""
+        """What results call the thing that is measured; ``model`` is the configured model's name."""
         return model
 
     @abstractmethod
-    def measure(self, job: TimingJob) -> Measured:
-        """Time everything that lacks a record. One failing measurement is a record, and the run goes on.
+    def measure(self, job: Job) -> Measured:
+        """Measure everything that lacks a record. A measurement that fails becomes a record, and the run goes on.
 
         Raises:
-            ConfigError: something cannot be measured whatever happens; nothing was run then.
+            ConfigError: something cannot be measured at all; nothing was run then.
+            DeviceError: the accelerator no longer answers after a failure, which is on record.
         """
 
-    def table(self, records: list[Record]) -> Table:
-        """The table a run prints."""
-        return timing_table(records)
-
     def footer(self, done: Measured, results: str) -> str:
-        """One line below the table."""
-        return (
-            f"{done.measured} measured, {done.resumed} already there, {len(done.failures)} failed in "
-            f"{done.wall_s:.1f} s; {torch.get_num_threads()} threads; records in {results}/"
-        )
+        """What is said below the table of a run."""
+        return f"{done.counts} in {done.wall_s:.1f} s; {torch.get_num_threads()} threads; records in {results}/"
 
 
 class Ledger:
-    """What is on record already, and what this run adds. ``kernels`` is the body that computes, ``auto`` resolved."""
+    """What is on record already, and what this run adds.
 
-    def __init__(self, benchmark: str, model: str, job: TimingJob, kernels: str) -> None:
-        self.benchmark, self.model, self.job, self.kernels = benchmark, model, job, kernels
+    Args:
+        measurement: what is measured.
+        subject: what results call the model or layer that is measured.
+        job: the job at work.
+        kernels: the backend that computes; never ``auto``.
+    """
+
+    def __init__(self, measurement: Measurement, subject: str, job: Job, kernels: str) -> None:
+        self.measurement, self.subject, self.job, self.kernels = measurement, subject, job, kernels
         self.done = Measured()
         self._began = time.perf_counter()
         self._known = {name: file.outcomes() for name, file in job.files.items()}
@@ -113,7 +141,7 @@ class Ledger:
         self._resumed: set[tuple[str, str]] = set()
 
     def missing(self, name: str, sample_id: str) -> bool:
-        """Whether a sample is still to be measured under a name that has a file; those on record count as resumed."""
+        """Whether a sample is still to be measured under a name that has a file. Samples on record count as resumed."""
         if name not in self.job.files:
             return False
         known, asked = self._known[name], self._asked[name]
@@ -132,35 +160,61 @@ class Ledger:
             self.done.failures.append(f"{name} on {sample_id} failed before (retry_failed=true runs it again): {error}")
         return False
 
+    @contextmanager
+    def claim(self, sample_id: str, names: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
+        """Claim a sample under several names until the block ends. Gives the names under which this process measures
+        it, and those under which another process is at work on it. What another process has recorded meanwhile counts
+        as resumed.
+
+        Raises:
+            DataError: the results folder cannot be written.
+        """
+        with ExitStack() as claims:
+            free = {name: claims.enter_context(claimed(self.job.files[name], sample_id)) for name in names}
+            mine = [name for name in names if free[name] and not self._recorded(name, sample_id)]
+            yield mine, [name for name in names if not free[name]]
+
+    def _recorded(self, name: str, sample_id: str) -> bool:
+        """Whether another process has recorded a sample since this one began."""
+        there, error = self.job.files[name].outcome(sample_id)
+        if not there or (sample_id in self._known[name] and self._known[name][sample_id] == error):
+            return False
+        self._known[name][sample_id] = error
+        self.done.resumed += 1
+        if error:
+            self.done.failures.append(f"{name} on {sample_id} failed in another process: {error}")
+        return True
+
     def ok(self, name: str, sample_id: str, facts: Mapping[str, Any]) -> None:
         """Record a measurement. Raises DataError when the file cannot be written."""
         self._append(name, sample_id, {"status": "ok", **facts})
 
     def failed(self, name: str, sample_id: str, error: Exception, facts: Mapping[str, Any]) -> None:
-        """Record that there is none, and why. Raises DataError when the file cannot be written."""
+        """Record that a measurement failed, and why. Raises DataError when the file cannot be written."""
         log.debug("%s failed on %s", name, sample_id, exc_info=error)
         self._append(name, sample_id, {**outcome(error), **facts})
 
     def refused(self, name: str, sample_id: str, reason: Exception, facts: Mapping[str, Any]) -> None:
-        """Record that this machine does not offer what was to be timed, which is no failure. Raises DataError when the
-        file cannot be written."""
+        """Record that this machine does not offer what was to be measured, which is no failure. Raises DataError when
+        the file cannot be written."""
         self._append(name, sample_id, {"status": "refused", "reason": " ".join(str(reason).split())[:500], **facts})
 
     def close(self) -> Measured:
         """What was done, with the time it took."""
-        self.done.wall_s = time.perf_counter() - self._began
+        self.done.wall_s = time.perf_counter() - self._began - self.done.seconds[COMPILING]
         return self.done
 
     def _append(self, name: str, sample_id: str, facts: Mapping[str, Any]) -> None:
         file = self.job.files[name]
         record: Record = {
             "version": VERSION,
-            "benchmark": self.benchmark,
-            "model": self.model,
-            "task": self.benchmark,
+            "kind": self.measurement.kind,
+            "benchmark": self.measurement.name,
+            "model": self.subject,
+            "task": self.measurement.name,
             "sample_id": sample_id,
             "method": name,
-            "key": file.folder.name.rsplit("-", 1)[-1],
+            "key": file.key,
             "question": "-",
             "kernels": self.kernels,
             "threads": torch.get_num_threads(),
@@ -188,18 +242,11 @@ def at_least(field_name: str, value: Any, least: int) -> None:
         raise ConfigError(f"benchmark.{field_name} is {value!r}: use a whole number from {least} up")
 
 
-def check_split(name: str, method: Method, length: int, where: str = "") -> None:
-    """Raises BudgetError when a method's budget cannot be met on prompts of ``length`` tokens."""
-    try:
-        method.split(length, length)
-    except BudgetError as error:
-        raise BudgetError(f"{name}{where}: {error}") from error
-
-
 @contextmanager
 def tracked(name: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar; call what it gives with what comes next."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """A progress bar. Call the function it gives with a description of what comes next."""
+    what = TextColumn("{task.description}", markup=False)  # names come from data files
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(name, total=total)
         begun = iter([0, *[1] * total])

@@ -14,14 +14,16 @@ from transformers import PreTrainedModel
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
-from pqbench.engine.cohort import PHASES
 from pqbench.engine.decode import Generation, decode
 from pqbench.engine.layers import layer_types
-from pqbench.engine.prefill import Prefilled, prefill
+from pqbench.engine.meter import PHASES
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
-from pqbench.measure.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, outcome, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, outcome, tracked
+from pqbench.measure.checks import check_alive, check_methods, check_split
 from pqbench.measure.dense import body_name
 from pqbench.measure.machine import (
     Bandwidth,
@@ -34,11 +36,11 @@ from pqbench.measure.machine import (
     undisturbed,
 )
 from pqbench.measure.profile import TOKENS, phases, profile_facts, profiled, read_trace
-from pqbench.measure.scored import check_alive, check_methods
 from pqbench.measure.source import timing_tokens
 from pqbench.method import Method
 from pqbench.models.devices import available_bytes
 from pqbench.records.file import Record
+from pqbench.records.kinds import LATENCY
 from pqbench.store.tiers import Need
 
 log = logging.getLogger(__name__)
@@ -48,8 +50,8 @@ INDEX_SHARE = 0.05  # of the bytes of keys and values: 36 to 100 bits beside the
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measurement: a method on a prompt, once. ``prompt`` tokens leave room for the answer in the model."""
+class Turn:
+    """One measurement of a method on a prompt, which is cut to ``prompt`` tokens so that the answer fits the model."""
 
     repeat: int
     context: int
@@ -82,6 +84,7 @@ class Latency(Measurement):
     """
 
     name: ClassVar[str] = "latency"
+    kind: ClassVar[str] = LATENCY
 
     contexts: Sequence[int] = (1024, 2048, 4096, 8192)
     new_tokens: int = 32
@@ -101,7 +104,7 @@ class Latency(Measurement):
     def needs_model(self) -> bool:
         return True
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class.
 
         Raises:
@@ -109,28 +112,28 @@ class Latency(Measurement):
         """
         if job.loaded is None:
             raise ConfigError("benchmark=latency needs a model")
-        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
+        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
         body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self.name, loaded.name, job, body_name(body))
-        cells = self._cells(job.methods, loaded.max_length)
-        self._check(job, loaded.model, cells)
-        missing = [cell for cell in cells if ledger.missing(cell.method, cell.sample_id)]
+        ledger = Ledger(self, loaded.name, job, body_name(body))
+        turns = self._turns(job.methods, loaded.max_length)
+        self._check(job, loaded.model, turns)
+        missing = [turn for turn in turns if ledger.missing(turn.method, turn.sample_id)]
         if not missing:
             return ledger.close()
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
-        longest, text = timing_tokens(prompter, max(cell.prompt for cell in missing), self.seed)
+        longest, text = timing_tokens(prompter, max(turn.prompt for turn in missing), self.seed)
         roof = bandwidth(loaded.model.device)
-        shortest = longest[: min(cell.prompt for cell in cells)]
+        shortest = longest[: min(turn.prompt for turn in turns)]
         with tracked(self.name, len(missing)) as follow:
             follow("warm-up")
             warm = {name: self._warm(job, loaded.model, name, shortest) for name in {c.method: 0 for c in missing}}
-            for i, cell in enumerate(missing):
+            for i, turn in enumerate(missing):
                 if i:
-                    follow(f"{cell.prompt} tokens, {cell.method}, round {cell.repeat + 1} of {self.repeats}")
-                self._record(job, ledger, cell, longest[: cell.prompt], roof, warm[cell.method], text)
+                    follow(f"{turn.prompt} tokens, {turn.method}, round {turn.repeat + 1} of {self.repeats}")
+                self._record(job, ledger, turn, longest[: turn.prompt], roof, warm[turn.method], text)
         return ledger.close()
 
-    def _cells(self, methods: Mapping[str, Method], max_length: int) -> list[Cell]:
+    def _turns(self, methods: Mapping[str, Method], max_length: int) -> list[Turn]:
         """Everything to measure, in the order in which it is: methods take turns."""
         longest = max_length - self.new_tokens
         if max(self.contexts) > max_length or longest < 1:
@@ -139,43 +142,43 @@ class Latency(Measurement):
                 f"{self.new_tokens}, but the model takes {max_length} tokens at most"
             )
         return [
-            Cell(repeat, context, min(context, longest), name)
+            Turn(repeat, context, min(context, longest), name)
             for repeat in range(self.repeats)
             for context in self.contexts
             for name in methods
         ]
 
-    def _check(self, job: TimingJob, model: PreTrainedModel, cells: Sequence[Cell]) -> None:
+    def _check(self, job: Job, model: PreTrainedModel, turns: Sequence[Turn]) -> None:
         check_methods(job.methods, model, job.setting)
-        for cell in cells:
-            check_split(cell.method, job.methods[cell.method], cell.prompt)
-        longest, row = max(cell.prompt for cell in cells), row_bytes(model)
+        for turn in turns:
+            check_split(turn.method, job.methods[turn.method], turn.prompt)
+        longest, row = max(turn.prompt for turn in turns), row_bytes(model)
         job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
         check_memory(job, model, longest, self.new_tokens, row)
 
-    def _warm(self, job: TimingJob, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
-        """Seconds of the runs that do not count. What fails here fails again where it is recorded."""
+    def _warm(self, job: Job, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
+        """Seconds of the runs that do not count. A failure is ignored here: it happens again later, and is recorded."""
         total = 0.0
         for _ in range(self.warmup):
             try:
                 generation = run_once(job, model, job.methods[name], prompt, self.new_tokens)[0]
                 total += generation.tt2t_s + sum(generation.steps_s[1:])
-            except Exception:  # noqa: BLE001 - as above
+            except Exception:  # noqa: BLE001 - see the docstring
                 continue
         return total
 
     def _record(
-        self, job: TimingJob, ledger: Ledger, cell: Cell, prompt: list[int], roof: Bandwidth, warm: float, text: str
+        self, job: Job, ledger: Ledger, turn: Turn, prompt: list[int], roof: Bandwidth, warm: float, text: str
     ) -> None:
         if job.loaded is None:
             raise RuntimeError("a latency record without a model")
-        model, method = job.loaded.model, job.methods[cell.method]
+        model, method = job.loaded.model, job.methods[turn.method]
         facts: Record = {
             "budget": method.budget_label,
-            "context": cell.context,
-            "prompt_tokens": cell.prompt,
+            "context": turn.context,
+            "prompt_tokens": turn.prompt,
             "new_tokens": self.new_tokens,
-            "repeat": cell.repeat,
+            "repeat": turn.repeat,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": device_name(model.device),
             "overlap": job.setting.overlap,
@@ -188,37 +191,35 @@ class Latency(Measurement):
         forget_peak(model.device)
         try:
             generation, prefilled = run_once(job, model, method, prompt, self.new_tokens)
-            check_alive(method, generation, cell.prompt)
+            check_alive(method, generation, turn.prompt)
             figures = times(generation) | step_costs(generation, model, roof) | link_facts(generation, prefilled)
             figures |= {"peak_rss_bytes": peak_rss(), **peak_device(model.device)}
             figures["built_beside"] = prefilled.beside is not None
         except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
-            ledger.failed(cell.method, cell.sample_id, error, facts)
+            ledger.failed(turn.method, turn.sample_id, error, facts)
             job.setting.check_device(error)
         else:
             record = facts | figures
-            if self.profile and cell.repeat == 0:
-                record |= self._profile(job, cell, model, prompt, record)
-            ledger.ok(cell.method, cell.sample_id, record)
+            if self.profile and turn.repeat == 0:
+                record |= self._profile(job, turn, model, prompt, record)
+            ledger.ok(turn.method, turn.sample_id, record)
 
-    def _profile(
-        self, job: TimingJob, cell: Cell, model: PreTrainedModel, prompt: list[int], figures: Record
-    ) -> Record:
-        """The same once more under the profiler, with every part of the work by itself. What fails here is said, and
-        costs no measurement."""
+    def _profile(self, job: Job, turn: Turn, model: PreTrainedModel, prompt: list[int], figures: Record) -> Record:
+        """The facts of one more run under the profiler, in which every part of the work runs by itself. When the
+        profiler fails, that is logged and recorded, and the measurement stays."""
         setting = replace(job.setting, overlap=False, named=True)
-        apart, path = replace(job, setting=setting), job.files[cell.method].folder / f"trace-{cell.context}.json.gz"
+        apart, path = replace(job, setting=setting), job.files[turn.method].folder / f"trace-{turn.context}.json.gz"
         tokens = min(TOKENS, self.new_tokens)
         try:
-            profiled(lambda: run_once(apart, model, job.methods[cell.method], prompt, tokens), path, model.device)
+            profiled(lambda: run_once(apart, model, job.methods[turn.method], prompt, tokens), path, model.device)
             return {"profile": profile_facts(phases(read_trace(path)), figures), "trace": path.name}
-        except Exception as error:  # noqa: BLE001 - as above
-            log.warning("no profile of %s on %d tokens: %s", cell.method, cell.prompt, error)
+        except Exception as error:  # noqa: BLE001 - see the docstring
+            log.warning("no profile of %s on %d tokens: %s", turn.method, turn.prompt, error)
             return {"profile_error": outcome(error)["error"]}
 
 
 def run_once(
-    job: TimingJob, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
+    job: Job, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
 ) -> tuple[Generation, Prefilled]:
     """Prefill with one method alone, decode ``new_tokens``, and end what runs in the background."""
     gc.collect()
@@ -254,9 +255,9 @@ def times(generation: Generation) -> Record:
 
 
 def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
-    """Where a step's time goes, means in seconds over the steps whose phases were timed; and the bytes that a step
-    reads against what memory can do."""
-    groups, meters = generation.groups(), generation.meters()
+    """Where the time of a step goes, as means in seconds over the steps whose phases were timed; and the bytes that a
+    step reads, with their rate as a share of the bandwidth of a copy."""
+    cohorts, meters = generation.cohorts(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
     spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
     phases = {f"{phase}_step_s": sum(seconds[phase] / timed for seconds, timed in spent) for phase in PHASES}
@@ -266,7 +267,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     mean = fmean([every[i] for i in sorted(generation.phased)] or every)
     attended = fmean(meter.attended / max(1, meter.steps) for meter in meters)
     index_bytes = sum(meter.index_bytes for meter in meters) / steps
-    known = groups[0].state.geometry
+    known = cohorts[0].state.geometry
     kv_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * model.dtype.itemsize
     weights = weight_bytes(model)
     rate = (weights + kv_bytes + index_bytes) / usual
@@ -277,8 +278,8 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
         "weight_bytes": weights,
         "attended_bytes": kv_bytes,
         "index_bytes": index_bytes,
-        "index_resident_bytes": sum(group.state.resident_bytes for group in groups),
-        "index_facts": groups[0].state.facts,
+        "index_resident_bytes": sum(cohort.state.resident_bytes for cohort in cohorts),
+        "index_facts": cohorts[0].state.facts,
         "corrected_heads": generation.corrected_heads,
         "bandwidth_gbps": rate / 1e9,
         "copy_share": rate / roof.copy,
@@ -286,8 +287,8 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
 
 
 def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
-    """Bytes by where they lie and over the link per step, hits of the block cache, and what the link is."""
-    stores, steps = [group.store for group in generation.groups()], len(generation.steps_s)
+    """Bytes on the device, on the host and over the link per step, hits of the block cache, and what the link is."""
+    stores, steps = [cohort.store for cohort in generation.cohorts()], len(generation.steps_s)
     link: Any = getattr(prefilled.placement, "link", None)
     lookups = sum(store.usage.cache_lookups for store in stores)
     return {
@@ -305,21 +306,28 @@ def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one step reads: all but an input embedding that is not the output's as well."""
+    """Bytes of the weights that one step reads: all weights but an input embedding that no output layer shares."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     untied = head is not None and embedding.weight is not head.weight
     skipped = {id(embedding.weight)} if untied else set()
     return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
 
 
-def check_memory(job: TimingJob, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
-    """Whether prefill and decoding of a prompt fit the device beside the weights that lie there already.
+def check_memory(job: Job, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
+    """Check that the prefill and the decoding of a prompt fit the device beside the weights that lie there already.
 
-    Counted are the keys and values, ``row`` bytes a token, or of :data:`LAYERS_AWAY` layers where they leave for the
-    host; the index, as a share of them; and what a block of the prefill computes in one layer.
+    Three parts are counted: keys and values, of which only :data:`LAYERS_AWAY` layers lie on the device when they leave
+    for the host; the index, as a share of these; and what a block of the prefill computes in one layer.
+
+    Args:
+        job: the job at work, for its store and the size of its blocks.
+        model: the loaded model.
+        prompt: tokens of the prompt.
+        new_tokens: tokens that are generated.
+        row: bytes of the keys and values of one token in all layers.
 
     Raises:
-        ConfigError: they do not; the message has the bytes and the option that lowers them.
+        ConfigError: they do not fit; the message has the bytes and the option that lowers them.
     """
     config = model.config.get_text_config()
     layers = max(1, len(layer_types(config)))

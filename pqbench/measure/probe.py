@@ -1,12 +1,12 @@
 """How well a method's selections serve the exact attention: retained mass, top-k recall and output error.
 
-Teacher-forced on a given continuation and with clean inputs: every layer passes the dense output on, so all methods see
-the same queries and one pass measures them all. Nothing here is timed.
+The probe is teacher-forced on a given continuation, and its inputs are clean: every layer passes the dense output on.
+Therefore all methods see the same queries, and one pass measures them all. Nothing here is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, cast
@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pqbench.engine.attention import attached
-from pqbench.engine.cohort import Group
+from pqbench.engine.cohort import Cohort
 from pqbench.engine.layers import OurLayer, check_rows
-from pqbench.engine.prefill import Prefilled, forward
+from pqbench.engine.prefilled import Prefilled
+from pqbench.engine.steps import Forced, Steps
 from pqbench.kernels import reference
 from pqbench.kernels.sinks import left_by_sinks, with_sinks
 from pqbench.method import Selection, Split
@@ -25,7 +25,7 @@ from pqbench.store.base import Store
 
 
 class Exact:
-    """Full attention of one step in one layer: what every method's answer to the same query is compared with.
+    """Full attention of one step in one layer, with which every method's answer to the same query is compared.
 
     Attributes:
         weights: probabilities ``[B, H, G, S]``; with sinks that the model learned they add up to less than one.
@@ -81,7 +81,8 @@ class Seen:
 
 @dataclass
 class Fidelity:
-    """Means over layers, steps and KV heads of one method: a number ``[]`` for each layer and step, where it was made.
+    """Figures of one method. Each list holds one number ``[]`` for each layer and step, a mean over KV heads, on the
+    device where it was computed.
 
     Attributes:
         mass: share of the exact attention probability that the attended tokens hold.
@@ -112,13 +113,13 @@ class Fidelity:
 
 
 class ProbeLayer(OurLayer):
-    """Answers densely, and on the side lets every method answer the same query."""
+    """Answers with dense attention, and also lets every method answer the same query."""
 
     def __init__(
-        self, dense: Store, groups: Sequence[Group], fidelities: Sequence[Fidelity], splits: Any, seen: int
+        self, dense: Store, cohorts: Sequence[Cohort], fidelities: Sequence[Fidelity], splits: Any, seen: int
     ) -> None:
         super().__init__()
-        self.dense, self.groups, self.fidelities, self.splits, self.seen = dense, groups, fidelities, splits, seen
+        self.dense, self.cohorts, self.fidelities, self.splits, self.seen = dense, cohorts, fidelities, splits, seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.seen += 1
@@ -130,27 +131,27 @@ class ProbeLayer(OurLayer):
         """Dense attention of one query per sequence, ``[B, 1, Hq, D]``."""
         check_rows(k, 1)
         self.dense.append(k, v)
-        for group in self.groups:
-            group.check(k, scaling)
-            if group.store is self.dense:
-                group.state.append(group.store)
+        for cohort in self.cohorts:
+            cohort.check(k, scaling)
+            if cohort.store is self.dense:
+                cohort.state.append(cohort.store)
             else:
-                group.append(k, v)
+                cohort.append(k, v)
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
         full, lse, weights = reference.attention(
             grouped, self.dense.keys(), self.dense.values(), scaling, need_weights=True
         )
-        known, sunk = self.groups[0].state.geometry.sinks, None
+        known, sunk = self.cohorts[0].state.geometry.sinks, None
         if known is not None:
             full, weights = with_sinks(full, lse, weights, known)
             sunk = (1 - left_by_sinks(lse, known)).mean(2)
         exact = Exact(cast(Tensor, weights), full, 0.0 if sunk is None else sunk)
-        for group, fidelity, split in zip(self.groups, self.fidelities, self.splits, strict=True):
-            selection = group.state.select(grouped, group.store)
-            check_selection(selection, group.store.length)
-            seen = _seen(selection, group.store)
-            output = group.answer(grouped, selection)
+        for cohort, fidelity, split in zip(self.cohorts, self.fidelities, self.splits, strict=True):
+            selection = cohort.state.select(grouped, cohort.store)
+            cohort.contract.check(selection, cohort.store)
+            seen = _seen(selection, cohort.store)
+            output = cohort.answer(grouped, selection)
             fidelity.add(exact, output, seen, split(self.dense.length))
         return full.reshape(batch, 1, heads, width)
 
@@ -159,48 +160,32 @@ class ProbeLayer(OurLayer):
 def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | None = None) -> list[Fidelity]:
     """Fidelity over the steps that read ``tokens`` as the continuation of a prefilled prompt.
 
-    ``methods`` are indices into the prompt's methods, None for all of them; one result each. One sequence at a time:
-    raises RuntimeError for a batch of different lengths, and whatever a method's own code raises.
+    ``methods`` are indices into the prompt's methods, None for all of them; there is one result for each.
+
+    Raises:
+        RuntimeError: a batch of different lengths.
+        SelectionError: a method breaks its contract in any of the steps.
     """
-    if len(prefilled.groups) != 1:
+    if len(prefilled.cohorts) != 1:
         raise RuntimeError("probe() needs sequences of equal length")
     chosen = range(len(prefilled.methods)) if methods is None else methods
     length, fidelities = int(prefilled.lengths[0]), [Fidelity() for _ in chosen]
     splits = [partial(prefilled.methods[m].split, prompt=length) for m in chosen]
     layers = {}
     for i, layer in prefilled.layers.items():
-        dense, groups = prefilled.over_one_store(i, chosen)
-        layers[i] = ProbeLayer(dense, groups, fidelities, splits, layer.seen)
-    cache = prefilled.cache(layers)
-    position, mask = prefilled.lengths[:, None], prefilled.mask
-    with attached(prefilled.model):
-        for step, token in enumerate(tokens):
-            ids = torch.full_like(position, token)
-            mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
-            forward(prefilled.model, ids, cache, mask, position + step)
-    for probed in layers.values():
-        for store in (probed.dense, *(group.store for group in probed.groups)):
-            store.settle()
+        dense, cohorts = prefilled.over_one_store(i, chosen)
+        layers[i] = ProbeLayer(dense, cohorts, fidelities, splits, layer.seen)
+    read_clean(prefilled, layers, tokens)
     return fidelities
 
 
-def check_selection(selection: Selection, length: int) -> None:
-    """The harness verifies what a method returns, before anything reads by it: rows outside would be an error after
-    which a GPU answers no more. That is one read of the device for each selection; nothing here is timed.
-
-    Raises:
-        AssertionError: rows out of range, selected twice, or the current token missing.
-    """
-    if selection.indices is None:
-        return
-    ordered = selection.indices.sort(dim=2).values
-    wrong = (ordered[:, :, 0] < 0).any() | (ordered[:, :, -1] != length - 1).any()
-    twice = (ordered[:, :, 1:] == ordered[:, :, :-1]).any()
-    out_of_range, double = torch.stack([wrong, twice]).tolist()
-    if out_of_range:
-        raise AssertionError("a selection is out of range or lacks the current token")
-    if double:
-        raise AssertionError("a selection names a row twice")
+def read_clean(prefilled: Prefilled, layers: Mapping[int, ProbeLayer], tokens: Sequence[int]) -> None:
+    """Read ``tokens`` after a prompt with these layers in place of the model's own, and let all transfers end."""
+    with Steps(prefilled, prefilled.cache(layers), Forced(tokens, prefilled.lengths)) as steps:
+        steps.run()
+    for probed in layers.values():
+        for store in (probed.dense, *(cohort.store for cohort in probed.cohorts)):
+            store.settle()
 
 
 def _seen(selection: Selection, store: Store) -> Seen:

@@ -1,4 +1,4 @@
-"""What a run does, phase by phase, as a torch profiler saw it: launches, synchronisations, and time on host and device.
+"""What a torch profiler saw of a run, phase by phase: launches, synchronisations, and time on the host and the device.
 
 The phases are spans of :class:`pqbench.engine.clock.NamedClock`. A decode step is made of the phases select, fetch,
 attend and append of every layer, and of the rest of the model; before it come the prefill, what a method watches of

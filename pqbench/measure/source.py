@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.prose import any_text, prose
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.measure.geometries import Shape
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.models.sources import LoadedModel
@@ -94,7 +95,7 @@ def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
     """
     limit = min(BASE, loaded.max_length)
     prompt = torch.tensor([prose_tokens(Prompter(loaded.tokenizer, loaded.max_length), limit, seed)])
-    setting = Setting(overlap=False, body="reference")
+    setting = Setting(overlap=False, backend="reference")
     prefilled = prefill(loaded.model, prompt.to(loaded.model.device), [Capture()], reserve=1, setting=setting)
     layers = sorted(prefilled.layers)
     ordered = layers[len(layers) // 2 :] + layers[: len(layers) // 2]

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from pqbench.errors import DataError
 from pqbench.records.environment import differences, environment
-from pqbench.records.folders import environments, older_code, run_folders, tell_of_older
+from pqbench.records.folders import RunFolder, environments, key_of, older_code, read_folders, tell_of_older
 from pqbench.records.identity import class_names, harness_code
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,11 @@ class RecordFile:
         """The jsonl file itself."""
         return self.folder / "records.jsonl"
 
+    @property
+    def key(self) -> str:
+        """The key of the run, with which the folder's name ends."""
+        return key_of(self.folder)
+
     def lock(self) -> FileLock:
         """What a process must hold while it writes to this folder."""
         return FileLock(f"{self.path}.lock")
@@ -109,6 +114,21 @@ class RecordFile:
             for record in self.read()
             if record["status"] in FINISHED or record.get("code") == harness_code()
         }
+
+    def outcome(self, sample_id: str) -> tuple[bool, str | None]:
+        """Whether a sample has a record by now, whoever wrote it, and what went wrong with it: see :meth:`outcomes`.
+
+        Raises:
+            DataError: the folder cannot be written, which taking its lock asks for.
+        """
+        try:
+            with self.lock():
+                self._catch_up()
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        status, (error_text, code) = self._written.get(sample_id, (None, (None, None)))
+        finished = status in FINISHED
+        return finished or (status is not None and code == harness_code()), None if finished else error_text
 
     def append(self, record: Record) -> bool:
         """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has
@@ -221,20 +241,26 @@ def read_lines(path: Path) -> Iterator[Record]:
         log.warning("%s: skipped %d broken line(s) (%s); a run measures their samples again", path, len(broken), shown)
 
 
-def read_all(root: Path, all_code: bool = False) -> list[Record]:
+def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | None = None) -> list[Record]:
     """Every record under a results folder. Records of another format version are left out with one warning, and so are
-    those of older code whose run was measured again; with ``all_code`` these stay, and their method says so.
+    those of older code whose run was measured again.
+
+    Args:
+        root: the results folder.
+        all_code: keep the records of older code; their method says so.
+        folders: the run folders under ``root``, where the caller has read them already.
 
     Raises:
         DataError: the folder does not exist, or a file in it cannot be read.
     """
     records: list[Record] = []
     foreign: list[Any] = []
-    older, hidden = older_code(root), 0
-    for folder in run_folders(root):
-        newest, others = newest_of(read_lines(RecordFile(folder).path))
+    known = read_folders(root) if folders is None else folders
+    older, hidden = older_code(known), 0
+    for folder in known:
+        newest, others = newest_of(read_lines(RecordFile(folder.path).path))
         foreign += others
-        if folder not in older:
+        if folder.path not in older:
             records += newest
         elif all_code:
             records += [record | {"method": f"{record.get('method')} (older code)"} for record in newest]

@@ -1,10 +1,11 @@
-"""Run folders: where records, settings and environments lie, and which runs were measured again with other code."""
+"""Run folders, which hold records, settings and environments; and which runs were measured again with other code."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ CONFIG_LIMIT = 1 << 20  # bytes; ours have about two thousand
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast
 
 
+def key_of(folder: Path) -> str:
+    """The key of a run, with which the name of its folder ends."""
+    return folder.name.rpartition("-")[2]
+
+
 def run_folders(root: Path) -> list[Path]:
     """The folders under ``root`` that hold records, in alphabetical order.
 
@@ -30,17 +36,31 @@ def run_folders(root: Path) -> list[Path]:
     return [path.parent for path in sorted(root.rglob("records.jsonl"))]
 
 
-def read_settings(root: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Settings and first environment of every run under a results folder, by key; {} for what cannot be read.
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, with the settings behind its key; these are empty where they cannot be read."""
+
+    path: Path
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The key of the run."""
+        return key_of(self.path)
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """The environments in which the run was measured, oldest first."""
+        return environments(self.path / "environment.json")
+
+
+def read_folders(root: Path) -> list[RunFolder]:
+    """Every run folder under ``root``, each configuration read once.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: ``root`` is no folder.
     """
-    found = {}
-    for folder in run_folders(root):
-        first = next(iter(environments(folder / "environment.json")), {})
-        found[folder.name.rpartition("-")[2]] = settings_of(folder), first
-    return found
+    return [RunFolder(path, settings_of(path)) for path in run_folders(root)]
 
 
 def environments(path: Path) -> list[dict[str, Any]]:
@@ -53,19 +73,14 @@ def environments(path: Path) -> list[dict[str, Any]]:
     return [one for one in listed if isinstance(one, dict)]
 
 
-def older_code(root: Path) -> set[Path]:
-    """Folders under ``root`` whose settings another folder has too, measured later with other code of the method or by
-    another version of pqbench.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
+def older_code(folders: Iterable[RunFolder]) -> set[Path]:
+    """The folders whose settings another of them has too, measured later with other code of the method or by another
+    version of pqbench."""
     runs: dict[str, list[Path]] = {}
-    for folder in run_folders(root):
-        settings = settings_of(folder)
-        if settings:
-            same = json.dumps([str(folder.parent), folder.name.rpartition("-")[0], _bare(settings)], sort_keys=True)
-            runs.setdefault(same, []).append(folder)
+    for folder in folders:
+        if folder.settings:
+            place = [str(folder.path.parent), folder.path.name.rpartition("-")[0]]
+            runs.setdefault(json.dumps([*place, _bare(folder.settings)], sort_keys=True), []).append(folder.path)
     ordered = [sorted(folders, key=_begun) for folders in runs.values()]
     return {folder for folders in ordered for folder in folders[:-1]}
 

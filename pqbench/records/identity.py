@@ -27,6 +27,13 @@ def class_names(settings: Any) -> Any:
     return [class_names(value) for value in settings] if isinstance(settings, list | tuple) else settings
 
 
+def class_name(target: Any) -> str:
+    """The class that a ``_target_`` names: ``Name`` for ``package.module.Name``, and for its constructor
+    ``package.module.Name.preset``."""
+    names = str(target).split(".")
+    return next((name for name in reversed(names) if name[:1].isupper()), names[-1])
+
+
 def method_code(method: Any) -> str:
     """Twelve hex digits of the source behind a method, and behind the methods that are its fields."""
     inner = [getattr(method, field.name) for field in fields(method)]

@@ -1,1 +1,1 @@
-"""Where KV lives while decoding. One file per tier; a tier is chosen when a prompt's prefill is forked for a method."""
+"""Where keys and values lie while a model decodes: on the device, or in host memory behind a link."""

@@ -1,4 +1,5 @@
-"""Where KV lives while decoding: a tier is configuration; opened for a device it places prompts."""
+"""Where keys and values lie while decoding. A tier is configuration; once it is opened for a device, it places
+prompts."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ class Prompt(ABC):
         return []
 
     def let_go(self) -> None:  # noqa: B027 - where rows stay on the device anyway
-        """Every index that is built beside the prefill has been: free what was held on the device for that alone."""
+        """Free what was held on the device for indexes that are built beside the prefill: all of them are built."""
 
 
 class Placement(ABC):
@@ -73,7 +74,7 @@ class Need:
     reserve: int = 0
 
     def page_locked(self, tokens: int, row_bytes: int) -> int:
-        """Bytes that buffers for prompt and reserve take: torch takes page-locked memory in powers of two."""
+        """Bytes that the buffers for prompt and reserve take. Torch takes page-locked memory in powers of two."""
         parts = (part * row_bytes // self.layers for part in (tokens - self.reserve, self.reserve))
         return self.layers * sum(1 << max(size - 1, 0).bit_length() for size in parts if size > 0)
 
@@ -190,7 +191,7 @@ class HostPlacement(Placement):
 
 @dataclass(frozen=True)
 class HostTier(Tier):
-    """All of it on the host; sinks, window and cached blocks on the device as well.
+    """All keys and values lie on the host; sinks, window and cached blocks lie on the device as well.
 
     Attributes:
         link: auto (cuda on a GPU, else local), local, cuda, a preset of :mod:`pqbench.store.link.emulated`, or numbers

@@ -1,7 +1,7 @@
-"""Small random models of any type that transformers has, for trying out whether a type is served.
+"""Small random models of any type that transformers has, to find out whether a type is served.
 
-A type's own default configuration is built again with small sizes under the names it uses; everything else, such as the
-order of layer types, stays as the type has it.
+The default configuration of a type is built again with small sizes, under the names that the type uses. Everything
+else, such as the order of layer types, stays as it is in the type.
 """
 
 from __future__ import annotations

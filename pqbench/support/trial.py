@@ -1,8 +1,8 @@
 """``python -m pqbench.support --all > docs/models.md``: which model types of the installed transformers are served.
 
-Every type is built small and random and compared with transformers' own ``generate``, in a process of its own with a
-time limit, so that the fault of one type, even a crash, is one row of the table. Without ``--all``, or names of types,
-only a few common types are tried, which takes about a minute.
+A small random model of every type is compared with transformers' own ``generate``. Each comparison runs in a process
+of its own with a time limit, so that a fault of one type, even a crash, is one row of the table. Without ``--all`` and
+without names of types, only a few common types are tried, which takes about a minute.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hydra.utils import instantiate
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from pqbench.config.compose import conf_folder
 from pqbench.engine.decode import generate
 from pqbench.engine.layers import layer_types
 from pqbench.engine.rehearsal import check_config
 from pqbench.errors import PqbenchError
 from pqbench.method import Method
+from pqbench.records.classes import conf_folder
 from pqbench.support.miniature import VOCABULARY, causal_types, small_model
 from pqbench.terminal import log_to_terminal
 
@@ -70,8 +70,8 @@ configuration that no default has are noticed as well.
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one type: ``exact``, ``refused``, or a fault, which is ``wrong``, ``error`` or ``crash``; or
-    ``not tried`` where transformers itself cannot run the small model."""
+    """The result for one type: ``exact``, ``refused``, a fault (``wrong``, ``error`` or ``crash``), or ``not tried``
+    where transformers itself cannot run the small model."""
 
     kind: str
     result: str
@@ -79,7 +79,7 @@ class Outcome:
 
     @property
     def fault(self) -> bool:
-        """Whether it should be neither exact nor refused."""
+        """Whether the type is at fault, which means that it is neither served nor refused properly."""
         return self.result in ("wrong", "error", "crash")
 
 
@@ -143,7 +143,7 @@ def tried(
 
 
 def _received(kind: str, pipe: Connection, process: BaseProcess, late: bool) -> Outcome:
-    """What a process said, or how it ended without a word."""
+    """The outcome that a process sent, or how the process ended without sending one."""
     try:
         if late:
             return Outcome(kind, "error", "it took too long")
@@ -159,7 +159,7 @@ def _received(kind: str, pipe: Connection, process: BaseProcess, late: bool) -> 
 
 
 def _report(kind: str, pipe: Connection, find: Callable[[str], Outcome]) -> None:
-    """What runs in a process of its own."""
+    """Find the outcome of one type and send it. This runs in a process of its own."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -169,7 +169,7 @@ def _report(kind: str, pipe: Connection, find: Callable[[str], Outcome]) -> None
 
 
 def outcome(kind: str) -> Outcome:
-    """Build a type, run it in every way, and say what came of it."""
+    """Build a model of a type, run it in every way, and return the outcome."""
     try:
         model = small_model(kind)
         reason = refusal(model.config)
@@ -198,7 +198,8 @@ def outcome(kind: str) -> Outcome:
 
 
 def _without_model(kind: str, error: Exception) -> Outcome:
-    """A type of which transformers cannot run a small model: its default configuration may say why it is refused."""
+    """The outcome of a type of which transformers cannot run a small model. Its default configuration may say why the
+    type is refused."""
     try:
         found = refusal(CONFIG_MAPPING[kind]())
     except Exception as worse:  # noqa: BLE001 - transformers' own faults, whatever they are
@@ -221,7 +222,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
 
 
 def differences(model: PreTrainedModel, method: Method, alone: Mapping[int, Tensor], together: Tensor) -> list[str]:
-    """Ways of running a method that give other tokens than transformers."""
+    """The ways of running a method that give other tokens than transformers does."""
     found = [
         f"prompt of {length}"
         for length, right in alone.items()
@@ -236,7 +237,7 @@ def differences(model: PreTrainedModel, method: Method, alone: Mapping[int, Tens
 
 
 def methods() -> dict[str, Method]:
-    """The methods to try, with a budget that holds everything."""
+    """The methods to try. Their budget holds the whole context."""
     settings = ["budget.ratio=1.0", "methods.pqcache.m=2", "methods.pqcache.b=3"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose("config", [f"method=[{','.join(METHODS)}]", *settings])

@@ -13,9 +13,12 @@ import pandas as pd
 
 from pqbench.errors import DataError, PqbenchError
 from pqbench.records.file import Record, read_all
+from pqbench.records.folders import read_folders
+from pqbench.records.kinds import FIDELITY, kind_of
 from pqbench.tables.document import document, wide
+from pqbench.tables.kinds import flat, has_scores
 from pqbench.tables.summaries import frame
-from pqbench.tables.timings import flat, is_timing
+from pqbench.tables.variants import with_variants
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pqbench.tables", description="Records to tables.")
     parser.add_argument("results", type=Path, help="folder that runs wrote to")
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write one row per run (timings: per record) to this file"
+        "--csv", type=Path, metavar="FILE", help="also write one row per run (without scores: per record) to this file"
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print markdown (the default)")
@@ -42,17 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal()
     try:
         failed = _rescore(options.results) if options.rescore else 0
-        records = read_all(options.results, options.all_code)
+        folders = read_folders(options.results)
+        records = read_all(options.results, options.all_code, folders)
+        records = with_variants(records, {folder.key: folder.settings for folder in folders})
         if not records:
             raise DataError(f"no records under {options.results}: nothing was measured yet")
-        timed = [record for record in records if is_timing(record.get("benchmark"))]
+        others = [record for record in records if not has_scores(record)]
         if options.relative is not None:
-            _check_base(options.relative, timed)
-        table = frame([record for record in records if not is_timing(record.get("benchmark"))])
+            _check_base(options.relative, others)
+        table = frame([record for record in records if has_scores(record)])
         if options.csv:
-            parts = [part for part in (wide(table), pd.DataFrame(flat(timed))) if not part.empty]
+            parts = [part for part in (wide(table), pd.DataFrame(flat(others))) if not part.empty]
             _write_csv(pd.concat(parts), options.csv)
-        print_document(document(table, timed, latex=options.latex, base=options.relative))
+        print_document(document(table, others, latex=options.latex, base=options.relative))
     except PqbenchError as error:
         log.error(error)
         return 1
@@ -68,9 +73,9 @@ def _rescore(results: Path) -> int:
     return total.failed
 
 
-def _check_base(base: str, timed: Sequence[Record]) -> None:
+def _check_base(base: str, records: Sequence[Record]) -> None:
     """Raises DataError when there is nothing to compare with."""
-    known = dict.fromkeys(str(record["method"]) for record in timed if record["benchmark"] == "fidelity")
+    known = dict.fromkeys(str(record["method"]) for record in records if kind_of(record) == FIDELITY)
     if base not in known:
         there = f"there are {', '.join(known)}" if known else "there are no fidelity records"
         raise DataError(f"--relative: no fidelity records of {base!r}: {there}")

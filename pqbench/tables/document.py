@@ -9,11 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pqbench.records.file import Record
+from pqbench.tables.kinds import has_scores, sections
 from pqbench.tables.summaries import COSTS, KEYS, Run, Suite, frame, suites, summarise
-from pqbench.tables.timings import sections
 from pqbench.terminal import latex_table, markdown, markdown_table, plain
-
-__all__ = ["bench_table", "frame", "suites", "summarise", "wide"]
 
 # Column -> (heading, factor, format).
 SHOWN = {
@@ -33,8 +31,19 @@ SHOWN = {
 FIRST = [*KEYS, "n", "failed", "score"]
 
 
-def bench_table(records: Sequence[Record]) -> Table:
-    """The table a run prints, one row per method."""
+def run_table(records: Sequence[Record]) -> Table:
+    """What a run prints: the tables of the kinds of records that it wrote, one below the other."""
+    grid = Table.grid()
+    scored = [record for record in records if has_scores(record)]
+    if scored:
+        grid.add_row(scores_table(scored))
+    for section in sections(records):
+        grid.add_row(section.rich())
+    return grid
+
+
+def scores_table(records: Sequence[Record]) -> Table:
+    """Scores and costs for a terminal, one row per method."""
     summary = summarise(frame(records))
     title = "" if summary.empty else f"{summary['benchmark'].iloc[0]} on {summary['model'].iloc[0]}"
     table = Table(title=Text(title))
@@ -76,9 +85,17 @@ def cost_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
     return headings, rows, len(suite.labels)
 
 
-def document(table: pd.DataFrame, timed: Sequence[Record] = (), *, latex: bool = False, base: str | None = None) -> str:
-    """All tables of a results folder as markdown or LaTeX: scored records as a frame, timing records as they are, those
-    of fidelity also as multiples of a ``base`` method."""
+def document(
+    table: pd.DataFrame, others: Sequence[Record] = (), *, latex: bool = False, base: str | None = None
+) -> str:
+    """All tables of a results folder as markdown or LaTeX.
+
+    Args:
+        table: the records with scores, as :func:`pqbench.tables.summaries.frame` makes it.
+        others: the records of all other kinds.
+        latex: LaTeX instead of markdown.
+        base: a method, of whose fidelity that of the others is also shown as multiples.
+    """
     parts = []
     for suite in suites(table):
         kinds = [
@@ -87,7 +104,7 @@ def document(table: pd.DataFrame, timed: Sequence[Record] = (), *, latex: bool =
             ("costs", cost_rows(suite)),
         ]
         parts += [(f"{suite.benchmark} on {suite.model}: {kind}", *found) for kind, found in kinds]
-    parts += [(section.title, section.headings, section.rows, section.labels) for section in sections(timed, base)]
+    parts += [(section.title, section.headings, section.rows, section.labels) for section in sections(others, base)]
     return "\n\n".join(
         latex_table(headings, rows, labels, title)
         if latex

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pqbench.records.file import Record
+from pqbench.tables.section import Section, facts, group_records, telling
 from pqbench.tables.summaries import LEVEL, resampled
-from pqbench.tables.timings import Section, facts, group_records
 
 # Field -> (heading, factor, format, whether the interval is shown).
 Column = tuple[str, str, float, str, bool]
@@ -80,7 +80,7 @@ def figure(record: Record, field: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
+def fidelity_sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
     """Tables for each model: method by budget for the main figures of each length, all figures, what they depend on;
     with a ``base`` method also the figures as multiples of its own."""
     found = []
@@ -102,7 +102,7 @@ def sections(records: Sequence[Record], base: str | None = None) -> list[Section
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
     """Rows by length and budget, methods in the order in which they first appear, those without a budget first."""
-    names = ["length", "ratio", "method", *_further(records)]
+    names = telling(records, ["length", "ratio", "method"], "steps", "dtype", "kernels", "variant", "key")
     lines = []
     for key, rows in group_records(records, *names).items():
         good = [row for row in rows if row["status"] == "ok"]
@@ -129,16 +129,6 @@ def multiples(records: Sequence[Record], base: str) -> list[Record]:
         if ratios:
             found.append({**record, **dict.fromkeys(pairs), **ratios})
     return found
-
-
-def _further(records: Sequence[Record]) -> list[str]:
-    """What else tells runs of one method apart."""
-    names = ["length", "ratio", "method"]
-    for name in ("steps", "dtype", "kernels", "key"):
-        by_method = group_records(records, *names)
-        if any(len({str(row.get(name)) for row in rows}) > 1 for rows in by_method.values()):
-            names.append(name)
-    return names[3:]
 
 
 def _pivots(title: str, lines: Sequence[Line], columns: Sequence[Column]) -> list[Section]:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra.utils import get_class
 
 from pqbench.benchmarks.base import Benchmark
 from pqbench.errors import DataError, PqbenchError
+from pqbench.records.classes import described
 from pqbench.records.file import READABLE, Record, RecordFile, encode, parse, plain_json, unwritable, write_atomically
-from pqbench.records.folders import run_folders
+from pqbench.records.folders import run_folders, settings_of
+from pqbench.records.identity import class_name
+from pqbench.records.kinds import SCORES, kind_of
 
 log = logging.getLogger(__name__)
-
-_UNSCORED = re.compile(r"_target_: pqbench\.(timing|fidelity)\.")
-_TARGET = re.compile(r"pqbench\.benchmarks\.[a-z_0-9]+\.[A-Za-z_0-9]+")
 
 
 @dataclass
@@ -44,51 +42,46 @@ def rescore(root: Path) -> Rescored:
     """
     total = Rescored()
     for folder in run_folders(root):
-        if _UNSCORED.search(_text(folder / "config.yaml")):
-            continue  # timings and fidelity hold figures, not predictions
+        file = RecordFile(folder)
         try:
-            benchmark = stored_benchmark(folder / "config.yaml")
+            if not _holds_scores(file.path):
+                continue  # it holds figures of another kind, and no predictions
+            benchmark = stored_benchmark(folder)
+            total.runs += 1
+            _rescore_file(file, benchmark, total)
         except PqbenchError as error:
             log.warning("not rescored: %s", error)
             total.failed += 1
-            continue
-        total.runs += 1
-        try:
-            _rescore_file(RecordFile(folder), benchmark, total)
         except OSError as error:
             raise unwritable(folder, error) from error
     return total
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _holds_scores(path: Path) -> bool:
+    """Whether a file holds records with scores, or nothing that tells what it holds."""
+    first = next(filter(None, map(parse, path.read_bytes().split(b"\n"))), None)
+    return first is None or kind_of(first) == SCORES
 
 
-def stored_benchmark(config: Path) -> Benchmark:
-    """The benchmark that a run folder's ``config.yaml`` names.
+def stored_benchmark(folder: Path) -> Benchmark:
+    """The benchmark that the ``config.yaml`` of a run folder names, made by the class that has its name today.
 
-    The file is data from disk: only classes of ``pqbench.benchmarks`` are made from it, with plain values as options.
+    The file is data from disk: only classes that conf/benchmark/ describes are made from it, with plain values as
+    options. The module that it names may no longer exist.
 
     Raises:
         DataError: the file is missing or damaged, names something else, or its options no longer fit.
     """
-    try:
-        node = yaml.safe_load(config.read_bytes())["benchmark"]
-        target = str(node["_target_"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{config} names no benchmark ({type(error).__name__})") from error
-    module, _, name = target.rpartition(".")
-    if not _TARGET.fullmatch(target):
-        raise DataError(f"{config} names {target!r}, which is no class of pqbench.benchmarks: refused")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{config} names {target!r}, which this version of pqbench lacks") from error
-    if not (isinstance(kind, type) and issubclass(kind, Benchmark) and kind.__module__ == module):
-        raise DataError(f"{config} names {target!r}, which is no benchmark: refused")
+    config, node = folder / "config.yaml", settings_of(folder).get("benchmark")
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise DataError(f"{config} names no benchmark: it is missing or damaged")
+    name = class_name(node["_target_"])
+    known = described("benchmark").get(name)
+    if known is None:
+        raise DataError(f"{config} names the class {name!r}, which no yaml of conf/benchmark describes: refused")
+    kind = get_class(known.target)
+    if not issubclass(kind, Benchmark):
+        raise DataError(f"{config} names {name!r}, whose records hold no predictions: refused")
     try:
         return kind(**{option: value for option, value in node.items() if option != "_target_"})
     except (TypeError, ValueError, PqbenchError) as error:

@@ -13,9 +13,10 @@ import pandas as pd
 
 from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, averages
 from pqbench.records.file import Record
+from pqbench.records.kinds import kind_of
 from pqbench.terminal import plain
 
-KEYS = ["benchmark", "model", "method", "budget", "question", "key"]  # what tells one run from another
+KEYS = ["benchmark", "model", "method", "budget", "question", "variant", "key"]  # what tells one run from another
 MEANS = ["score", "mass", "recall", "output_error"]
 MEDIANS = ["ttft_s", "tt2t_s", "tpot_s"]
 COSTS = [*MEANS[1:], *MEDIANS, "attended_tokens", "index_bytes", "kv_bytes"]
@@ -63,10 +64,10 @@ class Suite:
     def labels(self) -> list[str]:
         """The names that tell the runs apart: always the method, others only where runs of a method differ in them."""
         shown = ["method"]
-        for name in ("budget", "question", "key"):
+        for name in ("budget", "question", "variant", "key"):
             alike = {tuple(run.names[label] for label in shown) for run in self.runs}
             different = len({run.names[name] for run in self.runs}) > 1
-            if different and (name != "key" or len(alike) < len(self.runs)):
+            if different and (name not in ("variant", "key") or len(alike) < len(self.runs)):
                 shown.append(name)
         return shown
 
@@ -77,6 +78,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         table = pd.DataFrame(list(records))
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and pandas cannot
         table = pd.DataFrame([{_whole(name): _whole(value) for name, value in record.items()} for record in records])
+    table["kind"] = [kind_of(record) for record in records]
     for column in (*KEYS, "status", "task", "sample_id", "score", *COSTS):
         if column not in table:
             table[column] = None

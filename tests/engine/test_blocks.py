@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from methods.full import Full
 from pqbench.engine import attention
 from pqbench.engine.attention import block_mask, causal_block
-from pqbench.engine.decode import prefill
+from pqbench.engine.prefill import prefill
 from tests.support import prompt_of, softmax, tiny_model
 
 

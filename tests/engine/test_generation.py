@@ -169,7 +169,7 @@ def test_an_interrupted_decode_leaves_the_prompt_untouched(llama: PreTrainedMode
     expected = run(llama, ids, chosen)
     same({name: decode(prefilled, i, NEW).tokens for i, name in enumerate(chosen)}, expected)
     with pytest.raises(RuntimeError, match="stale"):  # its slack now holds another method's tokens
-        older.layers[0].groups[0].append(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
+        older.layers[0].cohorts[0].append(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
 
 
 def test_question_through_full_attention_equals_its_dense_prefill(model: PreTrainedModel) -> None:
@@ -196,7 +196,7 @@ def test_softmax_scale_of_the_model_is_used() -> None:
     prefilled = prefill(model, prompt_of(20), [Full()])
     assert sorted(prefilled.layers) == [1]  # sliding layers stay with transformers
     assert sorted(prefilled.sliding) == [0, 2]
-    assert [o.state.geometry.prompt for o in prefilled.layers[1].observers] == [20]
+    assert [o.state.geometry.prompt for observers in prefilled.layers[1].observers for o in observers] == [20]
 
 
 def test_wrong_number_of_new_tokens_is_refused(llama: PreTrainedModel) -> None:

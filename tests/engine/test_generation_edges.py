@@ -25,7 +25,7 @@ from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench import Method, decode, decoding_with, generate, prefill
 from pqbench.engine.attention import NAME
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, ModelError
 from pqbench.method import Budget, Geometry, LayerState
 from pqbench.store.tiers import DeviceTier, HostTier, Tier

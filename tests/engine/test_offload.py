@@ -14,7 +14,8 @@ from methods.pqcache import PQCache
 from methods.sparq import SparQ
 from methods.vattention import VAttention
 from pqbench.engine.decode import Generation, decode
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.kernels import reference
 from pqbench.method import Budget
 from pqbench.store.host.rows import HostPrompt
@@ -40,8 +41,8 @@ def test_every_host_row_is_its_own_token_in_every_layer(llama: PreTrainedModel, 
     """The released code stores a new token in place of the evicted one, and a row late in all layers but the first."""
     kept = decoded(llama, METHOD(budget), DeviceTier())
     moved = decoded(llama, METHOD(budget), HostTier(link="local", margin=4, debug=True))
-    assert len(kept.groups()) > 1
-    for device, host in zip(kept.groups(), moved.groups(), strict=True):
+    assert len(kept.cohorts()) > 1
+    for device, host in zip(kept.cohorts(), moved.cohorts(), strict=True):
         assert host.store.length == PROMPT + NEW - 1
         assert torch.equal(host.store.stored_keys(), device.store.keys())
         assert torch.equal(host.store.values(), device.store.values())
@@ -49,12 +50,12 @@ def test_every_host_row_is_its_own_token_in_every_layer(llama: PreTrainedModel, 
 
 @pytest.mark.parametrize("budget", [GROWING, FIXED])
 def test_every_middle_token_has_the_code_of_its_own_key(llama: PreTrainedModel, budget: Budget) -> None:
-    for group in decoded(llama, METHOD(budget), HostTier(link="local", margin=4)).groups():
+    for group in decoded(llama, METHOD(budget), HostTier(link="local", margin=4)).cohorts():
         state = group.state
         first, stop = budget.resolve(group.store.length, PROMPT).middle(group.store.length)
         keys = group.store.stored_keys(first, stop)
-        expected = reference.encode(keys, state.codebook)  # type: ignore[attr-defined]
-        assert torch.equal(state.codes.view()[:, :, : stop - first], expected)  # type: ignore[attr-defined]
+        expected = reference.encode(keys, state.index.codebook)  # type: ignore[attr-defined]
+        assert torch.equal(state.index.codes.view()[:, :, : stop - first], expected)  # type: ignore[attr-defined]
         assert stop - first > len(prompt_of(PROMPT)[0]) - 4 - 60  # tokens joined while decoding
 
 
@@ -63,11 +64,11 @@ def test_codebooks_come_from_middle_tokens_of_this_prompt_alone(llama: PreTraine
     memory is NaN, so that one such row would make a centroid NaN."""
     tier = HostTier(link="local", debug=True)
     decoded(llama, METHOD(GROWING), tier, seed=5)
-    group = decoded(llama, METHOD(GROWING), tier).groups()[0]
+    group = decoded(llama, METHOD(GROWING), tier).cohorts()[0]
     first, stop = GROWING.resolve(PROMPT, PROMPT).middle(PROMPT)
     keys = group.store.stored_keys(first, stop)
     codebook, _ = reference.train_codebook(keys, 2, 16, 5, 0, 128 * 16, 0.02)
-    torch.testing.assert_close(group.state.codebook, codebook)  # type: ignore[attr-defined]
+    torch.testing.assert_close(group.state.index.codebook, codebook)  # type: ignore[attr-defined]
 
 
 def test_codes_from_the_host_cost_a_byte_each_and_only_the_valid_ones(llama: PreTrainedModel) -> None:
@@ -75,7 +76,7 @@ def test_codes_from_the_host_cost_a_byte_each_and_only_the_valid_ones(llama: Pre
     near = decoded(llama, METHOD(FIXED), HostTier(link="local"))
     far = decoded(llama, PQCache(FIXED, m=2, b=4, codes_on="host"), HostTier(link="local"))
     assert torch.equal(near.tokens, far.tokens)
-    for here, there in zip(near.groups(), far.groups(), strict=True):
+    for here, there in zip(near.cohorts(), far.cohorts(), strict=True):
         codes = there.store.usage.bytes_to_device - here.store.usage.bytes_to_device
         most = (PROMPT + NEW - 4 - 9) * 2 * 2  # middle tokens x KV heads x sub-spaces
         assert (NEW - 2) * (PROMPT - 4 - 9) * 2 * 2 <= codes <= (NEW + 1) * most
@@ -83,7 +84,7 @@ def test_codes_from_the_host_cost_a_byte_each_and_only_the_valid_ones(llama: Pre
 
 def test_an_evicting_method_leaves_nothing_but_its_budget_on_the_device(llama: PreTrainedModel) -> None:
     generation = decode(prefill(llama, prompt_of(PROMPT), [H2O(FIXED)], setting=Setting(HostTier(link="local"))), 0, 20)
-    for group in generation.groups():
+    for group in generation.cohorts():
         assert group.store.length == 39  # the next token completes the budget
         assert group.store.usage.host_bytes == 0
         assert group.store.usage.device_bytes == 2 * 39 * 2 * 16 * 4  # K and V, rows, KV heads, D, float32

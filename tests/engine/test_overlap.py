@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from methods.pqcache import PQCache
 from pqbench.engine.decode import decode, generate
-from pqbench.engine.prefill import Prefilled, Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
+from pqbench.engine.setting import Setting
 from pqbench.kernels.threads import usable_cores
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
@@ -197,5 +199,5 @@ def test_rows_are_kept_or_arranged_beside_the_prefill(llama: PreTrainedModel, na
     prefilled = prefill(llama, prompt_of(300, seed=6), [methods(SMALL)[name]], setting=BESIDE)
     prefilled.build(0)
     before = [prefilled.built(0, layer, 0).stores[0] for layer in prefilled.layers]
-    groups = decode(prefilled, 0, 4, spend=True).groups()
+    groups = decode(prefilled, 0, 4, spend=True).cohorts()
     assert [group.store for group in groups] == before

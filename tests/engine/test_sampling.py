@@ -22,7 +22,7 @@ from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from methods.tova import TOVA
 from pqbench import Method, generate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.method import Budget
 from pqbench.store.tiers import HostTier

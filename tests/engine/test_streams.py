@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from methods.pqcache import PQCache
 from pqbench.engine.decode import Generation, decode, generate
-from pqbench.engine.prefill import Prefilled, Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.method import KV, Budget, Check, Geometry, LayerState, Method, Selection
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
@@ -90,8 +92,8 @@ def test_queues_change_no_token(llama: PreTrainedModel, name: str, tier: Tier) -
         assert torch.equal(generation.tokens, expected.tokens)
         assert [meter.steps for meter in generation.meters()] == [meter.steps for meter in expected.meters()]
         assert [meter.attended for meter in generation.meters()] == [meter.attended for meter in expected.meters()]
-        assert [g.store.usage.link_bytes for g in generation.groups()] == [
-            g.store.usage.link_bytes for g in expected.groups()
+        assert [g.store.usage.link_bytes for g in generation.cohorts()] == [
+            g.store.usage.link_bytes for g in expected.cohorts()
         ]
         assert min(generation.steps_s) > 0
         assert generation.ttft_s > 0
@@ -221,7 +223,7 @@ WITHOUT = [
 def test_a_step_reads_nothing_unless_an_end_may_come(model: PreTrainedModel, name: str) -> None:
     method = methods(Budget(sink=4, tokens=40, ratio=None))[name]
     ids, mask = left_padded(prompt_of(90, 1), prompt_of(120, 2))
-    setting = Setting(body="cpu", overlap=False, streams=Streams())
+    setting = Setting(backend="cpu", overlap=False, streams=Streams())
     for prompt, valid in ((ids[1:], None), (ids, mask)):
         prefilled = prefill(model, prompt, [method], valid, setting=setting)
         chosen = set(decode(prefilled, 0, 24).tokens.flatten().tolist())
@@ -248,7 +250,7 @@ def test_ends_are_noticed_in_the_step_they_come(llama: PreTrainedModel) -> None:
 
 def test_codes_in_host_memory_come_over_without_the_host(llama: PreTrainedModel) -> None:
     method = PQCache(Budget(sink=4, tokens=40, ratio=None), m=2, b=4, codes_on="host")
-    setting = Setting(body="cpu", overlap=False, streams=Streams())
+    setting = Setting(backend="cpu", overlap=False, streams=Streams())
     prefilled = prefill(llama, prompt_of(120, 2), [method], setting=setting)
     decode(prefilled, 0, 2)
     assert reads_of_a_step(prefilled) == 0

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from methods.pqcache import PQCache
 from pqbench.engine.decode import decode, generate
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.method import Budget, Method
 from pqbench.store.tiers import DeviceTier, HostTier
 from tests.engine.test_generation import SMALL, methods
@@ -28,8 +29,8 @@ SETTINGS = {
     "host, cache per head": Setting(HostTier(link="local", **CACHE, cache_per_head=True)),
     "host, poisoned": Setting(HostTier(link="local", **CACHE, debug=True, margin=4)),
     "host, emulated link": Setting(HostTier(link="pcie4", **CACHE)),
-    "cpu kernels": Setting(body="cpu"),
-    "host, cpu kernels": Setting(HostTier(link="local", **CACHE), body="cpu"),
+    "cpu kernels": Setting(backend="cpu"),
+    "host, cpu kernels": Setting(HostTier(link="local", **CACHE), backend="cpu"),
 }
 
 
@@ -37,7 +38,7 @@ SETTINGS = {
 def test_every_setting_gives_the_same_tokens(llama: PreTrainedModel, setting: Setting) -> None:
     ids = prompt_of(260, seed=7)
     for name, method in methods(SMALL).items():
-        expected = generate(llama, ids, method, max_new_tokens=NEW, setting=Setting(body="reference", overlap=False))
+        expected = generate(llama, ids, method, max_new_tokens=NEW, setting=Setting(backend="reference", overlap=False))
         assert torch.equal(generate(llama, ids, method, max_new_tokens=NEW, setting=setting), expected), name
 
 

@@ -30,9 +30,10 @@ class Cost:
     late: tuple[str, ...] = ()
 
     def exceeded(self, decode: Decode) -> str:
-        """What a decode did beyond this, with the lines that did it; empty where it did not."""
-        parts = []
-        more = decode.all(TRITON, TORCH) - len(decode.steps) * decode.launches
+        """What a decode did beyond this, with the lines that did it; empty where it did not. The check of the first
+        step has a budget of its own, see :func:`beyond_check`."""
+        parts = [beyond_check(decode)] if beyond_check(decode) else []
+        more = decode.all(TRITON, TORCH, without=CHECK) - len(decode.steps) * decode.launches
         if decode.launches > self.launches:
             parts.append(f"{decode.launches} launches in an ordinary step, budget {self.launches}")
         if more > self.more:
@@ -40,12 +41,27 @@ class Cost:
         if parts:
             parts.append(max(decode.steps, key=lambda step: step.launches).listed(TRITON, TORCH))
         for kind, most in ((COPY, self.copies), (SYNC, self.waits)):
-            if decode.all(kind) > most:
-                parts.append(f"{decode.all(kind)} times {kind}, budget {most}\n{decode.listed(kind)}")
+            if decode.all(kind, without=CHECK) > most:
+                done = decode.all(kind, without=CHECK)
+                parts.append(f"{done} times {kind}, budget {most}\n{decode.listed(kind)}")
         compiled = {name: step for name, step in decode.late.items() if name not in self.late}
         if compiled:
             parts.append(f"compiled in mid-decode, in step: {compiled}")
         return "\n".join(parts)
+
+
+CHECK = ("pqbench/engine/contract.py",)
+_CHECKING = 16  # launches that the check of a selection takes at most
+
+
+def beyond_check(decode: Decode) -> str:
+    """What the check of a method's selections did beyond one wait and a few launches in the first step, and nothing in
+    any later one; empty where it did not."""
+    first, *later = (step.of(TRITON, TORCH) - step.of(TRITON, TORCH, without=CHECK) for step in decode.steps)
+    waits, *more = (step.of(SYNC, COPY) - step.of(SYNC, COPY, without=CHECK) for step in decode.steps)
+    if first > _CHECKING or waits > 1 or any(later) or any(more):
+        return f"the check launched {first} and then {sum(later)}, and waited {waits} and then {sum(more)} times"
+    return ""
 
 
 Row = tuple[Cost, Cost, Cost]  # on the device, on the host, on the host with cached blocks

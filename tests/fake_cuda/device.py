@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,25 +101,6 @@ class FakeGenerator(torch.Generator):
         """Start from a seed."""
         super().manual_seed(seed % 2**60 * 2 + (self.place.type == "cuda"))
         return self
-
-
-class AtOnce:
-    """An executor that does what it is given where it is given, since modes of torch belong to a thread."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.submitted = 0
-
-    def submit(self, work: Any, *args: Any, **kwargs: Any) -> Future[Any]:
-        """The result, or the exception, at once."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(work(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 - an executor keeps it for whoever asks
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is left to do."""
 
 
 def _cuda(tally: Tally) -> dict[str, Any]:
@@ -253,7 +233,6 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
     """
     from triton.runtime.jit import JITFunction
 
-    import pqbench.engine.prefill
     from pqbench.kernels import cpu, gpu
 
     tally, pinned = Tally(), Pinned()
@@ -266,7 +245,6 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
         own.setattr(Tensor, "record_stream", _nothing)
         own.setattr(FakeTensor, "tolist", _tolist(tally))
         own.setattr(pages, "_LEAST", 1 << 62)  # memory maps hold real bytes
-        own.setattr(pqbench.engine.prefill, "ThreadPoolExecutor", AtOnce, raising=False)
         for name in gpu.__all__:
             if hasattr(cpu, name) and hasattr(reference, name):
                 own.setattr(cpu, name, _host_kernel(tally, name))

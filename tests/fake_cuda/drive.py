@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure.geometries import shape_of
 from pqbench.measure.layer.turns import Layer, Subject
 from pqbench.measure.source import synthetic
@@ -63,9 +63,9 @@ class Decode:
         """Kernels of an ordinary step, one of the most frequent kind."""
         return Counter(step.launches for step in self.steps[FIRST:]).most_common(1)[0][0]
 
-    def all(self, *kinds: str) -> int:
-        """Events of these kinds in all steps together."""
-        return sum(step.of(*kinds) for step in self.steps)
+    def all(self, *kinds: str, without: tuple[str, ...] = ()) -> int:
+        """Events of these kinds in all steps together, but not in files whose paths begin with one of ``without``."""
+        return sum(step.of(*kinds, without=without) for step in self.steps)
 
     def listed(self, *kinds: str) -> str:
         """Where these kinds happened, over all steps."""
@@ -87,19 +87,21 @@ def decode_layer(
     with fake_device(patch) as device:
         tally, shape = device.tally, shape_of("llama31_8b")
         with tally.part():
-            layer = Layer(shape, torch.bfloat16, context, steps, synthetic(shape, 0), CUDA, Setting(tier, body=backend))
+            layer = Layer(
+                shape, torch.bfloat16, context, steps, synthetic(shape, 0), CUDA, Setting(tier, backend=backend)
+            )
         tally.faults.clear()  # of how rows are made up; test_benchmarks.py has these
         subject = Subject("subject", "gpu", "budget", method)
         with tally.part() as building:
-            group = subject.build(layer)
+            cohort = subject.build(layer)
         decode, before = Decode(tally, building), dict(tally.host_work)
         known: dict[str, int] = {}
         for number in range(steps):
             key, value, q = layer.token(number)
             with tally.part() as counts:
-                group.state.prefetch(group.store)
-                group.append(key, value)
-                output = group.attend(q)
+                cohort.state.prefetch(cohort.store)
+                cohort.append(key, value)
+                output = cohort.attend(q)
             assert output.shape == q.shape
             assert output.device == CUDA
             assert output.dtype == q.dtype

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure import machine
-from pqbench.measure.base import TimingJob
+from pqbench.measure.base import Job
 from pqbench.measure.geometries import shape_of
 from pqbench.measure.layer.attention import Attention
 from pqbench.measure.source import on, synthetic
@@ -59,7 +59,7 @@ def test_one_layer_is_timed(tier: str, device: Device, tmp_path: Path) -> None:
     benchmark, methods = Attention(**OPTIONS), {name: method_of(name) for name in ("full", "pqcache")}
     names = dict.fromkeys([*methods, *benchmark.further])
     files = {name: RecordFile.create(tmp_path, benchmark.name, "x", name, {}) for name in names}
-    done = benchmark.measure(TimingJob(None, methods, files, Setting(TIERS[tier])))
+    done = benchmark.measure(Job(None, methods, files, Setting(TIERS[tier])))
     assert done.failures == []
     records = [record for file in files.values() for record in file.read()]
     assert len(records) >= 3

@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="triton is not installed: pip install pqben
 
 from pqbench.engine import rehearsal, rotary
 from pqbench.engine.decode import decode
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
 from pqbench.engine.rehearsal import profile
-from tests.fake_cuda.budgets import COSTS
+from pqbench.engine.setting import Setting
+from tests.fake_cuda.budgets import CHECK, COSTS
 from tests.fake_cuda.device import CUDA, Device, fake_device
 from tests.fake_cuda.drive import METHODS, STEPS, TIERS, method_of
 from tests.fake_cuda.tally import COPY, SYNC, Counts
@@ -35,9 +36,9 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LAYERS, PROMPT, NEW = 2, 2048, 6
-LOOP = (
-    "pqbench/engine/decode.py",
-)  # asks in every step whether the answer has ended, because the tests watch each step
+# The choice of tokens asks in every step whether the answer has ended, because the tests watch each step.
+# The check of a selection waits once in each layer, in the first step alone, as tests/fake_cuda/budgets.py verifies.
+LOOP = ("pqbench/engine/chooser.py", *CHECK)
 
 
 @dataclass

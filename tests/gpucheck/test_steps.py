@@ -17,7 +17,7 @@ from gpucheck.process import Running
 from gpucheck.result import Result
 from gpucheck.steps import kernels, stores, tokens
 from methods.full import Full
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.store.host.store import HostStore
 from pqbench.store.link.base import GuardedTransfer
 from pqbench.store.tiers import HostTier
@@ -110,7 +110,7 @@ def test_other_tokens_over_a_tier_show(tmp_path: Path, monkeypatch: pytest.Monke
 def test_forced_logits_are_those_of_transformers() -> None:
     model, ids = tokens.made(TINY, torch.float32), torch.arange(1, 41)[None]
     following = torch.tensor([[3, 1, 4, 1, 5]])
-    got = tokens.forced(model, ids, Full(), Setting(body="reference"), following)
+    got = tokens.forced(model, ids, Full(), Setting(backend="reference"), following)
     with torch.inference_mode():
         expected = model(torch.cat([ids, following], 1)).logits[0, -following.shape[1] :]
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import pqbench.integrations.lm_eval
-from pqbench.engine.prefill import Prefilled
+from pqbench.engine.prefilled import Prefilled
 from pqbench.errors import ConfigError, DataError
 from pqbench.integrations.lm_eval import PqbenchLM, composed, main
 from pqbench.models.sources import Random

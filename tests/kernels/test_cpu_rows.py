@@ -131,7 +131,7 @@ import importlib, pkgutil
 from numba.core.registry import CPUDispatcher
 from pqbench import generate
 from pqbench.kernels import cpu
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from tests.support import prompt_of, tiny_model
 from tests.engine.test_generation import SMALL, methods
 
@@ -141,7 +141,7 @@ cpu.warm_up()
 before = compiled()
 assert sum(before.values()) > 5
 for method in methods(SMALL).values():
-    generate(tiny_model("llama"), prompt_of(130), method, max_new_tokens=6, setting=Setting(body="cpu"))
+    generate(tiny_model("llama"), prompt_of(130), method, max_new_tokens=6, setting=Setting(backend="cpu"))
 assert compiled() == before
 """
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pqbench.config.compose import load_model
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.measure import machine
-from pqbench.measure.base import Measured, Measurement, TimingJob
+from pqbench.measure.base import Job, Measured, Measurement
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record, RecordFile
@@ -44,8 +44,8 @@ def measure(tmp_path: Path) -> Run:
     ) -> tuple[Measured, list[Record]]:
         names = dict.fromkeys([*methods, *measurement.further])
         files = {name: RecordFile.create(tmp_path, measurement.name, "x", name, {}) for name in names}
-        setting = options.pop("setting", Setting(body="reference"))
-        done = measurement.measure(TimingJob(loaded, methods, files, setting, **options))
+        setting = options.pop("setting", Setting(backend="reference"))
+        done = measurement.measure(Job(loaded, methods, files, setting, **options))
         return done, [record for file in files.values() for record in file.read()]
 
     return call

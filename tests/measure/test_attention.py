@@ -17,8 +17,8 @@ from methods.infllm import InfLLM
 from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench.engine.clock import HostClock
-from pqbench.engine.cohort import PHASES
-from pqbench.engine.prefill import Setting
+from pqbench.engine.meter import PHASES
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.measure import dense
 from pqbench.measure.geometries import SHAPES
@@ -216,7 +216,7 @@ def test_methods_that_renumber_or_watch_run_in_half_precision(measure: Run) -> N
 
 
 def test_a_host_tier_reports_its_link(measure: Run) -> None:
-    setting = Setting(HostTier(link="pcie4"), body="reference")
+    setting = Setting(HostTier(link="pcie4"), backend="reference")
     done, records = measure(Attention(**SMALL), METHODS, setting=setting)
     assert done.failures == []
     (record,) = rows(records, "pqcache")
@@ -314,7 +314,7 @@ def test_what_is_asked_for_ahead_may_arrive_while_the_layer_before_computes() ->
             return State(geometry)
 
     shape, subject = SHAPES["tiny"], Subject("asking", "reference", "all", Asking())
-    layer = Layer(shape, torch.float32, 64, 2, synthetic(shape, 0), torch.device("cpu"), Setting(body="reference"))
+    layer = Layer(shape, torch.float32, 64, 2, synthetic(shape, 0), torch.device("cpu"), Setting(backend="reference"))
     layer.clock = Counting()
     subject.build(layer)
     times = subject.step(layer, 0, lambda: order.append("layer before"))

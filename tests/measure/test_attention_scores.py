@@ -11,6 +11,7 @@ import pytest
 from pqbench.errors import ConfigError
 from pqbench.measure.layer.scores import SHARES, AttentionScores, ranks_up_to, sorted_scores
 from pqbench.models.sources import LoadedModel
+from pqbench.tables.kinds import sections
 from tests.measure.conftest import Run
 from tests.support import case
 
@@ -51,7 +52,10 @@ def test_a_record_for_every_layer(measure: Run, loaded: LoadedModel) -> None:
         assert record["queries"] == 16
     again, _ = measure(AttentionScores([128, 256], queries=16), {}, loaded)
     assert (again.measured, again.resumed) == (0, 2)
-    assert AttentionScores([128, 256]).table(records).row_count == 2
+    (section,) = sections(records)
+    assert [row[:2] for row in section.rows] == [["128", "2"], ["256", "2"]]
+    masses = np.array([record["mass"] for record in records if record["context"] == 128])  # [layers, heads, shares]
+    assert section.rows[0][2:] == [f"{mass:.3f}" for mass in masses.mean((0, 1))]
 
 
 @pytest.mark.parametrize(("chunk", "seen"), [(64, 8), (180, 16)])

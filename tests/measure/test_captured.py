@@ -10,8 +10,8 @@ import torch
 from methods.full import Full
 from methods.h2o import H2O
 from methods.pqcache import PQCache
-from pqbench.engine.cohort import PHASES
-from pqbench.engine.prefill import Setting
+from pqbench.engine.meter import PHASES
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.measure.geometries import SHAPES
 from pqbench.measure.latency import Latency
@@ -23,7 +23,7 @@ from pqbench.method import Budget, Method
 from pqbench.models.sources import LoadedModel
 from tests.measure.conftest import Run
 
-CAPTURED = Setting(body="reference", graphs=True)
+CAPTURED = Setting(backend="reference", graphs=True)
 PQ = PQCache(Budget(ratio=0.25), m=2, b=4)
 METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQ}
 SMALL: dict[str, Any] = {
@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
 def test_a_captured_step_gives_what_a_step_gives(method: Method) -> None:
     shape, outputs = SHAPES["tiny"], {}
     for graphs in (False, True):
-        setting = Setting(body="reference", graphs=graphs)
+        setting = Setting(backend="reference", graphs=graphs)
         layer = Layer(shape, torch.float32, 300, 40, synthetic(shape, 0), torch.device("cpu"), setting)
         group = Subject("x", "reference", "all", method).build(layer)
         found, captured = [], None

@@ -12,10 +12,10 @@ import torch
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.kernels import reference
 from pqbench.measure import dense
-from pqbench.measure.base import TimingJob
+from pqbench.measure.base import Job
 from pqbench.measure.dense import BACKENDS, DenseKernel, RefusedError, WithDense, dense_kernels
 from pqbench.measure.geometries import SHAPES
 from pqbench.measure.layer import attention
@@ -104,7 +104,7 @@ def test_refused_kernels_are_rows_and_the_fastest_of_the_others_is_named(
 
 def test_a_timed_step_asks_for_no_memory_and_collects_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES["tiny"]
-    layer = Layer(shape, torch.float32, 64, 4, synthetic(shape, 0), torch.device("cpu"), Setting(body="reference"))
+    layer = Layer(shape, torch.float32, 64, 4, synthetic(shape, 0), torch.device("cpu"), Setting(backend="reference"))
     collecting: list[bool] = []
     run = dense_kernels(reference, shape.group, torch.device("cpu"))[1]
 
@@ -151,7 +151,9 @@ def test_a_source_makes_its_rows_where_its_tensors_are(name: str) -> None:
 
 def test_a_layer_is_made_on_its_device() -> None:
     shape = SHAPES["tiny"]
-    layer = Layer(shape, torch.bfloat16, 5000, 2, synthetic(shape, 0), torch.device("meta"), Setting(body="reference"))
+    layer = Layer(
+        shape, torch.bfloat16, 5000, 2, synthetic(shape, 0), torch.device("meta"), Setting(backend="reference")
+    )
     assert {x.device.type for x in (layer.keys.view(), layer.values.view(), *layer.token(1))} == {"meta"}
     assert layer.keys.view().shape == (1, 2, 5000, 16)
 
@@ -166,11 +168,11 @@ def test_rows_are_the_same_on_every_device() -> None:
 
 
 def test_on_a_gpu_full_attention_reads_the_device_whatever_the_store(measure: Run) -> None:
-    benchmark, setting = Attention(**{**SMALL, "device": "cpu"}), Setting(HostTier(), body="reference")
-    job = TimingJob(None, METHODS, {}, setting)
-    cell = attention.Cell("float32", 64, 0.5)
+    benchmark, setting = Attention(**{**SMALL, "device": "cpu"}), Setting(HostTier(), backend="reference")
+    job = Job(None, METHODS, {}, setting)
+    condition = attention.Condition("float32", 64, 0.5)
     benchmark.device = "cuda"  # there is none to run on; the choice is what is looked at
-    subjects = list(benchmark._subjects(job, cell, ["full"], reference))  # type: ignore[arg-type]
+    subjects = list(benchmark._subjects(job, condition, ["full"], reference))  # type: ignore[arg-type]
     assert {type(subject.tier) for subject in subjects} == {DeviceTier}
     layer = Layer(SHAPES["tiny"], torch.float32, 64, 2, synthetic(SHAPES["tiny"], 0), torch.device("cpu"), setting)
     subject = Subject("full", "x", "all", dense=subjects[0].dense, tier=subjects[0].tier)

@@ -13,18 +13,17 @@ from torch import Tensor
 from methods.full import Full
 from methods.h2o import H2O
 from pqbench.engine.clock import CudaStreams
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import DeviceError
 from pqbench.measure import machine
-from pqbench.measure.base import Measurement, TimingJob
+from pqbench.measure.base import Job, Measurement
 from pqbench.measure.latency import Latency
 from pqbench.measure.layer.attention import Attention
-from pqbench.measure.scored import run
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.models.sources import LoadedModel, Random
 from pqbench.records.file import Record, RecordFile
 from tests.engine.streams import Streams
-from tests.measure.test_scored import job, records
+from tests.measure.test_scored import job, records, run
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def loaded() -> LoadedModel:
 
 
 def setting_of(streams: Streams) -> Setting:
-    return Setting(streams=streams, body="reference")
+    return Setting(streams=streams, backend="reference")
 
 
 @pytest.mark.parametrize("where", ["finish_prefill", "select", "facts"])
@@ -121,7 +120,7 @@ def timed(
     names = dict.fromkeys([*methods, *measurement.further])
     files = {name: RecordFile.create(tmp_path, measurement.name, "x", name, {}) for name in names}
     with pytest.raises(DeviceError, match="illegal memory access"):
-        measurement.measure(TimingJob(loaded, methods, files, setting_of(streams)))
+        measurement.measure(Job(loaded, methods, files, setting_of(streams)))
     return [record for file in files.values() for record in file.read()]
 
 

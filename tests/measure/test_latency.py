@@ -13,8 +13,8 @@ from methods.full import Full
 from methods.h2o import H2O
 from methods.pqcache import PQCache
 from pqbench.benchmarks.base import Prompter
-from pqbench.engine.cohort import PHASES
-from pqbench.engine.prefill import Setting
+from pqbench.engine.meter import PHASES
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.measure import latency
 from pqbench.measure.latency import Latency, weight_bytes
@@ -169,7 +169,7 @@ def test_a_prompt_that_fills_the_model_leaves_room_for_the_answer(measure: Run, 
 
 @pytest.mark.parametrize("cache", [0, 128])
 def test_a_host_tier_reports_its_link_and_cache(measure: Run, loaded: LoadedModel, cache: int) -> None:
-    setting = Setting(HostTier(link="pcie5", cache_tokens=cache, cache_block=16), body="reference")
+    setting = Setting(HostTier(link="pcie5", cache_tokens=cache, cache_block=16), backend="reference")
     done, records = measure(Latency(**{**SMALL, "repeats": 1}), {**METHODS, "h2o": H2O()}, loaded, setting=setting)
     assert done.failures == []
     record = rows(records, "pqcache")[1]
@@ -181,7 +181,7 @@ def test_a_host_tier_reports_its_link_and_cache(measure: Run, loaded: LoadedMode
 
 
 def test_threads_of_background_work_end(measure: Run, loaded: LoadedModel) -> None:
-    done, records = measure(Latency(**SMALL), METHODS, loaded, setting=Setting(overlap=True, body="reference"))
+    done, records = measure(Latency(**SMALL), METHODS, loaded, setting=Setting(overlap=True, backend="reference"))
     assert done.failures == []
     assert all(r["overlap"] and r["pending_s"] < r["ttft_s"] for r in records)
 

@@ -18,7 +18,8 @@ from methods.pqcache import PQCache
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
-from pqbench.measure.probe import Exact, Fidelity, Seen, check_selection, probe
+from pqbench.errors import SelectionError
+from pqbench.measure.probe import Exact, Fidelity, Seen, probe
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection, Split
 from tests.support import prompt_of, tiny_model
 
@@ -156,25 +157,12 @@ def test_no_steps_mean_nothing() -> None:
     assert Fidelity().means() == {"mass": None, "recall": None, "output_error": None}
 
 
-@pytest.mark.parametrize(
-    ("rows", "word"), [([0, 5, 5, 9], "twice"), ([0, 3, 10], "range"), ([-1, 3, 9], "range"), ([0, 3, 8], "current")]
-)
-def test_invalid_selections_are_caught(rows: list[int], word: str) -> None:
-    with pytest.raises(AssertionError, match=word):
-        check_selection(Selection(torch.tensor([[[0, 1, 9, 8][: len(rows)], rows]])), 10)
-
-
-def test_a_valid_selection_passes_in_any_order() -> None:
-    check_selection(Selection(torch.tensor([[[9, 0, 4]]])), 10)
-    check_selection(Selection(), 10)
-
-
 def test_a_method_that_selects_wrongly_is_caught_by_the_probe(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefilled = prefill(llama, prompt_of(PROMPT), [Fixed()])
     monkeypatch.setattr(FixedState, "select", lambda *_: Selection(torch.zeros(1, 2, 4, dtype=torch.long)))
-    with pytest.raises(AssertionError):
+    with pytest.raises(SelectionError, match="Fixed, layer 0, step 1"):
         probe(prefilled, [5])
 
 

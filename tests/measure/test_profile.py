@@ -19,7 +19,7 @@ from pqbench.measure.latency import Latency
 from pqbench.measure.profile import REST, phases, profile_facts, read_trace
 from pqbench.method import Budget, Method
 from pqbench.models.sources import LoadedModel
-from pqbench.tables.timings import sections
+from pqbench.tables.kinds import sections
 from tests.measure.conftest import Run
 
 SMALL: dict[str, Any] = {"contexts": [160], "new_tokens": 6, "repeats": 2, "warmup": 0, "profile": True}

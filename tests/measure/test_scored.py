@@ -21,7 +21,8 @@ from pqbench.benchmarks.base import Benchmark, Prompter, Sample
 from pqbench.benchmarks.recall import string_recall
 from pqbench.errors import BudgetError
 from pqbench.kernels import cpu
-from pqbench.measure.scored import Job, Summary, run
+from pqbench.measure.base import COMPILING, Job, Measured
+from pqbench.measure.scored import Scored
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.models.sources import LoadedModel
 from pqbench.records.file import RecordFile
@@ -90,7 +91,17 @@ def job(loaded: LoadedModel, folder: Path, methods: Mapping[str, Method], **opti
     files = {
         name: RecordFile.create(folder, "letters", "tiny", name, {"method": repr(methods[name])}) for name in methods
     }
-    return Job(Letters(), loaded, Prompter(loaded.tokenizer, loaded.max_length), methods, files, **options)
+    return Job(loaded, methods, files, **options)
+
+
+def run(job: Job, **options: Any) -> Measured:
+    """Score the methods of a job on the letters."""
+    return Scored(Letters(), **options).measure(job)
+
+
+def prompts(loaded: LoadedModel) -> Prompter:
+    """What makes the prompts of the letters."""
+    return Prompter(loaded.tokenizer, loaded.max_length)
 
 
 def records(done: Job, method: str) -> list[dict[str, Any]]:
@@ -111,8 +122,10 @@ def test_a_method_with_a_prefill_of_its_own_leaves_the_others_theirs(loaded: Loa
             assert (record["prediction"], record["shared_prefill"]) == (single["prediction"], shared[name])
             assert ("recall" in record) == (name != "own")  # nothing to compare an own prefill with
     for record, length in zip(records(done, "own"), Letters.lengths, strict=True):
-        ids = torch.tensor([next(s.input_ids for s in Letters().samples(done.prompter) if len(s.input_ids) == length)])
-        assert record["prediction"] == done.prompter.decode(
+        ids = torch.tensor(
+            [next(s.input_ids for s in Letters().samples(prompts(loaded)) if len(s.input_ids) == length)]
+        )
+        assert record["prediction"] == prompts(loaded).decode(
             generate(loaded.model, ids, own, max_new_tokens=6)[0].tolist()
         )
 
@@ -134,10 +147,10 @@ def test_kernels_are_compiled_before_anything_is_timed_and_only_if_something_is(
     monkeypatch.setattr(loaded.model, "forward", computing)
     monkeypatch.setattr(cpu, "warm_up", compiling)
     done = job(loaded, tmp_path, {"full": Full()})
-    assert run(done).compile_s == 7.0
+    assert run(done).seconds[COMPILING] == 7.0
     assert order[:2] == ["compile", "model"]
     assert order.count("compile") == 1
-    assert run(done).compile_s == 0.0
+    assert run(done).seconds[COMPILING] == 0.0
     assert order.count("compile") == 1
 
 
@@ -168,7 +181,7 @@ def test_methods_share_one_prefill_and_get_a_record_each(
         # float32 keys and values of 2 layers, 2 KV heads, 16 dimensions
         assert full["device_bytes"] == 2 * 2 * 2 * 16 * 4 * (length + steps)
         assert full["tt2t_s"] > full["ttft_s"] > 0
-        [ids] = [sample.input_ids for sample in Letters().samples(done.prompter) if sample.id == full["sample_id"]]
+        [ids] = [sample.input_ids for sample in Letters().samples(prompts(loaded)) if sample.id == full["sample_id"]]
         assert full["prompt_sha256"] == hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
         assert full["prompt_tail"] == pq["prompt_tail"] == loaded.tokenizer.decode(ids[-200:])
 
@@ -176,7 +189,7 @@ def test_methods_share_one_prefill_and_get_a_record_each(
 def test_a_second_run_measures_nothing_and_a_new_method_only_itself(loaded: LoadedModel, tmp_path: Path) -> None:
     run(job(loaded, tmp_path, {"full": Full()}))
     again = run(job(loaded, tmp_path, {"full": Full()}))
-    assert (again.measured, again.resumed, again.prefill_s) == (0, 3, 0.0)
+    assert (again.measured, again.resumed, again.seconds["prefill"]) == (0, 3, 0.0)
     more = run(job(loaded, tmp_path, {"full": Full(), "h2o": H2O(Budget(ratio=0.3, sink=4))}))
     assert (more.measured, more.resumed) == (3, 3)
 
@@ -198,7 +211,7 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(loaded: LoadedModel, tmp_pa
     resumed = run(job(loaded, tmp_path, {"broken": Broken()}))
     assert (resumed.measured, len(resumed.failures)) == (0, 3)  # not run again, and not forgotten either
     assert "retry_failed=true" in resumed.failures[0]
-    retried: Summary = run(job(loaded, tmp_path, {"broken": Broken()}, retry_failed=True))
+    retried = run(job(loaded, tmp_path, {"broken": Broken()}, retry_failed=True))
     assert len(retried.failures) == 3
 
 
@@ -214,9 +227,9 @@ def test_a_failing_method_costs_the_others_nothing(loaded: LoadedModel, tmp_path
 
 def test_the_question_can_go_through_the_method(loaded: LoadedModel, tmp_path: Path) -> None:
     full = {"full": Full()}
-    dense, select = job(loaded, tmp_path / "a", full), job(loaded, tmp_path / "b", full, question="select")
+    dense, select = job(loaded, tmp_path / "a", full), job(loaded, tmp_path / "b", full)
     run(dense)
-    run(select)
+    run(select, question="select")
     assert [r["prediction"] for r in records(dense, "full")] == [r["prediction"] for r in records(select, "full")]
     assert [r["question"] for r in records(select, "full")] == ["select"] * 3
     steps = [r["new_tokens"] - 1 for r in records(select, "full")]

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
-from methods.full import Full
-from methods.h2o import H2O
-from methods.infllm import InfLLM
-from methods.magicpig import MagicPIG
 from methods.oracle import Oracle
-from methods.pqcache import PQCache, PQCachePlus
-from methods.pyramidkv import PyramidKV
+from methods.pqcache import PQCachePlus
 from methods.quest import Quest
-from methods.random_tokens import RandomTokens
-from methods.snapkv import SnapKV
-from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
-from methods.tova import TOVA
-from methods.vattention import VAttention
-from pqbench.engine.cohort import Group, Rows
+from pqbench.engine.cohort import Cohort, Rows
 from pqbench.method import Budget, Method, PaperBudget
+from tests.catalogue import EVERY, SELECTING, exact, small
 from tests.support import append, case, finish, output_of, rows_of, start, tokens_of
 
 BUDGETS = {
@@ -35,31 +24,6 @@ BUDGETS = {
     "no middle": Budget(sink=4, window=6, tokens=10, ratio=None),
     "paper": PaperBudget(sink=4, ratio=0.3),
 }
-SELECTING: dict[str, Any] = {
-    "oracle": Oracle,
-    "streaming_llm": StreamingLLM,
-    "h2o": H2O,
-    "sparq": lambda budget: SparQ(budget, rank=4),
-    "infllm": lambda budget: InfLLM(budget, block_size=4, representatives=2),
-    "infllm per head": lambda budget: InfLLM(budget, block_size=5, representatives=1, per_head=True),
-    "pqcache": lambda budget: PQCache(budget, m=2, b=3),
-    "pqcache_plus": lambda budget: PQCachePlus(budget, b=3, b_v=3),
-    "pqcache_plus mean": lambda budget: PQCachePlus(
-        budget, b=2, tail="mean", codebook="centred", spread=False, search="cells"
-    ),
-    "pqcache_plus sampled": lambda budget: PQCachePlus(budget, b=3, tail="sampled", codebook="rotated", refresh=7),
-    "snapkv": lambda budget: SnapKV(budget, observation=6, kernel=3),
-    "snapkv avg": lambda budget: SnapKV(budget, observation=70, kernel=5, pooling="avg"),
-    "pyramidkv": lambda budget: PyramidKV(budget, observation=6, kernel=3),  # one layer: the budget itself
-    "quest": lambda budget: Quest(budget, page_size=4),
-    "quest max": lambda budget: Quest(budget, page_size=5, group="max"),
-    "random_tokens": RandomTokens,
-    "tova": TOVA,
-    "tova per head": lambda budget: TOVA(budget, per_head=True),
-    "magicpig": lambda budget: MagicPIG(budget, bits=1, tables=12),  # samples more than the budgets allow
-    "vattention": lambda budget: VAttention(SparQ(rank=4), budget),
-    "vattention oracle": lambda budget: VAttention(Oracle(), budget, share=0.2),
-}
 STEPS = 30
 
 
@@ -68,7 +32,7 @@ STEPS = 30
 @pytest.mark.parametrize("name", SELECTING)
 def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, prompt: int) -> None:
     data = case(prompt, STEPS)
-    method: Method = SELECTING[name](budget)
+    method = small(name, budget)
     state, store = start(method, data)
     gone: set[tuple[int, int, int]] = set()
     for step in range(STEPS):
@@ -77,11 +41,12 @@ def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, pro
         context = data.prompt + step + 1
         split = budget.resolve(context, data.prompt)
         rows, tokens = rows_of(selection, store), tokens_of(selection, store)
-        middle = context - split.sink - split.window
-        untrained = isinstance(method, PQCache) and middle <= method.clusters  # by design attended whole
-        assert tokens.shape == (2, 2, context if untrained else split.total)
-        sinks = min(4, context) if name == "streaming_llm" else split.sink
-        window = max(1, split.total - sinks) if name == "streaming_llm" else split.window
+        whole = method.attends_all(context, data.prompt)
+        assert tokens.shape == (2, 2, context if whole else split.total)
+        sinks, window = split.sink, split.window
+        if isinstance(method, StreamingLLM):  # its sinks are its own, and the rest of the budget is window
+            sinks = min(method.sink, context)
+            window = max(1, split.total - sinks)
         for b, h in np.ndindex(2, 2):
             mine = tokens[b, h].tolist()
             assert len(set(mine)) == len(mine)
@@ -99,20 +64,17 @@ def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, pro
 
 @pytest.mark.parametrize("prompt", [1, 2, 5, 40])
 @pytest.mark.parametrize(
-    "name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head", "pqcache_plus top_p"]
+    "name", [*EVERY, "oracle query_head", "oracle top_p", "quest query_head", "pqcache_plus top_p"]
 )
 def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
     budget = Budget(sink=4, ratio=1.0)
-    if name.startswith("infllm"):
-        budget = Budget(sink=0, window=1000, ratio=1.0)  # everything local: the one case in which it is exact
     others: dict[str, Method] = {
-        "full": Full(),
         "oracle query_head": Oracle(budget, "query_head"),
         "oracle top_p": Oracle(budget, "top_p", 1.0),
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
         "pqcache_plus top_p": PQCachePlus(budget, b=3, b_v=3, top_p=1.0),
     }
-    method = others[name] if name in others else SELECTING[name](budget)
+    method = others[name] if name in others else exact(name)
     data = case(prompt, 25)
     state, store = start(method, data)
     for step in range(25):
@@ -123,44 +85,43 @@ def test_everything_fits_gives_full_attention(name: str, prompt: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*SELECTING, "full", "oracle query_head", "oracle top_p", "quest query_head", "pqcache_plus top_p"]
+    "name", [*EVERY, "oracle query_head", "oracle top_p", "quest query_head", "pqcache_plus top_p"]
 )
 def test_the_harness_computes_what_the_selection_says(name: str) -> None:
     budget = Budget(sink=4, ratio=0.3, minimum=8)
     others: dict[str, Method] = {
-        "full": Full(),
         "oracle query_head": Oracle(budget, "query_head"),
         "oracle top_p": Oracle(budget, "top_p", 0.8),
         "quest query_head": Quest(budget, page_size=4, per_query_head=True),
         "pqcache_plus top_p": PQCachePlus(budget, b=3, b_v=3, top_p=0.6),
     }
-    method = others[name] if name in others else SELECTING[name](budget)
+    method = others[name] if name in others else small(name, budget)
     data = case(50, 12)
     state, store = start(method, data)
     mirror, mirror_store = start(method, data)
-    group = Group(Rows(slice(None), 0, 2), store, state)
+    cohort = Cohort(Rows(slice(None), 0, 2), store, state, method)
     attended = []
     for step in range(12):
         at = data.prompt + step
-        group.append(data.keys[:, :, at : at + 1], data.values[:, :, at : at + 1])
-        output = group.attend(data.q[:, :, :, at])
+        cohort.append(data.keys[:, :, at : at + 1], data.values[:, :, at : at + 1])
+        output = cohort.attend(data.q[:, :, :, at])
         q = append(mirror, mirror_store, data, step)
         selection = mirror.select(q, mirror_store)
         assert np.allclose(output.numpy(), output_of(selection, mirror_store, q, data), atol=2e-5)
         seen = torch.ones(2, 2, 1, 1, dtype=torch.bool) if selection.visible is None else selection.visible
         attended.append(seen.expand(2, 2, -1, rows_of(selection, mirror_store).shape[2]).any(2).sum(-1).float().mean())
         finish(mirror, mirror_store, selection, q, data)
-    assert group.meter.steps == 12
-    assert group.meter.attended == pytest.approx(float(sum(attended)))
+    assert cohort.meter.steps == 12
+    assert cohort.meter.attended == pytest.approx(float(sum(attended)))
 
 
-@pytest.mark.parametrize("name", [*SELECTING, "full"])
+@pytest.mark.parametrize("name", EVERY)
 def test_meters_follow_the_cost_table(name: str) -> None:
     """Index bytes read per step and layer, from the formulas of the cost table; keys here take four bytes."""
     batch, heads, width, length = 2, 2, 16, 70
     budget = Budget(sink=4, window=6, tokens=22, ratio=None)
     data = case(length - 1, 1, batch=batch, heads=heads, width=width)
-    method: Method = Full() if name == "full" else SELECTING[name](budget)
+    method = small(name, budget)
     state, store = start(method, data)
     q = append(state, store, data, 0)
     before = store.usage.key_bytes_read
@@ -198,11 +159,11 @@ def test_meters_follow_the_cost_table(name: str) -> None:
     assert store.usage.device_bytes == 2 * batch * heads * held * width * 4
 
 
-@pytest.mark.parametrize("name", [*SELECTING, "full"])
+@pytest.mark.parametrize("name", EVERY)
 def test_sequences_and_heads_do_not_mix(name: str) -> None:
     """A batch of two equals two batches of one; a group of one head works like plain multi-head attention."""
     budget = Budget(sink=4, ratio=0.3, minimum=8)
-    method: Method = Full() if name == "full" else SELECTING[name](budget)
+    method = small(name, budget)
     both = case(47, 6, group=1)
     together = start(method, both)
     outputs = []
@@ -240,8 +201,11 @@ def test_the_oracle_holds_the_most_mass_at_equal_size(ratio: float) -> None:
 
     for step in range(3):
         best = mass(Oracle(budget), step)
+        methods = {name: small(name, budget) for name in SELECTING}
         masses = {
-            name: mass(SELECTING[name](budget), step) for name in SELECTING if name not in ("oracle", "streaming_llm")
+            name: mass(method, step)
+            for name, method in methods.items()
+            if not isinstance(method, Oracle | StreamingLLM)  # the one itself, and one with a window of another size
         }
         for name, value in masses.items():
             assert (value <= best + 1e-6).all(), name

@@ -141,7 +141,7 @@ def test_the_last_partial_block_is_made_anew_until_it_is_full() -> None:
         middle = 40 + step + 1 - 3 - 8
         assert state.vectors is not None
         assert len(state.vectors) == -(-middle // 5)
-        scores = state.scores.view().numpy()
+        scores = state.representatives.scores.view().numpy()
         expected = block_vectors(data, scores, 3, 3 + middle, 5, 1)
         assert np.allclose(state.vectors.view()[:, :, -1].numpy(), expected[:, :, -1], atol=1e-4)
         for block in range(middle // 5):  # complete blocks never change
@@ -166,7 +166,7 @@ def test_decoded_tokens_collect_attention_inside_the_window() -> None:
             if tokens[b, h, n] > 40 + step - 8:
                 expected[b, h, tokens[b, h, n]] += weights[b, h, n]
         finish(state, store, selection, q, data)
-    assert np.allclose(state.scores.view().numpy(), expected, atol=1e-4)
+    assert np.allclose(state.representatives.scores.view().numpy(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "representatives"), [(0, 1), (4, 0), (4, 5)])

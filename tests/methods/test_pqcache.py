@@ -9,6 +9,7 @@ from torch import Tensor
 
 from methods.oracle import Oracle
 from methods.pqcache import PQCache, PQCacheState
+from methods.pqcache.index import KeyIndex
 from pqbench.kernels import reference
 from pqbench.method import KV, Budget, ConfigError, PaperBudget
 from pqbench.store.device import DeviceStore
@@ -25,9 +26,12 @@ def started(method: PQCache, data: Case) -> tuple[PQCacheState, DeviceStore]:
 
 def reconstructed(state: PQCacheState) -> np.ndarray:
     """Quantised middle keys, float64 ``[B, H, middle, D]``."""
-    assert state.codebook is not None
-    assert state.codes is not None
-    book, codes = state.codebook.double().numpy(), state.codes.view()[:, :, : state.middle].long().numpy()
+    assert state.index.codebook is not None
+    assert state.index.codes is not None
+    book, codes = (
+        state.index.codebook.double().numpy(),
+        state.index.codes.view()[:, :, : state.index.middle].long().numpy(),
+    )
     batch, heads, count, m = codes.shape
     result = np.zeros((batch, heads, count, m * book.shape[-1]))
     for b, h, s in np.ndindex(batch, heads, count):
@@ -74,7 +78,7 @@ def _books(data: Case, m: int, seed: int) -> tuple[PQCacheState, DeviceStore]:
 
 
 def test_a_centroid_per_key_makes_it_the_oracle() -> None:
-    assert started(PQCache(BUDGET, m=1, b=6), case(73, 0))[0].codebook is None  # 64 middle keys: attended whole
+    assert started(PQCache(BUDGET, m=1, b=6), case(73, 0))[0].index.codebook is None  # 64 middle keys: attended whole
     data = case(74, 0, group=1)
     data.keys[:, :, 67] = data.keys[:, :, 66]  # 65 middle keys, 64 distinct
     for seed in range(400):
@@ -100,30 +104,30 @@ def _same_mass_as_oracle(state: PQCacheState, store: DeviceStore, data: Case) ->
 def test_an_appended_token_gets_the_nearest_centroid_of_its_own_key() -> None:
     data = case(80, 20)
     state, store = started(PQCache(BUDGET, m=2, b=3), data)
-    assert state.codebook is not None
-    books = state.codebook.clone()
+    assert state.index.codebook is not None
+    books = state.index.codebook.clone()
     for step in range(20):
         advance(state, store, data, step)
-        assert state.codes is not None
-        assert len(state.codes) >= state.middle == 80 + step + 1 - 9
+        assert state.index.codes is not None
+        assert len(state.index.codes) >= state.index.middle == 80 + step + 1 - 9
         token = 80 + step - 6  # the one that left the window
         for b, h, j in np.ndindex(2, 2, 2):
             own = data.keys[b, h, token, 8 * j : 8 * j + 8].double()
             nearest = int((books[b, h, j].double() - own).square().sum(-1).argmin())
-            assert int(state.codes.view()[b, h, state.middle - 1, j]) == nearest
-    assert torch.equal(state.codebook, books)  # frozen
+            assert int(state.index.codes.view()[b, h, state.index.middle - 1, j]) == nearest
+    assert torch.equal(state.index.codebook, books)  # frozen
 
 
 def test_tokens_are_encoded_sixteen_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the newest token; they join the middle one by one all the same, as the test above says."""
     asked: list[tuple[int, int]] = []
-    encode = PQCacheState._encode
+    encode = KeyIndex.encode
 
-    def counted(state: PQCacheState, kv: KV, start: int, stop: int) -> Tensor:
+    def counted(index: KeyIndex, kv: KV, start: int, stop: int) -> Tensor:
         asked.append((start, stop))
-        return encode(state, kv, start, stop)
+        return encode(index, kv, start, stop)
 
-    monkeypatch.setattr(PQCacheState, "_encode", counted)
+    monkeypatch.setattr(KeyIndex, "encode", counted)
     for window, calls in ((20, [(60, 76), (76, 92)]), (6, [(74, 81), (81, 88), (88, 95), (95, 102), (102, 109)])):
         asked.clear()
         data = case(80, 30)
@@ -139,12 +143,12 @@ def test_codebooks_see_the_middle_alone() -> None:
     for tokens in (slice(0, 3), slice(74, 81)):
         poisoned.keys[:, :, tokens] = float("nan")
     clean, dirty = started(PQCache(BUDGET, m=2, b=3), data)[0], started(PQCache(BUDGET, m=2, b=3), poisoned)[0]
-    assert clean.codebook is not None
-    assert dirty.codebook is not None
-    assert torch.equal(clean.codebook, dirty.codebook)
-    assert clean.codes is not None
-    assert dirty.codes is not None
-    assert torch.equal(clean.codes.view(), dirty.codes.view())
+    assert clean.index.codebook is not None
+    assert dirty.index.codebook is not None
+    assert torch.equal(clean.index.codebook, dirty.index.codebook)
+    assert clean.index.codes is not None
+    assert dirty.index.codes is not None
+    assert torch.equal(clean.index.codes.view(), dirty.index.codes.view())
 
 
 def test_permuting_middle_tokens_permutes_the_selection() -> None:
@@ -152,16 +156,16 @@ def test_permuting_middle_tokens_permutes_the_selection() -> None:
     order = torch.arange(91)
     order[3:85] = 3 + torch.randperm(82, generator=torch.Generator().manual_seed(3))
     state, store = started(PQCache(BUDGET, m=2, b=3), data)
-    assert state.codebook is not None
+    assert state.index.codebook is not None
     moved = case(90, 1)
     moved.keys, moved.values = data.keys[:, :, order], data.values[:, :, order]
     # The start of K-Means is a draw of rows; give both the same codebooks and compare what follows from them.
     other, other_store = started(PQCache(BUDGET, m=2, b=3), moved)
-    other.codebook = state.codebook
-    other.codes = type(state.codes)(reference.encode(moved.keys[:, :, 3:84], state.codebook))  # type: ignore[misc]
+    other.index.codebook = state.index.codebook
+    other.index.codes = type(state.index.codes)(reference.encode(moved.keys[:, :, 3:84], state.index.codebook))  # type: ignore[misc]
     q, _ = append(state, store, data, 0), append(other, other_store, moved, 0)
     assert np.array_equal(reconstructed(other), reconstructed(state)[:, :, order[3:85].numpy() - 3])
-    scores = [s.codes.view()[:, :, : s.middle] for s in (state, other) if s.codes is not None]
+    scores = [s.index.known.view()[:, :, : s.index.middle] for s in (state, other)]
     assert torch.equal(scores[1], scores[0][:, :, order[3:85] - 3])
     mine = tokens_of(state.select(q, store), store)
     theirs = order[tokens_of(other.select(q, other_store), other_store)]
@@ -190,7 +194,7 @@ def test_every_short_prompt_equals_full_attention(budget: Budget) -> None:
                 assert method.attends_all(prompt + step + 1) or isinstance(budget, PaperBudget)
                 whole += 1
             else:
-                assert state.codebook is not None
+                assert state.index.codebook is not None
     assert whole > 20
 
 

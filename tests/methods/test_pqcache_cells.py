@@ -146,7 +146,7 @@ def test_methods_answer_the_same_by_cells_and_by_scan(tail: str, kind: str) -> N
         outputs, tokens = [], []
         for state, store in states.values():
             assert isinstance(state, PQCachePlusState)
-            assert (state.lists is not None) == (state.method.search == "cells")
+            assert (state.index.lists is not None) == (state.method.search == "cells")
             selection = advance(state, store, data, step)
             assert (selection.residual is not None) == (tail in ("mean", "pq"))
             assert (selection.log_weights is not None) == (tail == "sampled")
@@ -189,11 +189,11 @@ def test_tokens_of_a_cell_lie_side_by_side() -> None:
     state, store = start(PQCachePlus(budget, m=2, b=2, tail="none", spread=False, search="cells", arranged=True), data)
     plain, _ = start(PQCachePlus(budget, m=2, b=2, tail="none", spread=False, search="cells"), data)
     assert isinstance(plain, PQCachePlusState)
-    assert plain.lists is not None
+    assert plain.index.lists is not None
     rows = advance(state, store, data, 0).indices
     assert rows is not None
     for b, h in np.ndindex(2, 2):
-        owner = np.repeat(np.arange(16), plain.lists.starts[b, h].diff().numpy())  # cell of each middle row
+        owner = np.repeat(np.arange(16), plain.index.lists.starts[b, h].diff().numpy())  # cell of each middle row
         chosen = rows[b, h, 3:-6].numpy() - 3
         chosen = chosen[chosen < len(owner)]  # the token that has just left the window waits behind
         assert (np.diff(chosen) > 0).all()

@@ -56,25 +56,25 @@ def decoded(codebook: Tensor | None, codes: Tensor) -> np.ndarray:
 
 def estimates(state: PQCachePlusState, q: Tensor) -> np.ndarray:
     """Logits ``[B, H, n, M]`` of queries ``[B, H, n, D]`` with keys decoded and mapped back, float64."""
-    assert state.codes is not None
-    keys = decoded(state.codebook, state.codes.view()[..., : state.method.m])
-    if state.map.forward is not None:
-        keys = keys @ np.linalg.pinv(state.map.forward.double().numpy())
-    if state.map.offset is not None:
-        keys = keys + state.map.offset.double().numpy()
+    assert state.index.codes is not None
+    keys = decoded(state.index.codebook, state.index.codes.view()[..., : state.method.m])
+    if state.index.map.forward is not None:
+        keys = keys @ np.linalg.pinv(state.index.map.forward.double().numpy())
+    if state.index.map.offset is not None:
+        keys = keys + state.index.map.offset.double().numpy()
     logits = np.einsum("bhnd,bhsd->bhns", q.double().numpy(), keys) * state.geometry.scaling
-    if state.spread is None:
+    if state.index.spread is None:
         return logits
-    return logits + ((levels(state) / 15) ** 2 * state.spread.most.double().numpy())[:, :, None]
+    return logits + ((levels(state) / 15) ** 2 * state.index.spread.most.double().numpy())[:, :, None]
 
 
 def levels(state: PQCachePlusState) -> np.ndarray:
     """The spread's four bits of every middle token, ``[B, H, M]`` float64."""
-    assert state.spread is not None
-    assert state.codes is not None
-    pairs = state.spread.numbers.pairs().numpy()
+    assert state.index.spread is not None
+    assert state.index.codes is not None
+    pairs = state.index.spread.numbers.pairs().numpy()
     both = np.stack([pairs % 16, pairs // 16], axis=-1).reshape(*pairs.shape[:2], -1)
-    return both[:, :, : len(state.codes)].astype(float)
+    return both[:, :, : len(state.index.codes)].astype(float)
 
 
 def lse(x: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str, sp
         q = append(state, store, data, step)
         selection = state.select(q, store)
         assert selection.residual is not None
-        assert state.codes is not None
+        assert state.index.codes is not None
         logits, rest = estimates(state, q), unselected(selection, store, BUDGET, 90)
         assert (rest.sum(-1) == 90 + step + 1 - 21).all()
         free = np.where(rest[:, :, None], logits, -np.inf)
@@ -114,7 +114,7 @@ def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str, sp
         held = np.where(rest[:, :, None], -np.inf, logits)
         assert np.allclose(np.logaddexp(weight, lse(held)), lse(logits), atol=1e-4)
         if tail == "pq":
-            values = decoded(state.value_codebook, state.codes.view()[..., state.method.m :])
+            values = decoded(state.index.value_codebook, state.index.codes.view()[..., state.method.m :])
             expected = np.einsum("bhgs,bhsd->bhgd", softmax(free), values)
         else:
             middle = data.values[:, :, 3 : 90 + step + 1 - 6].double().numpy().mean(2)
@@ -151,7 +151,7 @@ def test_a_budget_for_everything_is_full_attention(prompt: int, tail: str, searc
             assert (selection.residual.log_weight == float("-inf")).all()
         if selection.log_weights is not None:
             assert (selection.log_weights == 0).all()
-    assert prompt < 12 or state.codebook is not None
+    assert prompt < 12 or state.index.codebook is not None
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -185,8 +185,8 @@ def test_factor_is_true_over_estimated_mass_of_the_last_queries(prompt: int) -> 
             rest = np.isin(np.arange(stop - first), order, invert=True) & seen
             true[b, h] += np.exp(exact[b, h, :, first:stop] - normaliser[b, h])[:, rest].sum()
             guessed[b, h] += np.exp(estimated[b, h] - normaliser[b, h])[:, rest].sum()
-    assert np.allclose(state.log_factor.numpy(), np.log(true / guessed), atol=2e-3)
-    assert (state.log_factor > 0.02).all()  # Jensen: codes underestimate the tail
+    assert np.allclose(state.tail.log_factor.numpy(), np.log(true / guessed), atol=2e-3)
+    assert (state.tail.log_factor > 0.02).all()  # Jensen: codes underestimate the tail
 
 
 def test_factor_is_added_to_the_weight() -> None:
@@ -195,7 +195,7 @@ def test_factor_is_added_to_the_weight() -> None:
     weights = [advance(*pair, data, 0).residual for pair in (plain, calibrated)]
     assert weights[0] is not None
     assert weights[1] is not None
-    factor = calibrated[0].log_factor[:, :, None].expand(2, 2, 2)
+    factor = calibrated[0].tail.log_factor[:, :, None].expand(2, 2, 2)
     assert torch.allclose(weights[1].log_weight - weights[0].log_weight, factor, atol=1e-5)
 
 
@@ -206,11 +206,12 @@ def test_exact_codes_need_no_correction() -> None:
     data.keys = pool[:, :, torch.arange(101) % 4]
     for seed in range(200):
         state, store = started(plus(m=1, b=4, calibrated=True, seed=seed, codebook="plain"), data)
-        if np.allclose(decoded(state.codebook, state.codes.view()[..., :1]), data.keys[:, :, 3:94], atol=1e-5):  # type: ignore[union-attr]
+        keys = decoded(state.index.codebook, state.index.known.view()[..., :1])
+        if np.allclose(keys, data.keys[:, :, 3:94], atol=1e-5):
             break
     else:
         pytest.fail("no start drew every distinct key")
-    assert np.allclose(state.log_factor.numpy(), 0, atol=1e-4)
+    assert np.allclose(state.tail.log_factor.numpy(), 0, atol=1e-4)
     residual = advance(state, store, data, 0).residual
     assert residual is not None
 
@@ -244,7 +245,7 @@ def test_chunked_prefill_equals_one_shot(kind: str, chunk: int) -> None:
     data = case(100, 3)
     method = plus(codebook=kind, calibrated=True, queries=50)
     whole, chunked = started(method, data), started(method, data, chunk)
-    assert np.allclose(whole[0].log_factor.numpy(), chunked[0].log_factor.numpy(), atol=1e-5)
+    assert np.allclose(whole[0].tail.log_factor.numpy(), chunked[0].tail.log_factor.numpy(), atol=1e-5)
     for step in range(3):
         outputs = [
             output_of(advance(*pair, data, step), pair[1], data.q[:, :, :, 100 + step], data)
@@ -269,16 +270,16 @@ def test_prompts_in_sequence_equal_each_alone() -> None:
 def test_an_appended_token_gets_the_nearest_centroids_of_its_own_key_and_value() -> None:
     data = case(80, 20)
     state, store = started(plus(), data)
-    assert state.map.forward is not None
+    assert state.index.map.forward is not None
     for step in range(20):
         advance(state, store, data, step)
-        assert state.codes is not None
+        assert state.index.codes is not None
         token = 80 + step - 6  # the one that left the window
-        key = data.keys[:, :, token : token + 1].double().numpy() @ state.map.forward.double().numpy()
+        key = data.keys[:, :, token : token + 1].double().numpy() @ state.index.map.forward.double().numpy()
         own = {"key": key, "value": data.values[:, :, token : token + 1].double().numpy()}
         for name, book, codes in (
-            ("key", state.codebook, state.codes.view()[:, :, -1, :3]),
-            ("value", state.value_codebook, state.codes.view()[:, :, -1, 3:]),
+            ("key", state.index.codebook, state.index.codes.view()[:, :, -1, :3]),
+            ("value", state.index.value_codebook, state.index.codes.view()[:, :, -1, 3:]),
         ):
             assert book is not None
             parts, width = codes.shape[2], book.shape[4]
@@ -294,25 +295,25 @@ def test_refresh_learns_from_all_keys_and_queries_so_far() -> None:
     state, store = started(plus(refresh=5), data)
     frozen, frozen_store = started(plus(), data)
     for step in range(12):
-        before = state.codebook
+        before = state.index.codebook
         advance(state, store, data, step)
         advance(frozen, frozen_store, data, step)
-        assert state.codebook is not None
-        assert (state.codebook is not before) == (step in (4, 9))
-    assert state.codes is not None
+        assert state.index.codebook is not None
+        assert (state.index.codebook is not before) == (step in (4, 9))
+    assert state.index.codes is not None
     # Made anew in step 9: 90 tokens, of which the current one's query has not been seen.
     x = data.q[:, :, :, :89].double().numpy()
     moment = np.einsum("bhgnd,bhgne->bhde", x, x) / (2 * 89)
     moment += 1e-3 * np.trace(moment, axis1=2, axis2=3)[..., None, None] / 16 * np.eye(16)
-    assert state.map.forward is not None
-    forward = state.map.forward.double().numpy()
+    assert state.index.map.forward is not None
+    forward = state.index.map.forward.double().numpy()
     assert np.allclose(forward @ forward.transpose(0, 1, 3, 2), moment, atol=1e-3)
-    keys = data.keys[:, :, 3:84] @ state.map.forward
+    keys = data.keys[:, :, 3:84] @ state.index.map.forward
     codebook, codes = reference.train_codebook(keys, 3, 8, 10, 0, 128 * 8)
-    assert torch.allclose(state.codebook, codebook, atol=1e-4)
-    assert torch.equal(state.codes.view()[:, :, :81, :3], codes)
-    assert len(state.codes) == 92 - 9
-    assert not torch.equal(state.codebook, frozen.codebook)  # type: ignore[arg-type]
+    assert torch.allclose(state.index.codebook, codebook, atol=1e-4)
+    assert torch.equal(state.index.codes.view()[:, :, :81, :3], codes)
+    assert len(state.index.codes) == 92 - 9
+    assert not torch.equal(state.index.codebook, frozen.index.codebook)  # type: ignore[arg-type]
 
 
 def test_codes_on_the_host_answer_the_same() -> None:
@@ -350,11 +351,11 @@ def test_sub_spaces_need_not_divide_the_head_dimension(kind: str, m: int) -> Non
     data = case(90, 1)
     state, store = started(plus(codebook=kind, m=m), data)
     q, keys = data.q[:, :, :, 90], store.keys(3, 84)
-    mapped = state.map.queries(q) @ state.map.keys(keys).transpose(2, 3)
+    mapped = state.index.map.queries(q) @ state.index.map.keys(keys).transpose(2, 3)
     assert mapped.shape == (2, 2, q.shape[2], 81)
-    assert state.map.keys(keys).shape[-1] == -(-16 // m) * m
+    assert state.index.map.keys(keys).shape[-1] == -(-16 // m) * m
     exact = q @ keys.transpose(2, 3)
-    assert torch.allclose(mapped + state.map.constant(q)[..., None], exact, atol=1e-3)
+    assert torch.allclose(mapped + state.index.map.constant(q)[..., None], exact, atol=1e-3)
 
 
 def test_without_additions_it_is_pqcache() -> None:

@@ -14,7 +14,8 @@ from methods.full import Full
 from methods.pqcache import PQCache
 from methods.pqcache.previous import PreviousQuery
 from pqbench.engine.decode import decode, generate
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.method import Budget
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import append, case, prompt_of, start
@@ -80,7 +81,7 @@ def test_each_head_attends_to_what_its_query_or_the_one_before_selects(threshold
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_correcting_always_changes_nothing(llama: PreTrainedModel, tier: Tier, kernels: str) -> None:
     ids, method = prompt_of(200, seed=7), PQCache(GROWING, m=2, b=4)
-    settings = (Setting(tier, body=kernels, select_ahead=on, correction=1.0) for on in (True, False))
+    settings = (Setting(tier, backend=kernels, select_ahead=on, correction=1.0) for on in (True, False))
     first, second = (generate(llama, ids, method, max_new_tokens=NEW, setting=setting) for setting in settings)
     assert torch.equal(first, second)
 

@@ -21,9 +21,9 @@ def half_mean_square(state: PQCachePlusState, data: Case, stop: int) -> np.ndarr
     q = data.q[:, :, :, : data.prompt].flatten(2, 3)
     keys = data.keys[:, :, 3:stop].double().numpy()
     true = np.einsum("bhnd,bhsd->bhns", q.double().numpy(), keys) * state.geometry.scaling
-    spread, state.spread = state.spread, None
+    spread, state.index.spread = state.index.spread, None
     error = true - estimates(state, q)
-    state.spread = spread
+    state.index.spread = spread
     return (error**2).mean(2) / 2
 
 
@@ -34,14 +34,14 @@ def test_four_bits_hold_half_the_mean_squared_error_over_the_prompts_queries(kin
     state, store = started(plus(codebook=kind, queries=None, spread=True), data)
     for step in range(8):
         append(state, store, data, step)
-    assert state.codes is not None
-    assert state.spread is not None
+    assert state.index.codes is not None
+    assert state.index.spread is not None
     expected = half_mean_square(state, data, 98 - 6)
     most = expected[..., : 90 - 9].max(-1, keepdims=True)
     share = np.sqrt(np.minimum(expected / most, 1))
     assert levels(state).shape == expected.shape
     assert np.abs(levels(state) - 15 * share).max() < 0.501
-    assert np.allclose(state.spread.most.numpy(), most, rtol=1e-4)
+    assert np.allclose(state.index.spread.most.numpy(), most, rtol=1e-4)
 
 
 @given(count=st.integers(1, 40), m=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))

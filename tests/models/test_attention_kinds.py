@@ -17,8 +17,8 @@ from methods.pqcache import PQCache
 from methods.snapkv import SnapKV
 from methods.streaming_llm import StreamingLLM
 from pqbench import Budget, Method, generate
-from pqbench.engine.prefill import Setting
 from pqbench.engine.rehearsal import profile
+from pqbench.engine.setting import Setting
 from pqbench.errors import ModelError
 from pqbench.store.tiers import HostTier
 from pqbench.support.miniature import small_model

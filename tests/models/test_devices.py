@@ -16,10 +16,10 @@ import torch
 from methods.full import Full
 from methods.pqcache import PQCache
 from pqbench.config.compose import load_model
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, ModelError
 from pqbench.measure import latency
-from pqbench.measure.base import TimingJob
+from pqbench.measure.base import Job
 from pqbench.measure.latency import Latency, check_memory
 from pqbench.measure.layer import attention
 from pqbench.measure.layer.attention import Attention
@@ -124,7 +124,7 @@ def test_memory_of_a_prefill_is_looked_at_before_it(
     monkeypatch: pytest.MonkeyPatch, size: int, tier: Tier, chunk: int | None, words: list[str]
 ) -> None:
     loaded = load_model("tiny")
-    job = TimingJob(loaded, METHODS, {}, Setting(tier, body="reference"), chunk=chunk)
+    job = Job(loaded, METHODS, {}, Setting(tier, backend="reference"), chunk=chunk)
     free(monkeypatch, size)
     with pytest.raises(ConfigError) as caught:
         check_memory(job, loaded.model, 2000, 8, 512)
@@ -141,7 +141,7 @@ def test_what_a_prefill_needs_grows_with_keys_values_and_block(monkeypatch: pyte
     loaded = load_model("tiny")
 
     def least(chunk: int | None, tier: Tier) -> int:
-        job = TimingJob(loaded, METHODS, {}, Setting(tier, body="reference"), chunk=chunk)
+        job = Job(loaded, METHODS, {}, Setting(tier, backend="reference"), chunk=chunk)
         low, high = 0, 1 << 34
         while high - low > 1:
             middle = (low + high) // 2
@@ -169,7 +169,7 @@ def test_latency_looks_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 1000)
     monkeypatch.setattr(latency, "run_once", lambda *_: pytest.fail("something ran"))
     with pytest.raises(ConfigError, match=r"needs 0\.0 GB on cpu .* and 0\.0 GB are free: use"):
-        Latency(contexts=[128], new_tokens=4).measure(TimingJob(loaded, METHODS, {}, Setting(body="reference")))
+        Latency(contexts=[128], new_tokens=4).measure(Job(loaded, METHODS, {}, Setting(backend="reference")))
 
 
 def test_one_layer_on_the_host_needs_room_for_a_copy_per_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_one_layer_on_the_host_needs_room_for_a_copy_per_method(monkeypatch: pyt
     monkeypatch.setattr(HostTier, "check", lambda _, tokens, row_bytes: asked.append((tokens, row_bytes)))
     monkeypatch.setattr(attention, "take_turns", lambda *_: None)
     benchmark = Attention(geometry="tiny", contexts=[512], budgets=[0.25])
-    cells = [attention.Cell("float32", 512, 0.25)]
-    job: Any = TimingJob(None, METHODS, {}, Setting(HostTier(), body="reference"))
-    benchmark._check(job, cells, torch.device("cpu"))
+    conditions = [attention.Condition("float32", 512, 0.25)]
+    job: Any = Job(None, METHODS, {}, Setting(HostTier(), backend="reference"))
+    benchmark._check(job, conditions, torch.device("cpu"))
     assert asked == [(512, 2 * (2 * 2 * 16 * 4))]

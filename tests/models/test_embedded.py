@@ -8,29 +8,14 @@ import pytest
 import torch
 import yaml
 
-from methods.full import Full
-from methods.h2o import H2O
-from methods.infllm import InfLLM
-from methods.oracle import Oracle
-from methods.pqcache import PQCache
-from methods.sparq import SparQ
-from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
 from pqbench.benchmarks.prose import prose
-from pqbench.method import Budget, Method
+from pqbench.method import Method
 from pqbench.models.sources import LoadedModel, PackagedGGUF
+from tests.catalogue import exact, names
 
 pytestmark = pytest.mark.embedded
-WHOLE = Budget(ratio=1.0)
-METHODS: dict[str, Method] = {
-    "full": Full(),
-    "oracle": Oracle(WHOLE),
-    "streaming_llm": StreamingLLM(WHOLE),
-    "h2o": H2O(WHOLE),
-    "sparq": SparQ(WHOLE),
-    "infllm": InfLLM(Budget(sink=0, window=8192, ratio=1.0)),  # all local; blocks renumber by design
-    "pqcache": PQCache(WHOLE),
-}
+METHODS: dict[str, Method] = {name: exact(name) for name in names()}
 NEW = 16
 
 

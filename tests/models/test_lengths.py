@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from methods.full import Full
 from methods.streaming_llm import StreamingLLM
 from pqbench import Budget, generate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, ModelError
 from pqbench.models.lengths import learned_positions, longest_context
 from pqbench.models.sources import Pretrained, byte_tokenizer, reach

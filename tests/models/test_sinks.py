@@ -14,20 +14,16 @@ from methods.full import Full
 from methods.h2o import H2O
 from methods.infllm import InfLLM
 from methods.oracle import Oracle
-from methods.pqcache import PQCache, PQCachePlus
-from methods.quest import Quest
-from methods.snapkv import SnapKV
-from methods.sparq import SparQ
-from methods.streaming_llm import StreamingLLM
-from methods.tova import TOVA
-from pqbench import Budget, Method, decode, generate, prefill
+from methods.pqcache import PQCache
+from pqbench import Budget, decode, generate, prefill
 from pqbench.engine.attention import dense_attention
-from pqbench.engine.prefill import Setting
 from pqbench.engine.rehearsal import profile
+from pqbench.engine.setting import Setting
 from pqbench.kernels import reference, sinks
 from pqbench.measure.probe import probe
 from pqbench.store.tiers import HostTier
 from pqbench.support.miniature import small_model
+from tests import catalogue
 from tests.support import left_padded, prompt_of, softmax
 
 NEW = 8
@@ -46,21 +42,6 @@ def small(kind: str) -> PreTrainedModel:
     return model
 
 
-def methods(budget: Budget) -> dict[str, Method]:
-    return {
-        "full": Full(),
-        "oracle": Oracle(budget),
-        "h2o": H2O(budget),
-        "snapkv": SnapKV(budget, observation=8, kernel=5),
-        "tova": TOVA(budget),
-        "quest": Quest(budget, page_size=4),
-        "sparq": SparQ(budget, rank=4),
-        "pqcache": PQCache(budget, m=2, b=3),
-        "pqcache_plus": PQCachePlus(budget, b=4, b_v=4),
-        "streaming_llm": StreamingLLM(budget),
-    }
-
-
 def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
     tokens: Tensor = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
@@ -72,11 +53,10 @@ def test_every_method_is_exact_at_full_budget(kind: str) -> None:
     model = small(kind)
     ids, mask = left_padded(prompt_of(20, 1), prompt_of(3, 2), prompt_of(130, 3))
     right, padded = truth(model, prompt_of(130)), truth(model, ids, mask)
-    for name, method in methods(WHOLE).items():
+    for name in catalogue.names():
+        method = catalogue.exact(name)
         assert torch.equal(generate(model, prompt_of(130), method, max_new_tokens=NEW, chunk=16), right), name
         assert torch.equal(generate(model, ids, method, mask, NEW), padded), name
-    local = InfLLM(Budget(sink=0, window=4096, ratio=1.0))
-    assert torch.equal(generate(model, prompt_of(130), local, max_new_tokens=NEW), right)
 
 
 def test_sinks_matter_and_the_host_tier_and_the_reference_kernels_count_them() -> None:
@@ -87,7 +67,7 @@ def test_sinks_matter_and_the_host_tier_and_the_reference_kernels_count_them() -
         if name.endswith("sinks"):
             torch.nn.init.constant_(parameter, -1e4)
     assert not torch.equal(truth(without, ids), right)
-    for setting in (Setting(HostTier()), Setting(body="reference")):
+    for setting in (Setting(HostTier()), Setting(backend="reference")):
         for method in (Full(), PQCache(WHOLE, m=2, b=3), H2O(WHOLE)):
             assert torch.equal(generate(model, ids, method, max_new_tokens=NEW, setting=setting), right)
 
@@ -189,7 +169,7 @@ def test_small_budgets_change_tokens_and_stay_within_budget() -> None:
     right = truth(model, ids)
     changed = [
         name
-        for name, method in methods(SMALL).items()
+        for name, method in ((name, catalogue.small(name, SMALL)) for name in catalogue.names())
         if not torch.equal(decode(prefill(model, ids, [method]), 0, NEW).tokens, right)
     ]
     assert "full" not in changed

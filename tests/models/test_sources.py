@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from methods.full import Full
 from pqbench import generate, load_model
-from pqbench.engine.prefill import Setting, devices, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
+from pqbench.engine.shapes import devices
 from pqbench.errors import ConfigError, ModelError
 from pqbench.models.gguf import cache_folder
 from pqbench.models.sources import (

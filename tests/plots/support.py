@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from plots.data import with_settings
 from pqbench.tables.summaries import frame
 
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("latency", "attention", "attention_scores", "fidelity")
 Row = dict[str, Any]
 Settings = dict[str, Any]
 
@@ -18,16 +22,22 @@ class Results:
 
     def __init__(self, benchmark: str, /, **settings: Any) -> None:
         self.benchmark, self.common = benchmark, settings
+        self.kind = benchmark if benchmark in KINDS else "scores"
         self.rows: list[Row] = []
         self.known: dict[str, tuple[Settings, Settings]] = {}
 
     def run(self, method: str, target: str, rows: list[Row], options: Settings | None = None, **settings: Any) -> None:
-        """Add one run: ``target`` is a module of methods/, ``options`` its fields; each row a sample's fields."""
+        """Add one run: ``target`` is a yaml of conf/method/, ``options`` are its fields; each row a sample's fields.
+
+        The run's settings name the class of that yaml in a module that no longer exists.
+        """
         key = f"{len(self.known):012x}"
-        own = {"_target_": f"methods.{target}.X", **(options or {})}
+        node = yaml.safe_load((ROOT / f"conf/method/{target}.yaml").read_text(encoding="utf-8"))
+        own = {"_target_": f"gone.place.{node['_target_'].split('.')[-1]}", **(options or {})}
         self.known[key] = ({"benchmark": {}, **self.common, **settings, "method": own}, {"processor": "Test CPU"})
         for i, row in enumerate(rows):
             common = {
+                "kind": self.kind,
                 "benchmark": self.benchmark,
                 "model": "toy",
                 "task": "t",

@@ -76,7 +76,7 @@ def test_no_grid_without_two_codebooks_and_two_tails(results: Results, tmp_path:
     assert ablation.draw(table[table["method"].isin(["oracle", "a", "b"])], tmp_path) == []  # one codebook
     assert ablation.draw(table[table["method"].isin(["oracle", "b", "c"])], tmp_path) == []  # one tail
     assert ablation.draw(table.drop(columns="settings"), tmp_path) == []
-    assert ablation.draw(table.assign(benchmark="needle"), tmp_path) == []
+    assert ablation.draw(table.assign(kind="scores"), tmp_path) == []
     results.run("e", "pqcache", rows(0.3), PARTS | {"codebook": "rotated", "tail": "mean", "iterations": 3})
     assert len(ablation.draw(results.table, tmp_path)) == 2  # one that differs otherwise joins no grid and makes none
 

@@ -16,6 +16,7 @@ def row(
 ) -> dict[str, Any]:
     select, fetch, attend = times
     return {
+        "kind": "attention",
         "benchmark": "attention",
         "model": "llama31_8b",
         "geometry": "llama31_8b",

@@ -65,5 +65,5 @@ def test_one_size_is_no_figure(results: Results, tmp_path: Path) -> None:
     table = results.table
     none = pd.DataFrame(table[[settings["store"]["cache_tokens"] == 0 for settings in table["settings"]]])
     assert cache.draw(none, tmp_path) == []
-    assert cache.draw(table.assign(benchmark="needle"), tmp_path) == []
+    assert cache.draw(table.assign(kind="scores"), tmp_path) == []
     assert cache.draw(table.drop(columns=["tpot_s"]), tmp_path) == []

@@ -19,6 +19,7 @@ from pqbench.costs.model import HARDWARE, MODELS, MethodProfile, fits, tpot
 from tests.costs.test_costs import EXACT, made_by
 
 COMMON: dict[str, Any] = {
+    "kind": "latency",
     "benchmark": "latency",
     "model": "smollm2",
     "status": "ok",

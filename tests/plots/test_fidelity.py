@@ -26,6 +26,7 @@ POINTS: dict[tuple[str, float | None], tuple[tuple[float, float], tuple[float, f
 def rows(**fields: Any) -> list[dict[str, Any]]:
     return [
         {
+            "kind": "fidelity",
             "benchmark": "fidelity",
             "model": "toy",
             "method": method,
@@ -134,8 +135,13 @@ def test_a_figure_for_each_length_and_none_without_curves(tmp_path: Path) -> Non
     assert names == {f"fidelity_toy_{end}.{kind}" for end in ("4K", "4K-2", "8K") for kind in ("png", "pdf")}
     assert fidelity.draw(table[table["method"] == "full"], tmp_path) == []
     assert fidelity.draw(table.assign(status="error"), tmp_path) == []
-    assert fidelity.draw(table.assign(benchmark="needle"), tmp_path) == []
-    assert fidelity.draw(pd.DataFrame([{"benchmark": "needle", "status": "ok", "method": "h2o"}]), tmp_path) == []
+    assert fidelity.draw(table.assign(kind="scores"), tmp_path) == []
+    assert (
+        fidelity.draw(
+            pd.DataFrame([{"kind": "scores", "benchmark": "needle", "status": "ok", "method": "h2o"}]), tmp_path
+        )
+        == []
+    )
 
 
 def test_of_many_lines_the_frontier_and_the_rails_have_names(run: pd.DataFrame) -> None:

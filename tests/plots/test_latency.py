@@ -24,6 +24,7 @@ SECONDS = {
 def rows(**fields: Any) -> list[dict[str, Any]]:
     return [
         {
+            "kind": "latency",
             "benchmark": "latency",
             "model": "toy",
             "method": method,
@@ -121,7 +122,7 @@ def test_a_figure_for_each_link_and_none_without_times(tmp_path: Path) -> None:
     paths = latency.draw(table, tmp_path)
     assert {path.name for path in paths} == {f"latency_toy{end}" for end in (".png", ".pdf", "-2.png", "-2.pdf")}
     assert latency.draw(table.assign(status="error"), tmp_path) == []
-    assert latency.draw(table.assign(benchmark="needle"), tmp_path) == []
+    assert latency.draw(table.assign(kind="scores"), tmp_path) == []
 
 
 def test_sweeps_and_short_runs_are_not_latency_figures(tmp_path: Path) -> None:

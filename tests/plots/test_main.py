@@ -10,7 +10,7 @@ import pytest
 from plots.__main__ import figures, main
 from plots.data import PUBLISHED, alike, machine, published, without
 from pqbench.records.file import VERSION, RecordFile
-from pqbench.records.folders import read_settings
+from pqbench.records.folders import read_folders
 from tests.plots.support import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def test_every_figure_names_what_makes_its_records(tmp_path: Path, caplog: pytes
         caplog.clear()
         assert main([str(tmp_path), name]) == 1
         (line,) = caplog.messages
-        assert line.startswith(f"no records to draw {name} in {tmp_path}: run `")
+        assert line.startswith(f"{name} is not drawn: it needs ")
         for word in line.split("`")[1].split():
             if word.startswith("experiment="):
                 assert (ROOT / "conf/experiment" / f"{word.removeprefix('experiment=')}.yaml").exists()
@@ -61,10 +61,10 @@ def test_some_records_draw_some_figures(folder: Path, caplog: pytest.LogCaptureF
     caplog.set_level("INFO")
     assert main([str(folder)]) == 0
     assert (folder / "figures/needle_full.png").exists()
-    assert any(line.startswith("no records for ablation, attention,") for line in caplog.messages)
+    assert any(line.startswith("not drawn: ablation, attention,") for line in caplog.messages)
     assert main([str(folder), "needle"]) == 0
     assert main([str(folder), "needle", "cache"]) == 1
-    assert "no records to draw cache" in caplog.text
+    assert "cache is not drawn: it needs latency records of one method with two sizes" in caplog.text
 
 
 def test_an_unknown_figure_is_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,15 +88,15 @@ def test_records_without_settings_or_columns_break_nothing(folder: Path) -> None
         bare = {"version": 1, "benchmark": benchmark, "sample_id": benchmark, "status": "ok", "method": "x", "key": "k"}
         path.write_text(path.read_text() + json.dumps(bare) + "\n")
     assert main([str(folder)]) == 0
-    ((settings, environment),) = read_settings(folder).values()
-    assert settings == {}
-    assert environment["packages"]["pqbench"]
+    (run,) = read_folders(folder)
+    assert run.settings == {}
+    assert run.environments[0]["packages"]["pqbench"]
 
 
 def test_settings_come_from_the_folder(folder: Path) -> None:
-    ((settings, environment),) = read_settings(folder).values()
-    assert settings == SETTINGS
-    assert environment["processor"]
+    (run,) = read_folders(folder)
+    assert run.settings == SETTINGS
+    assert run.environments[0]["processor"]
 
 
 def test_runs_are_alike_but_for_what_is_swept() -> None:

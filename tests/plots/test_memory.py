@@ -47,5 +47,5 @@ def test_formula_and_bars(results: Results, tmp_path: Path) -> None:
 
 
 def test_nothing_without_latency_records_that_hold_bytes(results: Results, tmp_path: Path) -> None:
-    assert memory.draw(results.table.assign(benchmark="needle"), tmp_path) == []
+    assert memory.draw(results.table.assign(kind="scores"), tmp_path) == []
     assert memory.draw(results.table.drop(columns="host_bytes"), tmp_path) == []

@@ -56,5 +56,5 @@ def test_layers_mean_and_fit(results: Results, tmp_path: Path) -> None:
 
 def test_nothing_without_probabilities(results: Results, tmp_path: Path) -> None:
     assert power_law.draw(results.table.drop(columns="probabilities"), tmp_path) == []
-    assert power_law.draw(results.table.assign(benchmark="needle"), tmp_path) == []
+    assert power_law.draw(results.table.assign(kind="scores"), tmp_path) == []
     assert np.isnan(power_law.slope(np.array([1.0, 2.0]), np.array([0.5, 0.1]))).all()

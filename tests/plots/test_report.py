@@ -16,12 +16,12 @@ from lxml import html
 
 from plots.report import leaderboard, samples
 from plots.report.__main__ import main
-from plots.report.descriptions import describe
+from plots.report.descriptions import describe, source_description
 from plots.report.load import load
 from plots.report.page import render
 from plots.report.pareto import frontier
 from plots.report.text import clip, facts, inert
-from pqbench.records.file import VERSION, encode
+from pqbench.records.file import VERSION, RecordFile, encode
 from pqbench.tables import command as tables
 from tests.plots.sample_results import BYTES_READ, EVIL, SCORES, record, write
 
@@ -140,7 +140,13 @@ def test_methods_are_described_from_their_source_without_running_it(page: html.H
     rows = described.xpath(".//table[contains(@class,'settings')]//tr")
     settings = {row.xpath("string(th)"): row.xpath("string(td)") for row in rows}
     assert settings == {"budget.ratio": "0.1"}
-    assert "elsewhere.absent.H2O was not found" in sections["h2o"].text_content()
+    assert "https://arxiv.org/abs/2306.14048" in sections["h2o"].xpath(".//a/@href")  # of a module that is gone
+
+
+def test_a_class_that_no_yaml_names_is_said_to_be_missing(tmp_path: Path) -> None:
+    file = RecordFile.create(tmp_path, "needle", "tiny", "mine", {"method": {"_target_": "somewhere.Gone"}})
+    file.append(record("mine", "needle", "t", "a", 1.0))
+    assert "Gone was not found here" in build(tmp_path).text_content()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,7 @@ def test_methods_are_described_from_their_source_without_running_it(page: html.H
     ],
 )
 def test_targets_that_are_no_class_here_have_no_description(target: str) -> None:
+    assert source_description(target) is None
     assert describe(target) is None
 
 
@@ -168,7 +175,7 @@ def test_describing_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (package / "inner.py").write_text('"""Inner: words (arXiv 1234.56789)."""\nclass Trap:\n    """Trap text."""\n')
     monkeypatch.syspath_prepend(str(tmp_path))
     for target in ("trap_package.inner.Trap", "trap_package.Trap"):
-        found = describe(target)
+        found = source_description(target)
         assert found is not None
         assert found.papers == ["1234.56789"]
 
@@ -291,8 +298,10 @@ def test_other_versions_broken_lines_and_older_records_are_counted(tmp_path: Pat
 def test_fields_of_the_wrong_type_or_absent_break_nothing(tmp_path: Path, value: Any) -> None:
     bare = {"version": VERSION, "sample_id": "a", "status": "ok"}
     every = dict.fromkeys(record("full", "needle", "t", "b", 1.0), value) | bare
-    timed = [every | {"benchmark": name, "sample_id": name} for name in ("latency", "attention")]
-    timed.append(every | {"benchmark": "fidelity", "sample_id": "fidelity", "ratio": value, "kl": value})
+    timed = [every | {"kind": name, "benchmark": name, "sample_id": name} for name in ("latency", "attention")]
+    timed.append(
+        every | {"kind": "fidelity", "benchmark": "fidelity", "sample_id": "fidelity", "ratio": value, "kl": value}
+    )
     placed = [one | {"method": "m", "context": 8, "length": 8, "sample_id": one["sample_id"] + "2"} for one in timed]
     failed = [bare | {"sample_id": "c", "status": "oom"}, every | {"sample_id": "e", "status": "error"}]
     needle = every | {"sample_id": "n", "benchmark": "needle", "model": "m", "method": "x"}
@@ -303,7 +312,7 @@ def test_fields_of_the_wrong_type_or_absent_break_nothing(tmp_path: Path, value:
     page = build(tmp_path)
     assert "full" in set(grid(page.xpath("//table[@id='runs']")[0])["method"])
     (left_out,) = page.xpath("//ul[@id='left-out']/li/text()")
-    assert re.fullmatch("[2-6] timing or fidelity records that do not say what they measured", left_out)
+    assert re.fullmatch("[2-6] records without scores that do not say what they measured", left_out)
 
 
 def test_fidelity_has_its_tables(tmp_path: Path) -> None:

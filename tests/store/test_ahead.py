@@ -38,7 +38,7 @@ def test_rows_that_were_asked_for_ahead(captured: bool, cache: str) -> None:
                 number.fill_(at)
                 store.extent.number = number
             store.fetch_ahead(ahead, torch.tensor([asked], dtype=torch.int32) if captured else asked)
-            used += store._finder.is_ahead
+            used += store._finder._ahead is not None
             if captured:
                 store.writer.write(keys[:, :, at : at + 1], values[:, :, at : at + 1])
                 store.writer.written(1)

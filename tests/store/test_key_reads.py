@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.oracle import Oracle
-from pqbench.engine.cohort import Group, Rows
+from pqbench.engine.cohort import Cohort, Rows
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
@@ -68,7 +68,7 @@ class SilentState(LayerState):
         return Selection(rows.expand(BATCH, HEADS, -1))
 
 
-def decoded(method: Method, tier: Tier) -> Group:
+def decoded(method: Method, tier: Tier) -> Cohort:
     """A few steps of one layer."""
     data = case(PROMPT, STEPS, batch=BATCH, heads=HEADS, width=WIDTH)
     keys, values = (GrowingBuffer(part[:, :, :PROMPT]) for part in (data.keys, data.values))
@@ -76,26 +76,26 @@ def decoded(method: Method, tier: Tier) -> Group:
     store = placement.prompt(keys, values).store(lambda length: method.split(length, PROMPT))
     state = method.layer(data.geometry)
     state.finish_prefill(store)
-    group = Group(Rows(slice(None), 0, BATCH), store, state)
+    cohort = Cohort(Rows(slice(None), 0, BATCH), store, state, method)
     for step in range(STEPS):
         at = PROMPT + step
-        group.append(data.keys[:, :, at : at + 1], data.values[:, :, at : at + 1])
-        group.attend(data.q[:, :, :, at])
+        cohort.append(data.keys[:, :, at : at + 1], data.values[:, :, at : at + 1])
+        cohort.attend(data.q[:, :, :, at])
     store.settle()
     placement.close()
-    return group
+    return cohort
 
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("kind", READS)
 def test_keys_that_a_selection_reads_are_counted_though_nothing_was_declared(kind: str, tier: str) -> None:
     read, tokens = READS[kind]
-    group = decoded(Silent(read), TIERS[tier])
+    cohort = decoded(Silent(read), TIERS[tier])
     lengths = range(PROMPT + 1, PROMPT + STEPS + 1)
-    assert group.meter.index_bytes == sum(tokens(length) for length in lengths) * KEY
+    assert cohort.meter.index_bytes == sum(tokens(length) for length in lengths) * KEY
 
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_what_the_oracle_reads_is_counted_once(tier: str) -> None:
-    group = decoded(Oracle(BUDGET), TIERS[tier])
-    assert group.meter.index_bytes == sum(range(PROMPT + 1, PROMPT + STEPS + 1)) * KEY
+    cohort = decoded(Oracle(BUDGET), TIERS[tier])
+    assert cohort.meter.index_bytes == sum(range(PROMPT + 1, PROMPT + STEPS + 1)) * KEY

@@ -10,7 +10,7 @@ import torch
 
 from methods.pqcache import PQCache
 from pqbench import generate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import Budget

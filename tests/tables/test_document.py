@@ -19,7 +19,7 @@ from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, TASKS
 from pqbench.errors import DataError
 from pqbench.records.file import VERSION, RecordFile, encode
 from pqbench.tables.command import main
-from pqbench.tables.document import bench_table, document, frame, suites, wide
+from pqbench.tables.document import document, frame, run_table, suites, wide
 from pqbench.tables.rescore import rescore, stored_benchmark
 from pqbench.tables.summaries import DRAWS, Estimate, resampled
 
@@ -194,7 +194,7 @@ def test_names_cannot_act_in_a_terminal_or_in_markdown() -> None:
         assert len({row.replace("\\\\", "").replace("\\|", "").count("|") for row in rows}) == 1
     assert "<b>" not in text
     console = Console(file=io.StringIO(), width=400, force_terminal=True, color_system=None)
-    console.print(bench_table(records))
+    console.print(run_table(records))
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[red]" in output
     assert "\x1b[31m" not in output
@@ -284,6 +284,24 @@ def test_rescoring_needs_no_model_and_changes_scores_only(tmp_path: Path) -> Non
     assert rescore(tmp_path).changed == 0
 
 
+def test_a_module_that_no_longer_exists_is_no_obstacle_to_rescoring(tmp_path: Path) -> None:
+    moved = {"benchmark": NEEDLE["benchmark"] | {"_target_": "pqbench.suites.of_old.Needle"}}
+    folder = stored(tmp_path, "full-1", [found("a", "1234567", 0.0)], moved)
+    result = rescore(tmp_path)
+    assert (result.records, result.changed, result.failed) == (1, 1, 0)
+    assert json.loads((folder / "records.jsonl").read_bytes())["score"] == 100.0
+
+
+@pytest.mark.parametrize(
+    "target", ["pqbench.timing.latency.Latency", "pqbench.measure.latency.Latency", "gone.Latency"]
+)
+def test_records_without_scores_are_passed_over_wherever_their_class_lay(tmp_path: Path, target: str) -> None:
+    old = record("1024-0", benchmark="latency", context=1024, repeat=0, score=None)
+    stored(tmp_path, "full-1", [old], {"benchmark": {"_target_": target}})
+    result = rescore(tmp_path)
+    assert (result.runs, result.records, result.failed) == (0, 0, 0)
+
+
 def test_rescored_runs_go_on(tmp_path: Path) -> None:
     folder = stored(tmp_path, "full-1", [found("a", "1234567", 0.0)], NEEDLE)
     file = RecordFile(folder)
@@ -300,6 +318,7 @@ REFUSED: list[Any] = [
     {"_target_": "pqbench.benchmarks.base.Prompter"},
     {"_target_": "pqbench.benchmarks.needle.Sample"},
     {"_target_": "pqbench.benchmarks.absent.X"},
+    {"_target_": "pqbench.measure.latency.Latency"},
     {"_target_": "pqbench.benchmarks.needle.Needle", "unknown": 1},
     {"_target_": "pqbench.benchmarks.needle.Needle", "lengths": []},
     {"_target_": ["x"]},
@@ -311,10 +330,9 @@ REFUSED: list[Any] = [
 
 @pytest.mark.parametrize("node", REFUSED, ids=range(len(REFUSED)))
 def test_only_our_benchmarks_are_made_from_a_config_file(tmp_path: Path, node: Any) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({"benchmark": node}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"benchmark": node}))
     with pytest.raises(DataError) as caught:
-        stored_benchmark(config)
+        stored_benchmark(tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pqbench.records.file import VERSION, encode
-from pqbench.tables.fidelity import lines_of, multiples, sections
+from pqbench.tables.fidelity import fidelity_sections, lines_of, multiples
 
 ERRORS = {("oracle", 0.1): (0.1, 0.3), ("oracle", 0.2): (0.05, 0.15), ("h2o", 0.1): (0.4, 0.6), ("full", None): (0, 0)}
 
@@ -62,7 +62,7 @@ def records(**fields: Any) -> list[dict[str, Any]]:
 
 def cells(rows: list[dict[str, Any]], table: int = -2) -> dict[tuple[str, str], dict[str, str]]:
     """Cells by heading, by method and ratio."""
-    section = sections(rows)[table]
+    section = fidelity_sections(rows)[table]
     named = [dict(zip(section.headings, row, strict=True)) for row in section.rows]
     return {(row["method"], row["ratio"]): row for row in named}
 
@@ -111,7 +111,7 @@ def test_parts_show_ages_and_thirds() -> None:
 
 
 def test_main_figures_have_tables_of_method_by_budget() -> None:
-    error, kl, agreement, recall, *_ = sections(records() + records(length=8192, output_error=0.5))
+    error, kl, agreement, recall, *_ = fidelity_sections(records() + records(length=8192, output_error=0.5))
     assert error.headings == ["method", "10 %", "20 %"]
     assert "output error at 4096 tokens by budget, 2 documents" in error.title
     assert error.rows == [
@@ -121,7 +121,7 @@ def test_main_figures_have_tables_of_method_by_budget() -> None:
     assert kl.rows[0][1].startswith("0.0200 [")
     assert agreement.rows[1][1].startswith("50.0 [")
     assert recall.rows[1][1].startswith("0.500 [")
-    titles = [section.title for section in sections(records() + records(length=8192))]
+    titles = [section.title for section in fidelity_sections(records() + records(length=8192))]
     assert sum("at 8192 tokens" in title for title in titles) == PIVOTS
 
 
@@ -129,20 +129,20 @@ def test_failures_are_counted_and_runs_told_apart() -> None:
     rows = records()
     rows[2] |= {"status": "oom"}
     assert cells(rows)["oracle", "20 %"]["n"] == "1 (+1 failed)"
-    two = sections(records() + records(key="other"))[-2]
+    two = fidelity_sections(records() + records(key="other"))[-2]
     assert two.headings[:4] == ["length", "ratio", "method", "key"]
     assert len(two.rows) == 8
 
 
 def test_every_model_has_its_own_tables() -> None:
-    titles = [section.title for section in sections(records() + records(model="big"))]
+    titles = [section.title for section in fidelity_sections(records() + records(model="big"))]
     assert [title.split()[2] for title in titles] == ["toy"] * (PIVOTS + 2) + ["big"] * (PIVOTS + 2)
     assert "64 teacher-forced steps (float32, 2 threads, kernels cpu)" in titles[0]
-    assert sections([]) == []
+    assert fidelity_sections([]) == []
 
 
 def test_multiples_pair_documents() -> None:
-    error, kl, *_ = sections(records(), "oracle")[PIVOTS:]
+    error, kl, *_ = fidelity_sections(records(), "oracle")[PIVOTS:]
     assert "as a multiple of that of oracle on the same document: output error at 4096 tokens" in error.title
     # 0.4 / 0.1 and 0.6 / 0.3: the mean of the ratios is 3, that of the errors alone 2.5 times the oracle's.
     assert error.rows == [["oracle", "1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]"], ["h2o", "3.00 [2.00, 4.00]", "-"]]

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from pqbench.records.file import VERSION, Record, encode
 from pqbench.tables.command import main
-from pqbench.tables.document import document, frame
-from pqbench.tables.timings import facts, flat, link_of, sections, timing_table
+from pqbench.tables.document import document, frame, run_table
+from pqbench.tables.kinds import flat, sections
+from pqbench.tables.section import facts, link_of
 
 
 def latency(method: str, repeat: int, tpot_s: float, context: int = 1024, **fields: Any) -> Record:
@@ -182,7 +183,7 @@ def printed(records: list[Record]) -> str:
     """What a run prints, at the width it prints with."""
     console = Console(width=150)
     with console.capture() as captured:
-        console.print(timing_table(records))
+        console.print(run_table(records))
     return captured.get()
 
 
@@ -225,7 +226,7 @@ def test_the_command_prints_times_and_no_scores(results: Path, capsys: pytest.Ca
 
 
 def test_timings_stand_beside_scores(capsys: pytest.CaptureFixture[str]) -> None:
-    scored = {**latency("full", 0, 0.1), "benchmark": "needle", "task": "number", "score": 50.0}
+    scored = {**latency("full", 0, 0.1), "kind": "scores", "benchmark": "needle", "task": "number", "score": 50.0}
     text = document(frame([scored]), [latency("full", 0, 0.1)])
     assert "### needle on toy: scores" in text
     assert "### latency of toy" in text

@@ -5,33 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
-
-from pqbench.kernels.backend import Kernels
 
 Work = Callable[[], Tensor]
 
 
 class Graph(Protocol):
-    """Device work that is captured once and replayed with everything frozen but the contents of memory."""
+    """Device work that is captured once and then replayed. Only the contents of memory may change between replays."""
 
     def rehearse(self, work: Work) -> Tensor:
-        """Run the work once, uncaptured, where it will be captured: kernels are compiled and libraries opened."""
+        """Run the work once without capturing it, so that kernels are compiled and libraries are opened."""
 
     def capture(self, work: Work) -> Tensor:
-        """Capture the work and return its result, which every :meth:`replay` overwrites. Only a replay fills it."""
+        """Capture the work and return the tensor of its result, which only :meth:`replay` fills, every time anew."""
 
     def replay(self) -> None:
-        """Do the captured work again, on what its tensors hold now."""
-
-
-def graph(device: torch.device, body: Kernels) -> Graph:
-    """A graph for work on ``device`` that computes with the kernels of ``body``."""
-    if device.type == "cuda":
-        from pqbench.engine.graphs.cuda import CudaGraph
-
-        return CudaGraph(device)
-    from pqbench.engine.graphs.software import SoftwareGraph
-
-    return SoftwareGraph(body)
+        """Do the captured work again, with what its tensors hold now."""

@@ -1,4 +1,4 @@
-"""Who can be captured, said before anything runs."""
+"""Checks, before anything runs, of which methods, tiers and models can be captured in a graph."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ConfigError(f"graphs=true: {name} is spread over several devices: use a model that fits one GPU")
 
 
-def check_batch_captured(groups: Sequence[object], padded: bool) -> None:
+def check_batch_captured(cohorts: Sequence[object], padded: bool) -> None:
     """Raises ConfigError when the sequences of a batch are not all equally long."""
-    if padded or len(groups) > 1:
+    if padded or len(cohorts) > 1:
         raise ConfigError("graphs=true serves batches of prompts of one length: use graphs=false, or a batch of one")

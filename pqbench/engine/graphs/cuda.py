@@ -1,4 +1,4 @@
-"""A CUDA graph: one launch for all launches of a step."""
+"""A CUDA graph, which launches all kernels of a step by one launch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pqbench.engine.graphs.base import Work
 
 
 class CudaGraph:
-    """See :class:`pqbench.engine.graphs.base.Graph`. Rehearsals and the capture run on a stream of their own, as
-    capturing asks for; replays run on the current stream, in order with what the caller launches there."""
+    """See :class:`pqbench.engine.graphs.base.Graph`. Rehearsals and the capture run on a stream of their own, which
+    CUDA requires for capturing. Replays run on the current stream, in order with what the caller launches there."""
 
     def __init__(self, device: torch.device) -> None:
         self._graph = torch.cuda.CUDAGraph()

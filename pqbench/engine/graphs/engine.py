@@ -1,4 +1,4 @@
-"""Device work of layers captured once and replayed, and what the host does before and after each replay."""
+"""Decode steps of layers as one captured graph, and what the host does before and after each replay."""
 
 from __future__ import annotations
 
@@ -6,38 +6,42 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pqbench.engine.cohort import Group
-from pqbench.engine.graphs.base import Graph, Work, graph
+from pqbench.engine.cohort import Cohort
+from pqbench.engine.graphs.base import Graph, Work
+from pqbench.engine.graphs.cuda import CudaGraph
 from pqbench.engine.graphs.numbers import Numbers
+from pqbench.engine.graphs.software import SoftwareGraph
 from pqbench.errors import ModelError, PqbenchError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Plan
 
 
-def ready(groups: Sequence[Group], rows: int) -> bool:
-    """Get groups ready to be captured, with buffers for ``rows`` rows in all; False while some are not of the shape
+def ready(cohorts: Sequence[Cohort], rows: int) -> bool:
+    """Get cohorts ready to be captured, with buffers for ``rows`` rows in all; False while some are not of the shape
     that their further steps will have."""
-    able = [group.state.reserve(group.store, rows) for group in groups]
+    able = [cohort.state.reserve(cohort.store, rows) for cohort in cohorts]
     if all(able):
-        for group in groups:
-            group.store.writer.reserve(rows)
+        for cohort in cohorts:
+            cohort.store.writer.reserve(rows)
     return all(able)
 
 
 class Engine:
-    """Steps of groups that are :func:`ready`, each of one layer, as one graph.
+    """The steps of cohorts that are :func:`ready`, one cohort for each layer, as one graph.
 
-    A step is: the host's part of every group (waits, codes for tokens that leave the window, numbers), one copy that
-    brings all numbers to the device, the replay, and what is due now and then (tokens on their way to the host). The
-    first step rehearses, the second captures.
+    In a step the host first does its part for every cohort: it waits where it must, encodes tokens that leave the
+    window, and computes numbers. One copy brings all numbers to the device, and the graph is replayed. Then follows
+    what is due from time to time, such as sending tokens to the host. The first step rehearses the work and the second
+    one captures it.
     """
 
-    def __init__(self, groups: Sequence[Group], work: Work) -> None:
-        """``work`` is what of a step is captured. It calls :meth:`pqbench.store.base.Writer.write` and
-        :meth:`pqbench.engine.cohort.Group.attend_captured` of every group."""
-        self._groups, self._work = groups, work
-        device = groups[0].store.device
-        self._graph: Graph = graph(device, kernels(device, groups[0].state.geometry.backend))
+    def __init__(self, cohorts: Sequence[Cohort], work: Work) -> None:
+        """``work`` is the part of a step that is captured. It calls :meth:`pqbench.store.base.Writer.write` and
+        :meth:`pqbench.engine.cohort.Cohort.attend_captured` of every cohort."""
+        self._cohorts, self._work = cohorts, work
+        device = cohorts[0].store.device
+        backend = kernels(device, cohorts[0].state.geometry.backend)
+        self._graph: Graph = CudaGraph(device) if device.type == "cuda" else SoftwareGraph(backend)
         self._numbers: Numbers | None = None
         self._rehearsed = False
         self._result: Tensor | None = None
@@ -49,33 +53,33 @@ class Engine:
         return self._result is not None
 
     def step(self) -> Tensor:
-        """Do a step; what the work takes must be in its place. The next step overwrites the result.
+        """Do a step. The tensors that the work reads must be filled before. The next step overwrites the result.
 
         Raises:
             ModelError: the work cannot be captured.
         """
         plans, numbers = [], []
-        for group in self._groups:
-            group.store.writer.prepare(1)
-            plan = group.state.plan(group.store, group.store.length + 1)
+        for cohort in self._cohorts:
+            cohort.store.writer.prepare(1)
+            plan = cohort.state.plan(cohort.store, cohort.store.length + 1)
             plans.append(plan)
-            numbers += [group.store.length, group.store.length + 1, *plan.numbers]
+            numbers += [cohort.store.length, cohort.store.length + 1, *plan.numbers]
         if self._numbers is None:
             self._numbers = self._numbered(plans)
         self._numbers.send(numbers)
         result = self._run()
-        for group, plan in zip(self._groups, plans, strict=True):
-            group.store.writer.written(1)
-            group.replayed(plan)
+        for cohort, plan in zip(self._cohorts, plans, strict=True):
+            cohort.store.writer.written(1)
+            cohort.replayed(plan)
         return result
 
     def _numbered(self, plans: Sequence[Plan]) -> Numbers:
-        """Numbers on the device, and each group told which of them are its own."""
+        """Make room for the numbers on the device, and tell each cohort which of them are its own."""
         counts = [2 + len(plan.numbers) for plan in plans]
-        numbers, first = Numbers(sum(counts), self._groups[0].store.device), 0
-        for group, count in zip(self._groups, counts, strict=True):
-            group.store.extent.number, group.length, *own = numbers.views(first, count)
-            group.state.numbers, first = own, first + count
+        numbers, first = Numbers(sum(counts), self._cohorts[0].store.device), 0
+        for cohort, count in zip(self._cohorts, counts, strict=True):
+            cohort.store.extent.number, cohort.length, *own = numbers.views(first, count)
+            cohort.state.numbers, first = own, first + count
         return numbers
 
     def _run(self) -> Tensor:
@@ -96,13 +100,15 @@ class Engine:
         return self._result
 
     def _whole(self) -> Tensor:
-        """What needs no query, for all groups; then the work."""
-        for group in self._groups:
-            group.state.prefetch(group.store)
+        """Do what needs no query for all cohorts, then the work."""
+        for cohort in self._cohorts:
+            cohort.state.prefetch(cohort.store)
         return self._work()
 
     def _addresses(self) -> list[int]:
-        """Where everything lies that steps share."""
+        """The addresses of all tensors that the steps share."""
         return [
-            tensor.data_ptr() for group in self._groups for tensor in (*group.store.writer.fixed, *group.state.fixed)
+            tensor.data_ptr()
+            for cohort in self._cohorts
+            for tensor in (*cohort.store.writer.fixed, *cohort.state.fixed)
         ]

@@ -10,12 +10,12 @@ from pqbench.engine.layers import DecodeLayer, OurLayer, check_rows
 
 
 class CapturedLayer(OurLayer):
-    """The device work of a :class:`pqbench.engine.layers.DecodeLayer` with one group; the host's is done before each
-    replay."""
+    """The device's part of a :class:`pqbench.engine.layers.DecodeLayer` with one cohort. The host's part is done before
+    each replay."""
 
     def __init__(self, layer: DecodeLayer) -> None:
         super().__init__()
-        self.group = layer.groups[0]
+        self.cohort = layer.cohorts[0]
         self.seen = layer.seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -26,8 +26,8 @@ class CapturedLayer(OurLayer):
     ) -> Tensor:
         """Write the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``."""
         check_rows(k, 1)
-        self.group.check(k, scaling)
-        self.group.store.writer.write(k, v)
+        self.cohort.check(k, scaling)
+        self.cohort.store.writer.write(k, v)
         batch, heads, _, width = q.shape
         grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
-        return self.group.attend_captured(grouped).reshape(batch, 1, heads, width)
+        return self.cohort.attend_captured(grouped).reshape(batch, 1, heads, width)

@@ -1,4 +1,4 @@
-"""Numbers that a captured step reads from device memory, written by the host before every replay."""
+"""Numbers that a captured step reads from device memory and that the host writes before every replay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SLOTS = 4  # copies that may be under way: so many steps the host may run ahead of the device
+_SLOTS = 4  # copies that may be under way, which is how many steps the host may run ahead of the device
 
 
 class Numbers:
@@ -27,7 +27,7 @@ class Numbers:
         return tuple(self.values[i : i + 1] for i in range(first, first + count))
 
     def send(self, numbers: Sequence[int]) -> None:
-        """Have the device see these numbers in whatever is launched on the current stream from now on."""
+        """Give these numbers to everything that is launched on the current stream from now on."""
         slot, self._next = self._next, (self._next + 1) % len(self._host)
         left = self._left[slot]
         if left is not None:

@@ -1,8 +1,8 @@
-"""What stands for a CUDA graph on the CPU: every operation of a step, recorded and done again with what was frozen.
+"""A recording that takes the place of a CUDA graph on the CPU: every operation of a step is recorded and done again.
 
-A CUDA graph freezes all that the host decided while it was captured: shapes, Python numbers, addresses. Only what
-memory holds may change from one replay to the next. This class freezes the same, so that a step which would go wrong in
-a CUDA graph goes wrong here, where it can be tested.
+A CUDA graph freezes everything that the host decided while it was captured: shapes, Python numbers and addresses. Only
+the contents of memory may change from one replay to the next. The recording freezes the same, so that a step which
+would go wrong in a CUDA graph goes wrong here, where it can be tested.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation with its arguments as they were, and the tensors it gave."""
+    """One operation with the arguments that it had, and the tensors that it gave."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -39,7 +39,8 @@ class Launch:
     name: str
 
     def again(self) -> None:
-        """Do it once more; what it gives goes into the tensors it gave first, where later operations read it.
+        """Do the operation once more, and copy its results into the tensors of the first time, which later operations
+        read.
 
         Raises:
             ModelError: the result has another shape now, which no graph can follow.
@@ -59,11 +60,11 @@ class SoftwareGraph:
     """See :class:`pqbench.engine.graphs.base.Graph`.
 
     Torch operations are recorded one by one. A kernel is recorded as what a GPU would be given: with Triton's
-    interpreter every launch, with other bodies the call of the body, which reads its numbers when it runs.
+    interpreter every launch, with other bodies the call of the backend, which reads its numbers when it runs.
     """
 
-    def __init__(self, body: Kernels) -> None:
-        self._body = body
+    def __init__(self, backend: Kernels) -> None:
+        self._backend = backend
         self._launches: list[Launch] = []
         self._inside = False  # a kernel: what it is made of is no operation of its own
         self._done = False
@@ -107,11 +108,11 @@ class SoftwareGraph:
         """Record kernels while this lasts."""
         interpreter = sys.modules.get("triton.runtime.interpreter")
         with ExitStack() as stack:
-            if self._body.__name__.endswith(".gpu") and interpreter is not None:
+            if self._backend.__name__.endswith(".gpu") and interpreter is not None:
                 stack.enter_context(self._kernel(interpreter.GridExecutor, "__call__"))
             else:
                 for name in (name for name in vars(Kernels) if not name.startswith("_")):
-                    stack.enter_context(self._kernel(self._body, name))
+                    stack.enter_context(self._kernel(self._backend, name))
             yield
 
     @contextmanager

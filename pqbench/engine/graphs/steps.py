@@ -1,4 +1,4 @@
-"""Decode steps of a whole model: one by one, or one captured and replayed."""
+"""Decode steps of a whole model, of which one is captured in a graph and replayed for the others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Forward = Callable[[LayeredCache, Tensor, Tensor], Tensor]
 
 
 class GraphedSteps:
-    """Steps of a model whose layers have one group each and are all our own.
+    """The steps of a model whose layers have one cohort each and are all our own.
 
-    The first :data:`WARM` steps, and those in which a method is not ready (a context too short for its index), run one
-    by one; then a step is captured, and every further token is a replay.
+    The first :data:`WARM` steps run one by one, and so do steps in which a method is not ready because the context is
+    too short for its index. Then a step is captured, and every further token is a replay.
     """
 
     def __init__(self, cache: LayeredCache, forward: Forward, more: int) -> None:
@@ -57,8 +57,8 @@ class GraphedSteps:
         return logits
 
     def _ready(self) -> bool:
-        groups = [layer.groups[0] for layer in self._layers]
-        return ready(groups, groups[0].store.length + self._more - self._steps + 1)
+        cohorts = [layer.cohorts[0] for layer in self._layers]
+        return ready(cohorts, cohorts[0].store.length + self._more - self._steps + 1)
 
     def _opened(self, token: Tensor, position: Tensor) -> Engine:
         """The engine, with places for the token and its position."""
@@ -68,4 +68,4 @@ class GraphedSteps:
         def work() -> Tensor:
             return self._forward(captured, self._token, self._position)
 
-        return Engine([layer.groups[0] for layer in self._layers], work)
+        return Engine([layer.cohorts[0] for layer in self._layers], work)

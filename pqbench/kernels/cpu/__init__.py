@@ -1,28 +1,22 @@
-"""The backend for the CPU: the operations of :class:`pqbench.kernels.backend.Kernels`, compiled by Numba. Copying of
-tensors is the reference's.
+"""The backend for the CPU: the operations of :class:`pqbench.kernels.backend.Kernels`, compiled by Numba.
+
+Tensors are copied by the reference.
 """
 
 from __future__ import annotations
 
-from pqbench.kernels.cpu.operations import (
-    admit_blocks,
-    attention,
+from pqbench.kernels.cpu.operations_attention import attention, dense_attention, exact_probabilities
+from pqbench.kernels.cpu.operations_index import column_sums, encode, train_codebook
+from pqbench.kernels.cpu.operations_rows import admit_blocks, find_rows, gather
+from pqbench.kernels.cpu.operations_search import (
     best_of_cells,
-    column_sums,
-    dense_attention,
-    encode,
-    exact_probabilities,
-    find_rows,
-    gather,
     merge_lists,
     noise,
     pq_probabilities,
     pq_select,
     top_k,
-    train_codebook,
-    use_threads,
-    warm_up,
 )
+from pqbench.kernels.cpu.threads import use_threads, warm_up
 from pqbench.kernels.reference.rows import append_rows, copy, copy_blocks, fetch_rows, vacate_rows
 
 __all__ = [

@@ -241,6 +241,15 @@ def _finish(
         _normalise(weights + head * count * 4, count, lse + head * 4)
 
 
+@njit(**OPTIONS)
+def _all_set(flags: Any) -> bool:
+    """Whether every one of some bytes is 1."""
+    every = True
+    for flag in flags:
+        every &= flag == 1
+    return every
+
+
 @njit(parallel=True, **OPTIONS)
 def attend(
     half: bool,
@@ -321,8 +330,5 @@ def attend(
         )
         if half_q and output != 0:
             _write_bfloat16(answer + row * dims * 4, min(4, group - part * 4) * dims, output + row * dims * 2)
-    every = True
-    for unit in range(problems * parts):
-        every &= valid[unit] == 1
     hold(answers)
-    return every
+    return _all_set(valid)

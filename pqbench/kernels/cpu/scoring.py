@@ -107,14 +107,11 @@ def probabilities(
     ``[B, H, S, m]`` at byte strides: float32 ``[B, H, S]``."""
     problems, groups, width = batch * heads, (group + 3) // 4, dims // parts
     blocks = (count + _PART - 1) // _PART
-    step = clusters * 16  # bytes of a table
+    step, headroom = clusters * 16, _HEADROOM // parts  # bytes of a table, and powers of two that it leaves
     tables = np.empty(problems * groups * parts * clusters * 8, np.float32)  # [problem][group][2: exp, log][m][K][4]
     masses = np.empty(problems * blocks * groups * 4, np.float32)
     base, sums = address_of(tables), address_of(masses)
-    headroom = _HEADROOM // parts
-    least = count * np.float32(2) ** (
-        headroom * (parts - 1)
-    )  # then the best of all tokens lost one table's share at most
+    least = count * np.float32(2) ** (headroom * (parts - 1))  # then the best token lost one table's share at most
     for job in prange(problems * groups * parts):
         owner, j = job // parts, job % parts  # owner: problem and head group
         problem, part = owner // groups, owner % groups
@@ -137,9 +134,8 @@ def probabilities(
         for part in range(groups):
             table = base + (problem * groups + part) * 2 * parts * step
             mass_of(table, step, at, code_row, min(_PART, count - start), parts, sums + (unit * groups + part) * 16)
-    safe = np.empty(problems, np.uint8)
+    safe = np.ones(problems, np.uint8)
     for problem in range(problems):
-        safe[problem] = 1
         for part in range(groups):
             start = sums + (problem * blocks * groups + part) * 16
             if not _settle(start, groups * 16, blocks, group - part * 4, least):
@@ -156,7 +152,6 @@ def probabilities(
         elif start == 0:
             for part in range(groups):
                 table = base + ((problem * groups + part) * 2 + 1) * parts * step
-                own = group - part * 4
-                exact(table, step, at, code_row, count, parts, own, part > 0, output + problem * count * 4)
+                exact(table, step, at, code_row, count, parts, group - part * 4, part > 0, output + problem * count * 4)
     hold(tables)
     hold(masses)

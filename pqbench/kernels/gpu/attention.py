@@ -151,7 +151,7 @@ def attention(
         weights.fill_(float("-inf"))  # rows that do not count are not visited
     output, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     unit, outer = launch.outer(keys, values)
-    precision, block_d = launch.precision_for(q, keys), launch.power(width, 16)
+    precision = launch.precision_for(q, keys)
     with launch.on(q):
         attend_part[(batch * heads, parts)](
             q,
@@ -180,25 +180,31 @@ def attention(
             value_precision="tf32x3" if values.dtype == torch.float32 else "tf32",
             block_g=launch.power(group, 16),
             block_n=block_n,
-            block_d=block_d,
+            block_d=launch.power(width, 16),
             **launch.options(),
         )
-        merge_parts[(batch * heads, group)](
-            part,
-            part_lse,
-            output,
-            lse,
-            parts,
-            group=group,
-            width=width,
-            most=launch.MOST_SPLITS,
-            block_s=16,
-            block_d=block_d,
-            **launch.options(),
-        )
+        _merge(part, part_lse, output, lse)
     if weights is not None:
         weights.sub_(lse[..., None]).exp_()
     return output, lse, weights
+
+
+def _merge(part: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> None:
+    """Launch the merging of outputs ``[B, H, parts, G, D]`` and log-sum-exps ``[B, H, parts, G]`` of all parts."""
+    batch, heads, parts, group, width = part.shape
+    merge_parts[(batch * heads, group)](
+        part,
+        part_lse,
+        output,
+        lse,
+        parts,
+        group=group,
+        width=width,
+        most=launch.MOST_SPLITS,
+        block_s=16,
+        block_d=launch.power(width, 16),
+        **launch.options(),
+    )
 
 
 def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None) -> Tensor:

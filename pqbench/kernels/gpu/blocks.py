@@ -62,14 +62,12 @@ def choose_blocks(
         enters = (best >= 0) & (present == 0)
         wanted = tl.where((a == rank) & enters, number, wanted)
         absent += enters.to(tl.int32)
-    entered = absent.to(tl.int64)
     leave = absent - tl.sum((exists & (block < 0)).to(tl.int32), 0)
     for rank in range(most):
         number = tl.sum(tl.where(a == rank, wanted + 1, 0), 0) - 1
         rest = exists & (block >= 0) & (when <= now)
-        fewest = tl.min(tl.where(rest, used if frequent else used * 0, 1 << 62), 0)
         if frequent:
-            rest = rest & (used == fewest)
+            rest = rest & (used == tl.min(tl.where(rest, used, 1 << 62), 0))
         oldest = tl.min(tl.where(rest, when, 1 << 62), 0)
         going = tl.min(tl.where(rest & (when == oldest), c, block_c), 0)
         free = tl.min(tl.where(exists & (block < 0), c, block_c), 0)
@@ -89,7 +87,7 @@ def choose_blocks(
     tl.store(uses + owner * capacity + c, used, mask=exists)
     tl.store(since + owner * capacity + c, when, mask=exists)
     tl.store(clock + owner, now + most)
-    tl.atomic_add(tally, entered)
+    tl.atomic_add(tally, absent.to(tl.int64))
 
 
 def admit_blocks(

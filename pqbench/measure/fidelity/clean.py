@@ -1,7 +1,7 @@
 """Fidelity with clean inputs: every layer sees the dense model's queries, and figures stay apart by layer and KV head.
 
-One pass serves all methods, as in :mod:`pqbench.measure.probe`, whose layer does the work; here are other books to
-keep.
+One pass serves all methods, as in :mod:`pqbench.measure.probe`, whose layer does the work. This module keeps figures
+by layer and KV head, which the probe averages.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pqbench.engine.attention import attached
-from pqbench.engine.prefill import Prefilled, forward
-from pqbench.measure.probe import Exact, Fidelity, ProbeLayer, Seen
+from pqbench.engine.prefilled import Prefilled
+from pqbench.measure.probe import Exact, Fidelity, ProbeLayer, Seen, read_clean
 from pqbench.method import Split
 
 AGES = ("prompt", "early", "late")
@@ -100,9 +99,13 @@ class CleanFigures:
 def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int]) -> list[CleanFigures]:
     """Fidelity of the ``chosen`` methods (indices into the prompt's methods) over the steps that read ``tokens``.
 
-    Method 0 of the prompt must be full attention. Raises whatever a method's own code raises.
+    Method 0 of the prompt must be full attention.
+
+    Raises:
+        RuntimeError: a batch of several sequences.
+        SelectionError: a method breaks its contract in any of the steps.
     """
-    if len(prefilled.groups) != 1 or prefilled.groups[0].count != 1:
+    if len(prefilled.cohorts) != 1 or prefilled.cohorts[0].count != 1:
         raise RuntimeError("clean_figures() takes one sequence at a time")
     prompt, steps = int(prefilled.lengths[0]), len(tokens)
     splits = [partial(prefilled.methods[m].split, prompt=prompt) for m in (0, *chosen)]
@@ -111,21 +114,16 @@ def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[
     layers: dict[int, ProbeLayer] = {}
     for i, layer in prefilled.layers.items():
         entropies[i], books[i] = Entropy(), [HeadFidelity(prompt, steps) for _ in chosen]
-        dense, groups = prefilled.over_one_store(i, (0, *chosen))
-        layers[i] = ProbeLayer(dense, groups, [entropies[i], *books[i]], splits, layer.seen)
-    cache, position = prefilled.cache(layers), prefilled.lengths[:, None]
-    with attached(prefilled.model):
-        for step, token in enumerate(tokens):
-            forward(prefilled.model, torch.full_like(position, token), cache, None, position + step)
-    for probed in layers.values():
-        for store in (probed.dense, *(group.store for group in probed.groups)):
-            store.settle()
+        dense, cohorts = prefilled.over_one_store(i, (0, *chosen))
+        layers[i] = ProbeLayer(dense, cohorts, [entropies[i], *books[i]], splits, layer.seen)
+    read_clean(prefilled, layers, tokens)
     entropy = torch.stack([torch.stack(one.nats).mean(0) for one in entropies.values()]).cpu()
     return [_figures(list(layers), [books[i][n] for i in layers], entropy) for n in range(len(chosen))]
 
 
 def each_alone(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int]) -> list[CleanFigures | Exception]:
-    """:func:`clean_figures` of all at once; where that fails one by one, so that one method's fault is only its own."""
+    """:func:`clean_figures` of all methods at once. Where that fails, each method is measured by itself, so that only
+    the method at fault has an error in place of its figures."""
     try:
         return list(clean_figures(prefilled, tokens, chosen))
     except Exception as error:  # noqa: BLE001 - becomes the row of the method at fault

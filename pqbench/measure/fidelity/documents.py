@@ -11,7 +11,7 @@ from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.prose import speeches
 from pqbench.errors import DataError
 
-_CHARACTERS = 8  # per token at first sight; more are read where these do not suffice
+_CHARACTERS = 8  # read for each token at first; more are read where these do not suffice
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,25 @@
-"""Teacher-forced decoding with a method in all layers: its errors run on through the model, as in generation."""
+"""Teacher-forced decoding with a method in all layers, so that its errors go on through the model as in generation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pqbench.engine.attention import attached
 from pqbench.engine.batch import check_logits
-from pqbench.engine.clock import Spans
+from pqbench.engine.cohort import check_cohorts
 from pqbench.engine.decode import Generation
 from pqbench.engine.layers import DecodeLayer, LayeredCache, OurLayer
-from pqbench.engine.prefill import Prefilled, forward
-from pqbench.method import Geometry, LayerState, Method
-
-
-@dataclass(frozen=True)
-class Dense(Method):
-    """Full attention: what all methods are compared with."""
-
-    def layer(self, geometry: Geometry) -> LayerState:
-        return LayerState(geometry)
+from pqbench.engine.prefilled import Prefilled
+from pqbench.engine.steps import Forced, Steps
 
 
 class Drift:
-    """Next-token predictions against full attention's, step by step. Nothing waits for the device before it is asked.
+    """Compares next-token predictions with those of full attention, step by step. Nothing waits for the device before a
+    figure is asked for.
 
     Attributes:
         full: ``[T, V]`` logits of full attention after each token read.
@@ -80,15 +71,19 @@ def dense_logits(prefilled: Prefilled, tokens: Sequence[int]) -> Tensor:
 
 
 def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callable[[Tensor], None]) -> Generation:
-    """One method alone, see :func:`read_abreast`. Raises what the method's own code raises, and ConfigError where the
-    model computes NaN."""
-    (outcome,) = read_abreast(prefilled, [method], tokens, [visit])
+    """Let one method alone read ``tokens``; see :func:`read_in_one_batch`.
+
+    Raises:
+        ConfigError: the model computes NaN.
+        Exception: whatever the method's own code raises.
+    """
+    (outcome,) = read_in_one_batch(prefilled, [method], tokens, [visit])
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-class AbreastLayer(OurLayer):
+class JoinedLayer(OurLayer):
     """Sequences of one prompt, each with a method of its own: sequence i is answered by the i-th of ``layers``.
 
     A method that fails is named in ``failed``, is asked no more and answers zeros; the others go on.
@@ -126,10 +121,10 @@ def blamed(failed: dict[int, Exception], i: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def read_abreast(
+def read_in_one_batch(
     prefilled: Prefilled, methods: Sequence[int], tokens: Sequence[int], visits: Sequence[Callable[[Tensor], None]]
 ) -> list[Generation | Exception]:
-    """Let methods read ``tokens`` after the prompt one by one, all in one batch: its weights are read once a step.
+    """Let methods read ``tokens`` after the prompt, all methods in one batch, so that a step reads the weights once.
 
     Each of ``visits`` gets its method's logits ``[V]`` after each token. One prompt of one sequence. Returns for each
     method what it cost, as if the tokens had been generated (seconds are those of all together), or what went wrong.
@@ -137,8 +132,8 @@ def read_abreast(
     failed: dict[int, Exception] = {}
     caches = {i: cache for i, method in enumerate(methods) if (cache := _forked(prefilled, method, i, failed))}
     if len(caches) > 1:
-        for group in (g for cache in caches.values() for layer in cache.selective.values() for g in layer.groups):
-            group.store.separate()
+        for cohort in (cohort for cache in caches.values() for cohort in cache.cohorts):
+            cohort.store.separate()
     generations: dict[int, Generation] = {}
     if caches:
         rows, lost = list(caches), dict[int, Exception]()
@@ -168,20 +163,19 @@ def _steps(
     failed: dict[int, Exception],
 ) -> list[float]:
     """Read the tokens; seconds of every step. ``failed`` takes failures by place in ``caches``."""
-    count, model, spans = len(caches), prefilled.model, Spans(prefilled.clock, listed=True)
-    ours = {n: AbreastLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
-    together, position = prefilled.cache(ours), prefilled.lengths[:, None].expand(count, 1)
+    count = len(caches)
+    ours = {n: JoinedLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
+    joined = prefilled.cache(ours)
     for n in prefilled.sliding:
-        together.layers[n].batch_repeat_interleave(count)
-    with attached(model):
-        for step, token in enumerate(tokens):
-            ids = torch.full_like(position, token)
-            with spans:
-                logits = forward(model, ids, together, None, position + step)
+        joined.layers[n].batch_repeat_interleave(count)
+    source = Forced(tokens, prefilled.lengths.expand(count))
+    with Steps(prefilled, joined, source, sequences=count) as steps:
+        for step in steps:
             for i, visit in enumerate(visits):
                 if i not in failed:
-                    visit(logits[i])
-    for i in range(count):
+                    visit(step.logits[i])
+    for i, cache in enumerate(caches):
         with blamed(failed, i):
-            check_logits(logits[i : i + 1])  # once: NaN in a token's keys stays, since the window holds it
-    return spans.each
+            check_logits(steps.logits[i : i + 1])  # Once is enough: NaN in a token's keys stays in the window.
+            check_cohorts(cache.cohorts)
+    return steps.seconds([cohort for cache in caches for cohort in cache.cohorts])[1]

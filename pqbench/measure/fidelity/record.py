@@ -100,9 +100,9 @@ def drift_facts(drift: Drift) -> Record:
 
 def cost_facts(generation: Generation, prompt: int) -> Record:
     """Bytes that the steps of one sequence read after ``prompt`` tokens."""
-    groups, meters = generation.groups(), generation.meters()
-    known, steps, layers = groups[0].state.geometry, generation.tokens.shape[1], len(groups)
-    element = groups[0].store.keys(0, 1).element_size()
+    cohorts, meters = generation.cohorts(), generation.meters()
+    known, steps, layers = cohorts[0].state.geometry, generation.tokens.shape[1], len(cohorts)
+    element = cohorts[0].store.keys(0, 1).element_size()
     attended = fmean(meter.attended / meter.steps for meter in meters)
     index_bytes = sum(meter.index_bytes for meter in meters) / steps
     attended_bytes = attended * layers * 2 * known.kv_heads * known.head_dim * element

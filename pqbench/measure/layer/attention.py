@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from pqbench.benchmarks.grid import whole
-from pqbench.engine.cohort import PHASES
+from pqbench.engine.meter import PHASES
 from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.kernels.backend import Kernels, kernels
-from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
 from pqbench.measure.dense import RefusedError, body_name, captured_kernel, dense_kernels
 from pqbench.measure.geometries import Shape, shape_of
@@ -33,6 +33,7 @@ from pqbench.method import Method
 from pqbench.models.devices import available_bytes, check_device, check_kernels
 from pqbench.models.sources import torch_dtype
 from pqbench.records.file import Record
+from pqbench.records.kinds import ATTENTION, DENSE
 from pqbench.store.tiers import DeviceTier
 
 SMALL = 2048  # tokens of the layer on which kernels are compiled
@@ -40,8 +41,8 @@ SLACK = 1.2  # memory a layer may need, as a multiple of its keys and values
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is timed in turns with each other: every method with one budget, and the dense kernels."""
+class Condition:
+    """What is timed in turns: every method with one budget, and the dense kernels."""
 
     dtype: str
     context: int
@@ -78,6 +79,7 @@ class Attention(Measurement):
     """
 
     name: ClassVar[str] = "attention"
+    kind: ClassVar[str] = ATTENTION
     further: ClassVar[tuple[str, ...]] = (DENSE,)
 
     geometry: str = "llama31_8b"
@@ -111,7 +113,7 @@ class Attention(Measurement):
     def subject(self, model: str) -> str:
         return self.geometry
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class. Full attention is measured beside the methods whatever is asked for, but only put on
         record when ``job.files`` has a file for it.
 
@@ -119,29 +121,29 @@ class Attention(Measurement):
             ConfigError: an unknown budget for a method, or a context that needs more memory than there is.
         """
         device = self._device(job)
-        check_kernels(job.setting.body, device)
-        cells = [Cell(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
-        body = kernels(device, job.setting.body)
+        check_kernels(job.setting.backend, device)
+        conditions = [Condition(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
+        body = kernels(device, job.setting.backend)
         body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self.name, self.geometry, job, body_name(body))
-        self._check(job, cells, device)
-        wanted = {cell: self._wanted(job, ledger, cell, body) for cell in cells}
+        ledger = Ledger(self, self.geometry, job, body_name(body))
+        self._check(job, conditions, device)
+        wanted = {condition: self._wanted(job, ledger, condition, body) for condition in conditions}
         if not any(wanted.values()):
             return ledger.close()
         source = captured(job.loaded, self.shape, self.seed) if job.loaded else synthetic(self.shape, self.seed)
         roof = bandwidth(device, self.shape.head_dim * torch_dtype(self.dtypes[0]).itemsize)
         with tracked(self.name, sum(map(bool, wanted.values()))) as follow:
-            for cell, names in wanted.items():
+            for condition, names in wanted.items():
                 if names:
-                    follow(f"{cell.dtype}, {cell.context} tokens, budget {cell.budget:g}")
-                    self._cell(job, ledger, cell, names, source, body, device, roof)
+                    follow(f"{condition.dtype}, {condition.context} tokens, budget {condition.budget:g}")
+                    self._measure_condition(job, ledger, condition, names, source, body, device, roof)
         return ledger.close()
 
-    def _cell(
+    def _measure_condition(
         self,
-        job: TimingJob,
+        job: Job,
         ledger: Ledger,
-        cell: Cell,
+        condition: Condition,
         names: Sequence[str],
         source: Source,
         body: Kernels,
@@ -149,19 +151,19 @@ class Attention(Measurement):
         roof: Bandwidth,
     ) -> None:
         """Time the methods ``names`` and all dense kernels in turns, and append their records."""
-        subjects = list(self._subjects(job, cell, names, body))
+        subjects = list(self._subjects(job, condition, names, body))
         warmup = max(self.warmup, CAPTURING) if job.setting.graphs else self.warmup
         count = warmup + self.repeats * self.steps
         forget_peak(device)
-        small = self._rehearsal([s.method for s in subjects if s.method], cell)
+        small = self._rehearsal([s.method for s in subjects if s.method], condition)
         try:
             layers = [
-                Layer(self.shape, torch_dtype(cell.dtype), length, count, source, device, job.setting)
-                for length in (cell.context, small)
+                Layer(self.shape, torch_dtype(condition.dtype), length, count, source, device, job.setting)
+                for length in (condition.context, small)
             ]
             take_turns(subjects, *layers, self.repeats, self.steps, warmup, Sweeper(self.sweep_mb, device), self.seed)
         except DeviceError:
-            self._put_failures(ledger, cell, subjects)
+            self._put_failures(ledger, condition, subjects)
             raise
         except Exception as error:  # noqa: BLE001 - a layer that cannot be made is a row of every method
             for subject in subjects:
@@ -170,19 +172,19 @@ class Attention(Measurement):
         machine["weights"] = None if job.loaded is None else job.loaded.weights
         dense = [subject for subject in subjects if subject.method is None and subject.error is None]
         fastest = min(dense, key=median_total, default=None)
-        self._put_failures(ledger, cell, subjects)
+        self._put_failures(ledger, condition, subjects)
         for subject in (subject for subject in subjects if subject.error is None):
-            identity = self._facts(cell, subject)
+            identity = self._facts(condition, subject)
             if ledger.missing(subject.name, identity["sample_id"]):  # else on record, or measured for comparison alone
                 ledger.ok(subject.name, identity["sample_id"], identity | self._times(subject, fastest, roof) | machine)
         for subject in subjects:
             job.setting.check_device(subject.error)
             subject.close()
 
-    def _put_failures(self, ledger: Ledger, cell: Cell, subjects: Sequence[Subject]) -> None:
+    def _put_failures(self, ledger: Ledger, condition: Condition, subjects: Sequence[Subject]) -> None:
         """Record the subjects that failed, and those that this machine does not offer."""
         for subject in subjects:
-            identity = self._facts(cell, subject)
+            identity = self._facts(condition, subject)
             if subject.error is None or not ledger.missing(subject.name, identity["sample_id"]):
                 continue
             if isinstance(subject.error, RefusedError):
@@ -190,7 +192,7 @@ class Attention(Measurement):
             else:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
 
-    def _subjects(self, job: TimingJob, cell: Cell, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
+    def _subjects(self, job: Job, condition: Condition, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
         device = self._device(job)
         tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
         dense = dense_kernels(body, self.shape.group, device)
@@ -198,32 +200,32 @@ class Attention(Measurement):
             yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=DeviceTier() if kernel.captured else tier)
         for name in names:
             if name != DENSE:
-                method = with_budget(job.methods[name], cell.budget)
+                method = with_budget(job.methods[name], condition.budget)
                 yield Subject(name, body_name(body), method.budget_label, method)
 
-    def _wanted(self, job: TimingJob, ledger: Ledger, cell: Cell, body: Kernels) -> list[str]:
-        """Names that lack a record in a cell."""
+    def _wanted(self, job: Job, ledger: Ledger, condition: Condition, body: Kernels) -> list[str]:
+        """The names that lack a record in a condition."""
         return list(
             dict.fromkeys(
                 subject.name
-                for subject in self._subjects(job, cell, list(job.methods), body)
-                if ledger.missing(subject.name, self._facts(cell, subject)["sample_id"])
+                for subject in self._subjects(job, condition, list(job.methods), body)
+                if ledger.missing(subject.name, self._facts(condition, subject)["sample_id"])
             )
         )
 
-    def _facts(self, cell: Cell, subject: Subject) -> Record:
-        """What names a row."""
-        what = subject.kernel if subject.method is None else f"{cell.budget:g}"
+    def _facts(self, condition: Condition, subject: Subject) -> Record:
+        """The facts that tell a row from others, which a failure has too."""
+        what = subject.kernel if subject.method is None else f"{condition.budget:g}"
         return {
-            "sample_id": f"{cell.dtype}-{cell.context}-{what}",
+            "sample_id": f"{condition.dtype}-{condition.context}-{what}",
             "geometry": self.geometry,
-            "dtype": cell.dtype,
-            "context": cell.context,
+            "dtype": condition.dtype,
+            "context": condition.context,
             "budget": subject.budget,
             "kernel": subject.kernel,
             "keys": self.keys,
             "metadata": {
-                "budget": cell.budget,
+                "budget": condition.budget,
                 "repeats": self.repeats,
                 "steps": self.steps,
                 "sweep_mb": self.sweep_mb,
@@ -233,9 +235,9 @@ class Attention(Measurement):
     def _times(self, subject: Subject, fastest: Subject | None, roof: Bandwidth) -> Record:
         """Times of one subject, compared with the ``fastest`` dense kernel; bandwidth counts the rows of keys and
         values attended to."""
-        if subject.group is None:
+        if subject.cohort is None:
             raise RuntimeError("times of a subject that was never built")
-        count, group = len(subject.steps), subject.group
+        count, cohort = len(subject.steps), subject.cohort
         link: Any = getattr(subject.placement, "link", None)
         phases = [phase for phase in (*PHASES, "total") if all(phase in step for step in subject.steps)]
         by_phase = {phase: [step[phase] for step in subject.steps] for phase in phases}
@@ -243,7 +245,7 @@ class Attention(Measurement):
         for phase, seconds in by_phase.items():
             figures |= spread(phase, seconds)
         attended = subject.attended / count
-        moved = attended * self.shape.row_bytes(group.store.keys(0, 1).dtype)
+        moved = attended * self.shape.row_bytes(cohort.store.keys(0, 1).dtype)
         reading = figures["fetch_s"] + figures["attend_s"] if "fetch_s" in figures else figures["total_s"]
         rate = moved / max(1e-12, reading)
         return figures | {
@@ -255,11 +257,11 @@ class Attention(Measurement):
             "attended_tokens": attended,
             "attended_bytes": moved,
             "index_bytes": subject.index_bytes / count,
-            "index_resident_bytes": group.state.resident_bytes,
-            "device_bytes": group.store.usage.device_bytes,
-            "host_bytes": group.store.usage.host_bytes,
-            "to_device_bytes": group.store.usage.bytes_to_device,
-            "to_host_bytes": group.store.usage.bytes_to_host,
+            "index_resident_bytes": cohort.state.resident_bytes,
+            "device_bytes": cohort.store.usage.device_bytes,
+            "host_bytes": cohort.store.usage.host_bytes,
+            "to_device_bytes": cohort.store.usage.bytes_to_device,
+            "to_host_bytes": cohort.store.usage.bytes_to_host,
             "link": None if link is None else link.label,
             "emulated": link is not None and link.emulated,
             "bandwidth_gbps": rate / 1e9,
@@ -269,45 +271,45 @@ class Attention(Measurement):
             "steps": {phase: [round(s, 9) for s in seconds] for phase, seconds in by_phase.items()},
         }
 
-    def _device(self, job: TimingJob) -> torch.device:
+    def _device(self, job: Job) -> torch.device:
         if self.device is not None:
             return torch.device(self.device)
         return torch.device("cpu") if job.loaded is None else job.loaded.model.device
 
-    def _rehearsal(self, methods: Sequence[Method], cell: Cell) -> int:
+    def _rehearsal(self, methods: Sequence[Method], condition: Condition) -> int:
         """A short length at which every method selects, so that the kernels it will use are compiled there."""
         length = SMALL
-        while length < cell.context and not all(selects(method, length) for method in methods):
+        while length < condition.context and not all(selects(method, length) for method in methods):
             length *= 2
-        return min(length, cell.context)
+        return min(length, condition.context)
 
-    def _check(self, job: TimingJob, cells: Sequence[Cell], device: torch.device) -> None:
+    def _check(self, job: Job, conditions: Sequence[Condition], device: torch.device) -> None:
         # Rows of full attention are those of the dense kernels, wherever the methods keep theirs.
         job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
         free = available_bytes(device)
-        for cell in cells:
-            row = self.shape.row_bytes(torch_dtype(cell.dtype))
+        for condition in conditions:
+            row = self.shape.row_bytes(torch_dtype(condition.dtype))
             if job.setting.tier.offloads:  # every method keeps a copy on the host
-                job.setting.tier.check(cell.context, row * max(1, len(job.methods)))
-            needed = SLACK * cell.context * row
+                job.setting.tier.check(condition.context, row * max(1, len(job.methods)))
+            needed = SLACK * condition.context * row
             if needed > free:
                 raise ConfigError(
-                    f"benchmark.contexts has {cell.context}: {cell.dtype} keys and values of one {self.geometry} layer "
-                    f"need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
+                    f"benchmark.contexts has {condition.context}: {condition.dtype} keys and values of one "
+                    f"{self.geometry} layer need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
                 )
-            if cell.budget >= cell.context:
+            if condition.budget >= condition.context:
                 raise ConfigError(
-                    f"benchmark.budgets has {cell.budget:g} tokens, which is all of a context of "
-                    f"{cell.context}: lower it or lengthen benchmark.contexts"
+                    f"benchmark.budgets has {condition.budget:g} tokens, which is all of a context of "
+                    f"{condition.context}: lower it or lengthen benchmark.contexts"
                 )
             for name in job.methods:
-                self._check_method(job, name, cell, device)
+                self._check_method(job, name, condition, device)
 
-    def _check_method(self, job: TimingJob, name: str, cell: Cell, device: torch.device) -> None:
+    def _check_method(self, job: Job, name: str, condition: Condition, device: torch.device) -> None:
         try:
-            method = with_budget(job.methods[name], cell.budget)
-            method.split(cell.context, cell.context)
-            method.layer(geometry_of(self.shape, cell.context, device, job.setting))
+            method = with_budget(job.methods[name], condition.budget)
+            method.split(condition.context, condition.context)
+            method.layer(geometry_of(self.shape, condition.context, device, job.setting))
         except (ConfigError, ModelError) as error:
             raise type(error)(f"{name}: {error}") from error
         except MemoryError:

@@ -6,29 +6,29 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pqbench.engine.cohort import Group
+from pqbench.engine.cohort import Cohort
 from pqbench.engine.graphs.engine import Engine, ready
 
-STEPS = 3  # before a step is nothing but a replay: one that is not captured, the rehearsal, the capture
+STEPS = 3  # that come before the first replay: one that is not captured, the rehearsal, and the capture
 
 
 class CapturedSteps:
-    """The steps of a group, with places for the key and value ``[B, H, 1, D]`` and the query ``[B, H, G, D]``."""
+    """The steps of a cohort, with places for the key and value ``[B, H, 1, D]`` and the query ``[B, H, G, D]``."""
 
-    def __init__(self, group: Group, token: Sequence[Tensor]) -> None:
+    def __init__(self, cohort: Cohort, token: Sequence[Tensor]) -> None:
         self._places = [rows.clone() for rows in token]
         key, value, q = self._places
 
         def work() -> Tensor:
-            group.store.writer.write(key, value)
-            return group.attend_captured(q)
+            cohort.store.writer.write(key, value)
+            return cohort.attend_captured(q)
 
-        self._engine = Engine([group], work)
+        self._engine = Engine([cohort], work)
 
     @classmethod
-    def of(cls, group: Group, rows: int, token: Sequence[Tensor]) -> CapturedSteps | None:
-        """For a group that will hold at most so many rows; None while its steps change their shape."""
-        return cls(group, token) if ready([group], rows) else None
+    def of(cls, cohort: Cohort, rows: int, token: Sequence[Tensor]) -> CapturedSteps | None:
+        """For a cohort that will hold at most so many rows; None while its steps change their shape."""
+        return cls(cohort, token) if ready([cohort], rows) else None
 
     def place(self, token: Sequence[Tensor]) -> None:
         """Put a step's key, value and query where the captured step reads them; a model makes them there."""

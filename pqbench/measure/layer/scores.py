@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
-from pqbench.measure.base import DENSE, Ledger, Measured, Measurement, TimingJob, at_least, tracked
+from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.dense import body_name
 from pqbench.measure.machine import device_name
 from pqbench.measure.source import prose_tokens
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.records.file import Record
-from pqbench.terminal import plain
+from pqbench.records.kinds import ATTENTION_SCORES, DENSE
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the tokens, for the mass that the heaviest of them hold
 
@@ -44,6 +44,7 @@ class AttentionScores(Measurement):
     """
 
     name: ClassVar[str] = "attention_scores"
+    kind: ClassVar[str] = ATTENTION_SCORES
     further: ClassVar[tuple[str, ...]] = (DENSE,)
 
     contexts: Sequence[int] = (2048,)
@@ -67,7 +68,7 @@ class AttentionScores(Measurement):
     def needs_answers(self) -> bool:
         return True
 
-    def measure(self, job: TimingJob) -> Measured:
+    def measure(self, job: Job) -> Measured:
         """See the base class.
 
         Raises:
@@ -80,15 +81,15 @@ class AttentionScores(Measurement):
             raise ConfigError(
                 f"benchmark.contexts has {max(self.contexts)}, but the model takes {loaded.max_length} tokens at most"
             )
-        body = kernels(loaded.model.device, job.setting.body)
-        ledger = Ledger(self.name, loaded.name, job, body_name(body))
+        body = kernels(loaded.model.device, job.setting.backend)
+        ledger = Ledger(self, loaded.name, job, body_name(body))
         missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
         with tracked(self.name, len(missing)) as follow:
             for context in missing:
                 follow(f"{context} tokens")
                 ids = torch.tensor([prose_tokens(prompter, context, self.seed)], device=loaded.model.device)
-                setting = Setting(overlap=False, body=job.setting.body)
+                setting = Setting(overlap=False, backend=job.setting.backend)
                 prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
                 for number, layer in reversed(list(enumerate(prefilled.layers))):  # what is missing is told by layer 0
                     state: Any = prefilled.observer(0, layer, 0).state
@@ -102,18 +103,6 @@ class AttentionScores(Measurement):
                     ledger.ok(DENSE, f"{context}-{number}", facts | state.figures)
                 prefilled.close()
         return ledger.close()
-
-    def table(self, records: list[Record]) -> Table:
-        """Mass of the heaviest tokens, mean over layers and heads."""
-        table = Table(title="share of the attention probability that the heaviest tokens hold")
-        for column in ("model", "context", "layers", *(f"{100 * share:g} %" for share in SHARES)):
-            table.add_column(column, justify="right")
-        good = [record for record in records if record["status"] == "ok"]
-        for name, context in dict.fromkeys((record["model"], record["context"]) for record in good):
-            rows = [record["mass"] for record in good if (record["model"], record["context"]) == (name, context)]
-            means = torch.tensor(rows).mean((0, 1))
-            table.add_row(plain(name), str(context), str(len(rows)), *(f"{mass:.3f}" for mass in means.tolist()))
-        return table
 
 
 def ranks_up_to(count: int) -> list[int]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pqbench.engine.batch import check_indices
 from pqbench.engine.clock import Spans, clock_of, streams_of
-from pqbench.engine.cohort import PHASES, Group, Rows
-from pqbench.engine.prefill import Setting
+from pqbench.engine.cohort import Cohort, Rows
+from pqbench.engine.dense import Dense
+from pqbench.engine.meter import PHASES
+from pqbench.engine.setting import Setting
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.measure.dense import DenseGeometry, DenseKernel
 from pqbench.measure.geometries import Shape
@@ -93,7 +95,7 @@ def geometry_of(
         scaling=shape.head_dim**-0.5,
         prompt=context,
         inverse_frequencies=shape.frequencies(device),
-        backend=setting.body,
+        backend=setting.backend,
         device=device,
         calibration=setting.calibration,
         dense=dense,
@@ -112,7 +114,7 @@ class Subject:
     method: Method | None = None
     dense: DenseKernel | None = None
     tier: Tier | None = None
-    group: Group | None = None
+    cohort: Cohort | None = None
     placement: Placement | None = None
     build_s: float = 0.0
     observe_s: float = 0.0
@@ -128,36 +130,36 @@ class Subject:
         """Whether a step takes so long that a few are enough."""
         return bool(self.steps) and min(step["total"] for step in self.steps) > SLOW
 
-    def build(self, layer: Layer) -> Group:
+    def build(self, layer: Layer) -> Cohort:
         """Make the state and its index, timed, ready for the first step."""
         geometry = geometry_of(layer.shape, layer.context, layer.device, layer.setting, self.dense)
-        state = LayerState(geometry) if self.method is None else self.method.layer(geometry)
+        method = Dense() if self.method is None else self.method
+        state = method.layer(geometry)
         self.close()
         if self.dense is not None:
             self.dense.check(layer.token(0)[2], layer.keys.view(), layer.values.view(), geometry.scaling)
         tier = layer.setting.tier if self.tier is None else self.tier
-        placement = self.placement = tier.open(layer.device, layer.setting.body)
-        method = self.method
+        placement = self.placement = tier.open(layer.device, layer.setting.backend)
         store = placement.prompt(layer.keys.fork(), layer.values.fork()).store(
-            None if method is None else lambda length: method.split(length, layer.context)
+            lambda length: method.split(length, layer.context)
         )
         store.settle()
         began = layer.now()
         layer.observe(state)
         observed = layer.now()
         rows = state.finish_prefill(store)
-        store = store.after_prefill(rows, method is not None and method.evicts)
+        store = store.after_prefill(rows, method.evicts)
         self.observe_s, self.build_s = observed - began, layer.now() - observed
         check_indices(state.checks)
-        self.group, self.captured = Group(Rows(slice(None), 0, 1), store, state, layer.clock), None
-        return self.group
+        self.cohort, self.captured = Cohort(Rows(slice(None), 0, 1), store, state, method, layer.clock), None
+        return self.cohort
 
     def close(self) -> None:
         """Let go of the layer's rows, and end the link if there is one."""
-        group, placement, self.group, self.placement = self.group, self.placement, None, None
+        cohort, placement, self.cohort, self.placement = self.cohort, self.placement, None, None
         self.captured = None
-        if group is not None:
-            group.store.settle()
+        if cohort is not None:
+            cohort.store.settle()
         if placement is not None:
             placement.close()
 
@@ -168,26 +170,27 @@ class Subject:
         ``layer_before`` stands for the layer before, which is not timed: what a method asks for while that one computes
         may arrive meanwhile. Asking is timed, as part of the selection. A step from a graph has a total alone.
         """
-        if self.group is None:
+        if self.cohort is None:
             raise RuntimeError("step() before build()")
         captures = layer.setting.graphs and (self.dense is None or self.dense.captured)
-        if captures and self.captured is None and self.group.meter.steps:
-            self.captured = CapturedSteps.of(self.group, layer.context + layer.steps, layer.token(number))
+        if captures and self.captured is None and self.cohort.meter.steps:
+            self.captured = CapturedSteps.of(self.cohort, layer.context + layer.steps, layer.token(number))
         if self.captured is not None:
             return self._replay(self.captured, layer, number, layer_before)
         key, value, q = layer.token(number)
-        asking, whole, before = Spans(layer.clock), Spans(layer.clock), self.group.meter.seconds
+        asking, whole, before = Spans(layer.clock), Spans(layer.clock), self.cohort.meter.seconds
         with self._chosen(), undisturbed():
             layer.now()
             with asking:
-                self.group.state.prefetch(self.group.store)
+                self.cohort.state.prefetch(self.cohort.store)
             layer_before()
             layer.now()
             with whole:
-                self.group.append(key, value)
-                self.group.attend(q)
-            asked, total = asking.total, whole.total
-        phases = {phase: self.group.meter.seconds[phase] - before[phase] for phase in PHASES}
+                self.cohort.append(key, value)
+                self.cohort.attend(q)
+            first = self.cohort.checking.total if self.cohort.meter.steps == 1 else 0.0  # the check is no part of it
+            asked, total = asking.total, whole.total - first
+        phases = {phase: self.cohort.meter.seconds[phase] - before[phase] for phase in PHASES}
         return phases | {"select": phases["select"] + asked, "total": total + asked}
 
     def _replay(
@@ -208,9 +211,9 @@ class Subject:
 
     def take_turn(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> None:
         """One step that counts."""
-        if self.group is None:
+        if self.cohort is None:
             raise RuntimeError("take_turn() before build()")
-        meter = self.group.meter
+        meter = self.cohort.meter
         attended, index_bytes = meter.attended, meter.index_bytes
         self.steps.append(self.step(layer, number, layer_before))
         self.attended += meter.attended - attended
@@ -267,5 +270,5 @@ def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
     try:
         work()
     except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others go on
-        subject.error, subject.group = error, None
+        subject.error, subject.cohort = error, None
         layer.setting.check_device(error)

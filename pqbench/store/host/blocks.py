@@ -2,8 +2,8 @@
 recently used blocks leaving first.
 
 Differs from the released code: only blocks whose tokens are all on the host are admitted, the blocks of one step never
-evict each other, and every store starts with an empty cache. What enters and what leaves is decided where the counts
-are, by :func:`pqbench.kernels.reference.blocks.admit_blocks`.
+evict each other, and every store starts with an empty cache. The blocks that enter and leave are chosen on the
+device that holds the counts, by :func:`pqbench.kernels.reference.blocks.admit_blocks`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POLICIES = ("lfu", "lru")
 @dataclass(frozen=True)
 class CacheOptions:
     """``tokens`` per KV head are kept in blocks of ``block``; in a step the ``admit`` most wanted blocks are let in.
-    With ``per_head`` each KV head has blocks of its own, else those of a sequence share them."""
+    With ``per_head`` each KV head has blocks of its own; otherwise the heads of a sequence share them."""
 
     tokens: int
     block: int = 128
@@ -46,7 +46,7 @@ class Admission(NamedTuple):
 class BlockCache:
     """Where the cached tokens of one layer lie, in rows of a cache of :attr:`rows` rows per head.
 
-    An owner is what has blocks of its own: a sequence, or with ``per_head`` a head of one.
+    An owner has blocks of its own: it is a sequence, or with ``per_head`` one KV head of a sequence.
     """
 
     def __init__(self, options: CacheOptions, batch: int, heads: int, device: torch.device, kernels: Kernels) -> None:
@@ -89,7 +89,7 @@ class BlockCache:
         )
 
     def admissions(self, moves: Tensor) -> list[Admission]:
-        """What is to be copied after a step."""
+        """The blocks that must be copied after a step."""
         size, heads = self.options.block, self._shared
         return [
             Admission(owner * heads, (owner + 1) * heads, block * size, slot * size)

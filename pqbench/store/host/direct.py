@@ -16,11 +16,11 @@ from pqbench.store.link.base import Direction, Transfer
 
 
 class DirectRows:
-    """One launch finds rows, copies what the device does not hold, and counts; nothing waits, and no shape depends on
-    what was found: every place of a selection has a row of the staging area.
+    """One launch finds rows, copies those that the device does not hold, and counts them. Nothing waits, and no
+    shape depends on what was found, because every place of a selection has a row of the staging area.
 
-    With a cache, blocks are chosen, saved from and copied by three more launches, the last of them beside what the
-    device does next.
+    With a cache, three more launches choose the blocks that enter, save rows from the blocks that leave, and copy
+    the new blocks. The last of them runs beside the work that the device does next.
     """
 
     def __init__(self, host: HostRows, pool: Pool, kernels: Kernels, cache: BlockCache | None = None) -> None:
@@ -59,7 +59,8 @@ class DirectRows:
 
     def exchange(self, indices: Tensor, slots: Tensor, length: int, complete: Number, aside: bool) -> list[Transfer]:
         """After :meth:`fetch`: let the blocks most asked for into the cache, of which the first ``complete`` are on the
-        host. What was fetched is saved from those that leave. ``aside`` copies them beside what is done next."""
+        host. Rows that were fetched are saved from the blocks that leave. With ``aside``, blocks are copied beside
+        the work that follows."""
         if self._cache is None:
             raise RuntimeError("there is no cache")
         pool, blocks = self._pool, self._blocks(self._cache, length)

@@ -66,11 +66,6 @@ class Finder:
         """The pool is laid out anew, and rows that were brought ahead do not move along."""
         self._ahead = None
 
-    @property
-    def is_ahead(self) -> bool:
-        """Whether rows of the coming step have been asked for."""
-        return self._ahead is not None
-
     def _completed(self, indices: Tensor, count: Number | None, anew: Tensor, ahead: Tensor, asked: Number) -> Tensor:
         """:meth:`_slots` where the first ``asked`` tokens of every head that is not ``anew`` have been brought to the
         rows ``ahead``. The token whose place in the ring the newest token has taken since is asked for again."""

@@ -33,8 +33,8 @@ class Direction(Enum):
 
 @dataclass(frozen=True)
 class Copy:
-    """``source`` into ``target`` of the same shape, strides as they may be; with ``rows`` ``[B, H, n]`` those rows of a
-    source ``[B, H, S, ...]`` into a target ``[B, H, n, ...]``."""
+    """Copies ``source`` into ``target`` of the same shape, with any strides. With ``rows`` ``[B, H, n]``, those
+    rows of a source ``[B, H, S, ...]`` go into a target ``[B, H, n, ...]``."""
 
     source: Tensor
     target: Tensor
@@ -46,11 +46,11 @@ class Copy:
         return self.target.numel() * self.target.element_size()
 
     def read(self) -> Tensor:
-        """What the target is to hold."""
+        """The bytes that the target will hold."""
         return self.source if self.rows is None else gather_rows(self.source, self.rows.to(self.source.device))
 
     def run(self) -> None:
-        """Move the bytes in the calling thread; host tensors both."""
+        """Move the bytes in the calling thread; both tensors lie in host memory."""
         if self.rows is None or not (self.source.is_contiguous() and self.target.is_contiguous()):
             self.target.copy_(self.read())
             return
@@ -189,8 +189,8 @@ class Link(ABC):
     def launch(
         self, work: Callable[[], None], direction: Direction, name: str = "copy", uses: Sequence[Tensor] = ()
     ) -> Transfer:
-        """Have kernels of the caller's own do a transfer beside what it does next; ``uses`` are tensors that they read
-        or write. They count the bytes, if anybody does. With ``debug`` the work is done in the wait."""
+        """Run kernels of the caller as a transfer, beside the work that follows. ``uses`` are the tensors that they
+        read or write. This link does not count their bytes. With ``debug`` the work is done in the wait."""
         if self.debug:
             return DeferredTransfer(work, f"{name} {direction.value}", self._unwaited)
         return self._launch(work, direction, uses)
@@ -223,7 +223,8 @@ class Link(ABC):
 
     @abstractmethod
     def _start(self, copies: Sequence[Copy], direction: Direction, size: int, urgent: bool) -> Transfer:
-        """Begin to move ``size`` bytes; with debug there are no copies to do, only time to take."""
+        """Begin to move ``size`` bytes. With debug there are no copies to make here; the transfer only takes its
+        time."""
 
     @abstractmethod
     def _launch(self, work: Callable[[], None], direction: Direction, uses: Sequence[Tensor]) -> Transfer:
@@ -260,7 +261,7 @@ class GuardedTransfer(Transfer):
 
 
 class DeferredTransfer(Transfer):
-    """Work that is done as late as it may be."""
+    """Work that is done only in the wait, which is as late as possible."""
 
     def __init__(self, work: Callable[[], None], name: str, unwaited: set[Transfer]) -> None:
         super().__init__(Meters())
@@ -286,10 +287,10 @@ def poison(rows: Tensor) -> Tensor:
 
 
 def poisoned(rows: Tensor) -> bool:
-    """Whether :func:`poison` is all there is."""
+    """Whether rows still hold what :func:`poison` wrote."""
     return bool((rows.isnan() if rows.is_floating_point() else rows == torch.iinfo(rows.dtype).max).all())
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equality that NaN does not break."""
+    """Whether two tensors have the same bits; NaN equals itself here."""
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

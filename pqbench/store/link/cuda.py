@@ -1,6 +1,6 @@
 """A link to a CUDA device: a stream per direction, ordered by events.
 
-Never run where it was written: no such device was at hand. What it relies on is said beside each step.
+This module was written without such a device at hand. Comments say what each step relies on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PIECE = 1 << 18  # bytes; a copy of less costs more to launch than to do
 
 
 class CudaTransfer(Transfer):
-    """Done when its event is. A wait for bytes on the device orders the current stream and returns at once; a wait for
-    bytes on the host blocks the caller, since host code is about to read them."""
+    """Done when its event has passed. A wait for bytes on the device orders the current stream and returns at once. A
+    wait for bytes on the host blocks the caller, because host code is about to read them."""
 
     def __init__(self, meters: Meters, event: Any, direction: Direction, device: torch.device, direct: bool) -> None:
         super().__init__(meters)
@@ -49,7 +49,8 @@ class CudaLink(Link):
     """Page-locked host rows and a side stream per direction.
 
     Where there are kernels for the device, they read and write page-locked memory by themselves: selected rows, and
-    whatever is cut into small pieces. Else rows are gathered by the CPU into a page-locked buffer that is then copied.
+    whatever is cut into small pieces. Otherwise the CPU gathers rows into a page-locked buffer, which is then
+    copied.
 
     Host memory of a transfer is held until its event has passed, since torch does not know of kernels that read it.
     Kernels launched elsewhere are known by their streams (:meth:`reads`): buffers that are released are held until
@@ -149,7 +150,7 @@ def _dense_bytes(*tensors: Tensor) -> int:
 
 
 def _kernels(device: torch.device, backend: str) -> Kernels | None:
-    """The kernels that read page-locked memory from the device; None where plain torch or nothing else is there."""
+    """The kernels that read page-locked memory from the device; None where there are no such kernels."""
     if backend not in ("auto", "gpu"):
         return None
     try:

@@ -58,8 +58,9 @@ def speed(name: str) -> Speed:
 class Clock:
     """When transfers of each direction end.
 
-    Sleeping returns some 60 us late. A caller who was kept too long submits its next transfer that much too late, so
-    the transfer is taken to have been submitted that much earlier: the error never adds up.
+    A sleep ends some 60 us late. A caller that was kept too long submits its next transfer too late by the same
+    time. That transfer is therefore treated as if it had been submitted earlier by this time, so that the error
+    never adds up.
     """
 
     def __init__(self, speed: Speed) -> None:
@@ -104,8 +105,8 @@ class EmulatedTransfer(Transfer):
 
 
 class EmulatedLink(LocalLink):
-    """Local copies that take at least the time of a slower link. Bytes really move, so where memory is slower than the
-    model they take memory's time."""
+    """Local copies that take at least the time of a slower link. Bytes really move; where memory is slower than the
+    modelled link, a transfer takes the time of the memory."""
 
     emulated = True
 

@@ -36,8 +36,8 @@ class Task:
 class Lane:
     """A queue that runs one task at a time, in order, on a thread of its own.
 
-    A caller that waits does not stand by: it runs the tasks nobody has begun, its own last. So a wait right after a
-    submit costs no change of thread, and a worker that died cannot make anyone wait for ever. Work alone wakes the
+    A caller that waits runs the tasks that nobody has begun, its own task last. So a wait right after a submit
+    costs no change of thread, and a worker that has died cannot make anyone wait for ever. Work alone wakes the
     lane's thread, the end of a task alone a caller.
     """
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from methods.full import Full
 from methods.pqcache import PQCache
 from pqbench.engine.decode import generate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.method import Budget, Method
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
 from tests.support import SHAPE, prompt_of, randomize
@@ -44,7 +44,7 @@ def tokens(name: str, body: str, graphs: bool) -> list[int]:
     """Continuation of a short prompt."""
     method, tier, ahead = CASES[name]
     # The interpreter serves one thread at a time: no index is built beside the prefill.
-    setting = Setting(tier, overlap=False, body=body, graphs=graphs, select_ahead=ahead, correction=0.3)
+    setting = Setting(tier, overlap=False, backend=body, graphs=graphs, select_ahead=ahead, correction=0.3)
     found = generate(model(), prompt_of(60, seed=6), method, max_new_tokens=NEW, setting=setting)
     return [int(token) for token in found[0]]
 

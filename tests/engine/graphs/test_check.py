@@ -13,7 +13,7 @@ from methods.full import Full
 from methods.pqcache import PQCache
 from pqbench.__main__ import main
 from pqbench.engine.decode import generate
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.method import Method
 from pqbench.store.tiers import HostTier

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from methods.pqcache.method import PQCacheState
+from methods.pqcache.index import step_numbers
+from methods.pqcache.state import PQCacheState
 from pqbench.engine.decode import Generation, decode, generate
 from pqbench.engine.graphs.steps import WARM
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.errors import ModelError
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget, Selection
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
@@ -49,7 +51,7 @@ def decoded(model: PreTrainedModel, ids: Tensor, method: Method, setting: Settin
 def same(first: Generation, second: Generation) -> None:
     """The same tokens, and the same counted on the way."""
     assert torch.equal(first.tokens, second.tokens)
-    for one, other in zip(first.groups(), second.groups(), strict=True):
+    for one, other in zip(first.cohorts(), second.cohorts(), strict=True):
         assert (one.meter.steps, one.meter.attended) == (other.meter.steps, other.meter.attended)
         assert one.meter.index_bytes == other.meter.index_bytes
         assert one.store.length == other.store.length
@@ -60,7 +62,7 @@ def same(first: Generation, second: Generation) -> None:
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_full_attention_gives_the_same_tokens(llama: PreTrainedModel, kernels: str) -> None:
     ids = prompt_of(90, seed=3)
-    alone, graphed = (decoded(llama, ids, Full(), Setting(body=kernels, graphs=on)) for on in (False, True))
+    alone, graphed = (decoded(llama, ids, Full(), Setting(backend=kernels, graphs=on)) for on in (False, True))
     same(alone, graphed)
     expected = llama.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
     assert torch.equal(graphed.tokens, expected[:, 90:])
@@ -71,7 +73,7 @@ def test_full_attention_gives_the_same_tokens(llama: PreTrainedModel, kernels: s
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_pqcache_gives_the_same_tokens(llama: PreTrainedModel, tier: Tier, kernels: str, budget: Budget) -> None:
     ids, method = prompt_of(200, seed=7), PQCache(budget, m=2, b=4)
-    same(*(decoded(llama, ids, method, Setting(tier, body=kernels, graphs=on)) for on in (False, True)))
+    same(*(decoded(llama, ids, method, Setting(tier, backend=kernels, graphs=on)) for on in (False, True)))
 
 
 @pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
@@ -80,7 +82,7 @@ def test_with_selection_ahead(llama: PreTrainedModel, tier: Tier) -> None:
     settings = (Setting(tier, graphs=on, select_ahead=True, correction=0.3) for on in (False, True))
     alone, graphed = (decoded(llama, ids, method, setting) for setting in settings)
     same(alone, graphed)
-    assert 0 < graphed.groups()[0].state.facts["corrected_heads"] < 1
+    assert 0 < graphed.cohorts()[0].state.facts["corrected_heads"] < 1
 
 
 def test_a_question_a_batch_and_a_short_context(llama: PreTrainedModel) -> None:
@@ -115,9 +117,11 @@ class FrozenState(PQCacheState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         fault: Any = self.method
         if self.numbers is not None and fault.fault == "all":
-            self.numbers = self._numbers(kv.length + 1)
+            self.numbers = step_numbers(self.method.budget, kv.length + 1, self.geometry.prompt)
         if self.numbers is not None and fault.fault == "attended":
-            attended = torch.tensor([self._numbers(kv.length + 1)[4]], dtype=torch.int32)
+            attended = torch.tensor(
+                [step_numbers(self.method.budget, kv.length + 1, self.geometry.prompt)[4]], dtype=torch.int32
+            )
             self.numbers = (*self.numbers[:4], attended, self.numbers[5])
         if self.numbers is not None and fault.fault == "read":
             q = q * float(q.abs().max() > 0)
@@ -141,8 +145,8 @@ def test_a_step_that_reads_the_device_is_refused(llama: PreTrainedModel) -> None
 
 def test_a_buffer_that_moves_is_noticed(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def moves(self: PQCacheState, kv: KV, length: int) -> Any:
-        assert self.codebook is not None
-        self.codebook = self.codebook.clone()
+        assert self.index.codebook is not None
+        self.index.codebook = self.index.codebook.clone()
         return plan(self, kv, length)
 
     plan = PQCacheState.plan

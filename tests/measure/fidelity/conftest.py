@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pqbench.config.compose import load_model
-from pqbench.engine.prefill import Setting
-from pqbench.measure.base import Measured, TimingJob
+from pqbench.engine.setting import Setting
+from pqbench.measure.base import Job, Measured
 from pqbench.measure.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
@@ -43,7 +43,7 @@ def measure(tmp_path: Path, loaded: LoadedModel) -> Run:
     ) -> tuple[Measured, list[Record]]:
         torch.set_num_threads(1)
         files = {name: RecordFile.create(tmp_path, benchmark.name, "x", name, {}) for name in methods}
-        done = benchmark.measure(TimingJob(model, methods, files, Setting(body="reference"), **options))
+        done = benchmark.measure(Job(model, methods, files, Setting(backend="reference"), **options))
         return done, [record for file in files.values() for record in file.read()]
 
     return call

@@ -20,11 +20,12 @@ from methods.pqcache import PQCache
 from pqbench import __main__ as command
 from pqbench import prefill
 from pqbench.errors import ConfigError, DataError
-from pqbench.measure.fidelity import cell
+from pqbench.measure.fidelity import passage
 from pqbench.measure.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, PaperBudget
 from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record, read_all
+from pqbench.tables.document import run_table
 from tests.measure.fidelity.conftest import Run
 
 SMALL: dict[str, Any] = {"lengths": [200, 320], "documents": 2, "steps": 6, "ratios": [0.3, 0.5]}
@@ -138,9 +139,9 @@ def test_figures_do_not_depend_on_what_shares_the_prefill(measure: Run, small: F
         assert records[0][name] == pytest.approx(other[name], abs=1e-5), name
 
 
-@pytest.mark.parametrize(("together", "calls"), [(None, 4), (5, 8), (1, 28)])
+@pytest.mark.parametrize(("most", "calls"), [(None, 4), (5, 8), (1, 28)])
 def test_one_prefill_of_a_document_serves_all(
-    measure: Run, small: FidelityBenchmark, monkeypatch: pytest.MonkeyPatch, together: int | None, calls: int
+    measure: Run, small: FidelityBenchmark, monkeypatch: pytest.MonkeyPatch, most: int | None, calls: int
 ) -> None:
     seen = []
 
@@ -148,10 +149,10 @@ def test_one_prefill_of_a_document_serves_all(
         seen.append((ids.shape[1], len(methods)))
         return prefill(model, ids, methods, *rest)
 
-    monkeypatch.setattr(cell, "prefill", counted)
-    done, _ = measure(replace(small, together=together), METHODS)
+    monkeypatch.setattr(passage, "prefill", counted)
+    done, _ = measure(replace(small, variants_per_prefill=most), METHODS)
     assert (done.measured, len(seen)) == (28, calls)
-    assert seen[0] == (200, 1 + (together or 7))
+    assert seen[0] == (200, 1 + (most or 7))
 
 
 def test_what_is_on_record_is_not_measured_again(
@@ -160,7 +161,7 @@ def test_what_is_on_record_is_not_measured_again(
     methods = {name: METHODS[name] for name in ("full", "h2o")}
     _, before = measure(small, methods)
     with monkeypatch.context() as patch:
-        patch.setattr(cell, "prefill", lambda *_: pytest.fail("measured again"))
+        patch.setattr(passage, "prefill", lambda *_: pytest.fail("measured again"))
         done, after = measure(small, methods)
     assert (done.measured, done.resumed, after == before) == (0, 12, True)
     done, _ = measure(replace(small, ratios=[0.3, 0.4, 0.5]), methods)
@@ -217,7 +218,7 @@ def test_a_prefill_that_fails_fails_every_method(
     def fail(*_: Any) -> None:
         raise RuntimeError("no\nluck")
 
-    monkeypatch.setattr(cell, "prefill", fail)
+    monkeypatch.setattr(passage, "prefill", fail)
     done, records = measure(replace(small, lengths=[200], documents=1), {"full": Full(), "h2o": H2O(OWN)})
     assert [r["error"] for r in records] == ["RuntimeError: no luck"] * 3
     assert (done.measured, len(done.failures)) == (0, 3)
@@ -243,7 +244,7 @@ def test_a_length_that_fills_the_model_leaves_room_for_the_steps(
 
 def test_the_table_names_every_method_and_budget(measure: Run, small: FidelityBenchmark) -> None:
     _, records = measure(small, METHODS)
-    *pivots, figures, parts = small.table(records).columns[0].cells
+    *pivots, figures, parts = run_table(records).columns[0].cells
     assert (figures.row_count, parts.row_count) == (14, 12)  # type: ignore[union-attr]
     assert [pivot.row_count for pivot in pivots] == [3] * 8  # type: ignore[union-attr]
 
@@ -261,8 +262,8 @@ def test_the_table_names_every_method_and_budget(measure: Run, small: FidelityBe
         ({"ratios": 0.1}, ["benchmark.ratios is 0.1"]),
         ({"ratios": [0.1, 0.1]}, ["benchmark.ratios", "once"]),
         ({"ratios": [True]}, ["benchmark.ratios"]),
-        ({"together": 0}, ["benchmark.together is 0"]),
-        ({"abreast": 0}, ["benchmark.abreast is 0"]),
+        ({"variants_per_prefill": 0}, ["benchmark.variants_per_prefill is 0"]),
+        ({"variants_per_batch": 0}, ["benchmark.variants_per_batch is 0"]),
         ({"text": 7}, ["benchmark.text is 7"]),
         ({"seed": -1}, ["benchmark.seed is -1"]),
     ],
@@ -287,7 +288,7 @@ def test_bad_options_are_one_line(options: dict[str, Any], words: list[str]) -> 
 def test_what_cannot_be_measured_is_one_line_before_anything_runs(
     measure: Run, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], method: Method, words: list[str]
 ) -> None:
-    monkeypatch.setattr(cell, "prefill", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(passage, "prefill", lambda *_: pytest.fail("something ran"))
     with pytest.raises((ConfigError, DataError)) as caught:
         measure(FidelityBenchmark(**{**SMALL, **options}), {"method": method})
     assert [word for word in words if word not in str(caught.value)] == []

@@ -16,8 +16,8 @@ from methods.oracle import Oracle
 from methods.sparq import SparQ
 from methods.streaming_llm import StreamingLLM
 from pqbench import prefill
+from pqbench.engine.dense import Dense
 from pqbench.measure.fidelity.clean import AGES, CleanFigures, clean_figures, each_alone
-from pqbench.measure.fidelity.forced import Dense
 from pqbench.measure.fidelity.record import clean_facts, thirds
 from pqbench.measure.probe import probe
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection, Split

@@ -17,8 +17,9 @@ from methods.pqcache import PQCache
 from methods.streaming_llm import StreamingLLM
 from pqbench import decode, prefill
 from pqbench.engine.decode import Generation
+from pqbench.engine.dense import Dense
 from pqbench.errors import ConfigError
-from pqbench.measure.fidelity.forced import Dense, Drift, dense_logits, read, read_abreast
+from pqbench.measure.fidelity.forced import Drift, dense_logits, read, read_in_one_batch
 from pqbench.measure.fidelity.record import cost_facts, drift_facts
 from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 from tests.measure.fidelity.test_clean import BUDGET, PROMPT, STEPS, Odd, answer, chosen_tokens
@@ -108,12 +109,12 @@ def test_reading_a_method_s_own_tokens_repeats_its_decoding(llama: PreTrainedMod
     assert seen == tokens[1:]
 
 
-def test_methods_abreast_equal_each_alone(model: PreTrainedModel) -> None:
+def test_methods_in_one_batch_equal_each_alone(model: PreTrainedModel) -> None:
     """Evicting and selecting ones, twice the same one, and one that fails on the way."""
     methods: list[Method] = [Dense(), H2O(BUDGET), Odd(), Late(), StreamingLLM(BUDGET), Oracle(BUDGET), Odd()]
     prefilled = prefill(model, prompt_of(PROMPT), methods)
     seen: list[list[Tensor]] = [[] for _ in methods]
-    outcomes = read_abreast(prefilled, range(len(methods)), answer(), [rows.append for rows in seen])
+    outcomes = read_in_one_batch(prefilled, range(len(methods)), answer(), [rows.append for rows in seen])
     assert [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Exception)] == [3]
     assert isinstance(outcomes[3], MemoryError)
     for i, outcome in enumerate(outcomes):

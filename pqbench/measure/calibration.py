@@ -1,4 +1,4 @@
-"""Times of this hardware, measured once and kept: dense prefill of one layer, and K-Means, by length.
+"""Times of this hardware by length, measured once and kept: the dense prefill of one layer, and K-Means.
 
 Both are fitted as in PQCache (arXiv 2407.12820): layer time a + b s + c s^2, clustering time a + b s T. The file
 ``calibration.json`` in the cache folder is keyed by processor, accelerator, threads, model shape, dtype and versions,
@@ -44,12 +44,12 @@ class HardwareCalibration:
         layer: a, b, c of the seconds of one layer's dense prefill, a + b s + c s^2.
         share: how much of that time clustering may take: all of it beside an accelerator; :data:`SHARED` where the
             model runs on the CPU, which leaves no core idle.
-        body, device: what clusters, and where: the model's device holds the keys when an index is made of them.
+        backend, device: what clusters, and where: the model's device holds the keys when an index is made of them.
     """
 
     layer: tuple[float, float, float]
     share: float
-    body: Kernels
+    backend: Kernels
     device: torch.device
     folder: Path
     key: str
@@ -64,13 +64,13 @@ class HardwareCalibration:
         """a, b of the clustering time in seconds, a + b * points * iterations; measured at first use."""
         shape = problems, width, clusters
         if shape not in self._fits:
-            name = f"{self.key}-kmeans-{self.body.__name__.rpartition('.')[2]}-{problems}x{width}x{clusters}"
-            a, b = stored(self.folder, name, lambda: fit_clustering(self.body, *shape, self.device))
+            name = f"{self.key}-kmeans-{self.backend.__name__.rpartition('.')[2]}-{problems}x{width}x{clusters}"
+            a, b = stored(self.folder, name, lambda: fit_clustering(self.backend, *shape, self.device))
             self._fits[shape] = a, b
         return self._fits[shape]
 
 
-def calibrate(model: PreTrainedModel, body: str = "auto", folder: Path | None = None) -> HardwareCalibration:
+def calibrate(model: PreTrainedModel, backend: str = "auto", folder: Path | None = None) -> HardwareCalibration:
     """The calibration of a model on this machine, from the cache folder or, at first use, from a few short prompts."""
     folder = cache_folder() if folder is None else folder
     config = model.config.get_text_config()
@@ -89,7 +89,7 @@ def calibrate(model: PreTrainedModel, body: str = "auto", folder: Path | None = 
     key = run_key({"environment": facts, "model": shape, "dtype": str(model.dtype), "device": model.device.type})
     a, b, c = stored(folder, f"{key}-layer", lambda: fit_layer(model))
     share = SHARED if model.device.type == "cpu" else 1.0
-    return HardwareCalibration((a, b, c), share, kernels(model.device, body), model.device, folder, key)
+    return HardwareCalibration((a, b, c), share, kernels(model.device, backend), model.device, folder, key)
 
 
 def stored(folder: Path, name: str, measure: Callable[[], Sequence[float]]) -> list[float]:
@@ -128,14 +128,14 @@ def fit_layer(model: PreTrainedModel) -> list[float]:
     return fit([[1.0, s, s * s] for s in map(float, lengths)], seconds)
 
 
-def fit_clustering(body: Kernels, problems: int, width: int, clusters: int, device: torch.device) -> list[float]:
-    """Coefficients of the seconds of K-Means by this body on this device, from random points."""
+def fit_clustering(backend: Kernels, problems: int, width: int, clusters: int, device: torch.device) -> list[float]:
+    """Coefficients of the seconds of K-Means by this backend on this device, from random points."""
     rows, seconds = [], []
     generator = torch.Generator().manual_seed(0)
     for points in (max(count, 2 * clusters) for count in POINTS):
         keys = torch.randn(1, problems, points, width, generator=generator).to(device)
         for iterations in ITERATIONS:
-            seconds.append(_seconds(partial(body.train_codebook, keys, 1, clusters, iterations, 0), keys.device))
+            seconds.append(_seconds(partial(backend.train_codebook, keys, 1, clusters, iterations, 0), keys.device))
             rows.append([1.0, float(points * iterations)])
     return fit(rows, seconds)
 

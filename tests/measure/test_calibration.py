@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from methods.pqcache import PQCache, adaptive_iterations
-from pqbench.engine import calibration
-from pqbench.engine.calibration import calibrate, fit, stored
-from pqbench.engine.prefill import Setting, prefill
+from pqbench.engine.prefill import prefill
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
+from pqbench.measure import calibration
+from pqbench.measure.calibration import calibrate, fit, stored
 from pqbench.method import Budget
 from tests.support import SHAPE, prompt_of, randomize
 
@@ -57,7 +58,7 @@ def test_what_clusters_is_what_is_timed(llama: PreTrainedModel, tmp_path: Path) 
     """Where the model is, the keys are: the body that the model's device has there is timed, and each by itself."""
     for body in ("reference", "cpu"):
         found = calibrate(llama, body, tmp_path)
-        assert (found.device, found.body) == (llama.device, kernels(llama.device, body))
+        assert (found.device, found.backend) == (llama.device, kernels(llama.device, body))
         found.clustering(4, 8, 16)
     names = [name for name in json.loads((tmp_path / "calibration.json").read_text()) if "kmeans" in name]
     assert sorted(name.split("kmeans-")[1] for name in names) == ["cpu-4x8x16", "reference-4x8x16"]
@@ -108,4 +109,4 @@ def test_pqcache_adapts_when_asked_to(llama: PreTrainedModel, idle: float, expec
     assert [state.facts["iterations"] for state in states] == [expected] * len(states)
     fixed = PQCache(Budget(sink=4, ratio=0.3, minimum=8), m=2, b=3, iterations=7)
     assert not fixed.needs_calibration
-    torch.testing.assert_close(states[0].codebook.shape[3], 8)  # type: ignore[attr-defined]
+    torch.testing.assert_close(states[0].index.codebook.shape[3], 8)  # type: ignore[attr-defined]

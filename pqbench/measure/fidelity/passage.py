@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pqbench.engine.prefill import Prefilled, prefill
-from pqbench.measure.base import Ledger, TimingJob
+from pqbench.engine.dense import Dense
+from pqbench.engine.prefill import prefill
+from pqbench.engine.prefilled import Prefilled
+from pqbench.measure.base import Job, Ledger
+from pqbench.measure.checks import check_alive
 from pqbench.measure.fidelity.clean import CleanFigures, each_alone
 from pqbench.measure.fidelity.documents import Document
-from pqbench.measure.fidelity.forced import Dense, Drift, dense_logits, read_abreast
+from pqbench.measure.fidelity.forced import Drift, dense_logits, read_in_one_batch
 from pqbench.measure.fidelity.record import clean_facts, cost_facts, drift_facts
 from pqbench.measure.machine import device_name
-from pqbench.measure.scored import check_alive
 from pqbench.method import Method
 from pqbench.records.file import Record
 
@@ -26,7 +28,7 @@ _Outcome = TypeVar("_Outcome")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with one of the budgets; ``ratio`` is None for a method that has none."""
+    """A method with one of the budgets; ``ratio`` is None for a method without a budget."""
 
     name: str
     method: Method
@@ -39,8 +41,8 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Variants to measure on one document at one length; ``prompt`` tokens of it leave room for the steps."""
+class Passage:
+    """Variants to measure on one document at one length, cut to ``prompt`` tokens so that the steps fit the model."""
 
     document: Document
     length: int
@@ -54,29 +56,33 @@ class Cell:
 
 
 @dataclass
-class CellRun:
-    """A cell being measured. ``together`` variants at most share a prefill, all of them where it is None; ``abreast``
-    of those at most decode in one batch."""
+class PassageRun:
+    """A passage being measured.
 
-    cell: Cell
-    job: TimingJob
+    Attributes:
+        variants_per_prefill: how many variants share a prefill at most; None for all of them.
+        variants_per_batch: how many of these decode in one batch at most.
+    """
+
+    passage: Passage
+    job: Job
     model: PreTrainedModel
     ledger: Ledger
     steps: int
-    together: int | None
-    abreast: int
+    variants_per_prefill: int | None
+    variants_per_batch: int
 
     def measure(self) -> Iterator[Variant]:
-        """Measure and record every variant. Each is announced before its work begins, the first before the prefill."""
-        variants = self.cell.variants
-        size = self.together or len(variants)
+        """Measure and record every variant. Each is yielded before its work begins, the first before the prefill."""
+        variants = self.passage.variants
+        size = self.variants_per_prefill or len(variants)
         for start in range(0, len(variants), size):
             yield from self._batch(variants[start : start + size])
 
     def _batch(self, variants: Sequence[Variant]) -> Iterator[Variant]:
-        """Variants that share a prefill."""
+        """Measure the variants that share a prefill."""
         yield variants[0]
-        prompt, ids = self.cell.prompt, self.cell.document.ids
+        prompt, ids = self.passage.prompt, self.passage.document.ids
         tokens = ids[prompt : prompt + self.steps]
         methods = [Dense(), *(variant.method for variant in variants)]
         context = torch.tensor([ids[:prompt]], device=self.model.device)
@@ -89,8 +95,8 @@ class CellRun:
                 self._failed(variant, error)
             self.job.setting.check_device(error)
             return
-        for start in range(0, len(variants), self.abreast):
-            places = range(len(variants))[start : start + self.abreast]
+        for start in range(0, len(variants), self.variants_per_batch):
+            places = range(len(variants))[start : start + self.variants_per_batch]
             yield from (variants[i] for i in places if i)
             self._read(prefilled, places, [variants[i] for i in places], [clean[i] for i in places], full)
         prefilled.close()
@@ -103,12 +109,12 @@ class CellRun:
         clean: Sequence[CleanFigures | Exception],
         full: Tensor,
     ) -> None:
-        """Decode with several methods of the prompt, and record that with their clean figures, or what went wrong."""
-        prompt, ids = self.cell.prompt, self.cell.document.ids
+        """Decode with several methods of the prompt, and record all their figures, or their failures."""
+        prompt, ids = self.passage.prompt, self.passage.document.ids
         tokens, targets = ids[prompt : prompt + self.steps], ids[prompt + 1 : prompt + self.steps + 1]
         drifts = [Drift(full, targets) for _ in variants]
         # Method 0 of the prompt is full attention.
-        outcomes = read_abreast(prefilled, [i + 1 for i in places], tokens, [drift.add for drift in drifts])
+        outcomes = read_in_one_batch(prefilled, [i + 1 for i in places], tokens, [drift.add for drift in drifts])
         for variant, figures, drift, generation in zip(variants, clean, drifts, outcomes, strict=True):
             try:
                 facts = clean_facts(_sound(figures))
@@ -118,17 +124,17 @@ class CellRun:
                 self._failed(variant, error)
                 self.job.setting.check_device(error)
             else:
-                self.ledger.ok(variant.name, self.cell.sample_id(variant), self._facts(variant) | facts)
+                self.ledger.ok(variant.name, self.passage.sample_id(variant), self._facts(variant) | facts)
 
     def _failed(self, variant: Variant, error: Exception) -> None:
-        self.ledger.failed(variant.name, self.cell.sample_id(variant), error, self._facts(variant))
+        self.ledger.failed(variant.name, self.passage.sample_id(variant), error, self._facts(variant))
 
     def _facts(self, variant: Variant) -> Record:
-        """What was measured, whatever came of it."""
+        """The facts of a record that are known before the measurement, so that a failure has them too."""
         return {
-            "document": self.cell.document.name,
-            "length": self.cell.length,
-            "prompt_tokens": self.cell.prompt,
+            "document": self.passage.document.name,
+            "length": self.passage.length,
+            "prompt_tokens": self.passage.prompt,
             "steps": self.steps,
             "ratio": variant.ratio,
             "budget": variant.method.budget_label,

@@ -1,0 +1,122 @@
+"""What a method promises of its selections in one layer, and how the harness checks it.
+
+The first step is checked before anything reads by the selection: rows outside the store would be an error after which a
+GPU answers no more. That costs one synchronisation in each layer. Later steps are compared with the budget once, when
+the decode is over, by what the meters have counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from pqbench.errors import SelectionError
+from pqbench.method import Geometry, Method, Selection
+from pqbench.store.base import Store
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What one method promises in one layer: valid rows, and no more tokens than :meth:`Method.limit` allows."""
+
+    method: Method
+    geometry: Geometry
+
+    def check(self, selection: object, store: Store) -> None:
+        """Verify what a method selected from a store whose last row is the current token. Waits for the device once.
+
+        Raises:
+            SelectionError: no selection, indices of another shape than ``[B, H, n]``, rows out of range or selected
+                twice, a missing current token, or more tokens than the budget allows. The message names the method, the
+                layer and the step.
+        """
+        if not isinstance(selection, Selection):
+            self._refuse(store, f"select() returned {type(selection).__name__} instead of a Selection")
+        indices, visible = self._counted(selection, store), selection.visible
+        held, limit = store.length, self.method.limit(store.seen, self.geometry)
+        size = held if indices is None else indices.shape[2]
+        if limit is not None and self.method.evicts and held > limit:
+            self._refuse(store, f"the method holds {held} tokens, but the budget allows {limit}")
+        if limit is not None and visible is None and size > limit:
+            self._refuse(store, f"the selection has {size} tokens, but the budget allows {limit}")
+        faults = {} if indices is None else _faults(indices, held - 1)
+        if limit is not None and visible is not None:
+            most = visible.any(2).sum(-1).max()  # Rows that no query head sees are padding.
+            faults[f"the selection has more tokens than the {limit} that the budget allows"] = most > limit
+        if faults:
+            sound = torch.stack(list(faults.values())).logical_not().tolist()  # The only wait for the device.
+            for reason, good in zip(faults, sound, strict=True):
+                if not good:
+                    self._refuse(store, reason)
+
+    def check_steps(self, attended: Sequence[int | None], held: Sequence[int], ragged: float, seen: int) -> None:
+        """Compare all steps of a decode with the budget.
+
+        Args:
+            attended: tokens that a KV head attended to in each step; None where only the device knew the number.
+            held: rows that the store held in each step.
+            ragged: the sum of the numbers that only the device knew, as a mean over KV heads.
+            seen: length of the context after the last step.
+
+        Raises:
+            SelectionError: a step attended to more tokens than its budget, or an evicting method held more.
+        """
+        first, allowed, comparable = seen - len(attended) + 1, 0, True
+        for context, (count, rows) in enumerate(zip(attended, held, strict=True), start=first):
+            limit = self.method.limit(context, self.geometry)
+            if count is None:
+                allowed, comparable = allowed + (limit or 0), comparable and limit is not None
+            most = max(count or 0, rows if self.method.evicts else 0)
+            if limit is not None and most > limit:
+                raise SelectionError(
+                    f"{self._where(context)}: attended to {most} tokens, but the budget allows {limit}"
+                )
+        if comparable and ragged > allowed:
+            raise SelectionError(
+                f"{self._where(seen)} and before: attended to {ragged:.0f} tokens in all steps together, but the "
+                f"budget allows {allowed}"
+            )
+
+    def _counted(self, selection: Selection, store: Store) -> Tensor | None:
+        """The indices of a selection that count, once their shape is verified; None for all rows."""
+        indices, visible = selection.indices, selection.visible
+        if indices is None:
+            return None
+        expected = self.geometry.batch, self.geometry.kv_heads
+        whole = not indices.is_floating_point() and indices.dtype != torch.bool
+        if indices.ndim != 3 or tuple(indices.shape[:2]) != expected or not whole:
+            self._refuse(
+                store,
+                f"the selection's indices are {tuple(indices.shape)} of {indices.dtype}, expected whole numbers "
+                f"[{expected[0]}, {expected[1]}, n]",
+            )
+        if visible is not None and visible.shape[-1] != indices.shape[2]:
+            self._refuse(store, f"visible is {tuple(visible.shape)} for indices {tuple(indices.shape)}")
+        indices = indices if selection.count is None else indices[:, :, : int(selection.count)]
+        if not indices.shape[2]:
+            self._refuse(store, f"the selection lacks the current token, row {store.length - 1}")
+        return indices
+
+    def _refuse(self, store: Store, reason: str) -> NoReturn:
+        raise SelectionError(f"{self._where(store.seen)}: {reason}")
+
+    def _where(self, seen: int) -> str:
+        """The method, the layer and the step that makes a context of ``seen`` tokens."""
+        step = seen - self.geometry.prompt
+        return f"{type(self.method).__name__}, layer {self.geometry.layer}, step {step}"
+
+
+def _faults(indices: Tensor, last: int) -> dict[str, Tensor]:
+    """What can be wrong with rows ``[B, H, n]`` of which the current token is ``last``, and whether it is: bools ``[]``
+    on the device."""
+    ordered = indices.sort(dim=2).values
+    least, most = ordered[:, :, 0], ordered[:, :, -1]
+    return {
+        f"the selection is out of range: rows go from 0 to {last}": ((least < 0) | (most > last)).any(),
+        f"the selection lacks the current token, row {last}": (most < last).any(),
+        "the selection names a row twice": (ordered[:, :, 1:] == ordered[:, :, :-1]).any(),
+    }

@@ -1,0 +1,75 @@
+"""What the decode steps of one cohort in one layer did: tokens attended to, bytes of the index, seconds by phase."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from pqbench.engine.clock import Clock
+from pqbench.method import Selection
+
+PHASES = ("select", "fetch", "attend", "append")
+_UNTIMED = nullcontext()
+
+
+class Meter:
+    """Counts of every step of one cohort in one layer. Nothing here waits for the device before a sum is asked for.
+
+    Attributes:
+        steps: how many there were.
+        timed: those among them whose phases were timed, see :meth:`pqbench.engine.clock.Clock.samples`.
+        index_bytes: bytes of the index that all steps read: those that the methods declare, and the keys that their
+            selections read through the store.
+        counts: tokens per KV head that each step attended to; None where only the device knows the number.
+        held: rows that the store held in each step.
+        ragged: float64 ``[]`` on the device, the sum of the numbers that only the device knows, each a mean over
+            sequences and KV heads; None while there are none.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.steps = self.timed = self.index_bytes = 0
+        self.counts: list[int | None] = []
+        self.held: list[int] = []
+        self.ragged: Tensor | None = None
+        self._clock, self._sampled, self._attended = clock, False, 0
+        self._phases = {phase: clock.spans(phase) for phase in PHASES}
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._sampled = self._clock.samples(self.steps)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time what is inside as a phase of the step, if the step is one of those that are timed."""
+        return self._phases[name] if self._sampled else _UNTIMED
+
+    def count(self, selection: Selection, held: int, index_bytes: int) -> None:
+        """Add one step. Rows that no query head of a KV head sees are padding and are not counted."""
+        self.timed += self._sampled
+        if selection.visible is None:
+            self._add(held if selection.indices is None else selection.indices.shape[2], held, index_bytes)
+            return
+        seen = selection.visible.any(2).sum(-1).float().mean().double()
+        self.ragged = seen if self.ragged is None else self.ragged + seen
+        self._add(None, held, index_bytes)
+
+    def replayed(self, attended: int, held: int, index_bytes: int) -> None:
+        """Add one step that a graph has done, whose phases nobody can time."""
+        self._add(attended, held, index_bytes)
+
+    @property
+    def attended(self) -> float:
+        """Tokens per KV head attended to, all steps together. Waits for the device where only that knows them."""
+        return self._attended + (0.0 if self.ragged is None else float(self.ragged))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the timed steps by phase (:data:`PHASES`). Waits for the device."""
+        return {phase: spans.total for phase, spans in self._phases.items()}
+
+    def _add(self, attended: int | None, held: int, index_bytes: int) -> None:
+        self.steps += 1
+        self.index_bytes += index_bytes
+        self.counts.append(attended)
+        self.held.append(held)
+        self._attended += attended or 0

@@ -1,0 +1,197 @@
+"""A prompt that has been prefilled, with the state of every method, ready to be decoded by each method in turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from pqbench.engine.batch import check_indices
+from pqbench.engine.beside import Beside, Finished, Pending, tensors_of
+from pqbench.engine.clock import Clock, Spans, Streams, clock_of
+from pqbench.engine.cohort import Cohort, Observer, Rows
+from pqbench.engine.layers import DecodeLayer, LayeredCache, PrefillLayer, copy_sliding, link_layers
+from pqbench.method import Method
+from pqbench.models.lengths import check_switch, length_dependent
+from pqbench.store.base import Store
+from pqbench.store.tiers import Placement
+
+
+@dataclass(frozen=True)
+class Built:
+    """A method's finished index in one layer and cohort.
+
+    Attributes:
+        rows: what the method answered, see :meth:`pqbench.store.base.Store.after_prefill`.
+        took: the time of all this.
+        stores: one store to go on with, or none. With a single method it is ready here and goes to the first caller
+            that asks for it. With several methods a store of ``rows`` is made only when it is asked for, since all of
+            them together would take too much memory; a store of all rows goes to the caller that spends the state.
+    """
+
+    rows: Tensor | None
+    took: Spans
+    stores: list[Store]
+
+
+@dataclass
+class Prefilled:
+    """A prompt's keys and values with every method's state, ready to be decoded by each method in turn."""
+
+    model: PreTrainedModel
+    methods: Sequence[Method]
+    cohorts: list[Rows]
+    layers: dict[int, PrefillLayer]
+    sliding: dict[int, CacheLayerMixin]
+    mask: Tensor | None  # [B, S] bool, None without padding
+    lengths: Tensor  # [B] tokens of each prompt
+    placement: Placement
+    streams: Streams | None = None  # of the device, see Setting
+    named: bool = False  # see Setting
+    beside: Beside | None = None  # where indices are built while the next layers compute
+    graphs: bool = False  # see Setting
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, V] after the last prompt token
+    seconds: float = 0.0  # dense prefill, observers excluded
+    observe_seconds: list[float] = field(default_factory=list)
+    _built: dict[tuple[int, int, int], Pending[Built]] = field(default_factory=dict)  # by method, layer and cohort
+    _spent: set[int] = field(default_factory=set)  # methods whose own state went into a decode
+
+    def check_reach(self, tokens: int) -> None:
+        """Raises ConfigError when so many tokens more would cross a length at which rotary frequencies change."""
+        if length_dependent(self.model.config) is None:  # else the host would wait for a GPU
+            return
+        longest = int(self.lengths.max())
+        columns = longest if self.mask is None else self.mask.shape[1]  # generate() counts padding
+        for first in (longest, columns):
+            check_switch(self.model.config, first, first + tokens)
+
+    def start(self, layer: int) -> None:
+        """Build a layer's indices beside the following layers, if there is a place for that. Called when the layer's
+        prompt is complete."""
+        if self.beside is None:
+            return
+        for method, cohort in product(range(len(self.methods)), range(len(self.cohorts))):
+            state, prompt = self.observer(method, layer, cohort).state, self.layers[layer].prompt(self.cohorts[cohort])
+            uses = [*prompt.tensors(), *tensors_of(state, {id(state.geometry)})]
+            work = partial(self._build, method, layer, cohort)
+            self._built[method, layer, cohort] = self.beside.submit(work, state.geometry.device, uses)
+
+    def build(self, method: int) -> float:
+        """Finish a method's indices, once, wait for them and check them. Returns the seconds that the work took, beside
+        the prefill or not.
+
+        Raises:
+            ConfigError: an index was made of what it cannot be made of.
+        """
+        finished = self.finish(method)
+        places = product(self.layers, range(len(self.cohorts)))
+        check_indices([check for i, c in places for check in self.observer(method, i, c).state.checks])
+        return sum(built.took.total for built in finished)
+
+    def finish(self, method: int) -> list[Built]:
+        """A method's indices of all layers and cohorts. On a GPU they may still be under way; they will be finished
+        before anything that is queued later."""
+        return [self.built(method, i, c) for i, c in product(self.layers, range(len(self.cohorts)))]
+
+    def built(self, method: int, layer: int, cohort: int) -> Built:
+        """One layer's index, built now unless that was done beside the prefill. A GPU finishes it before what is queued
+        next; otherwise it is waited for."""
+        key = method, layer, cohort
+        if key not in self._built:
+            self._built[key] = Finished(partial(self._build, *key))
+        return self._built[key].result()
+
+    def observer(self, method: int, layer: int, cohort: int) -> Observer:
+        """A method's observer of one cohort in one layer."""
+        return self.layers[layer].observers[method][cohort]
+
+    def fork(self, method: int, *, spend: bool = False) -> LayeredCache:
+        """A cache that goes on from the prompt with one method and leaves the prompt untouched. With ``spend`` the
+        method's own state goes into it, uncopied: no further fork of this method is possible."""
+        if method in self._spent:
+            raise RuntimeError("this method's state is spent: prefill again")
+        if spend:
+            self._spent.add(method)
+        make = partial(self._cohorts_of, method, spend=spend)
+        ours = {i: DecodeLayer(partial(make, i), layer.seen) for i, layer in self.layers.items()}
+        link_layers(list(ours.values()))
+        if self.beside is None:
+            for layer in ours.values():
+                layer.cohorts  # noqa: B018 - made here, so that the first step is timed without
+        return self.cache(ours)
+
+    def cache(self, ours: Mapping[int, CacheLayerMixin]) -> LayeredCache:
+        """A cache of our layers and of sliding layers that go on from the prompt."""
+        layers = {**copy_sliding(self.sliding), **ours}
+        return LayeredCache([layers[i] for i in range(len(layers))])
+
+    def cohort(
+        self, method: int, layer: int, cohort: int, shared: Store | None = None, *, spend: bool = False
+    ) -> Cohort:
+        """A built method at work on one cohort of one layer, with its own copy of the state. It reads from ``shared``
+        when that is given and the method wants its rows as they are, else from a store of its own. With ``spend`` the
+        rows that no method will read any more are let go."""
+        observer, built = self.observer(method, layer, cohort), self.built(method, layer, cohort)
+        if built.stores and (spend or built.rows is not None):
+            store = built.stores.pop()
+        elif shared is not None and built.rows is None:
+            store = shared
+        else:
+            store = self.store(layer, cohort, method).after_prefill(built.rows, self.methods[method].evicts)
+        if spend and len(self.methods) == 1:
+            self.layers[layer].release(observer.rows)
+        state = observer.state if spend else copy.deepcopy(observer.state)
+        return Cohort(observer.rows, store, state, self.methods[method], observer.clock)
+
+    def over_one_store(self, layer: int, methods: Sequence[int]) -> tuple[Store, list[Cohort]]:
+        """A store of all rows of the only cohort in one layer, and these methods at work over it; those that want their
+        rows otherwise have stores of their own."""
+        own = {m: self.cohort(m, layer, 0) for m in methods if self.built(m, layer, 0).rows is not None}
+        shared = self.store(layer, 0)  # last: the youngest store of the prompt may write
+        return shared, [own[m] if m in own else self.cohort(m, layer, 0, shared=shared) for m in methods]
+
+    def store(self, layer: int, cohort: int, method: int | None = None) -> Store:
+        """A store over the prompt of one cohort in one layer, laid out for a method's sinks and window."""
+        rows = self.cohorts[cohort]
+        prompt = self.layers[layer].columns - rows.padding
+        split = None if method is None else partial(self.methods[method].split, prompt=prompt)
+        return self.layers[layer].prompt(rows).store(split)
+
+    @property
+    def clock(self) -> Clock:
+        """The clock for whole steps: that of the device on which the model begins and ends."""
+        return clock_of(self.model.device, self.streams, named=self.named)
+
+    def close(self) -> None:
+        """End what runs in the background. Stores over this prompt cannot be used afterwards.
+
+        Raises:
+            OrderingError: a debugged link found transfers that nobody waited for.
+        """
+        if self.beside is not None:
+            self.beside.close()
+        self.placement.close()
+
+    def _cohorts_of(self, method: int, layer: int, *, spend: bool) -> list[Cohort]:
+        """A method at work on every cohort of one layer."""
+        return [self.cohort(method, layer, cohort, spend=spend) for cohort in range(len(self.cohorts))]
+
+    @torch.inference_mode()
+    def _build(self, method: int, layer: int, cohort: int) -> Built:
+        store, observer = self.store(layer, cohort, method), self.observer(method, layer, cohort)
+        took, stores = observer.clock.spans("index"), []
+        with took:
+            rows = observer.state.finish_prefill(store)
+            if rows is None or len(self.methods) == 1:
+                stores.append(store.after_prefill(rows, self.methods[method].evicts))
+                stores[0].usage.open()
+        if self.streams is None:  # nothing is under way, so that it can be said at once
+            check_indices(observer.state.checks)
+        return Built(rows, took, stores)

@@ -1,0 +1,80 @@
+"""What is known of a prompt and of a model's layers before anything runs: padding, positions, geometry, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pqbench.engine.batch import rows_by_length
+from pqbench.engine.cohort import Rows
+from pqbench.engine.rehearsal import profile
+from pqbench.engine.rotary import layer_frequencies
+from pqbench.engine.setting import Setting
+from pqbench.method import Geometry, Method
+
+
+@dataclass(frozen=True)
+class PromptShape:
+    """A batch of prompts without its tokens.
+
+    Attributes:
+        mask: ``[B, S]`` bool, False on padding.
+        cohorts: the rows of each cohort, the longest sequences first.
+        padded: whether there is padding anywhere.
+    """
+
+    mask: Tensor
+    cohorts: list[Rows]
+    padded: bool
+
+    @classmethod
+    def of(cls, mask: Tensor) -> PromptShape:
+        """The shape that a validity mask ``[B, S]`` describes. Waits for the device."""
+        return cls(mask, rows_by_length(mask), not bool(mask.all()))
+
+    @property
+    def columns(self) -> int:
+        """S, padding included."""
+        return self.mask.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt, ``[B]``."""
+        return self.mask.long().sum(-1)
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of every token within its own sequence, ``[B, S]``; 0 on padding."""
+        return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def devices(model: PreTrainedModel) -> set[torch.device]:
+    """Where the model's layers are: several devices when it was loaded with ``device=auto``."""
+    placed = getattr(model, "hf_device_map", None) or {"": model.device}
+    return {torch.device(f"cuda:{place}" if str(place).isdigit() else place) for place in placed.values()}
+
+
+def frequencies(model: PreTrainedModel, methods: Sequence[Method]) -> dict[int, Tensor]:
+    """Rotary frequencies of every full-attention layer if any of the methods renumbers positions, else of none."""
+    wanted = any(method.needs_positions for method in methods)
+    return layer_frequencies(model, list(profile(model).layers)) if wanted else {}
+
+
+def geometry(
+    model: PreTrainedModel, layer: int, rows: Rows, columns: int, rotary: Tensor | None, setting: Setting
+) -> Geometry:
+    """What a method's state of one layer and cohort needs to know; ``rotary`` are the layer's :func:`frequencies`."""
+    layers = profile(model).layers
+    known = layers[layer].geometry(layer, rows, columns - rows.padding, setting.backend)
+    return replace(
+        known,
+        inverse_frequencies=None if rotary is None else rotary.to(known.device),
+        layers=len(layers),
+        rank=list(layers).index(layer),
+        calibration=setting.calibration,
+        correction=setting.correction if setting.select_ahead else None,
+    )

@@ -1,0 +1,51 @@
+"""Votes of a prompt's last queries for its tokens, for methods that keep what these queries attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def pooled(votes: Tensor, kernel: int, kind: str) -> Tensor:
+    """Average or maximum (``avg`` or ``max``) of ``kernel`` (odd) neighbouring votes ``[B, H, M]``; the same length."""
+    if kernel == 1 or votes.shape[-1] == 0:
+        return votes
+    pool = functional.avg_pool1d if kind == "avg" else functional.max_pool1d
+    return pool(votes, kernel, stride=1, padding=kernel // 2)
+
+
+class Votes:
+    """During the prefill the last queries ``[B, H, G, w, D]`` are held, and at its end their votes ``[B, H, S]``."""
+
+    def __init__(self, observation: int, prompt: int) -> None:
+        """The last ``observation`` of ``prompt`` queries vote."""
+        self._observation, self._prompt = observation, prompt
+        self._queries: Tensor | None = None
+        self._votes: Tensor | None = None
+
+    def observe(self, q: Tensor, keys: Tensor, column_sums: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """See a block of the prompt: queries ``[B, H, G, n, D]``, the last of the keys ``[B, H, S, D]``. A vote is the
+        attention that ``column_sums`` of queries and keys says a token receives."""
+        recent = q if self._queries is None else torch.cat([self._queries, q], dim=3)
+        recent = recent[:, :, :, -self._observation :]
+        if keys.shape[2] < self._prompt:
+            self._queries = recent.clone()  # a view would hold the whole block
+        else:
+            self._queries, self._votes = None, column_sums(recent, keys)
+
+    def take(self, first: int, stop: int, kernel: int, kind: str) -> Tensor:
+        """The :func:`pooled` votes for tokens ``first`` to ``stop``, once: they are not held any longer."""
+        if self._votes is None:
+            raise RuntimeError("finish_prefill() before observe() saw the end of the prompt")
+        votes, self._votes = self._votes[:, :, first:stop], None
+        return pooled(votes, kernel, kind)
+
+
+def oldest_generated(positions: Tensor, seen: int, voted: int, kept: Tensor, count: int) -> Tensor:
+    """The ``count`` rows ``[B, H, count]`` to drop, of rows at ``positions`` ``[B, H, n]``: the oldest of those that
+    came after the vote, then of those voted for (before position ``voted``), and none that is ``kept``."""
+    order = positions + seen * (positions < voted)
+    return order.masked_fill(kept, 2 * seen).topk(count, dim=-1, largest=False).indices

@@ -1,0 +1,33 @@
+"""What a record holds: its kind is the name of a kind of measurement, which tables, figures and the report choose by.
+
+Every measurement declares its kind and every record carries it. Records that were written before that are told apart
+by their fields; the name of a benchmark never decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SCORES = "scores"
+LATENCY = "latency"
+ATTENTION = "attention"
+ATTENTION_SCORES = "attention_scores"
+FIDELITY = "fidelity"
+DENSE = "full"  # the name under which full attention is recorded; times are compared with its times
+
+# Fields that every old record of a kind holds, failed ones included, and no old record of a later kind in this list.
+_TELLING = (
+    (FIDELITY, ("document", "ratio", "steps")),
+    (ATTENTION, ("geometry", "kernel")),
+    (ATTENTION_SCORES, ("context", "layer")),
+    (LATENCY, ("context", "repeat")),
+)
+
+
+def kind_of(record: Mapping[str, Any]) -> str:
+    """The kind of a record: the one it carries, or for an old record the one that its fields tell."""
+    kind = record.get("kind")
+    if isinstance(kind, str):
+        return kind
+    return next((name for name, fields in _TELLING if all(field in record for field in fields)), SCORES)
