@@ -198,7 +198,7 @@ def test_a_method_that_never_skips_a_token_fails_loudly(loaded: LoadedModel, tmp
     done = job(loaded, tmp_path, {"full": Full(), "lazy": Lazy()})
     summary = run(done)
     assert len(summary.failures) == 3
-    assert "not active" in summary.failures[0]
+    assert "but the budget allows" in summary.failures[0]
     assert {r["status"] for r in records(done, "lazy")} == {"error"}
     assert {r["status"] for r in records(done, "full")} == {"ok"}
 
