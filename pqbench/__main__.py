@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pqbench.config.interrupt import begun  # isort: skip - before the imports below, which take seconds
+
 import logging
 import os
 import sys
@@ -24,7 +26,8 @@ from pqbench.config.compose import explain, model_source, opened, own_budgets, r
 from pqbench.config.fields import check_fields
 from pqbench.config.keys import run_settings, whole
 from pqbench.config.shadow import check_import_path
-from pqbench.config.sweep import Failures
+from pqbench.config.shape import check_shape, check_store, made_method
+from pqbench.config.sweep import Failures, cell
 from pqbench.errors import DeviceError
 from pqbench.measure.base import Job, Measurement
 from pqbench.measure.scored import Scored
@@ -42,6 +45,7 @@ log = logging.getLogger("pqbench")
 
 def main() -> None:
     """Entry point of ``python -m pqbench`` and of the console script. Exits 0, 1 on any failure, 130 on Ctrl-C."""
+    begun()
     if "--version" in sys.argv[1:]:
         sys.stdout.write(f"pqbench {version('pqbench')}\n")
         sys.exit(0)
@@ -61,14 +65,14 @@ def main() -> None:
             if config.debug is True:
                 raise
             lines = [explain(error)]
-            if lines not in failures.runs:  # what stops every run of a sweep is said once
-                log.error(lines[0])
-        failures.add(lines)
+            if failures.new(lines[0]):  # what stops several runs of a sweep is said once, and listed at the end
+                log.error("%s%s", cell(), lines[0])
+        failures.add(lines, cell())
 
-    sys.argv[1:] = opened(sys.argv[1:])
     entry = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)
     try:
         check_import_path()
+        sys.argv[1:] = opened(sys.argv[1:])
         entry()
     except Exception as error:  # ours, Hydra's, or a launcher's
         if "debug=true" in sys.argv:
@@ -78,10 +82,10 @@ def main() -> None:
     except KeyboardInterrupt:
         log.error("interrupted: finished samples are kept, the same command goes on from there")
         sys.exit(130)
-    failed = [line for lines in failures.runs for line in lines]
+    failed = failures.count
     if failed and len(failures.runs) > 1:
-        log.error("%d failures in %d runs:", len(failed), len(failures.runs))
-        for line in dict.fromkeys(failed):
+        log.error("%d failures in %d runs:", failed, len(failures.runs))
+        for line in failures.listed():
             log.error(line)
     sys.exit(1 if failed else 0)
 
@@ -95,14 +99,16 @@ def prepare() -> None:
 
 def run_config(config: DictConfig) -> list[str]:
     """One job of a composed configuration. Returns the failures, one line each."""
+    check_shape(config)
     check_options(config)
     own_budgets(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     for group in ("budget", "store", "model", "benchmark", "methods"):
         check_fields(plain[group], group)
+    check_store(plain["store"])
     if config.threads:
         torch.set_num_threads(config.threads)
-    methods = {name: compensated(instantiate(node)) for name, node in config.methods.items()}
+    methods = {name: compensated(made_method(name, node)) for name, node in config.methods.items()}
     plain["methods"] = {name: whole(plain["methods"][name], method) for name, method in methods.items()}
     measurement = measurement_of(instantiate(config.benchmark), plain)
     device, plain["weights"] = getattr(measurement, "device", None), None

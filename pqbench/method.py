@@ -388,13 +388,12 @@ class Method(ABC):
     def limit(self, context: int, geometry: Geometry) -> int | None:
         """The largest number of tokens that one KV head of this layer may attend to in the step that makes the context
         ``context`` tokens long; None for no limit. An evicting method may not hold more rows than that either."""
-        split = self.split(context, geometry.prompt)
-        return None if split is None or self.beyond_budget or self.attends_all(context) else split.total
+        if self.budget is None or self.beyond_budget or self.attends_all(context, geometry.prompt):
+            return None
+        return self.budget.resolve(context, geometry.prompt).total
 
 
 def compensated(method: Method) -> Method:
     """The method with more tokens when it evicts and its budget is a :class:`CompensatedBudget`; else as it is."""
-    budget = method.budget
-    if not (method.evicts and isinstance(budget, CompensatedBudget)):
-        return method
-    return method.with_budget(budget.for_evicting)
+    enlarged = method.budget.for_evicting if isinstance(method.budget, CompensatedBudget) else None
+    return method.with_budget(enlarged) if method.evicts and enlarged is not None else method

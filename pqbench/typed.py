@@ -22,7 +22,7 @@ _WORDS: dict[Any, str] = {
 _IN_PYTHON: dict[Any, str] = {bool: "True or False", NoneType: "None"}
 
 
-def check_types(made: Any, place: str, error: type[ConfigError] = ConfigError) -> None:
+def check_types(made: Any, place: str, error: type[Exception] = ConfigError) -> None:
     """Check the fields of a dataclass instance; ``place`` is what messages call it, ``budget`` or the class's name.
 
     Raises:
@@ -45,21 +45,24 @@ def allowed(value: Any, hint: Any, made: bool = False) -> bool:
             with values from which it will be made.
     """
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
     if origin in (Union, UnionType):
         return any(allowed(value, part, made) for part in inner)
     if origin is Literal:
         return value in inner
     if hint is bool or isinstance(value, bool):
-        return isinstance(value, bool) and hint in (bool, Any)
+        return isinstance(value, bool) and hint is bool
     if hint is float:
         return isinstance(value, Real) and math.isfinite(value)
     if hint is int:
         return isinstance(value, Integral)
     if hint in (str, NoneType):
         return isinstance(value, hint)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
+    kind = origin or hint
+    if isinstance(kind, type) and issubclass(kind, Mapping):
         return isinstance(value, Mapping)
-    if isinstance(origin, type) and issubclass(origin, Sequence):
+    if isinstance(kind, type) and issubclass(kind, Sequence):
         entry = inner[0] if inner else Any
         return isinstance(value, list | tuple) and all(allowed(one, entry, made) for one in value)
     if not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
@@ -79,7 +82,8 @@ def words(hint: Any, python: bool = False) -> str:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each {words(inner[0], python)}" if inner else "a list"
     known = {**_WORDS, **_IN_PYTHON} if python else _WORDS
-    return known.get(hint) or f"a {getattr(hint, '__name__', hint)}"
+    name = f"a {getattr(hint, '__name__', hint)}"
+    return known.get(hint) or (name if python else f"the fields of {name}, {{name: value}}")
 
 
 def shown(value: Any) -> str:

@@ -101,7 +101,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["method=pqcache", "methods.pqcache.b=0"], ["pqcache.b is 0", "1 to 8"]),
     (["method=pqcache", "methods.pqcache.b=9"], ["pqcache.b is 9", "1 to 8"]),
     (["method=pqcache", "methods.pqcache.tolerance=1"], ["pqcache.tolerance is 1", "below 1"]),
-    (["method=pqcache", "methods.pqcache.typo=9"], ["no option methods.pqcache.typo", "--cfg job"]),
+    (["method=pqcache", "methods.pqcache.typo=9"], ["no option methods.pqcache.typo", "pqcache has budget, m, b"]),
     (["method=pqcache", "+methods.pqcache.typo=9"], ["methods.pqcache has no field typo", "docs/configuration.md"]),
     (["method=pqcache", "+budget.typo=9"], ["has no field typo"]),
     (["method=full", "methods.h2o.sink=9"], ["no option methods.h2o.sink"]),
@@ -333,7 +333,13 @@ def test_a_sweep_goes_on_past_a_failing_cell(command: Command, tmp_path: Path) -
     assert outcome.code == 1
     assert len(measured(tmp_path)) == 1
     start = outcome.errors.index("error: 3 failures in 4 runs:")
-    assert len(outcome.errors[start + 1 :]) == 2  # what failed two of them in the same way is said once
+    assert sorted(line.split(": ")[1] for line in outcome.errors[start + 1 :]) == [
+        "methods.pqcache.m=2 budget.ratio=2",
+        "methods.pqcache.m=3 budget.ratio=0.5",
+        "methods.pqcache.m=3 budget.ratio=2",
+    ]
+    said = [line for line in outcome.errors[:start] if "budget.ratio is 2" in line]
+    assert len(said) == 1  # what fails two of them in the same way is said once while they run
 
 
 def test_a_bug_in_one_cell_of_a_sweep_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

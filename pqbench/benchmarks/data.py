@@ -90,10 +90,14 @@ def hub_file(repository: str, filename: str, *, remedy: str, revision: str | Non
     """
     from huggingface_hub import hf_hub_download  # slow to import, and never needed with local data
 
+    from pqbench.models.loading import hub_reachable  # likewise
+
+    cached = not hub_reachable()  # the hub's own client would try again, with warnings, for half a minute
     try:
-        return Path(hf_hub_download(repository, filename, repo_type="dataset", revision=revision))
+        found = hf_hub_download(repository, filename, repo_type="dataset", revision=revision, local_files_only=cached)
+        return Path(found)
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = "it cannot be reached, and nothing is cached" if cached else str(error).strip().partition("\n")[0]
         raise DataError(f"cannot download {filename} of {repository} from the hub ({reason}): {remedy}") from error
 
 

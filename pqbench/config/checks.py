@@ -47,9 +47,10 @@ def check_options(config: DictConfig) -> None:
         )
 
 
-def check_machine(device: str | None, kernels: str) -> None:
-    """Raises ModelError when this machine lacks a device, or a backend that serves it; None is the CPU."""
-    check_device(device or "cpu")
+def check_machine(device: str | None, kernels: str, option: str = "benchmark.device") -> None:
+    """Raises ModelError when this machine lacks a device, or a backend that serves it; None is the CPU. ``option`` is
+    where the device was chosen."""
+    check_device(device or "cpu", option)
     check_kernels(kernels, torch.device(device or "cpu"))
 
 
@@ -66,7 +67,8 @@ def check_model(model: Mapping[str, Any], kernels: str, device: str | None, asks
         ModelError: the model cannot serve the measurement, or this machine not the model.
     """
     source = model_source(model)
+    source.check()
     if asks is not None:
         source.check_answers(asks)
     if source.placement is None:  # otherwise the devices are known, and checked, once the layers are spread
-        check_machine(device or source.device, kernels)
+        check_machine(device or source.device, kernels, "benchmark.device" if device else "model.device")

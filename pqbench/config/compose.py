@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -25,15 +26,23 @@ log = logging.getLogger("pqbench")
 # What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
 _FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
+_FOREIGN_TO = re.compile(r"call to target '[\w.]*?(\w+)'.*unexpected keyword argument '(\w+)'")
 _PROMPTS = ("chat", "chat_options")  # of the group model: what prompts are made with
-_OPEN = ("model.chat_options.", "budgets.")  # names below these are the user's own
+_OPEN = ("model.chat_options.", "model.chat_options=", "budgets.")  # names below these are the user's own
 _OWN_BUDGET = re.compile(r"^methods\.(\w+)\.budget\.(?=\w+=)")
+CHOICES = ("method", "budget", "model", "store", "benchmark", "scale", "experiment")  # groups of files in conf/
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
 def opened(arguments: Sequence[str]) -> list[str]:
     """Command line arguments in the form in which Hydra takes names that no yaml has, ``++`` before them. Fields of the
-    budget of one method, which Hydra cannot set inside an interpolation, are collected in ``budgets``."""
+    budget of one method, which Hydra cannot set inside an interpolation, are collected in ``budgets``.
+
+    Raises:
+        ConfigError: a flag that there is none of, or something else than a name where one of several files is chosen.
+    """
+    check_flags(arguments)
+    check_choices(arguments)
     own = [_OWN_BUDGET.sub(r"budgets.\1.", argument) for argument in arguments]
     return [f"++{argument}" if argument.startswith(_OPEN) else argument for argument in own]
 
@@ -105,7 +114,12 @@ def model_source(fields: Mapping[str, Any]) -> ModelSource:
     """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
     alone."""
     described = {name: value for name, value in fields.items() if name not in _PROMPTS}
-    source: ModelSource = instantiate(described, _convert_="all")
+    try:
+        source: ModelSource = instantiate(described, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, PqbenchError):
+            raise error.__cause__ from None  # the line itself, without Hydra's words around it
+        raise
     return source
 
 
@@ -134,12 +148,67 @@ def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, An
             )
 
 
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for the first argument that begins like a flag and is none of Hydra's."""
+    parser = get_args_parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in flags:
+            raise ConfigError(f"there is no flag {name}{meant(name, flags)}: `python -m pqbench --help` lists them")
+
+
+def check_choices(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for an argument that gives a group, such as ``model``, something else than names of files."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if group in CHOICES and (value in ("null", "true", "false") or re.match(r"[{+\-.\d]", value)):
+            raise ConfigError(f"{group} is {value}: use {'names' if group == 'method' else 'one'} of {_stems(group)}")
+
+
+def _stems(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
+
+
 def meant(name: str, known: Iterable[Any]) -> str:
     """``, did you mean ...?`` where one of the known names is much like this one."""
-    close = get_close_matches(
-        name, [str(one) for one in (*known, "method", "budget", "model", "store", "benchmark")], 1
-    )
-    return f", did you mean {close[0]}?" if close else ""
+    same = {str(one).lower(): str(one) for one in known if str(one) != name}
+    close = get_close_matches(name.lower(), same, 1)
+    return f", did you mean {same[close[0]]}?" if close else ""
+
+
+def absent(option: str) -> str:
+    """What to say of an option that the composed configuration does not have."""
+    *parents, field = option.split(".")
+    folder = conf_folder()
+    if not parents:
+        known = [*OmegaConf.load(folder / "config.yaml"), *CHOICES]
+        return f"there is no option {option} here{meant(field, known)}: the same command with `--cfg job` shows those"
+    group = "method" if parents[0] == "methods" else parents[0]
+    if group not in CHOICES:
+        hint = meant(group, [*CHOICES, "methods"])
+        return f"there is no option {option} here{hint}: the same command with `--cfg job` shows those there are"
+    fields = {path.stem: _fields(path) for path in sorted((folder / group).glob("*.yaml"))}
+    if group == "method":
+        name = parents[1] if len(parents) > 1 else field
+        if name not in fields:
+            return f"there is no method {name}{meant(name, fields)}: use one of {', '.join(fields)}"
+        if field in (*fields[name], name):
+            return f"there is no option {option} here, since {name} does not run: name it with method=[..., {name}]"
+        return f"there is no option {option}{meant(field, fields[name])}: {name} has {', '.join(fields[name])}"
+    holders = [f"{group}={stem}" for stem, held in fields.items() if field in held]
+    if holders:
+        return f"there is no option {option} here: it belongs to {' and '.join(holders)}, set that as well"
+    every = dict.fromkeys(name for held in fields.values() for name in held)
+    return f"there is no option {option} here{meant(field, every)}: the same command with `--cfg job` shows those"
+
+
+def _fields(path: Path) -> list[str]:
+    """Fields that a yaml and those it builds on name."""
+    found = OmegaConf.load(path)
+    bases = [one for one in found.get("defaults", []) if isinstance(one, str) and one != "_self_"]
+    own = [str(name) for name in found if name not in ("_target_", "defaults")]
+    return [*own, *(name for base in bases for name in _fields(path.parent / f"{base}.yaml"))]
 
 
 def explain(error: BaseException) -> str:
@@ -156,10 +225,11 @@ def explain(error: BaseException) -> str:
             return str(cause)
         cause = cause.__cause__
     text = " ".join(str(error).split())
-    absent, foreign = _ABSENT.match(text), _FOREIGN.search(text)
-    if absent:
-        hint = meant(absent[1], OmegaConf.load(conf_folder() / "config.yaml"))
-        return f"there is no option {absent[1]} here{hint}: the same command with `--cfg job` shows those there are"
+    missing, foreign, made = _ABSENT.match(text), _FOREIGN.search(text), _FOREIGN_TO.search(text)
+    if missing:
+        return absent(missing[1])
     if foreign:
         return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists those it has"
+    if made:
+        return f"a {made[1]} has no field {made[2]}: docs/configuration.md lists those it has"
     return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

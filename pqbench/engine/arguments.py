@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from pqbench.errors import ConfigError
 from pqbench.method import Method
 from pqbench.typed import shown
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 _IDS = "input_ids must be a tensor of token ids [B, S]"
 
@@ -79,6 +83,19 @@ def check_method(method: Any) -> None:
     if isinstance(method, str):
         raise ConfigError(f"the method is the text {method!r}: pass an object, such as methods.pqcache.PQCache()")
     raise ConfigError(f"the method is {shown(method)}: pass an object of a method's class, such as PQCache()")
+
+
+def outlives_exit(work: Callable[Given, Found]) -> Callable[Given, Found]:
+    """The same work, but a method that would end the process fails instead: one sample is lost, not the run."""
+
+    @wraps(work)
+    def lasting(*given: Given.args, **named: Given.kwargs) -> Found:
+        try:
+            return work(*given, **named)
+        except SystemExit as error:
+            raise RuntimeError(f"a method would end the process: SystemExit({error.code})") from error
+
+    return lasting
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

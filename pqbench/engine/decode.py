@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from pqbench.engine.arguments import check_call, check_count
+from pqbench.engine.arguments import check_call, check_count, outlives_exit
 from pqbench.engine.batch import check_indices, check_length, check_logits
 from pqbench.engine.chooser import Chooser, End, end_tokens, pad_token
 from pqbench.engine.clock import Spans
@@ -98,6 +98,7 @@ class Generation:
         return [cohort.meter for cohort in self.cohorts()]
 
 
+@outlives_exit
 @torch.inference_mode()
 def decode(
     prefilled: Prefilled,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from pqbench.engine.arguments import check_call, check_count, check_vocabulary
+from pqbench.engine.arguments import check_call, check_count, check_vocabulary, outlives_exit
 from pqbench.engine.attention import attached, forward
 from pqbench.engine.batch import check_blocks, check_logits, check_prompt
 from pqbench.engine.beside import Beside, IdleCores, SideStream
@@ -28,6 +28,7 @@ from pqbench.method import Geometry, Method
 from pqbench.store.tiers import Need
 
 
+@outlives_exit
 @torch.inference_mode()
 def prefill(
     model: PreTrainedModel,

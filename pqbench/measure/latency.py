@@ -175,6 +175,7 @@ class Latency(Measurement):
         model, method = job.loaded.model, job.methods[turn.method]
         facts: Record = {
             "budget": method.budget_label,
+            "beyond_budget": method.beyond_budget,
             "context": turn.context,
             "prompt_tokens": turn.prompt,
             "new_tokens": self.new_tokens,

@@ -249,6 +249,7 @@ class SampleRun:
         return {
             "task": sample.task,
             "budget": self.job.methods[name].budget_label,
+            "beyond_budget": self.job.methods[name].beyond_budget,
             "question": self.scored.question,
             "shared_prefill": name in dense and len(dense) > 1,
             "references": sample.references,

@@ -28,14 +28,18 @@ def check_room(needed: int, device: torch.device, what: str, remedy: str) -> Non
         raise ModelError(f"{what} need {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free: {remedy}")
 
 
-def check_device(device: str) -> None:
-    """Raises ModelError when the device does not exist here."""
+def check_device(device: str, option: str = "model.device") -> None:
+    """Raises ModelError when the device does not exist here; ``option`` is where it was chosen."""
     try:
-        kind = torch.device(device).type
+        found = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"model.device is {device!r}: use cpu, cuda, cuda:N or auto") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device=cuda, but no CUDA device is available here: set model.device=cpu")
+        raise ModelError(f"{option} is {device!r}: use cpu, cuda, cuda:N or auto") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ModelError(f"{option} is {device!r}: use cpu, cuda, cuda:N or auto")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"{option}={device}, but no CUDA device is available here: set {option}=cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"{option}={device}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0")
 
 
 def check_kernels(body: str, device: torch.device) -> None:

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from pqbench.errors import ModelError
 from pqbench.models.devices import check_device, check_room
-from pqbench.models.gguf import converted_folder
-from pqbench.models.lengths import learned_positions, longest_context
-from pqbench.models.loading import hub_reachable, load_folder
+from pqbench.models.gguf import converted_folder, packaged_file
+from pqbench.models.lengths import learned_positions, length_dependent, longest_context
+from pqbench.models.loading import check_files, hub_reachable, load_folder
 from pqbench.models.weights import folder_fingerprint, hub_fingerprint
+from pqbench.typed import check_types
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,16 @@ class ModelSource(ABC):
     device: str = "cpu"
     device_map: Mapping[str, Any] | None = None
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "model", ModelError)
+        if not self.name.strip():
+            raise ModelError("model.name is empty: records are kept under it")
+        check_least("model.max_length", self.max_length, 1, "null for what the model was made for")
+
+    def check(self) -> None:
+        """Look at what can be seen of the model without loading it. Raises ModelError when it cannot be loaded."""
+        torch_dtype(self.dtype)
 
     def load(self) -> LoadedModel:
         """Load model and tokenizer.
@@ -138,6 +149,7 @@ class Pretrained(ModelSource):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weights not in ("pretrained", "random"):
             raise ModelError(f"model.weights is {self.weights!r}: use pretrained or random")
         if self.stand_in and not self.shape:
@@ -155,6 +167,14 @@ class Pretrained(ModelSource):
         if self.stand_in:
             tokenizer = byte_tokenizer()
             return random_model(self, shape_config(self.shape or {}, tokenizer), dtype, self.seed), tokenizer
+        self.check()
+        local = Path(self.path).expanduser()
+        return load_folder(str(local) if local.is_dir() else self.path, dtype, self.placement)
+
+    def check(self) -> None:
+        super().check()
+        if self.stand_in:
+            return
         if not self.path:
             raise ModelError(
                 "model.path is empty: set it to a local folder or a hub name, e.g. model.path=/models/llama"
@@ -162,7 +182,8 @@ class Pretrained(ModelSource):
         local = Path(self.path).expanduser()
         if local.is_dir() and not (local / "config.json").exists():
             raise ModelError(f"{local} holds no config.json: point model.path at a folder written by save_pretrained()")
-        return load_folder(str(local) if local.is_dir() else self.path, dtype, self.placement)
+        if local.is_dir():
+            check_files(local)
 
     @property
     def fingerprint(self) -> str | None:
@@ -187,6 +208,10 @@ class PackagedGGUF(ModelSource):
     file: str = ""
     version: str = ""
 
+    def check(self) -> None:
+        super().check()
+        packaged_file(self.package, self.file, self.version)
+
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_folder(str(converted_folder(self.package, self.file, self.version)), dtype, self.placement)
 
@@ -208,6 +233,25 @@ class Random(ModelSource):
     seed: int = 0
     intermediate: int | None = None
     vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden", "layers", "heads", "kv_heads", "context", "intermediate"):
+            check_least(f"model.{name}", getattr(self, name), 1)
+        if self.hidden % (2 * self.heads):
+            raise ModelError(
+                f"model.hidden is {self.hidden} and model.heads {self.heads}: hidden must be a multiple of twice the "
+                "heads, since every head has an even number of dimensions"
+            )
+        if self.heads % self.kv_heads:
+            raise ModelError(
+                f"model.kv_heads is {self.kv_heads} and model.heads {self.heads}: kv_heads must divide heads"
+            )
+
+    def check(self) -> None:
+        super().check()
+        if self.placement is not None:
+            raise ModelError("random weights are made for one device: set model.device=cpu or cuda")
 
     @property
     def origin(self) -> str:
@@ -284,6 +328,12 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return FastTokenizer(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")
 
 
+def check_least(name: str, value: int | None, least: int, otherwise: str = "") -> None:
+    """Raises ModelError for a number below ``least``; None stands for ``otherwise``."""
+    if value is not None and value < least:
+        raise ModelError(f"{name} is {value}: use at least {least}{f', or {otherwise}' if otherwise else ''}")
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of that name. Raises ModelError when it is not one to run models in."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -298,6 +348,11 @@ def reach(model: PreTrainedModel, wanted: int | None) -> int:
     made_for = longest_context(model.config)
     if wanted is None or wanted <= made_for:
         return wanted or made_for
+    if length_dependent(model.config) == "dynamic":
+        raise ModelError(
+            f"model.max_length is {wanted}, but the model's rotary frequencies change with every token beyond "
+            f"{made_for} (dynamic), which keys in a cache cannot follow: use {made_for} at most"
+        )
     table = learned_positions(model)
     if table is not None:
         raise ModelError(f"model.max_length is {wanted}, but the model has learned positions for {table} tokens alone")

@@ -147,9 +147,11 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
-    with pytest.raises(DataError) as caught:
-        hub_file("owner/set", data.ARCHIVE, remedy=REMEDY)
-    assert str(caught.value) == f"cannot download data.zip of owner/set from the hub (no route): {REMEDY}"
+    for reachable, reason in ((True, "no route"), (False, "it cannot be reached, and nothing is cached")):
+        monkeypatch.setattr("pqbench.models.loading.hub_reachable", lambda reachable=reachable: reachable)
+        with pytest.raises(DataError) as caught:
+            hub_file("owner/set", data.ARCHIVE, remedy=REMEDY)
+        assert str(caught.value) == f"cannot download data.zip of owner/set from the hub ({reason}): {REMEDY}"
 
 
 def test_the_hub_path_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,5 +162,8 @@ def test_the_hub_path_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return str(tmp_path / "file")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert hub_file("owner/set", "file", remedy=REMEDY, revision="abc") == tmp_path / "file"
-    assert asked == [(("owner/set", "file"), {"repo_type": "dataset", "revision": "abc"})]
+    for reachable in (True, False):  # without a network only earlier downloads are looked at
+        monkeypatch.setattr("pqbench.models.loading.hub_reachable", lambda reachable=reachable: reachable)
+        assert hub_file("owner/set", "file", remedy=REMEDY, revision="abc") == tmp_path / "file"
+        options = {"repo_type": "dataset", "revision": "abc", "local_files_only": not reachable}
+        assert asked.pop() == (("owner/set", "file"), options)

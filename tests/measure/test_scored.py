@@ -55,6 +55,15 @@ class Lazy(Method):
         return LayerState(geometry)
 
 
+@dataclass(frozen=True)
+class Varying(Lazy):
+    """Says that it exceeds its budget by design."""
+
+    @property
+    def beyond_budget(self) -> str | None:
+        return "takes what it needs"
+
+
 class BrokenState(LayerState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         raise torch.OutOfMemoryError("no room for the index")
@@ -195,11 +204,13 @@ def test_a_second_run_measures_nothing_and_a_new_method_only_itself(loaded: Load
 
 
 def test_a_method_that_never_skips_a_token_fails_loudly(loaded: LoadedModel, tmp_path: Path) -> None:
-    done = job(loaded, tmp_path, {"full": Full(), "lazy": Lazy()})
+    done = job(loaded, tmp_path, {"full": Full(), "lazy": Lazy(), "varying": Varying()})
     summary = run(done)
-    assert len(summary.failures) == 3
-    assert "but the budget allows" in summary.failures[0]
-    assert {r["status"] for r in records(done, "lazy")} == {"error"}
+    assert len(summary.failures) == 6
+    assert "Lazy, layer 0, step 1: the selection has 201 tokens, but the budget allows 64" in summary.failures[0]
+    assert "the method is not active" in summary.failures[1]
+    assert {r["status"] for name in ("lazy", "varying") for r in records(done, name)} == {"error"}
+    assert {r["beyond_budget"] for r in records(done, "varying")} == {"takes what it needs"}
     assert {r["status"] for r in records(done, "full")} == {"ok"}
 
 

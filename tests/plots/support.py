@@ -29,12 +29,16 @@ class Results:
     def run(self, method: str, target: str, rows: list[Row], options: Settings | None = None, **settings: Any) -> None:
         """Add one run: ``target`` is a yaml of conf/method/, ``options`` are its fields; each row a sample's fields.
 
-        The run's settings name the class of that yaml in a module that no longer exists.
+        The run's settings name the class of that yaml in a module that no longer exists, and each method has a code of
+        its own, as in a real ``config.yaml``.
         """
         key = f"{len(self.known):012x}"
         node = yaml.safe_load((ROOT / f"conf/method/{target}.yaml").read_text(encoding="utf-8"))
         own = {"_target_": f"gone.place.{node['_target_'].split('.')[-1]}", **(options or {})}
-        self.known[key] = ({"benchmark": {}, **self.common, **settings, "method": own}, {"processor": "Test CPU"})
+        self.known[key] = (
+            {"benchmark": {}, **self.common, **settings, "method": own, "code": target},
+            {"processor": "Test CPU"},
+        )
         for i, row in enumerate(rows):
             common = {
                 "kind": self.kind,

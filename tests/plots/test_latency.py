@@ -12,6 +12,7 @@ import pytest
 from plots import latency
 from plots.data import with_settings
 from plots.style import apart, looks
+from tests.plots.support import Results
 
 SECONDS = {
     ("full", 1024): (0.1, 0.2, 0.3),
@@ -136,3 +137,14 @@ def test_sweeps_and_short_runs_are_not_latency_figures(tmp_path: Path) -> None:
     assert latency.draw(alone[alone["context"] == 1024], tmp_path) == []
     assert latency.draw(table.assign(new_tokens=4), tmp_path) == []
     assert len(latency.draw(alone, tmp_path)) == 2  # one method by context
+
+
+def test_methods_of_one_command_share_a_figure_although_their_code_differs(tmp_path: Path) -> None:
+    results = Results("latency")
+    for method in ("full", "pqcache"):
+        times = {"ttft_s": 1.0, "tt2t_s": 2.0, "tpot_s": 0.1, "new_tokens": 32}
+        results.run(method, method, [{**times, "context": context, "repeat": 0} for context in (1024, 2048)])
+    codes = {settings["code"] for settings, _ in results.known.values()}
+    assert len(codes) == 2
+    drawn = latency.draw(results.table, tmp_path)
+    assert [path.name for path in drawn] == ["latency_toy.png", "latency_toy.pdf"]

@@ -162,7 +162,7 @@ def test_speed_needs_no_more_than_records(tmp_path: Path) -> None:
             file.append(
                 {"benchmark": "latency", "model": "tiny", "method": method, "sample_id": str(context), "status": "ok"}
                 | {"key": file.folder.name.rpartition("-")[2], "context": context, "new_tokens": 8, "budget": "10 %"}
-                | {"ttft_s": seconds, "tt2t_s": seconds, "tpot_s": seconds / 100}
+                | {"ttft_s": seconds, "tt2t_s": seconds, "tpot_s": seconds / 100, "kind": "latency"}
             )
     assert main([str(tmp_path), "--pack", "speed", str(timed), "--command", "python -m pqbench benchmark=latency"]) == 0
     page = (tmp_path / "docs/results/speed.md").read_text(encoding="utf-8")

@@ -60,7 +60,7 @@ class SoftwareGraph:
     """See :class:`pqbench.engine.graphs.base.Graph`.
 
     Torch operations are recorded one by one. A kernel is recorded as what a GPU would be given: with Triton's
-    interpreter every launch, with other bodies the call of the backend, which reads its numbers when it runs.
+    interpreter every launch, with other backends the call of the kernel, which reads its numbers when it runs.
     """
 
     def __init__(self, backend: Kernels) -> None:

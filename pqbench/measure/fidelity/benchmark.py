@@ -92,11 +92,11 @@ class FidelityBenchmark(Measurement):
             raise ConfigError("benchmark=fidelity needs a model")
         if job.setting.select_ahead:
             raise ConfigError("benchmark=fidelity measures single steps, none ahead of another: use select_ahead=false")
-        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
-        body.use_threads(torch.get_num_threads())
+        loaded, backend = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
+        backend.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
         self._check(job, loaded, variants)
-        ledger = Ledger(self, loaded.name, job, body_name(body))
+        ledger = Ledger(self, loaded.name, job, body_name(backend))
         passages = list(self._passages(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
         with tracked(self.name, sum(len(passage.variants) for passage in passages)) as follow:
             for passage in passages:

@@ -71,11 +71,11 @@ def dense_logits(prefilled: Prefilled, tokens: Sequence[int]) -> Tensor:
 
 
 def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callable[[Tensor], None]) -> Generation:
-    """Let one method alone read ``tokens``; see :func:`read_in_one_batch`.
+    """Let one method alone read ``tokens``, see :func:`read_in_one_batch`.
 
     Raises:
         ConfigError: the model computes NaN.
-        Exception: whatever the method's own code raises.
+        Exception: whatever the method's own code raises, or SelectionError when the method breaks its contract.
     """
     (outcome,) = read_in_one_batch(prefilled, [method], tokens, [visit])
     if isinstance(outcome, Exception):

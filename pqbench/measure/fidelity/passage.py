@@ -138,6 +138,7 @@ class PassageRun:
             "steps": self.steps,
             "ratio": variant.ratio,
             "budget": variant.method.budget_label,
+            "beyond_budget": variant.method.beyond_budget,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": device_name(self.model.device),
         }
