@@ -75,7 +75,7 @@ def boards(loaded: Loaded) -> list[Board]:
     read = good.groupby(KEYS, sort=False)[["step_bytes", "link_bytes"]].mean().to_dict("index")
     folders = table.groupby(KEYS, sort=False)["folder"].last()
     found = []
-    needed = [*KEYS, "task", "sample_id", "status", "score", "scores", *COSTS]
+    needed = [*KEYS, "task", "sample_id", "status", "score", "scores", "too_short", *COSTS]
     # Long texts left behind and strings as plain objects: cutting the table into runs and tasks takes half the time.
     for suite in suites(loaded.table.reindex(columns=needed).astype(dict.fromkeys([*KEYS, "task"], object))):
         rows = []

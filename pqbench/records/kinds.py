@@ -31,3 +31,17 @@ def kind_of(record: Mapping[str, Any]) -> str:
     if isinstance(kind, str):
         return kind
     return next((name for name, fields in _TELLING if all(field in record for field in fields)), SCORES)
+
+
+TOO_SHORT = "dense: too short"  # what tables say of measurements in which nothing could be skipped
+_EVERYTHING = (None, "all", "-", "100 %")  # budgets that leave nothing out by design
+
+
+def skipped_nothing(record: Mapping[str, Any]) -> bool:
+    """Whether a method that has a budget attended to its whole prompt in every step, since the prompt was too short for
+    the method to leave anything out. Its figures are those of full attention."""
+    attended = record.get("attended_tokens")
+    prompt = next((record[name] for name in ("prompt_tokens", "context", "length") if record.get(name)), None)
+    if not isinstance(attended, int | float) or not isinstance(prompt, int | float):
+        return False
+    return record.get("budget") not in _EVERYTHING and attended >= prompt

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pqbench.records.file import Record
+from pqbench.records.kinds import TOO_SHORT
 from pqbench.tables.kinds import has_scores, sections
 from pqbench.tables.summaries import COSTS, KEYS, Run, Suite, frame, suites, summarise
 from pqbench.terminal import latex_table, markdown, markdown_table, plain
@@ -28,7 +29,7 @@ SHOWN = {
 }
 
 
-FIRST = [*KEYS, "n", "failed", "score"]
+FIRST = [*KEYS, "n", "failed", "too_short", "score"]
 
 
 def run_table(records: Sequence[Record]) -> Table:
@@ -46,11 +47,13 @@ def scores_table(records: Sequence[Record]) -> Table:
     """Scores and costs for a terminal, one row per method."""
     summary = summarise(frame(records))
     title = "" if summary.empty else f"{summary['benchmark'].iloc[0]} on {summary['model'].iloc[0]}"
-    table = Table(title=Text(title))
+    short = f"{TOO_SHORT} for the method to skip anything" if summary["too_short"].any() else None
+    table = Table(title=Text(title), caption=short)
     for heading in ("method", "budget", "n", *(SHOWN[column][0] for column in ("score", *COSTS))):
         table.add_column(heading, justify="left" if heading in ("method", "budget") else "right", no_wrap=True)
     for _, row in summary.iterrows():
-        cells = [row["method"], row["budget"], _count(row["n"], row["failed"])]
+        dense = f" ({row['too_short']} dense)" if row["too_short"] else ""  # a terminal has no room for more
+        cells = [row["method"], row["budget"], _count(row["n"], row["failed"]) + dense]
         cells += [_figure(row[column], column) for column in ("score", *COSTS)]
         table.add_row(*(Text(plain(cell)) for cell in cells))  # Text, not str: a name is never markup
     return table
@@ -60,7 +63,11 @@ def score_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
     """Headings, rows and number of label columns of a suite's scores: mean [95 % interval] n."""
     headings = [*suite.labels, "n", *suite.columns]
     rows = [
-        [*_labels(suite, run), _count(run.n, run.failed), *(str(run.scores.get(name, "-")) for name in suite.columns)]
+        [
+            *_labels(suite, run),
+            _count(run.n, run.failed, run.too_short),
+            *(str(run.scores.get(name, "-")) for name in suite.columns),
+        ]
         for run in suite.runs
     ]
     return headings, rows, len(suite.labels)
@@ -124,6 +131,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
                 "benchmark": suite.benchmark,
                 "n": run.n,
                 "failed": run.failed,
+                "too_short": run.too_short,
                 "score": run.score,
             }
             for name, estimate in run.scores.items():
@@ -143,8 +151,10 @@ def _labels(suite: Suite, run: Run) -> list[str]:
     return [run.names[label] for label in suite.labels]
 
 
-def _count(good: int, failed: int) -> str:
-    return f"{good}" + (f" (+{failed} failed)" if failed else "")
+def _count(good: int, failed: int, too_short: int = 0) -> str:
+    """How many samples there are, how many failed, and in how many the method could not skip anything."""
+    dense = f" ({TOO_SHORT})" if too_short == good else f" ({too_short} {TOO_SHORT})"
+    return f"{good}" + (dense if too_short else "") + (f" (+{failed} failed)" if failed else "")
 
 
 def _figure(value: float | None, column: str) -> str:

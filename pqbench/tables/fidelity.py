@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pqbench.records.file import Record
+from pqbench.records.kinds import TOO_SHORT
 from pqbench.tables.section import Section, facts, group_records, telling
 from pqbench.tables.summaries import LEVEL, resampled
 
@@ -108,6 +109,8 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
         good = [row for row in rows if row["status"] == "ok"]
         named = {name: str(value) for name, value in zip(names, key, strict=True)}
         named["ratio"] = "all" if key[1] is None else f"{100 * key[1]:g} %"
+        if good and all(TOO_SHORT in str(row.get("budget")) for row in good):
+            named["method"] += f" ({TOO_SHORT})"
         lines.append(Line(named, key[:2], good, len(rows) - len(good)))
     return sorted(lines, key=lambda line: (line.group[0] or 0, line.group[1] or 0))
 

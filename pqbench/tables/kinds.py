@@ -8,7 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 from pqbench.records.file import Record
-from pqbench.records.kinds import ATTENTION, ATTENTION_SCORES, FIDELITY, LATENCY, SCORES, kind_of
+from pqbench.records.kinds import (
+    ATTENTION,
+    ATTENTION_SCORES,
+    FIDELITY,
+    LATENCY,
+    SCORES,
+    TOO_SHORT,
+    kind_of,
+    skipped_nothing,
+)
 from pqbench.tables.attention_scores import attention_scores_sections
 from pqbench.tables.fidelity import fidelity_sections
 from pqbench.tables.section import Section
@@ -42,7 +51,7 @@ def sections(records: Sequence[Record], base: str | None = None) -> list[Section
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if not has_scores(record):
-            found.setdefault((kind_of(record), str(record.get("model", "-"))), []).append(record)
+            found.setdefault((kind_of(record), str(record.get("model", "-"))), []).append(_marked(record))
     made = []
     for (kind, _), rows in found.items():
         if kind in _MAKERS:
@@ -50,6 +59,11 @@ def sections(records: Sequence[Record], base: str | None = None) -> list[Section
         else:
             log.warning("%d record(s) of the kind %r have no table", len(rows), kind)
     return made
+
+
+def _marked(record: Record) -> Record:
+    """The record, its budget marked where the method could not skip anything."""
+    return {**record, "budget": f"{record['budget']} ({TOO_SHORT})"} if skipped_nothing(record) else record
 
 
 def flat(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, averages
 from pqbench.records.file import Record
-from pqbench.records.kinds import kind_of
+from pqbench.records.kinds import kind_of, skipped_nothing
 from pqbench.terminal import plain
 
 KEYS = ["benchmark", "model", "method", "budget", "question", "variant", "key"]  # what tells one run from another
@@ -49,6 +49,7 @@ class Run:
     scores: dict[str, Estimate] = field(default_factory=dict)
     costs: dict[str, float | None] = field(default_factory=dict)
     further: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # task -> other metrics, or length buckets
+    too_short: int = 0  # samples in which nothing could be skipped
 
 
 @dataclass
@@ -79,6 +80,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and pandas cannot
         table = pd.DataFrame([{_whole(name): _whole(value) for name, value in record.items()} for record in records])
     table["kind"] = [kind_of(record) for record in records]
+    table["too_short"] = [skipped_nothing(record) for record in records]
     for column in (*KEYS, "status", "task", "sample_id", "score", *COSTS):
         if column not in table:
             table[column] = None
@@ -95,8 +97,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     for names, group in table.groupby(KEYS, sort=False, dropna=False):
         good = group[group["status"] == "ok"]
         row = dict(zip(KEYS, names, strict=True)) | {"n": len(good), "failed": len(group) - len(good)}
+        row["too_short"] = int(good["too_short"].sum())
         rows.append(row | {column: centre(good[column], column) for column in ("score", *COSTS)})
-    return pd.DataFrame(rows, columns=[*KEYS, "n", "failed", "score", *COSTS])
+    return pd.DataFrame(rows, columns=[*KEYS, "n", "failed", "too_short", "score", *COSTS])
 
 
 def centre(values: pd.Series, column: str) -> float | None:
@@ -129,6 +132,7 @@ def _suite(benchmark: str, model: str, table: pd.DataFrame) -> Suite:
         columns |= dict.fromkeys(scores)
         run = Run(dict(zip(KEYS, map(str, names), strict=True)), len(good), len(group) - len(good), None, scores)
         run.score = centre(good["score"], "score")
+        run.too_short = int(good["too_short"].sum()) if "too_short" in good else 0
         run.further = {str(task): _further(str(task), rows) for task, rows in good.groupby("task", sort=False)}
         run.costs = {column: centre(good[column], column) for column in COSTS}
         runs.append(run)
