@@ -31,7 +31,7 @@ from methods.sparq import SparQ
 from pqbench import Budget, decode, generate, load_model, prefill
 from pqbench.__main__ import main, run_config
 from pqbench.config.compose import conf_folder
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models.sources import PackagedGGUF, Pretrained, Random
 from pqbench.store.tiers import HostTier
