@@ -13,7 +13,7 @@ from methods.h2o import H2O
 from methods.pqcache import PQCache
 from methods.sparq import SparQ
 from pqbench import Budget, decode, generate, load_model, prefill
-from pqbench.engine.prefill import Setting
+from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, PqbenchError
 from pqbench.models.sources import PackagedGGUF, Pretrained, Random
 from pqbench.store.tiers import HostTier

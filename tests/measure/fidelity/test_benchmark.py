@@ -206,7 +206,7 @@ def test_failures_are_rows_of_the_method_at_fault(measure: Run, small: FidelityB
     done, records = measure(replace(small, lengths=[320], documents=1), methods)
     assert (done.measured, len(done.failures)) == (2, 4)
     assert {r["status"] for r in rows(records, "hungry")} == {"oom"}
-    assert all("LivenessError" in r["error"] for r in rows(records, "idle"))
+    assert all("SelectionError: Idle, layer 0, step 1: the sel" in r["error"] for r in rows(records, "idle"))
     assert {(r["ratio"], r["length"]) for r in rows(records, "hungry")} == {(0.3, 320), (0.5, 320)}
     again, _ = measure(replace(small, lengths=[320], documents=1), methods, retry_failed=True)
     assert (again.resumed, len(again.failures)) == (2, 4)
