@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pqbench.config.compose import load_model
     from pqbench.engine.decode import decode, generate, prefill
     from pqbench.integrations.transformers import decoding_with
     from pqbench.method import Budget, Method
+    from pqbench.support.loading import load_model
 
 __all__ = ["Budget", "Method", "decode", "decoding_with", "generate", "load_model", "prefill"]
 
@@ -19,7 +19,7 @@ _HOMES = {
     "decode": "pqbench.engine.decode",
     "decoding_with": "pqbench.integrations.transformers",
     "generate": "pqbench.engine.decode",
-    "load_model": "pqbench.config.compose",
+    "load_model": "pqbench.support.loading",
     "prefill": "pqbench.engine.decode",
 }
 

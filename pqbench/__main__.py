@@ -22,7 +22,7 @@ from rich.text import Text
 
 from pqbench.benchmarks.base import Benchmark
 from pqbench.config.checks import check_machine, check_model, check_options
-from pqbench.config.compose import explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.compose import explain, model_source, opened, own_budgets
 from pqbench.config.fields import check_fields
 from pqbench.config.keys import run_settings, whole
 from pqbench.config.shadow import check_import_path
@@ -37,6 +37,7 @@ from pqbench.records.claims import alone
 from pqbench.records.classes import conf_folder
 from pqbench.records.file import RecordFile
 from pqbench.records.heartbeat import heartbeat
+from pqbench.support.loading import rehearsed
 from pqbench.tables.document import run_table
 from pqbench.terminal import log_to_terminal
 

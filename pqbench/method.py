@@ -19,7 +19,8 @@ from torch import Tensor
 from pqbench.budget import Budget, CompensatedBudget, PaperBudget, Split
 from pqbench.errors import BudgetError, ConfigError
 from pqbench.kernels import sinks
-from pqbench.kernels.backend import Kernels, Number, kernels
+from pqbench.kernels.backend import Kernels, kernels
+from pqbench.kernels.number import Number
 from pqbench.typed import check_types
 
 __all__ = [

@@ -17,9 +17,10 @@ from hydra.errors import InstantiationException
 import pqbench.measure.scored
 from methods.sparq import SparQ
 from pqbench.__main__ import main
-from pqbench.config.compose import check_yamls, explain, load_model
+from pqbench.config.compose import check_yamls, explain
 from pqbench.errors import BudgetError, ConfigError, DataError
 from pqbench.records.file import Record, RecordFile, parse, read_all
+from pqbench.support.loading import load_model
 
 SMALL = (
     "model=tiny",

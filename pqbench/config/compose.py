@@ -1,4 +1,4 @@
-"""Models by the names that the configuration gives them, and what went wrong with a configuration in one line."""
+"""From a command line to a configuration, and what went wrong with it in one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pqbench.engine.chooser import changes_of_greedy
-from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError, PqbenchError
-from pqbench.models.sources import LoadedModel, ModelSource
+from pqbench.models.sources import ModelSource
 from pqbench.records.classes import conf_folder
 
 log = logging.getLogger("pqbench")
@@ -68,46 +66,6 @@ def own_budgets(config: DictConfig) -> None:
             node.budget = OmegaConf.merge(config.budget, own)
     if fields:
         raise ConfigError(f"methods.{next(iter(fields))}.budget: no method of that name runs here")
-
-
-def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
-    """The model that conf/model/NAME.yaml describes, with its tokenizer: ``load_model("hf", path="/models/mine")``.
-
-    Args:
-        options: fields that replace those of the yaml, e.g. ``dtype="bfloat16"``.
-
-    Raises:
-        ConfigError: no such name or field.
-        ModelError: the model cannot be loaded.
-    """
-    folder = conf_folder() / "model"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"there is no model {name!r}: use one of {', '.join(known)}")
-    fields = dict(OmegaConf.load(folder / f"{name}.yaml"))
-    foreign = sorted(set(options) - set(fields))
-    if foreign:
-        raise ConfigError(f"model {name} has no field {', '.join(foreign)}: it has {', '.join(map(str, fields))}")
-    return rehearsed(model_source({**fields, **options}))
-
-
-def rehearsed(source: ModelSource) -> LoadedModel:
-    """The model of a source, rehearsed: see :mod:`pqbench.engine.rehearsal`.
-
-    Raises:
-        ModelError: it cannot be loaded, or no method can serve it exactly.
-    """
-    found = source.load()
-    profile(found.model)
-    changed = changes_of_greedy(found.model)
-    if changed:
-        log.warning(
-            "%s: its generation settings change what greedy decoding chooses (%s); pqbench decodes without them, so "
-            "that answers differ from those of transformers' generate",
-            found.name,
-            ", ".join(changed),
-        )
-    return found
 
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from pqbench.config.compose import explain, model_source, opened, own_budgets, rehearsed
+from pqbench.config.compose import explain, model_source, opened, own_budgets
 from pqbench.config.shadow import check_import_path
 from pqbench.engine.cohort import check_cohorts
 from pqbench.engine.decode import decode
@@ -38,6 +38,7 @@ from pqbench.integrations.lm_eval_plugin import register
 from pqbench.integrations.transformers import stopping
 from pqbench.method import compensated
 from pqbench.records.classes import conf_folder
+from pqbench.support.loading import rehearsed
 from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("pqbench")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # the reference itself speaks of a Number
-    from pqbench.kernels.reference.blocks import Residency
-    from pqbench.kernels.reference.rows import Blocks, Found, HostTokens
+from pqbench.kernels.number import Number
+from pqbench.kernels.reference.blocks import Residency
+from pqbench.kernels.reference.rows import Blocks, Found, HostTokens
 
 BACKENDS = ("auto", "reference", "cpu", "gpu")
-
-Number: TypeAlias = int | Tensor
-"""A number that changes from step to step: a Python int, or an int32 tensor with one element, which the kernels of a
-GPU read on the device, so that a captured CUDA graph replays with new numbers."""
 
 
 class Kernels(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
+from pqbench.kernels.number import Number
 from pqbench.method import Arrival
 
 

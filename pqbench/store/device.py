@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Kernels, Number, kernels
+from pqbench.kernels.backend import Kernels, kernels
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows, swap_remove
+from pqbench.kernels.number import Number
 from pqbench.store.base import Extent, Store, Usage, Writer
 
 

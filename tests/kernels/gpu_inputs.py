@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Kernels, Number, kernels
+from pqbench.kernels.backend import Kernels, kernels
+from pqbench.kernels.number import Number
 
 Check = Callable[[torch.device, int], None]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels import reference
-from pqbench.kernels.backend import Number
 from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.kernels.number import Number
 from tests.kernels.closeness import close, close_each, close_logs
 from tests.kernels.gpu_inputs import Check, backend, draw_rows, normal, on_device
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pqbench.kernels import cpu, reference
-from pqbench.kernels.backend import Kernels, Number
+from pqbench.kernels.backend import Kernels
+from pqbench.kernels.number import Number
 from tests.support import softmax
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from pqbench.config.compose import load_model
 from pqbench.engine.setting import Setting
 from pqbench.measure import machine
 from pqbench.measure.base import Job, Measured, Measurement
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record, RecordFile
+from pqbench.support.loading import load_model
 
 Run = Callable[..., tuple[Measured, list[Record]]]
 

@@ -15,7 +15,6 @@ import torch
 
 from methods.full import Full
 from methods.pqcache import PQCache
-from pqbench.config.compose import load_model
 from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError, ModelError
 from pqbench.measure import latency
@@ -27,6 +26,7 @@ from pqbench.method import Method
 from pqbench.models import devices
 from pqbench.models.devices import check_kernels, check_room
 from pqbench.store.tiers import DeviceTier, HostTier, Tier
+from pqbench.support.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = (

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from methods.full import Full
 from pqbench import generate
-from pqbench.config.compose import load_model, model_source
+from pqbench.config.compose import model_source
 from pqbench.errors import ModelError
 from pqbench.models.sources import Pretrained, Random, byte_tokenizer, shape_config
 from pqbench.records.classes import conf_folder
 from pqbench.records.file import read_all
+from pqbench.support.loading import load_model
 from tests.support import prompt_of
 
 ROOT = Path(__file__).resolve().parents[2]

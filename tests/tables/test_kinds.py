@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pqbench.config.compose import load_model
 from pqbench.engine.setting import Setting
 from pqbench.measure.base import Job
 from pqbench.measure.layer.scores import SHARES, AttentionScores
 from pqbench.records.file import VERSION, Record, RecordFile, encode
 from pqbench.records.kinds import kind_of
+from pqbench.support.loading import load_model
 from pqbench.tables.command import main
 from pqbench.tables.document import run_table
 from pqbench.tables.kinds import sections

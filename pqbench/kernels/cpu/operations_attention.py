@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pqbench.kernels import reference
-from pqbench.kernels.backend import Number
 from pqbench.kernels.cpu.attention import attend
 from pqbench.kernels.cpu.calls import STORED, address, check_rows, fits, strides, threads_for
 from pqbench.kernels.cpu.vector import BLOCK
+from pqbench.kernels.number import Number
 
 
 def attention(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels import reference
-from pqbench.kernels.backend import Number
 from pqbench.kernels.cpu.blocks import choose
 from pqbench.kernels.cpu.calls import address, check_rows, strides, threads_for
 from pqbench.kernels.cpu.rows import copy_rows, find
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.blocks import Residency
 
 

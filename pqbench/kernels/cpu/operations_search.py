@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels import reference
-from pqbench.kernels.backend import Number
 from pqbench.kernels.cpu.calls import LOG2_E, strides, threads_for
 from pqbench.kernels.cpu.cells import merge, search
 from pqbench.kernels.cpu.noise import fill_noise
 from pqbench.kernels.cpu.scoring import probabilities
 from pqbench.kernels.cpu.top_k import top_of_rows
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.select import check_room, lay_out
 
 

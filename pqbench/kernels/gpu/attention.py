@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu import launch
 from pqbench.kernels.gpu.launch import product, read, row_products, rows_of, share
+from pqbench.kernels.number import Number
 
 
 @triton.jit(do_not_specialize=["key_batch", "key_head", "value_batch", "value_head", "given", "count"])

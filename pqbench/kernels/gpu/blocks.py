@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu.fetch import copy_tile
 from pqbench.kernels.gpu.launch import blocks as tiles
 from pqbench.kernels.gpu.launch import on, options, power, read
 from pqbench.kernels.gpu.rows import tile
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.blocks import Residency
 from pqbench.kernels.reference.rows import Blocks, HostTokens
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu.launch import blocks as tiles
 from pqbench.kernels.gpu.launch import dense_rows, on, options, outer, power, read, rows_of
 from pqbench.kernels.gpu.rows import tile
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.rows import Blocks, HostTokens
 
 

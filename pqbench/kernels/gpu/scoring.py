@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu import launch
 from pqbench.kernels.gpu.launch import read, row_products, rows_of, share
 from pqbench.kernels.gpu.tables import fill_tables
 from pqbench.kernels.gpu.top_k import ordered
+from pqbench.kernels.number import Number
 
 _LOGITS = 8192  # of a tile of tokens by look-up
 UNIT = 4096  # tokens; the second launch and those behind it split a row by these

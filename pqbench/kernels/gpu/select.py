@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
 from pqbench.kernels.gpu import launch
 from pqbench.kernels.gpu.launch import read, share
 from pqbench.kernels.gpu.scoring import UNIT, awake, bin_of, pieces_for, scan, sum_over_group
 from pqbench.kernels.gpu.top_k import cut, ordered, parts_of, placed
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.select import check_room
 
 

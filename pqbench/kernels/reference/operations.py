@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pqbench.kernels.backend import Number
 from pqbench.kernels.buffers import gather_rows
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.select import check_room, lay_out
 
 _TILE = 1 << 19  # elements of the largest temporary score tile

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pqbench.kernels.backend import Number
+from pqbench.kernels.number import Number
 
 
 class Found(NamedTuple):

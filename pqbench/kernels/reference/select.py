@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
+from pqbench.kernels.number import Number
 
 
 def check_room(

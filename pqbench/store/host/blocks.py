@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pqbench.kernels.backend import Kernels, Number
+from pqbench.kernels.backend import Kernels
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.blocks import Residency
 
 POLICIES = ("lfu", "lru")

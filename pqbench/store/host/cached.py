@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.rows import Found
 from pqbench.store.host.blocks import Admission, BlockCache
 from pqbench.store.host.finder import Finder

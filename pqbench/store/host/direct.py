@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Kernels, Number
+from pqbench.kernels.backend import Kernels
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.rows import Blocks
 from pqbench.store.host.blocks import BlockCache
 from pqbench.store.host.pool import Pool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Number
+from pqbench.kernels.number import Number
 from pqbench.kernels.reference.rows import Found
 from pqbench.store.host.holdings import Holdings
 from pqbench.store.link.base import Direction

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pqbench.kernels.backend import Number, kernels
+from pqbench.kernels.backend import kernels
 from pqbench.kernels.buffers import gather_rows
+from pqbench.kernels.number import Number
 from pqbench.method import Split
 from pqbench.store.base import Store
 from pqbench.store.host.blocks import BlockCache, CacheOptions

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from pqbench.config.compose import load_model
 from pqbench.engine.setting import Setting
 from pqbench.measure.base import Job, Measured
 from pqbench.measure.fidelity.benchmark import FidelityBenchmark
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record, RecordFile
+from pqbench.support.loading import load_model
 
 Run = Callable[..., tuple[Measured, list[Record]]]
 
