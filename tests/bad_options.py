@@ -206,8 +206,8 @@ REFUSED: dict[str, list[str]] = {
     "benchmark=fidelity benchmark.documents=0": ["benchmark.documents is 0"],
     "benchmark=fidelity benchmark.ratios=[2]": ["benchmark.ratios is [2]", "(0, 1]"],
     "benchmark=fidelity benchmark.steps=0": ["benchmark.steps is 0"],
-    "benchmark=fidelity benchmark.together=0": ["benchmark.together is 0"],
-    "benchmark=fidelity benchmark.abreast=0": ["benchmark.abreast is 0"],
+    "benchmark=fidelity benchmark.variants_per_prefill=0": ["benchmark.variants_per_prefill is 0"],
+    "benchmark=fidelity benchmark.variants_per_batch=0": ["benchmark.variants_per_batch is 0"],
 }
 # What only the loaded model, or its tokenizer, can tell: nothing is measured, but the folder of the run was made.
 REFUSED_LATER: dict[str, list[str]] = {

@@ -50,8 +50,9 @@ def check_options(config: DictConfig) -> None:
 def check_machine(device: str | None, kernels: str, option: str = "benchmark.device") -> None:
     """Raises ModelError when this machine lacks a device, or a backend that serves it; None is the CPU. ``option`` is
     where the device was chosen."""
-    check_device(device or "cpu", option)
-    check_kernels(kernels, torch.device(device or "cpu"))
+    place = "cpu" if device is None else device
+    check_device(place, option)
+    check_kernels(kernels, torch.device(place))
 
 
 def check_model(model: Mapping[str, Any], kernels: str, device: str | None, asks: str | None) -> None:
@@ -71,4 +72,5 @@ def check_model(model: Mapping[str, Any], kernels: str, device: str | None, asks
     if asks is not None:
         source.check_answers(asks)
     if source.placement is None:  # otherwise the devices are known, and checked, once the layers are spread
-        check_machine(device or source.device, kernels, "benchmark.device" if device else "model.device")
+        option = "model.device" if device is None else "benchmark.device"
+        check_machine(source.device if device is None else device, kernels, option)
