@@ -91,8 +91,8 @@ class Need:
         return torch.cuda.mem_get_info(self.device)[0] + kept
 
     def check_device(self, tokens: int, needed: int, advice: str) -> None:
-        """Raises RoomError when the device has no memory for the ``needed`` bytes of ``tokens`` tokens and for those that
-        the prefill works with."""
+        """Raises RoomError when the device has no memory for the ``needed`` bytes of ``tokens`` tokens, and for those
+        that the prefill works with."""
         free, both = self.free(), needed + self.working
         if both > free:
             raise RoomError(
