@@ -47,7 +47,7 @@ class PQCachePlus(PQCache):
             neither the tail nor the spread reads every code anyway.
         arranged: store the prompt in the order of the lists, so that tokens of a cell, which are selected together, are
             adjacent in memory. The selection stays the same (except that a ``sampled`` tail draws other tokens). The
-            prompt's KV is copied when the index is built; if only one run decodes from it, the original is then freed.
+            prompt's KV is copied when the index is built; the original is then freed if it is decoded from only once.
             Only with ``search=cells``, and not with ``refresh``, which makes new lists.
         top_p: attend only to as many of the top_k tokens as hold, with sinks and window, this share of the attention.
             Selected tokens count by estimated scores, sinks and window by exact ones. The number of tokens then differs

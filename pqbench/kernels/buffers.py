@@ -62,7 +62,7 @@ class GrowingBuffer:
         self._length += count
 
     def make_room(self, count: int) -> None:
-        """Make room for ``count`` more rows. If new memory is needed, half of the length is added as slack."""
+        """Make room for ``count`` more rows. New memory has slack for at least half of the rows held."""
         needed = self._length + count
         if needed > self._data.shape[2]:
             self._data = _allocate(self.view(), needed + max(self._slack, self._length // 2))
@@ -82,7 +82,7 @@ class GrowingBuffer:
 
 
 class NibbleBuffer:
-    """Numbers below 16 along the third axis, ``[B, H, S]``, two per byte; numbers at even positions are in the low half.
+    """Numbers below 16 along the third axis, ``[B, H, S]``, two per byte; those at even positions are in the low half.
 
     Args:
         numbers: uint8 ``[B, H, S]``.

@@ -7,5 +7,5 @@ from typing import TypeAlias
 from torch import Tensor
 
 Number: TypeAlias = int | Tensor
-"""A number that changes from step to step: a Python int, or an int32 tensor with one element. GPU kernels read such a
-tensor on the device, so that a captured CUDA graph can be replayed with new numbers."""
+"""A number that changes from step to step: a Python int, or an int32 tensor with one element, which the kernels of a
+GPU read on the device, so that a captured CUDA graph replays with new numbers."""

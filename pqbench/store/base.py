@@ -240,7 +240,7 @@ class Store(Reading):
 
     def after_prefill(self, rows: Tensor | None, evicts: bool) -> Store:
         """The store that a method decodes with, where ``rows`` is what the method returned from
-        :meth:`pqbench.method.LayerState.finish_prefill`: only these rows if it evicts, otherwise all rows in this order.
+        :meth:`pqbench.method.LayerState.finish_prefill`: only these rows if it evicts, otherwise all in this order.
 
         Raises:
             RuntimeError: a method that does not evict returned some of the rows.

@@ -222,7 +222,7 @@ class HostTier(Tier):
     background: bool = True
     debug: bool = False
     margin: int = 64
-    _told: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # so that a note is logged once
+    _told: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # a note is logged only once
 
     def __post_init__(self) -> None:
         check_types(self, "store")

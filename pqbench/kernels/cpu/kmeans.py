@@ -1,4 +1,5 @@
-"""Lloyd's algorithm on many small problems: one thread per problem, so that results do not depend on their number."""
+"""Lloyd's algorithm on many small problems. One thread computes a problem, so that results do not depend on the number
+of threads."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _PART = 2048  # keys that one thread encodes at once
 
 @njit(**OPTIONS)
 def _move(centroids: int, clusters: int, width: int, sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Set the centroids of clusters that are not empty to their means; returns those that moved."""
+    """Set the centroids of nonempty clusters to their means. Returns the clusters whose centroids moved."""
     moved, n = np.empty(clusters, np.int64), 0
     for c in range(clusters):
         moves = False
@@ -46,7 +47,8 @@ def _lloyd(
     code_step: int,
     tolerance: float,
 ) -> None:
-    """At most ``iterations`` steps from the given centroids, which change in place; codes end as the nearest."""
+    """At most ``iterations`` steps from the given centroids, which are changed in place. Writes the codes of the
+    nearest final centroids."""
     table, few = np.empty(table_size(clusters, width), np.float32), np.empty(table_size(clusters, width), np.float32)
     sums, sizes = np.empty(clusters * width, np.float32), np.empty(clusters, np.int64)
     chosen, best = np.empty(clusters * width, np.float32), np.empty(count if iterations > 0 else 0, np.float32)
@@ -137,11 +139,11 @@ def train(
     sample: int,
     tolerance: float,
 ) -> None:
-    """K-Means of every sub-space of keys at byte strides, bfloat16 (``half``) or float32; rows are drawn in ``order``
-    int64 ``[S]``.
+    """K-Means of every sub-space of keys, which are bfloat16 (``half``) or float32 with strides in bytes. ``order``
+    int64 ``[S]`` is the order in which rows are drawn.
 
-    Fills codebook ``[B, H, m, K, D/m]`` and codes ``[B, H, S, m]``. With 0 < ``sample`` < S the iterations run on that
-    many rows, and one more on all.
+    Writes codebook ``[B, H, m, K, D/m]`` and codes ``[B, H, S, m]``. If 0 < ``sample`` < S, the iterations run on that
+    many rows, and one more on all rows.
     """
     width, size = dims // parts, 2 if half else 4
     for problem in prange(batch * heads * parts):

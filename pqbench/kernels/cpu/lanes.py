@@ -1,6 +1,6 @@
 """Operations on registers beyond arithmetic: powers, reductions in a fixed order, comparisons, prefetch."""
 
-# An intrinsic gets the types of its arguments when code is made; most need no look.
+# Numba passes an intrinsic the types of its arguments at compile time; most intrinsics do not need them.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def largest(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def where_greater(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
-    """Lanes of the integers x where a > b, else of y."""
+    """Lanes of the integers x where a > b, otherwise lanes of y."""
 
     def emit(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", a, b), x, y)
@@ -186,7 +186,7 @@ def not_less_mask(typingctx: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def trailing_zeros(typingctx: Any, mask: Any) -> Any:
-    """Number of the lowest bit set; the mask is not zero."""
+    """Position of the lowest set bit of a mask that is not zero."""
 
     def emit(builder: Any, mask: Any) -> Any:
         return call_llvm(builder, "llvm.cttz.i32", INT32, [mask, ir.IntType(1)(1)])
@@ -208,10 +208,10 @@ def float_of(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at ``address``; harmless wherever that is.
+    """Prefetch the cache line at ``address``, which may be invalid.
 
-    It goes to the second cache: the first has too few places for lines on their way, and asking it for whole rows took
-    1.5 times as long."""
+    The line goes to the level 2 cache. The level 1 cache can wait for too few lines at once, and prefetching whole rows
+    into it took 1.5 times as long."""
 
     def emit(builder: Any, address: Any) -> Any:
         place = builder.inttoptr(address, INT8.as_pointer())

@@ -42,8 +42,8 @@ def admit_blocks(
 ) -> Tensor:
     """One step of a block cache: the blocks that were asked for most enter.
 
-    1. Among the first ``complete`` blocks, the ``admit`` blocks with the largest nonzero ``counts`` ``[owners, blocks]``
-       are wanted, but at most C; of equal counts, the earlier block comes first.
+    1. Among the first ``complete`` blocks, the ``admit`` blocks with the largest positive ``counts``
+       ``[owners, blocks]`` are wanted, but at most C; of equal counts, the earlier block comes first.
     2. Wanted blocks are promoted, the most wanted one last.
     3. If the free slots are too few for the wanted blocks that are not in the cache, other blocks leave: those that are
        not wanted and have the fewest promotions (only with ``frequent``), and among these the ones whose last promotion

@@ -131,7 +131,7 @@ def fetch_rows(
     count: Number | None = None,
 ) -> Tensor:
     """Rows ``[B, H, n]`` of tokens ``indices`` ``[B, H, n]`` in a table ``[R, 2, D]``, after copying the missing ones
-    from the host. Each of the B * H * n places has its own row, from row ``staging`` on, for its token if it is missing.
+    from the host. Each of the B * H * n places has its own row, from row ``staging`` on, for a missing token.
 
     Tokens are found as by :func:`find_rows`. Only tokens of ``tokens`` are copied and counted: the number of rows
     copied and the number of rows that are not in ``local`` are added to ``tally`` ``[2]``. Only the first ``count`` of
