@@ -153,8 +153,8 @@ class InfLLMState(LayerState):
         ``[B, H, S, D]`` so far."""
         length, count, size = keys.shape[2], q.shape[3], self.method.block_size
         split, frequencies = self.method.budget.resolve(length, self.geometry.prompt), self.representatives.frequencies
-        position = torch.arange(length - count, length, device=q.device)  # of the queries
-        far_q = reference.rotate(q, split.window - 1 - position, frequencies).float()  # at angle window - 1
+        position = torch.arange(length - count, length, device=q.device)  # positions of the queries
+        far_q = reference.rotate(q, split.window - 1 - position, frequencies).float()  # rotated to position window - 1
         outside = length - count + 1 - split.window  # earlier tokens are outside every query's window
         whole = max(0, outside - split.sink) // size
         near = split.sink + whole * size  # all tokens from here on are attended to
@@ -204,7 +204,7 @@ class InfLLMState(LayerState):
         top = self._rank(q, kv, split)  # [B, H, blocks taken]
         size = self.method.block_size
         tokens = (first + top[..., None] * size + torch.arange(size, device=q.device)).flatten(2)  # [B, H, n]
-        beyond = (tokens >= stop).to(torch.int8)  # places behind a partial block's end go last and are cut
+        beyond = (tokens >= stop).to(torch.int8)  # places after the end of the partial block are sorted last and cut
         tokens = tokens.gather(2, beyond.argsort(dim=2, stable=True))[..., : split.top_k]
         indices = split.around(tokens, kv.length)
         distance = kv.length - split.window  # moves a key so that the current query is window - 1 away
@@ -216,7 +216,7 @@ class InfLLMState(LayerState):
         if self.vectors is None:
             raise RuntimeError("select() before finish_prefill()")
         turn = torch.full((), split.window - kv.length, device=q.device)  # made on the device, so that nothing waits
-        local = reference.rotate(q, turn, self.representatives.frequencies)  # query at angle window - 1
+        local = reference.rotate(q, turn, self.representatives.frequencies)  # query rotated to position window - 1
         return self._best(local.float(), self.vectors.view(), split.top_k + self.method.block_size)
 
     def _best(self, q: Tensor, vectors: Tensor, top_k: int) -> Tensor:

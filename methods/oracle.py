@@ -22,7 +22,7 @@ class Oracle(Method):
         rule: ``kv_head`` takes the top_k of the probabilities summed over the query group (as the oracle of the PQCache
             code: the softmax runs over all cached tokens, then only middle tokens compete). ``query_head`` takes the
             top_k of each query head; a KV head reads their union. ``top_p`` takes for each KV head the smallest set
-            that, with sinks and window, holds a share ``top_p`` of the group's mean probability, whatever its size.
+            that, with sinks and window, holds a share ``top_p`` of the group's mean probability; its size is not fixed.
         top_p: share of the probability for the rule ``top_p``, in (0, 1].
 
     Its index is the whole key cache, whose reads the store counts (phi = 1).

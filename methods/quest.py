@@ -90,7 +90,7 @@ def fill(scores: Tensor, size: int, middle: int, count: int) -> Tensor:
     wanted = -(-count // size) + 1  # one more in case the partial page is among them
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., :wanted]
     tokens = (size * best[..., None] + torch.arange(size, device=best.device)).flatten(-2)
-    beyond = (tokens >= middle).to(torch.int8)  # places behind the partial page's end go last and are cut
+    beyond = (tokens >= middle).to(torch.int8)  # places after the end of the partial page are sorted last and cut
     return tokens.gather(-1, beyond.argsort(dim=-1, stable=True)[..., :count])
 
 

@@ -1,4 +1,4 @@
-"""SnapKV: the last queries of the prompt vote for the tokens that are kept (arXiv 2404.14469)."""
+"""SnapKV: keep the tokens that the last queries of the prompt attend to most (arXiv 2404.14469)."""
 
 from __future__ import annotations
 

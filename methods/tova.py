@@ -1,4 +1,4 @@
-"""TOVA: drop the token that the last query attends to least (arXiv 2401.06104)."""
+"""TOVA: in each step, drop the token that the last query attends to least (arXiv 2401.06104)."""
 
 from __future__ import annotations
 

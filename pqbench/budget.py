@@ -18,7 +18,7 @@ class Split:
     Attributes:
         sink: first tokens of the context.
         window: most recent tokens, the current one included.
-        top_k: tokens that the method selects from the middle, which lies between sinks and window.
+        top_k: tokens that the method selects from the middle, the tokens between sinks and window.
     """
 
     sink: int

@@ -12,7 +12,7 @@ class ConfigError(PqbenchError, ValueError):
 
 
 class BudgetError(ConfigError):
-    """A token budget that no selection can satisfy."""
+    """A budget is not valid, or no selection can satisfy it."""
 
 
 class DataError(PqbenchError):

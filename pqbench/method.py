@@ -275,7 +275,7 @@ class LayerState:
         return []
 
     def select(self, q: Tensor, kv: KV) -> Selection:
-        """Choose the rows for the query q ``[B, H, G, D]``."""
+        """Select the rows that the query q ``[B, H, G, D]`` attends to."""
         return Selection()
 
     def attended(self, weights: Tensor | None, kv: KV) -> Tensor | None:
@@ -356,8 +356,8 @@ class Method(ABC):
         """A new state for one layer and cohort. Raises ConfigError when the options do not fit the geometry."""
 
     def attends_all(self, context: int, prompt: int | None = None) -> bool:
-        """Whether the method attends to all of a context of this length, whatever the budget, because it is too short
-        for the method's index. The context began with ``prompt`` tokens; None for all of it."""
+        """Whether the method attends to all of a context of this length, with any budget, because the context is too
+        short for the method's index. It began with ``prompt`` tokens; None for all of it."""
         return False
 
     @cached_property  # a class attribute that the field of a subclass can replace

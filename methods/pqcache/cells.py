@@ -10,7 +10,7 @@ from pqbench.kernels.backend import Kernels
 from pqbench.kernels.buffers import GrowingBuffer
 
 SEARCHES = ("auto", "scan", "cells")
-MOST_BITS = 16  # of a cell's number
+MOST_BITS = 16  # most bits of a cell number
 # Tokens per cell from which a search by cells is faster. Measured on one layer of 8 KV heads with 2x6 bits: cells take
 # 0.3 ms at any length; a scan takes as long at 4 tokens per cell, and more beyond.
 _WORTH = 4

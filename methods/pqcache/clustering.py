@@ -1,4 +1,4 @@
-"""K-Means over the keys of one layer: how many iterations it runs, and whether its keys were finite."""
+"""K-Means on the keys of one layer: the number of iterations, and a check that keys are finite."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Clustering:
         return backend.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance)
 
     def _wanted(self, points: int) -> int:
-        """Iterations for ``points`` keys."""
+        """Number of iterations for ``points`` keys."""
         if self._method.iterations is not None:
             return self._method.iterations
         calibration = self._geometry.calibration

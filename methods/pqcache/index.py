@@ -65,7 +65,7 @@ class KeyIndex:
         self.codes, self._arriving = GrowingBuffer(codes.to(kv.device)), None  # older codes may be on their way
 
     def quantised(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codebook and codes of keys ``[B, H, S, D]``."""
+        """Codebook ``[B, H, m, 2**b, D/m]`` and codes uint8 ``[B, H, S, m]`` of keys ``[B, H, S, D]``."""
         return self.clustering.train(keys)
 
     def join(self, kv: KV, start: int, stop: int) -> None:
@@ -143,7 +143,7 @@ class KeyIndex:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the codes that a step reads."""
+        """Bytes of the codes that a step reads, those of the middle."""
         return 0 if self.codes is None else self.codes.bytes // len(self.codes) * self.middle
 
     @property

@@ -129,12 +129,13 @@ class PQCachePlus(PQCache):
 
     @property
     def scores_all(self) -> bool:
-        """Whether a step scores every token, whatever the search."""
+        """Whether a step scores every token with any search, because the tail, the spread or top_p needs the scores."""
         return self.tail == "pq" or self.spread or self.top_p is not None
 
     @property
     def wants_logits(self) -> bool:
-        """Whether a scan needs logits on the scale of the exact ones."""
+        """Whether a scan needs logits that have the scale of exact logits, because other weights are compared with
+        them."""
         return self.estimates_tail or self.spread or self.top_p is not None
 
     @property

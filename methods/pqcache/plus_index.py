@@ -71,7 +71,7 @@ class PlusIndex(KeyIndex):
         self.spread: Spread | None = None
         self.lists: InvertedLists | None = None
         self._queries, self._ahead = queries, Ahead()
-        self._trained_at = 0  # length of the context
+        self._trained_at = 0  # context length at the last training
 
     def reach(self, kv: KV, length: int) -> bool:
         """See :meth:`KeyIndex.reach`; with ``refresh``, the codebooks are computed again from time to time."""

@@ -39,11 +39,11 @@ class Best:
 
 
 class Search:
-    """Finds the best middle tokens by a scan of all codes, or by the lists of the cells."""
+    """Finds the best middle tokens by a scan of all codes, or in the lists of the cells."""
 
     def __init__(self, method: PQCachePlus, geometry: Geometry, index: PlusIndex) -> None:
         self._method, self._geometry, self._index = method, geometry, index
-        self._taken = 0  # tokens that the last step took from the lists
+        self._taken = 0  # tokens that the last step read from the lists
 
     @property
     def bytes_taken(self) -> int:

@@ -19,7 +19,7 @@ from pqbench.method import KV, Check, Geometry, LayerState, Selection, Split
 if TYPE_CHECKING:
     from methods.pqcache.plus import PQCachePlus
 
-_CALIBRATION = 64  # queries
+_CALIBRATION = 64  # queries that the tail is fitted to
 
 
 class PQCachePlusState(LayerState):

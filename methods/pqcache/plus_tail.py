@@ -60,7 +60,7 @@ class Tail:
         for start in range(0, count, rows):
             q = recent[:, :, :, start : start + rows]
             estimated = index.logits(q.flatten(2, 3), codes).view(*q.shape[:4], -1)
-            position = last - count + start + q.shape[3]  # of the block's last query
+            position = last - count + start + q.shape[3]  # position of the block's last query
             part = tail_share(q, keys, estimated, first, position, top_k, self._geometry.scaling)
             true, guessed = true + part[0], guessed + part[1]
         return torch.where((true > 0) & (guessed > 0), true.log() - guessed.log(), torch.zeros_like(true))

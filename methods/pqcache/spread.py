@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pqbench.kernels.buffers import NibbleBuffer
 
-_LEVELS = 15  # of four bits
+_LEVELS = 15  # largest number of four bits
 _TILE = 1 << 15  # tokens that are decoded at once
 
 
@@ -49,7 +49,7 @@ class Spread:
         return self.moment.nbytes + self.most.nbytes + self.numbers.bytes
 
     def _quantised(self, half: Tensor) -> Tensor:
-        share = (half / self.most).nan_to_num(0.0).clamp(0.0, 1.0)  # 0 / 0 where every key is its centroid
+        share = (half / self.most).nan_to_num(0.0).clamp(0.0, 1.0)  # 0 / 0 if every key equals its centroid
         return (share.sqrt() * _LEVELS).round().to(torch.uint8)
 
 

@@ -133,10 +133,10 @@ class Kernels(Protocol):
     def vacate_rows(
         self, indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
     ) -> None:
-        """Copy rows out of blocks that are about to be overwritten."""
+        """Save the rows of blocks that will be overwritten; see :mod:`pqbench.kernels.reference.rows`."""
 
     def copy_blocks(self, moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
-        """Copy blocks from the host to their slots."""
+        """Copy blocks from the host to their slots in the cache."""
 
     def admit_blocks(
         self, counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor

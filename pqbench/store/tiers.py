@@ -146,7 +146,7 @@ class DevicePlacement(Placement):
 
 @dataclass(frozen=True)
 class DeviceTier(Tier):
-    """All KV on the accelerator."""
+    """All keys and values are on the accelerator."""
 
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
         if need is not None:
@@ -199,8 +199,8 @@ class HostTier(Tier):
     """All keys and values are on the host; sinks, window and cached blocks are on the device as well.
 
     Attributes:
-        link: auto (cuda on a GPU, else local), local, cuda, a preset of :mod:`pqbench.store.link.emulated`, or numbers
-            such as ``20GB/s+5us``.
+        link: auto (cuda on a GPU, otherwise local), local, cuda, a preset of :mod:`pqbench.store.link.emulated`, or
+            numbers such as ``20GB/s+5us``.
         cache_tokens: tokens per layer and KV head that the block cache holds; 0 for no cache.
         cache_block: tokens of a block.
         cache_policy: which block leaves the cache first, lfu (least frequently used) or lru (least recently used).

@@ -101,7 +101,7 @@ def _train(
     code_step: int,
     tolerance: float,
 ) -> None:
-    """K-Means of one problem."""
+    """K-Means of one problem; arguments as for :func:`train`."""
     sampled = 0 < sample < count
     drawn = max(sample, clusters) if sampled else clusters
     rows, marks, one = np.empty(drawn * width, np.float32), np.empty(drawn, np.uint8), drawn // drawn
@@ -188,7 +188,7 @@ def train(
 def _encode(
     half: bool, points: int, step: int, count: int, width: int, table: int, clusters: int, codes: int, code_step: int
 ) -> None:
-    """Codes of ``count`` points."""
+    """Write the codes of ``count`` points, which are bfloat16 (``half``) or float32."""
     unasked = np.empty(0, np.float32)
     if half:
         assign(BFLOAT16, points, step, count, width, table, clusters, codes, code_step, unasked)
@@ -212,7 +212,7 @@ def encode_keys(
     parts: int,
     clusters: int,
 ) -> None:
-    """Codes ``[B, H, S, m]`` of keys at byte strides in a codebook ``[B, H, m, K, D/m]``."""
+    """Write the codes ``[B, H, S, m]`` of keys (strides in bytes) in a codebook ``[B, H, m, K, D/m]``."""
     width, problems, chunks = dims // parts, batch * heads * parts, (count + _PART - 1) // _PART
     size, number = table_size(clusters, width) * 4, 2 if half else 4
     tables = np.empty(problems * size // 4, np.float32)

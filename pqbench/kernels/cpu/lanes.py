@@ -68,7 +68,7 @@ def count_from(typingctx: Any, first: Any) -> Any:
 
 @intrinsic
 def exp2(typingctx: Any, x: Any) -> Any:
-    """2**x; zero below 2**-126, NaN for NaN, meant for x <= 127."""
+    """2**x for x <= 127; zero if the result is below 2**-126, NaN for NaN."""
     if not isinstance(x, Register):
         return None
 
@@ -120,7 +120,7 @@ def sums_of_quads(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 @intrinsic
 def swap_halves(typingctx: Any, a: Any) -> Any:
-    """Lanes 4 to 7, then 0 to 3."""
+    """The register with lanes 4 to 7 first, then lanes 0 to 3."""
     return operation(F32X8, [F32X8], lambda b, x: shuffle(b, x, None, [4, 5, 6, 7, 0, 1, 2, 3]))
 
 
@@ -174,13 +174,13 @@ def _mask(builder: Any, lanes: Any) -> Any:
 
 @intrinsic
 def greater_mask(typingctx: Any, a: Any, b: Any) -> Any:
-    """Bit i is set where lane i of a exceeds that of b."""
+    """A mask whose bit i is set if lane i of a is greater than that of b."""
     return operation(types.int32, [F32X8, F32X8], lambda c, a, b: _mask(c, c.fcmp_ordered(">", a, b)))
 
 
 @intrinsic
 def not_less_mask(typingctx: Any, a: Any, b: Any) -> Any:
-    """Bit i is set where lane i of a is at least that of b, or NaN."""
+    """A mask whose bit i is set if lane i of a is at least that of b, or if one of them is NaN."""
     return operation(types.int32, [F32X8, F32X8], lambda c, a, b: _mask(c, c.fcmp_unordered(">=", a, b)))
 
 
@@ -219,14 +219,14 @@ def prefetch(typingctx: Any, address: Any) -> Any:
         function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
             builder.module, kind, "llvm.prefetch.p0"
         )
-        return builder.call(function, [place, INT32(0), INT32(2), INT32(1)])  # read, second cache, data
+        return builder.call(function, [place, INT32(0), INT32(2), INT32(1)])  # arguments: read, level 2 cache, data
 
     return operation(types.void, [types.int64], emit)
 
 
 @intrinsic
 def copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
-    """memcpy between addresses."""
+    """Copy ``count`` bytes between addresses (memcpy)."""
 
     def emit(builder: Any, target: Any, source: Any, count: Any) -> Any:
         to, start = pointer(builder, target, INT8), pointer(builder, source, INT8)

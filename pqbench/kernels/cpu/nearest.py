@@ -152,7 +152,7 @@ def sum_clusters(
     sums: np.ndarray,
     sizes: np.ndarray,
 ) -> None:
-    """Sums ``[K * width]`` and sizes ``[K]`` of the clusters."""
+    """Write the sums ``[K * width]`` and sizes ``[K]`` of the clusters."""
     tile = np.empty(_TILE * width, np.float32)
     base, target = address_of(tile), address_of(sums)
     sums[:] = 0

@@ -1,4 +1,4 @@
-"""The hash of :mod:`pqbench.kernels.reference.noise`, compiled: faster than a sequential generator."""
+"""The hash of :mod:`pqbench.kernels.reference.noise`, compiled; it is faster than a sequential generator."""
 
 from __future__ import annotations
 

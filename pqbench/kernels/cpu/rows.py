@@ -1,4 +1,4 @@
-"""Finding and copying of selected rows."""
+"""Finding and copying selected rows."""
 
 from __future__ import annotations
 

@@ -187,7 +187,8 @@ def hide(logits: int, first: int, stop: int, visible: int, count: int, heads: in
 
 @njit(**INLINE)
 def weigh(logits: int, first: int, stop: int, added: int, count: int, heads: int) -> None:
-    """Add ``added`` ``[heads, count]``, natural logarithms, to the logits of the tokens from ``first`` on."""
+    """Add the natural logarithms ``added`` ``[heads, count]`` to the logits of a tile that begins with token
+    ``first``."""
     for i in range(min(TILE, stop - first)):
         for head in range(heads):
             at = logits + (i * 4 + head) * 4

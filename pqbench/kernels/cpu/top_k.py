@@ -96,6 +96,7 @@ def _top_of_row(scores: int, count: int, wanted: int, target: int) -> None:
 
 @njit(parallel=True, **OPTIONS)
 def top_of_rows(scores: int, rows: int, count: int, wanted: int, target: int) -> None:
-    """:func:`_top_of_row` for scores ``[rows, count]``, float32: int64 ``[rows, wanted]``; 0 < wanted < count."""
+    """:func:`_top_of_row` for each row of scores float32 ``[rows, count]``: writes int64 ``[rows, wanted]``, where
+    0 < wanted < count."""
     for row in prange(rows):
         _top_of_row(scores + row * count * 4, count, wanted, target + row * wanted * 8)

@@ -48,7 +48,7 @@ def row_lse(
     block_q: tl.constexpr,
     block_k: tl.constexpr,
 ) -> None:
-    """Log-sum-exp ``[B*H*G, n]`` of the logits of a block of the last n queries."""
+    """Log-sum-exp ``[B*H*G, n]`` of the logits of one block of the last n queries."""
     lane = tl.program_id(1)
     i = tl.program_id(0) * block_q + tl.arange(0, block_q)
     position = total - count + i
@@ -103,8 +103,8 @@ def sum_columns(
     first = tl.program_id(0) * block_k
     j = first + tl.arange(0, block_k)
     rows = rows_of(keys, (key_batch, key_head), pair, heads, key_unit) + j.to(tl.int64) * key_row
-    begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # queries from the first key on,
-    end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # until the last key leaves the band
+    begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # from the query of the first key
+    end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # to the last query that sees the last key
     received = tl.zeros([block_k], tl.float32)
     first_q = rows_of(q, (q_batch, q_head), pair, heads, q_unit)
     for g in range(group):

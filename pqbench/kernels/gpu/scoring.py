@@ -165,9 +165,9 @@ def bin_of(key: tl.tensor, count: tl.tensor, lanes: tl.constexpr) -> tl.tensor:
     The threshold of a selection is mostly near the mean, which is G / ``count``. Bins between 2**-12 and 2**12 times
     the mean are therefore narrow: there are eight per power of two. Below, a bin covers two powers of two. Above, all
     probabilities share the last bin; by Markov's inequality these are fewer than count / 2**12."""
-    bits = (key >> 20).to(tl.int32) & 2047  # probabilities have no sign: exponent and three bits of the fraction
+    bits = (key >> 20).to(tl.int32) & 2047  # exponent and three bits of the fraction; the sign is 0
     mean = (127 + 12) * 8 + 127 * 8 - (count.to(tl.float32).to(tl.int32, bitcast=True) >> 20)
-    for power in tl.static_range(8):  # the logarithm of the padded group
+    for power in tl.static_range(8):  # adds the logarithm of the padded group
         if (1 << power) < lanes:
             mean += 8
     below = tl.maximum(mean - bits, 0)

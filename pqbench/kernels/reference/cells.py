@@ -101,7 +101,7 @@ def merge_lists(starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor
     their lists."""
     counts = cell_counts(starts, pending)
     places = torch.arange(tokens.shape[2], dtype=torch.int32, device=tokens.device).expand(tokens.shape).contiguous()
-    listed = torch.searchsorted(starts[..., 1:].contiguous(), places, right=True)  # cell of a place
-    cells = torch.empty_like(tokens).scatter_(2, tokens.long(), listed.int())  # of a token
+    listed = torch.searchsorted(starts[..., 1:].contiguous(), places, right=True)  # cell of each place
+    cells = torch.empty_like(tokens).scatter_(2, tokens.long(), listed.int())  # cell of each token
     order = torch.cat([cells, pending], dim=2).argsort(dim=2, stable=True)
     return torch.nn.functional.pad(counts.cumsum(2), (1, 0)).int(), order.int()

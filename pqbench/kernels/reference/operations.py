@@ -35,7 +35,8 @@ def rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
 
 
 def assign(points: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid (Euclidean, lowest index on ties) of points ``[P, N, d]`` in ``[P, K, d]``: int64 ``[P, N]``."""
+    """Codes int64 ``[P, N]``: the nearest of the centroids ``[P, K, d]`` for points ``[P, N, d]``, by Euclidean
+    distance. Of equally near ones, the lowest index is taken."""
     problems, count, _ = points.shape
     half_norms = centroids.float().square().sum(-1).mul(-0.5)[:, None, :]  # [P, 1, K]
     flipped = centroids.float().transpose(1, 2)  # [P, d, K]
@@ -82,7 +83,7 @@ def kmeans(
 
 
 def draw(count: int, seed: int) -> Tensor:
-    """The order in which K-Means draws its rows: a permutation ``[count]``."""
+    """The order in which K-Means draws rows: a random permutation ``[count]`` on the CPU."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 

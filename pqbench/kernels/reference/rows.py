@@ -169,7 +169,7 @@ def vacate_rows(indices: Tensor, slots: Tensor, table: Tensor, resident: int, st
     owners, every = blocks.where.shape
     pair = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1)
     place = staging + torch.arange(batch * heads * number, device=indices.device).view(batch, heads, number)
-    row = slots - pair * resident - blocks.first  # in the blocks
+    row = slots - pair * resident - blocks.first  # row within the cached blocks
     cached = (slots < staging) & (row >= 0)
     entries = torch.where(cached, indices // blocks.size + pair // (batch * heads // owners) * every, 0)
     left = cached & (blocks.where.take(entries) != row // blocks.size)

@@ -60,8 +60,8 @@ class BlockCache:
 
     def __init__(self, options: CacheOptions, batch: int, heads: int, device: torch.device, kernels: Kernels) -> None:
         self.options = options
-        self.slots = options.tokens // options.block  # per owner
-        self._shared = 1 if options.per_head else heads  # heads of an owner
+        self.slots = options.tokens // options.block  # slots per owner
+        self._shared = 1 if options.per_head else heads  # heads per owner
         self._kernels = kernels
         self._residency = Residency.empty(batch * heads // self._shared, self.slots, device)
 

@@ -42,7 +42,7 @@ class Finder:
         """Wait for all transfers into the pool."""
 
     def prepare(self) -> None:
-        """Do the host's part before a step that may be captured."""
+        """Called before each step: do what the host cannot do inside a captured step."""
         if self._holdings.extent.number is not None:
             self.arrive()  # a graph cannot wait for transfers
 

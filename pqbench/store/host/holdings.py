@@ -109,7 +109,7 @@ class Holdings:
         """Copy ``part`` of tokens ``start`` to ``stop`` into ``target`` on the device, from the device or the host."""
         pool = self.pool
         ring = max(start, min(pool.low, stop))  # tokens from here on are in the ring
-        host = max(start, min(pool.sinks, ring))  # tokens from here to there are on the host
+        host = max(start, min(pool.sinks, ring))  # tokens from here to the ring are on the host
         if host < ring:
             self.outbox.land(ring)
             copies = [

@@ -145,7 +145,7 @@ class HostRows:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """B, H, 2 and D."""
+        """Shape of one row of every head: B, H, 2 and D."""
         batch, heads, _, halves, width = self._prompt.rows.shape
         return batch, heads, halves, width
 

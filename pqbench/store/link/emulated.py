@@ -65,7 +65,7 @@ class Clock:
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
         self._free = dict.fromkeys(Direction, 0.0)  # when the last transfer of a direction ends
-        self._late = 0.0  # seconds by which the caller runs behind an ideal one
+        self._late = 0.0  # seconds by which the caller is late
         self._lock = threading.Lock()
 
     def book(self, direction: Direction, size: int) -> float:

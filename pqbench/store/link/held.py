@@ -35,7 +35,7 @@ class Held:
         for _ in range(len(self._waiting)):
             try:
                 entry = self._waiting.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # another thread has emptied it
                 return
             if not all(mark.query() for mark in entry[0]):
                 self._waiting.append(entry)
