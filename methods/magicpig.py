@@ -89,7 +89,7 @@ class MagicPIGState(LayerState):
             return Selection()  # the budget holds every token: nothing to sample
         union = collides.any(2)  # [B, H, M]
         backend, seed = self.geometry.kernels, step_seed(self.method.seed, self.geometry.layer, kv.length)
-        lots = backend.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # random numbers from -1/4 to 1/4
+        lots = backend.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # from -1/4 to 1/4
         sampled = union.sum(-1)  # [B, H]
         size = min(split.top_k, int(sampled.max()))  # heads with fewer get padding that no head sees
         top = backend.top_k(lots + union, size)
@@ -126,7 +126,7 @@ class MagicPIGState(LayerState):
         return collision_chance(cosine, self.method.bits, self.method.tables).log().float()
 
     def _hashed(self, x: Tensor) -> Tensor:
-        """Hashes int16 ``[B, H, n, L]`` of vectors ``[B, H, n, D]``; bit j of a hash is the sign of its j-th projection."""
+        """Hashes int16 ``[B, H, n, L]`` of vectors ``[B, H, n, D]``: bit j of a hash is the sign of projection j."""
         method, (batch, heads, count, _) = self.method, x.shape
         powers = 2.0 ** torch.arange(method.bits, device=x.device)
         hashes = torch.empty(batch, heads, count, method.tables, dtype=torch.int16, device=x.device)

@@ -103,7 +103,7 @@ def sum_columns(
     first = tl.program_id(0) * block_k
     j = first + tl.arange(0, block_k)
     rows = rows_of(keys, (key_batch, key_head), pair, heads, key_unit) + j.to(tl.int64) * key_row
-    begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # from the query of the first key
+    begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # from the query of the block's first key
     end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # to the last query that sees the last key
     received = tl.zeros([block_k], tl.float32)
     first_q = rows_of(q, (q_batch, q_head), pair, heads, q_unit)
