@@ -15,6 +15,10 @@ class BudgetError(ConfigError):
     """A budget is not valid, or no selection can satisfy it."""
 
 
+class RoomError(ConfigError, MemoryError):
+    """This machine has too little memory for a prompt; the error is raised before any memory is taken."""
+
+
 class DataError(PqbenchError):
     """Benchmark data or a record is missing, truncated or malformed; the message names the file, line and remedy."""
 
