@@ -15,8 +15,8 @@ class PyramidKV(Method):
     """The last ``observation`` prompt queries vote per KV head for middle tokens; lower layers keep more of them.
 
     The votes are attention probabilities over all keys that a query may see, summed over these queries and the query
-    group, and pooled along the middle. Every layer keeps sinks and window. The number of other tokens falls linearly
-    from the first full-attention layer to the last, and its mean is top_k (:func:`layer_budget`).
+    group, and pooled along the middle. Every layer keeps sinks and window. The number of middle tokens that a layer
+    keeps falls linearly from the first full-attention layer to the last, and its mean is top_k (:func:`layer_budget`).
 
     Differs from the paper: as :class:`methods.snapkv.SnapKV` does; numbers of tokens are rounded so that their mean
     over layers is exactly top_k, where the released code keeps up to half a token per layer more; they are computed

@@ -16,13 +16,13 @@ class SnapKV(Method):
 
     The vote for a token is its attention probability, summed over these queries and the query group; the softmax runs
     over all keys that a query may see. Votes of middle tokens are pooled along the sequence, so that neighbours of a
-    token with many votes are kept with it. The top_k tokens with the most votes are kept, and sinks and window.
+    token with many votes are kept with it. Sinks, window and the top_k tokens with the most votes are kept.
 
     Differs from the paper: tokens are kept per KV head, not per query head with repeated keys; sinks are kept, as for
     every method here (``budget.sink=0`` for the paper); votes are pooled over the middle only, so that sinks do not
     raise the votes of their neighbours; the window is that of the budget, not the ``observation`` last tokens (set
-    ``budget.window`` to ``observation`` for the paper), so that a token whose query votes may itself be voted for, by
-    the queries that see it; generated tokens are evicted (see ``evict_generated``).
+    ``budget.window`` to ``observation`` for the paper), so that a token whose query votes can itself receive votes from
+    later queries; generated tokens are evicted (see ``evict_generated``).
 
     Attributes:
         budget: sinks and window are always kept; top_k tokens by votes.

@@ -169,7 +169,7 @@ class Residual:
     Attributes:
         value: ``[B, H, G, D]``, the weighted mean value of the unselected tokens.
         log_weight: ``[B, H, G]``, log of the sum of exp(logit) over the unselected tokens.
-        relative: ``log_weight`` is the difference to the log-sum-exp of the selected tokens.
+        relative: whether ``log_weight`` is the difference to the log-sum-exp of the selected tokens.
     """
 
     value: Tensor
@@ -218,7 +218,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Check:
-    """A condition that an index needs and that is computed on the device. It is read once, after the index is built, so
+    """A condition that an index needs and that is computed on the device. It is read only after the index is built, so
     that a prefill never waits for the device.
 
     Attributes:
@@ -249,7 +249,7 @@ class LayerState:
 
     def finish_prefill(self, kv: KV) -> Tensor | None:
         """Build the index. An evicting method returns the rows ``[B, H, n]`` that it keeps. Another method returns
-        None, or all rows ``[B, H, S]`` in the order in which the store shall hold and number them from then on."""
+        None, or all rows ``[B, H, S]`` in the order in which they are to be stored and numbered from then on."""
         return None
 
     def append(self, kv: KV) -> None:
@@ -266,7 +266,7 @@ class LayerState:
 
     def plan(self, kv: KV, length: int) -> Plan:
         """The host's part of the captured step after which there are ``length`` rows. It replaces :meth:`append` and
-        is called before the token is stored and :meth:`select` is replayed. Every step has as many numbers."""
+        is called before the token is stored and :meth:`select` is replayed. All plans have equally many numbers."""
         return Plan()
 
     @property

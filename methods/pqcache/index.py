@@ -74,7 +74,7 @@ class KeyIndex:
         self.known.append(self.encode(kv, start, min(kv.length, max(stop, start + AHEAD))))
 
     def encode(self, kv: KV, start: int, stop: int) -> Tensor:
-        """Codes ``[B, H, n, m]`` of rows ``start`` to ``stop``."""
+        """Codes ``[B, H, n, m]`` of rows ``start`` to ``stop``. Raises RuntimeError if there is no codebook yet."""
         if self.codebook is None:
             raise RuntimeError("no codebook before finish_prefill()")
         return self.geometry.kernels.encode(kv.keys(start, stop), self.codebook)

@@ -21,9 +21,9 @@ class PQCachePlus(PQCache):
 
     Tail: the middle tokens that are not selected are added as a residual. ``pq`` uses their approximate weights and
     product-quantised values. ``mean`` uses the sum of their approximate weights and the mean value of all middle
-    tokens. ``sampled`` uses no codes; a share of top_k goes to a uniform sample of the other tokens, each attended to
-    exactly and weighted by the number of tokens that it represents (vAttention, arXiv 2510.05688, with a sample of
-    fixed size). ``none`` adds nothing, as in the paper.
+    tokens. ``sampled`` estimates nothing from codes; a share of top_k goes to a uniform sample of the other tokens,
+    each attended to exactly and weighted by the number of tokens that it represents (vAttention, arXiv 2510.05688, with
+    a sample of fixed size). ``none`` adds nothing, as in the paper.
 
     Calibration: one factor per KV head corrects the estimated weight of the tail (see
     :func:`methods.pqcache.tail.tail_share`). It is fitted to the last 64 queries before the codebooks are computed,

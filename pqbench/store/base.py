@@ -114,7 +114,11 @@ class Writer(ABC):
 
     @abstractmethod
     def prepare(self, count: int) -> None:
-        """Before ``count`` rows are written: make room for them, and wait for transfers that still read that memory."""
+        """Before ``count`` rows are written: make room for them, and wait for transfers that still read that memory.
+
+        Raises:
+            RuntimeError: a younger store of the same prompt writes into the memory that both share.
+        """
 
     @abstractmethod
     def write(self, keys: Tensor, values: Tensor) -> None:

@@ -116,7 +116,11 @@ class HostStore(Store):
         self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :meth:`Store.fetch`. For a selection, keys and values are those of the whole pool, the same for every
-        head. For None, all rows are copied into the scratch buffer in the order of positions."""
+        head. For None, all rows are copied into the scratch buffer in the order of positions.
+
+        Raises:
+            RuntimeError: ``indices`` is None in a captured step, where the number of rows is not fixed.
+        """
         held = self._holdings
         self._layout.open()
         self._finder.arrive()
@@ -144,7 +148,11 @@ class HostStore(Store):
 
     def arrange(self, indices: Tensor) -> HostStore:
         """See :meth:`Store.arrange`. The rows are copied within host memory; the original rows stay for other stores of
-        the prompt."""
+        the prompt.
+
+        Raises:
+            RuntimeError: the first step has begun.
+        """
         held = self._holdings
         if held.pool.ring or self.length > held.prompt.length:
             raise RuntimeError("arrange() after the first step: rows already have copies on the device")
