@@ -1,4 +1,4 @@
-"""SparQ: score keys by the largest query components; the other tokens count by the mean value (arXiv 2312.04985)."""
+"""SparQ: score keys on the largest query components, and use the mean value for other tokens (arXiv 2312.04985)."""
 
 from __future__ import annotations
 

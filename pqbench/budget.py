@@ -56,7 +56,8 @@ class Budget:
         window: most recent tokens, the current one included, always attended to; None computes it from
             ``window_share``.
         tokens: the budget as a number of tokens; None to use ``ratio``.
-        ratio: the budget as a share of the context, in (0, 1]. It is not used when ``tokens`` is set.
+        ratio: the budget as a share of the context, in (0, 1]. Only one of ``tokens`` and ``ratio`` may be set; with
+            ``tokens``, the default ratio becomes None.
         window_share: share of the budget without the sinks that the window gets when ``window`` is None, in [0, 1].
         minimum: smallest number of tokens of a ratio budget, so that all of a short context is attended to.
         grow: recompute a ratio as the context grows while decoding; otherwise the prompt's length counts.

@@ -10,9 +10,9 @@ from pqbench.method import KV, Arrival
 
 
 class HostCodes:
-    """Codes uint8 ``[B, H, N, m]``. Codes of the prompt are in host memory, which is page-locked with a GPU, so that
-    the host never waits for their transfers. Codes of later tokens stay on the device, where they are computed: they
-    are small, one byte per sub-space, and moving them to the host would take an extra transfer in every step."""
+    """Codes uint8 ``[B, H, N, m]``. Codes of the prompt are in host memory. For a model on a GPU it is page-locked, so
+    that the host never waits for their transfers. Codes of later tokens stay on the device, where they are computed:
+    they are small, one byte per sub-space, and moving them to the host would take an extra transfer in every step."""
 
     def __init__(self, codes: Tensor) -> None:
         """Move codes ``[B, H, N, m]`` from the device to the host."""

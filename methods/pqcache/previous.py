@@ -24,9 +24,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class PreviousQuery:
     """The query of the previous step in one layer, and the number of heads that were corrected.
 
-    Differs from FreeKV: FreeKV selects pages of tokens, attends to what was brought for the previous step, and the
-    first layer selects with its own query; here single tokens are selected in every layer, among all tokens that the
-    step can see.
+    Differs from FreeKV, which selects pages of tokens, attends to the tokens that were brought for the previous step,
+    and lets the first layer select with its own query. Here single tokens are selected in every layer, among all tokens
+    that the step can see.
     """
 
     def __init__(self, threshold: float) -> None:
