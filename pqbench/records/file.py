@@ -23,12 +23,15 @@ from pqbench.errors import DataError
 from pqbench.records.environment import differences, environment
 from pqbench.records.folders import RunFolder, environments, key_of, older_code, read_folders, tell_of_older
 from pqbench.records.identity import class_names, harness_code
+from pqbench.records.stamp import NAME as STAMP
+from pqbench.records.stamp import Stamp
 
 log = logging.getLogger(__name__)
 
 VERSION = 2  # of the record format; part of every key, so that formats never mix in one file
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
+TAIL = 256  # bytes before the offset that are compared to see whether a file is still the same
 FINISHED = ("ok", "refused")  # statuses that are no failure; refused: this machine lacks what was to be measured
 
 
@@ -43,8 +46,8 @@ class RecordFile:
     """The records of one method on one benchmark and model, at ``root/<benchmark>/<model>/<method>-<key>/``.
 
     Beside ``records.jsonl`` lie ``config.yaml``, the settings behind the key, written once; and ``environment.json``, a
-    list: the environment of the first run, then an entry for each later run whose environment was another.
-    ``planned`` is how many samples the job at work wants here, None until it knows.
+    list: the environment of the first run, then an entry for each later run whose environment was another. ``run.json``
+    is the folder's :class:`Stamp`. ``planned`` is how many samples the job at work wants here, None until it knows.
     """
 
     folder: Path
@@ -52,7 +55,8 @@ class RecordFile:
     _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _offset: int = field(default=0, init=False, repr=False)
     _inode: int = field(default=-1, init=False, repr=False)
-    _home: int | None = field(default=None, init=False, repr=False)  # inode of the folder that was made ready
+    _tail: bytes = field(default=b"", init=False, repr=False)  # what the file held just before the offset
+    _token: str | None = field(default=None, init=False, repr=False)  # of the folder that was made ready
 
     @classmethod
     def create(cls, root: Path, benchmark: str, model: str, method: str, settings: Mapping[str, Any]) -> RecordFile:
@@ -72,7 +76,9 @@ class RecordFile:
                     write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
                 file._note_environment()
                 file.path.open("ab").close()  # better refused now than after the first measurement
-            file._home = file.folder.stat().st_ino
+                stamp = Stamp.now(Stamp.of(file.folder))
+                write_atomically(file.folder / STAMP, stamp.encode())
+                file._token = stamp.token
         except OSError as error:
             raise unwritable(file.folder, error) from error
         return file
@@ -119,11 +125,13 @@ class RecordFile:
         """Whether a sample has a record by now, whoever wrote it, and what went wrong with it: see :meth:`outcomes`.
 
         Raises:
-            DataError: the folder cannot be written, which taking its lock asks for.
+            DataError: the folder cannot be written, which taking its lock needs; or what this process has seen in it
+                was deleted.
         """
+        self._check_folder()
         try:
             with self.lock():
-                self._catch_up()
+                self._catch_up(sample_id)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         status, (error_text, code) = self._written.get(sample_id, (None, (None, None)))
@@ -135,16 +143,18 @@ class RecordFile:
         finished the sample meanwhile, or it failed again in the same way.
 
         Raises:
-            DataError: the file cannot be written, or the disk is full.
+            DataError: the file cannot be written, the disk is full, or what this process has seen in the file was
+                deleted.
         """
         record = record | {"version": VERSION}
         if record["status"] != "ok":
             record["code"] = harness_code()
         line = encode(record)
-        self._check_home()
+        self._check_folder()
         try:
             with self.lock():
-                self._catch_up()
+                self._check_folder()  # again, since another process may have held the lock and changed it
+                self._catch_up(record["sample_id"])
                 known = self._written.get(record["sample_id"])
                 if known and (known[0] == "ok" or known == _outcome(record)):
                     return False
@@ -155,42 +165,60 @@ class RecordFile:
                     os.fsync(file.fileno())
                     self._inode = os.fstat(file.fileno()).st_ino
                 self._offset += len(line)
+                self._tail = line[-TAIL:]
                 self._written[record["sample_id"]] = _outcome(record)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         return True
 
-    def _check_home(self) -> None:
+    def _check_folder(self) -> None:
         """Raises DataError when the folder was deleted or replaced since it was made ready: what is written now would
         lie there without its configuration, and what was written is gone."""
-        present = self.folder.stat().st_ino if self.folder.is_dir() else None
-        if self._home is not None and present != self._home:
-            raise DataError(
-                f"{self.folder} was deleted or replaced while this run wrote to it; {len(self._written)} record(s) of "
-                "it are gone: the same command measures them again"
-            )
+        if self._token is None:
+            return
+        stamp = Stamp.of(self.folder)
+        if stamp is None or stamp.token != self._token:
+            raise _deleted(self.folder, len(self._written))
 
-    def _catch_up(self) -> None:
-        """Read what the file gained since this object last looked; all of it at first. Call with the lock held."""
+    def _catch_up(self, due: str) -> None:
+        """Read what the file gained since this object last looked, and all of it at first or when it is not the same
+        file any more. Call with the lock held.
+
+        Args:
+            due: the sample that is asked about. Where its record is gone, it is measured again, so nothing is lost.
+
+        Raises:
+            DataError: records of other samples are gone.
+        """
         if not self.path.exists():
-            self._written, self._offset, self._inode = {}, 0, -1
+            self._check_lost(due, {})
+            self._written, self._offset, self._inode, self._tail = {}, 0, -1, b""
             return
         with self.path.open("rb+") as file:
-            file.seek(max(0, self._offset - 1))
-            stat = os.fstat(file.fileno())
-            same = stat.st_ino == self._inode and stat.st_size >= self._offset
-            if not same or (self._offset and file.read(1) != b"\n"):  # rewritten, or edited by hand
-                self._written, self._offset, self._inode = {}, 0, stat.st_ino
-                file.seek(0)
+            inode = os.fstat(file.fileno()).st_ino
+            file.seek(self._offset - len(self._tail))
+            same = inode == self._inode and file.read(len(self._tail)) == self._tail
+            start = self._offset if same else 0  # it was rewritten, or edited by hand
+            file.seek(start)
             data = file.read()
             whole, newline, rest = data.rpartition(b"\n")
             if parse(rest):  # a whole record that lacks only its newline, as some editors leave it
                 file.write(b"\n")
                 whole, newline = data, b"\n"
-        self._offset += len(whole) + len(newline)
-        for record in filter(None, map(parse, whole.split(b"\n"))):
-            if record.get("version") == VERSION:
-                self._written[record["sample_id"]] = _outcome(record)
+        records = [record for record in map(parse, whole.split(b"\n")) if record and record.get("version") == VERSION]
+        found = {record["sample_id"]: _outcome(record) for record in records}
+        if not same:
+            self._check_lost(due, found)
+            self._written, self._tail = {}, b""
+        self._written |= found
+        self._offset, self._inode = start + len(whole) + len(newline), inode
+        self._tail = (self._tail + whole + newline)[-TAIL:]
+
+    def _check_lost(self, due: str, found: Mapping[str, Any]) -> None:
+        """Raises DataError when records that were written are not found any more, except that of the sample due."""
+        lost = self._written.keys() - found.keys() - {due}
+        if lost:
+            raise _deleted(self.path, len(lost))
 
     def _note_environment(self) -> None:
         path, present = self.folder / "environment.json", environment()
@@ -312,6 +340,14 @@ def unwritable(folder: Path, error: OSError) -> DataError:
     """The error of a results folder that does not take what is to be written."""
     return DataError(
         f"cannot write results to {folder}: {error.strerror or error}; set results=FOLDER to one you may write"
+    )
+
+
+def _deleted(place: Path, count: int) -> DataError:
+    """The error of records that were deleted while a run wrote beside them."""
+    return DataError(
+        f"{place} was deleted or replaced while this run wrote to it; {count} record(s) of it are gone: the same command "
+        "measures them again"
     )
 
 
