@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from pqbench.errors import DataError
 from pqbench.records.environment import differences, environment
-from pqbench.records.folders import RunFolder, environments, key_of, older_code, read_folders, tell_of_older
+from pqbench.records.folders import RunFolder, environments, key_of, measured_again, read_folders, tell_of_older
 from pqbench.records.identity import class_names, harness_code
 from pqbench.records.stamp import NAME as STAMP
 from pqbench.records.stamp import Stamp
@@ -270,33 +270,31 @@ def read_lines(path: Path) -> Iterator[Record]:
 
 
 def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | None = None) -> list[Record]:
-    """Every record under a results folder. Records of another format version are left out with one warning, and so are
-    those of older code whose run was measured again.
+    """Every record under a results folder, but no record of another format version, and none of older code whose
+    sample was measured again: see :func:`measured_again`. What is left out is counted in one warning each.
 
     Args:
         root: the results folder.
-        all_code: keep the records of older code; their method says so.
+        all_code: keep the records of older code too; their method says so.
         folders: the run folders under ``root``, where the caller has read them already.
 
     Raises:
         DataError: the folder does not exist, or a file in it cannot be read.
     """
-    records: list[Record] = []
-    foreign: list[Any] = []
     known = read_folders(root) if folders is None else folders
-    older, hidden = older_code(known), 0
-    for folder in known:
-        newest, others = newest_of(read_lines(RecordFile(folder.path).path))
-        foreign += others
-        if folder.path not in older:
-            records += newest
-        elif all_code:
-            records += [record | {"method": f"{record.get('method')} (older code)"} for record in newest]
-        else:
-            hidden += len(newest)
-    if hidden:
+    read = [newest_of(read_lines(RecordFile(folder.path).path)) for folder in known]
+    older = measured_again(known, [newest for newest, _ in read])
+    records: list[Record] = []
+    for (newest, _), hidden in zip(read, older, strict=True):
+        for record in newest:
+            if record["sample_id"] not in hidden:
+                records.append(record)
+            elif all_code:
+                records.append(record | {"method": f"{record.get('method')} (older code)"})
+    count, foreign = sum(map(len, older)), [version for _, others in read for version in others]
+    if count and not all_code:
         how = "`python -m pqbench.tables --all-code` shows them"
-        log.warning("%s: left out %d record(s) of older code, measured again since: %s", root, hidden, how)
+        log.warning("%s: left out %d record(s) of older code, measured again since: %s", root, count, how)
     if foreign:
         log.warning("%s: left out %s", root, _other_version(foreign))
     return records
@@ -346,8 +344,8 @@ def unwritable(folder: Path, error: OSError) -> DataError:
 def _deleted(place: Path, count: int) -> DataError:
     """The error of records that were deleted while a run wrote beside them."""
     return DataError(
-        f"{place} was deleted or replaced while this run wrote to it; {count} record(s) of it are gone: the same command "
-        "measures them again"
+        f"{place} was deleted or replaced while this run wrote to it; {count} record(s) of it are gone: the same "
+        "command measures them again"
     )
 
 

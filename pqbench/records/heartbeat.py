@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pqbench.records.file import RecordFile, write_atomically
+from pqbench.records.stamp import PROGRESS as NAME
 
 log = logging.getLogger(__name__)
 
-NAME = "progress.json"
 INTERVAL_S = 10.0  # between two beats
 SILENCE_S = 60.0  # without a beat, after which nobody is taken to be at work
 

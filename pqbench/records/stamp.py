@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 NAME = "run.json"
+PROGRESS = "progress.json"  # the file of the heartbeat, which older versions wrote without a stamp
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,22 @@ class Stamp:
     def encode(self) -> bytes:
         """The content of the file."""
         return json.dumps(asdict(self)).encode()
+
+
+def last_started(folder: Path) -> tuple[int, float]:
+    """When the run of a folder was last started, to be compared with other folders: by its stamp, or else by its last
+    sign of life, or else by the newest file in it. What was written inside the folder counts for more than the times of
+    files, since these change when a folder is copied."""
+    stamp = Stamp.of(folder)
+    if stamp is not None:
+        return 2, stamp.started
+    try:
+        started = json.loads((folder / PROGRESS).read_bytes())["started"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        started = None
+    if type(started) in (int, float) and 0 <= started < 1e12:
+        return 2, started
+    try:
+        return 1, max(path.stat().st_mtime for path in folder.iterdir())
+    except (OSError, ValueError):
+        return 0, 0.0

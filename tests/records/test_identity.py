@@ -15,7 +15,6 @@ from methods.h2o import H2O
 from methods.pqcache import PQCache
 from methods.vattention import VAttention
 from pqbench.records.file import RecordFile, read_all, run_key
-from pqbench.records.folders import older_code, read_folders
 from pqbench.records.identity import class_names, harness_code, method_code, source_code
 from pqbench.tables.command import main as tables
 
@@ -128,7 +127,6 @@ def test_older_code_is_told_left_out_and_shown_on_request(
     new = RecordFile.create(tmp_path, "needle", "tiny", "mine", settings | {"code": "bbb"})
     new.append(record("a", key="2", score=75.0))
     assert any("by other code of the method; this run measures anew" in message for message in caplog.messages)
-    assert older_code(read_folders(tmp_path)) == {old.folder}
     assert [found["score"] for found in read_all(tmp_path)] == [75.0]
     assert tables([str(tmp_path)]) == 0
     assert "older code" not in capsys.readouterr().out
@@ -138,8 +136,8 @@ def test_older_code_is_told_left_out_and_shown_on_request(
 
 def test_runs_with_other_settings_are_not_older_code(tmp_path: Path) -> None:
     for settings in ({"m": 1, "code": "aaa"}, {"m": 2, "code": "aaa"}, {"m": 2, "store": 1, "code": "bbb"}):
-        RecordFile.create(tmp_path, "needle", "tiny", "mine", settings)
-    assert older_code(read_folders(tmp_path)) == set()
+        RecordFile.create(tmp_path, "needle", "tiny", "mine", settings).append(record("a"))
+    assert len(read_all(tmp_path)) == 3
 
 
 def test_records_of_the_first_format_are_read_and_measured_anew(
