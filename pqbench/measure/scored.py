@@ -21,6 +21,7 @@ from pqbench.measure.checks import check_alive, check_budgets, check_methods
 from pqbench.measure.dense import body_name
 from pqbench.measure.probe import probe
 from pqbench.models.sources import LoadedModel
+from pqbench.records.claims import tell_of_waiting
 from pqbench.records.file import Record
 from pqbench.records.kinds import SCORES
 
@@ -81,6 +82,7 @@ class Scored(Measurement):
         if work:
             ledger.done.seconds[COMPILING] = body.warm_up()
         with tracked(self.name, len(work)) as follow:
+            told: set[str] = set()
             while work:
                 busy: list[tuple[Sample, list[str]]] = []
                 for sample, names in work:
@@ -90,6 +92,7 @@ class Scored(Measurement):
                             SampleRun(self, job, loaded, prompter, ledger, sample).measure(mine)
                     busy += [(sample, others)] if others else []
                 if len(busy) == len(work):  # other processes are at work on all that is left
+                    tell_of_waiting([sample.id for sample, _ in busy], told)
                     time.sleep(WAIT_S)
                 work = busy
         return ledger.close()
