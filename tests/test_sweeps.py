@@ -114,7 +114,9 @@ def test_again_nothing_is_measured_and_a_run_that_fails_in_its_process_fails_the
     before = {path: path.read_bytes() for path in results.rglob("records.jsonl")}
     again = sweep(results, *overrides, "benchmark=needle", "budget.ratio=2,0.2")  # a part is enough
     assert again.returncode == 1
-    assert again.stderr.splitlines()[-1].startswith("error: budget.ratio is 2")
+    last = again.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert ": budget.ratio is 2" in last  # after the cell of the sweep that failed
     assert "Traceback" not in again.stderr
     assert {path: path.read_bytes() for path in results.rglob("records.jsonl")} == before
     assert {run.state for run in read_runs(results)} == {"done"}
