@@ -1,4 +1,5 @@
-"""The caches handed to transformers. Each phase has its own kind of layer, so that no phase is inferred from shapes.
+"""The caches given to transformers. Prefill and decoding have their own kinds of layers, so that the phase need not be
+inferred from shapes.
 
 A :class:`PrefillLayer` keeps the whole prompt and computes dense attention. A :class:`DecodeLayer` answers one query
 per sequence through a method.
@@ -29,13 +30,13 @@ from pqbench.store.tiers import Placement, Prompt
 
 class LayeredCache(Cache):
     """A transformers cache that knows which of its layers are ours and verifies that every layer of the model uses it.
-    A model layer first updates its entry and then calls attention, once per forward pass. A model that does otherwise
-    is refused, since our layers would not answer its attention."""
+    In each forward pass, every layer of the model must first update its entry once and then call attention once. Other
+    models are refused, because our layers would not answer their attention."""
 
     def __init__(self, layers: list[CacheLayerMixin]) -> None:
         super().__init__(layers=layers)
         self.selective: dict[int, Any] = {i: layer for i, layer in enumerate(layers) if hasattr(layer, "attention")}
-        self._updated: int | None = None  # layer whose entry was updated and whose attention was not called yet
+        self._updated: int | None = None  # the layer whose entry was updated but whose attention was not called yet
         self._answered = 0
 
     @property
@@ -57,7 +58,8 @@ class LayeredCache(Cache):
         self._updated, self._answered = None, 0
 
     def answering(self) -> CacheLayerMixin:
-        """The layer that answers the call of attention at work. Raises ModelError when none was updated for it."""
+        """The layer that answers the current attention call. Raises ModelError when no layer was updated before the
+        call."""
         if self._updated is None:
             raise ModelError(
                 "it calls attention over keys that are not the layer's own cache entry: several layers "
@@ -109,7 +111,8 @@ def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]
 
 
 class OurLayer(CacheLayerMixin):
-    """What transformers asks of a cache layer. It does not see evictions: positions count all tokens seen."""
+    """What transformers requires of a cache layer. Transformers does not see evictions: positions count all tokens
+    seen."""
 
     is_sliding = False
     is_compileable = False
@@ -118,7 +121,7 @@ class OurLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        self.sinks: Tensor | None = None  # [Hq], of the call at work; see attention_forward
+        self.sinks: Tensor | None = None  # [Hq], of the current call; see attention_forward
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -141,7 +144,7 @@ class Shape:
         kv_heads, group, head_dim: H, G and D; the larger D where keys and values differ.
         scaling: factor on q.k.
         device: where the layer runs.
-        sinks: ``[H, G]`` float32, logits that take part in each head's softmax and bring no value.
+        sinks: ``[H, G]`` float32, logits that take part in each head's softmax and have no value.
     """
 
     kv_heads: int
@@ -175,11 +178,11 @@ class Shape:
 
 
 class PrefillLayer(OurLayer):
-    """Holds the prompt's keys and values, answers with dense attention (or with the method's own, where ``own``) and
+    """Holds the prompt's keys and values, computes dense attention (or the method's own attention if ``own``), and
     shows each block to the observers.
 
-    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in. From then on the prompt's rows
-    belong to the tier (:meth:`prompt`), which may move them while the next layers compute.
+    ``on_end`` is called inside the layer's own call as soon as all ``columns`` tokens have arrived. From then on the
+    prompt's rows belong to the tier (:meth:`prompt`), which may move them while the next layers compute.
     """
 
     def __init__(
@@ -236,7 +239,7 @@ class PrefillLayer(OurLayer):
         return self._prompts[rows.padding]
 
     def release(self, rows: Rows) -> None:
-        """Let go of the prompt of one cohort; stores made from it keep what they need."""
+        """Drop the prompt of one cohort. Stores that were made from it keep what they need."""
         self._prompts.pop(rows.padding, None)
 
     def _each_observer(self) -> Iterator[Observer]:
@@ -244,8 +247,9 @@ class PrefillLayer(OurLayer):
         return chain.from_iterable(self.observers)
 
     def _end(self, k: Tensor, v: Tensor) -> None:
-        """Hand the rows over to the tier, cohort by cohort; nothing is copied where a cohort is the whole batch. The
-        rows are those that attention used, which are not always those of the cache: latent attention expands them."""
+        """Hand the rows over to the tier, cohort by cohort. Nothing is copied when a cohort is the whole batch. The
+        rows are those that attention used. They can differ from the rows of the cache, because latent attention expands
+        them."""
         if self._buffers is None:
             raise RuntimeError("attention() before update()")
         keys, values = (
@@ -257,7 +261,7 @@ class PrefillLayer(OurLayer):
                 keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding), self.reserve
             )
         self._buffers = None
-        done, self.on_end = self.on_end, None  # it holds what holds this layer: once called, let go
+        done, self.on_end = self.on_end, None  # it refers to objects that refer to this layer, so it is dropped
         if done is not None:
             done()
         for prompt in self._prompts.values():
@@ -267,7 +271,8 @@ class PrefillLayer(OurLayer):
 class DecodeLayer(OurLayer):
     """Stores one new token per sequence, then answers its query, cohort by cohort.
 
-    ``make`` gives the cohorts when the first step reaches the layer, and waits for an index that is still being built.
+    ``make`` returns the cohorts. It is called when the first step reaches the layer, and it waits for an index that is
+    still being built.
     """
 
     def __init__(self, make: Callable[[], list[Cohort]], seen: int) -> None:
@@ -283,8 +288,8 @@ class DecodeLayer(OurLayer):
         return self._make()
 
     def prefetch(self) -> None:
-        """Let the methods ask for what they will need, since the layer before starts its step. While an index is still
-        being built there is nothing to ask for."""
+        """Let the methods request what they will need, because the layer before this one starts its step. Nothing can
+        be requested while an index is still being built."""
         for cohort in self.__dict__.get("cohorts", ()):
             cohort.state.prefetch(cohort.store)
 
@@ -298,8 +303,8 @@ class DecodeLayer(OurLayer):
     def attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``; the mask is
-        implied by the cohorts."""
+        """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``. The mask is
+        not needed, because cohorts have no padding."""
         check_rows(k, 1)
         for cohort in self.cohorts:
             cohort.check(k, scaling)
@@ -315,19 +320,19 @@ class DecodeLayer(OurLayer):
 
 
 def check_rows(k: Tensor, expected: int) -> None:
-    """Raises ModelError when attention runs over another number of keys than the layer's cache entry gave it."""
+    """Raises ModelError when attention uses another number of keys than the layer's cache entry returned."""
     if k.shape[2] != expected:
         raise ModelError(f"it calls attention over {k.shape[2]} keys where its cache entry gave {expected}")
 
 
 def same_rows(held: Tensor, used: Tensor) -> bool:
-    """Whether two tensors are the same memory."""
+    """Whether two tensors are the same view of the same memory."""
     return held.data_ptr() == used.data_ptr() and held.shape == used.shape and held.stride() == used.stride()
 
 
 def link_layers(layers: Sequence[DecodeLayer]) -> None:
-    """Let each layer announce its step to the next one. The last layer announces it to the first, whose next step is
-    that of the next token."""
+    """Let each layer announce its step to the next one. The last layer announces the next token's step to the first
+    layer."""
     for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
         layer.following = weakref.ref(following)
 
