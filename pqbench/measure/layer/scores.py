@@ -88,12 +88,13 @@ class AttentionScores(Measurement):
         missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
         with tracked(self.name, len(missing)) as follow:
+            # A context counts as measured once layer 0 has a record, so layer 0 is recorded last.
             for context in missing:
                 follow(f"{context} tokens")
                 ids = torch.tensor([prose_tokens(prompter, context, self.seed)], device=loaded.model.device)
                 setting = Setting(overlap=False, backend=job.setting.backend)
                 prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
-                for number, layer in reversed(list(enumerate(prefilled.layers))):  # layer 0 last: its record marks a whole context
+                for number, layer in reversed(list(enumerate(prefilled.layers))):  # layer 0 is last
                     state: Any = prefilled.observer(0, layer, 0).state
                     facts = {
                         "budget": "all",
