@@ -276,8 +276,8 @@ class Random(ModelSource):
 
 
 def shape_config(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration of a model of this shape with the special tokens of the byte tokenizer. ``shape`` holds fields
-    of a config.json. Raises ModelError when the vocabulary is smaller than that of the tokenizer."""
+    """The configuration of a model of this shape with the end and padding tokens of the byte tokenizer. ``shape`` holds
+    fields of a config.json. Raises ModelError when the vocabulary is smaller than that of the tokenizer."""
     if shape.get("vocab_size", 0) < len(tokenizer):
         raise ModelError(
             f"a vocabulary of {shape.get('vocab_size')} is too small: the byte tokenizer has {len(tokenizer)} tokens"
