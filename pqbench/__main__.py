@@ -81,7 +81,7 @@ def main() -> None:
         log.error(explain(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        log.error("interrupted: finished samples are kept, the same command goes on from there")
+        log.error("interrupted: finished samples are kept, the same command continues from there")
         sys.exit(130)
     failed = failures.count
     if failed and len(failures.runs) > 1:

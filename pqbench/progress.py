@@ -33,7 +33,7 @@ log = logging.getLogger("pqbench.progress")
 
 STATES = ("running", "stalled", "stopped", "done", "unknown")
 BELOW = (
-    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command goes on "
+    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command continues "
     "from there. unknown: nothing says how many samples there are. Runs that have not started are not listed."
 )
 
@@ -144,7 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m pqbench.progress``. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="pqbench.progress", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="folder of records")
-    parser.add_argument("--watch", type=_seconds, metavar="SECONDS", help="show it again so often, while runs go on")
+    parser.add_argument(
+        "--watch", type=_seconds, metavar="SECONDS", help="show the table again every SECONDS seconds while runs go on"
+    )
     options = parser.parse_args(arguments)
     log_to_terminal()
     try:
@@ -190,7 +192,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.1 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0.1")
     return value
 
 

@@ -99,7 +99,7 @@ def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, An
         wanted = f"# @package methods.{path.stem}"
         if path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].rstrip() != wanted:
             if stray:
-                raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
+                raise ConfigError(f"{path}: its first line must be `{wanted}`, otherwise its method is left out")
             log.warning("%s: its first line must be `%s`; nothing here uses it", path, wanted)
     for name, fields in methods.items():
         if "_target_" not in (fields or {}):
@@ -144,11 +144,12 @@ def absent(option: str) -> str:
     folder = conf_folder()
     if not parents:
         known = [*OmegaConf.load(folder / "config.yaml"), *CHOICES]
-        return f"there is no option {option} here{meant(field, known)}: the same command with `--cfg job` shows those"
+        hint = meant(field, known)
+        return f"there is no option {option} here{hint}: the same command with `--cfg job` shows the options"
     group = "method" if parents[0] == "methods" else parents[0]
     if group not in CHOICES:
         hint = meant(group, [*CHOICES, "methods"])
-        return f"there is no option {option} here{hint}: the same command with `--cfg job` shows those there are"
+        return f"there is no option {option} here{hint}: the same command with `--cfg job` shows the options"
     fields = {path.stem: _fields(path) for path in sorted((folder / group).glob("*.yaml"))}
     if group == "method":
         name = parents[1] if len(parents) > 1 else field
@@ -161,7 +162,7 @@ def absent(option: str) -> str:
     if holders:
         return f"there is no option {option} here: it belongs to {' and '.join(holders)}, set that as well"
     every = dict.fromkeys(name for held in fields.values() for name in held)
-    return f"there is no option {option} here{meant(field, every)}: the same command with `--cfg job` shows those"
+    return f"there is no option {option} here{meant(field, every)}: the same command with `--cfg job` shows the options"
 
 
 def _fields(path: Path) -> list[str]:
@@ -191,7 +192,7 @@ def explain(error: BaseException) -> str:
     if missing:
         return absent(missing[1])
     if foreign:
-        return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists those it has"
+        return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists its fields"
     if made:
-        return f"a {made[1]} has no field {made[2]}: docs/configuration.md lists those it has"
+        return f"a {made[1]} has no field {made[2]}: docs/configuration.md lists its fields"
     return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

@@ -21,7 +21,7 @@ def is_command(started_as: str) -> bool:
 
 def leave(*_: Any) -> NoReturn:
     """End the process at once. No work has begun at this point."""
-    sys.stderr.write("error: interrupted before anything was begun\n")
+    sys.stderr.write("error: interrupted before any work began\n")
     sys.stderr.flush()
     os._exit(130)
 

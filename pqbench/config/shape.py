@@ -56,7 +56,7 @@ def made_method(name: str, fields: Any) -> Method:
     found = instantiate(fields)
     if not isinstance(found, Method):
         raise ConfigError(
-            f"methods.{name}._target_ is {fields['_target_']!r}, which is no method: see docs/add_a_method.md"
+            f"methods.{name}._target_ is {fields['_target_']!r}, which is not a method: see docs/add_a_method.md"
         )
     return found
 

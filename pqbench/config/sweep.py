@@ -54,7 +54,7 @@ class Failures:
         if self._copied and lines:
             more = f" (and {len(lines) - 1} more in this run)" if len(lines) > 1 else ""
             raise RunFailedError(
-                f"{where}{lines[0]}{more}; other runs went on: `python -m pqbench.progress` counts what failed"
+                f"{where}{lines[0]}{more}; other runs continued: `python -m pqbench.progress` counts the failures"
             )
 
     def listed(self) -> list[str]:

@@ -46,7 +46,7 @@ def check_model(model: Any) -> None:
     """Raises ConfigError when the argument is not a PyTorch module, or when the model is in training mode."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"the model is a {type(model).__name__}: pass a model of transformers, which load_model(...).model is"
+            f"the model is a {type(model).__name__}: pass a transformers model, such as load_model(...).model"
         )
     if model.training:
         raise ConfigError("the model is in training mode, in which it may drop activations: call model.eval() first")

@@ -71,7 +71,7 @@ def attention_forward(
     if not hasattr(layer, "attention"):
         return dense_attention(module, query, key, value, attention_mask, factor, sinks), None
     if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise ModelError("its attention brings a bias on the scores of its own (a mask of numbers, as ALiBi is)")
+        raise ModelError("its attention adds a bias of its own to the scores (a mask of numbers, as in ALiBi)")
     layer.sinks = sinks
     width, value_width = max(key.shape[-1], value.shape[-1]), value.shape[-1]
     query, key, value = (_widened(rows, width) for rows in (query, key, value))

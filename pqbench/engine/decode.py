@@ -205,7 +205,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not do_sample and sampling != Sampling():
         raise ConfigError(
-            "temperature, top_k, top_p and seed concern tokens that are drawn: set do_sample=True as well"
+            "temperature, top_k, top_p and seed have an effect only if tokens are drawn: set do_sample=True as well"
         )
     setting = Setting.of(setting)
     if not method.own_prefill:

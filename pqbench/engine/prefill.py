@@ -90,7 +90,9 @@ def check_own_prefill(methods: Sequence[Method]) -> bool:
     """Whether the only method has a prefill of its own. Raises ConfigError when such a method is not the only one."""
     own = [type(method).__name__ for method in methods if method.own_prefill]
     if own and len(methods) > 1:
-        raise ConfigError(f"{own[0]} has a prefill of its own and shares none: run it alone, or with a dense prefill")
+        raise ConfigError(
+            f"{own[0]} has a prefill of its own and cannot share one: run it alone, or with a dense prefill"
+        )
     return bool(own)
 
 

@@ -156,7 +156,7 @@ def _compared(
 def check_config(config: PreTrainedConfig) -> None:
     """Raises ModelError for features that the configuration names and no method serves."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError("it has an encoder, pqbench serves decoders alone")
+        raise ModelError("it has an encoder, but pqbench serves only decoders")
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise ModelError("its last layers share keys and values with earlier ones (cross-layer shared KV)")
     if getattr(config, "attn_logit_softcapping", None):

@@ -89,6 +89,6 @@ class Setting:
         recorded."""
         if not self.device_answers():
             raise DeviceError(
-                f"the GPU answers no more after this error: {error}. What was measured before is kept, and the same "
-                "command goes on from there"
+                f"the GPU no longer answers after this error: {error}. Finished measurements are kept, and the same "
+                "command continues from there"
             )

@@ -190,10 +190,10 @@ def check_options(config: GenerationConfig, assistant_model: PreTrainedModel | N
     for name, neutral in _REFUSED.items():
         value = getattr(config, name, None)
         if not any(value is one or (type(value) is type(one) and value == one) for one in neutral):
-            raise ConfigError(f"{name} is {value!r}, which pqbench does not follow: leave it out")
+            raise ConfigError(f"{name} is {value!r}, which pqbench does not support: leave it out")
     for name in _UNAVAILABLE:
         if config.return_dict_in_generate and getattr(config, name, False):
-            raise ConfigError(f"pqbench returns tokens alone: set {name}=False")
+            raise ConfigError(f"pqbench returns only tokens: set {name}=False")
 
 
 def check_inputs(input_ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ def check_inputs(input_ids: Tensor, mask: Tensor | None, inputs: Mapping[str, An
             continue
         if name == "position_ids" and isinstance(value, Tensor) and torch.equal(value, usual(input_ids, mask)):
             continue
-        raise ConfigError(f"{name} is given, but pqbench reads token ids and attention_mask alone: leave it out")
+        raise ConfigError(f"{name} is given, but pqbench reads only token ids and attention_mask: leave it out")
 
 
 def usual(input_ids: Tensor, mask: Tensor | None) -> Tensor:

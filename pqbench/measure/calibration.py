@@ -118,7 +118,7 @@ def fit_layer(model: PreTrainedModel) -> list[float]:
     limit = getattr(config, "max_position_embeddings", None) or LENGTHS[-1]
     lengths = [length for length in LENGTHS if length <= limit]
     if len(lengths) < 3:
-        raise ConfigError(f"a model of {limit} tokens is too short to calibrate: set the method's iterations")
+        raise ConfigError(f"a model of {limit} tokens is too short for a calibration: set the method's iterations")
     log.info("calibrating prefill time once, on prompts of %d to %d tokens", lengths[0], lengths[-1])
     layers = len(layer_types(config))
     generator = torch.Generator().manual_seed(0)

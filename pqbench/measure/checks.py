@@ -49,7 +49,7 @@ def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting
     check_kernels(setting.backend, model.device)
     setting.check(methods, model)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
-        log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))
+        log.info("store=host: methods that evict (%s) keep their rows on the device", ", ".join(evicting))
     for (name, method), layer in product(methods.items(), profile(model).kinds):
         try:
             rotary = frequencies(model, [method]).get(layer)

@@ -356,7 +356,7 @@ def check_memory(job: Job, model: PreTrainedModel, prompt: int, new_tokens: int,
         away = "" if job.setting.tier.offloads or model.device.type == "cpu" else "store=host"
         remedy = " or ".join(filter(None, (chunk, away, "shorter benchmark.contexts")))
         raise ConfigError(
-            f"benchmark.contexts has {prompt}: beside its weights the model "
+            f"benchmark.contexts has {prompt}: in addition to its weights the model "
             f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
             f"use {remedy}"
         )

@@ -108,7 +108,7 @@ class Scored(Measurement):
         """The text below the table: records, seconds of the run and its parts, and how the figures were measured."""
         lines, spent = [f"{done.counts}; records in {results}/"], done.seconds
         if spent[COMPILING] > COMPILED_S:
-            lines.append(f"kernels were compiled first, in {spent[COMPILING]:.0f} s that no figure holds")
+            lines.append(f"kernels were compiled first, in {spent[COMPILING]:.0f} s that no figure includes")
         if done.measured:
             own = spent["prefill"] + spent["decode"] + spent["index"]
             lines.append(
@@ -118,7 +118,7 @@ class Scored(Measurement):
             )
         lines.append(
             f"{torch.get_num_threads()} threads; one prefill serves all methods, so TTFT is that prefill plus the "
-            "time in which the method watches it; mass, recall and error: teacher-forced on the reference answer, "
+            "time in which the method observes it; mass, recall and error: teacher-forced on the reference answer, "
             "clean inputs"
         )
         return "\n".join(lines)

@@ -55,7 +55,7 @@ def load_folder(
     config = _configuration(path, folder, options)
     with one_line(f"cannot load the tokenizer of model {path!r}", _NO_TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    with one_line(f"cannot load the weights of model {path!r}", "copy its .safetensors files once more"):
+    with one_line(f"cannot load the weights of model {path!r}", "copy its .safetensors files again"):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -111,9 +111,9 @@ def check_files(folder: Path) -> None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            raise ModelError(f"{path} is broken ({brief(error)}): copy this file of the model once more") from error
+            raise ModelError(f"{path} is broken ({brief(error)}): copy this file of the model again") from error
         if not isinstance(found, dict):
-            raise ModelError(f"{path} holds no names with values: copy this file of the model once more")
+            raise ModelError(f"{path} is not a JSON object: copy this file of the model again")
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise ModelError(f"there is no tokenizer in {folder}: {_NO_TOKENIZER}")
 
@@ -153,7 +153,7 @@ def hub_reachable(timeout: float = 5.0) -> bool:
 def _configuration(path: str, folder: bool, options: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration of a model. Raises ModelError when it is missing or transformers does not understand it."""
     if folder:
-        with one_line(f"cannot use {path}/config.json", "copy this file of the model once more"):
+        with one_line(f"cannot use {path}/config.json", "copy this file of the model again"):
             return AutoConfig.from_pretrained(path, **options)
     what = f"cannot load model {path!r}, which is neither a local folder nor reachable on the hub"
     with one_line(what, "download it elsewhere and set model.path=/folder/of/the/model"):

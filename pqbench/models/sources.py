@@ -361,7 +361,7 @@ def reach(model: PreTrainedModel, wanted: int | None) -> int:
         )
     table = learned_positions(model)
     if table is not None:
-        raise ModelError(f"model.max_length is {wanted}, but the model has learned positions for {table} tokens alone")
+        raise ModelError(f"model.max_length is {wanted}, but the model only has learned positions for {table} tokens")
     log.warning(
         "model.max_length is %d, above the %d tokens that the model was made for: its answers may be worthless",
         wanted,
@@ -376,5 +376,5 @@ def check_placement(model: PreTrainedModel) -> None:
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ModelError(
             "the model does not fit the GPUs here, some layers would lie on "
-            f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: more GPUs or a smaller model"
+            f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: use more GPUs or a smaller model"
         )

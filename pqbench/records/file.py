@@ -202,7 +202,7 @@ class RecordFile:
             return
         if known:
             changes = "; ".join(differences(known[-1], present))
-            log.warning("%s: this run goes on in another environment: %s", path, changes)
+            log.warning("%s: this run continues in another environment: %s", path, changes)
         write_atomically(path, json.dumps([*known, present], indent=1).encode())
 
 

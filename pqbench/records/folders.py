@@ -92,7 +92,7 @@ def tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
         known = settings_of(path.parent)
         if path.parent != folder and known and _bare(known) == _bare(settings):
             reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
-            log.warning("%s: measured %s; this run measures anew in %s", path.parent, reason, folder.name)
+            log.warning("%s: measured %s; this run measures again in %s", path.parent, reason, folder.name)
 
 
 def _begun(folder: Path) -> float:

@@ -98,7 +98,7 @@ class SoftwareGraph:
         if not self._inside:
             name = str(run.name())  # type: ignore[attr-defined]
             if _waits(name.partition(".")[0], arguments):
-                raise ModelError(f"a step that is captured reads on the host what the device computes ({name})")
+                raise ModelError(f"a captured step reads on the host what the device computes ({name})")
             self._launches.append(Launch(run, arguments, options, _tensors(result), name))
         return result
 

@@ -91,7 +91,9 @@ class FidelityBenchmark(Measurement):
         if job.loaded is None:
             raise ConfigError("benchmark=fidelity needs a model")
         if job.setting.select_ahead:
-            raise ConfigError("benchmark=fidelity measures single steps, none ahead of another: use select_ahead=false")
+            raise ConfigError(
+                "benchmark=fidelity measures single steps, which cannot be selected ahead: use select_ahead=false"
+            )
         loaded, backend = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
         backend.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
