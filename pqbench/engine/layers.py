@@ -233,7 +233,8 @@ class PrefillLayer(OurLayer):
         return output
 
     def prompt(self, rows: Rows) -> Prompt:
-        """The finished prompt of one cohort, from which stores are made."""
+        """The finished prompt of one cohort, from which stores are made. Raises RuntimeError before the last token
+        is prefilled."""
         if not self._prompts:
             raise RuntimeError("prompt() before the last token was prefilled")
         return self._prompts[rows.padding]

@@ -115,7 +115,8 @@ class Prefilled:
 
     def fork(self, method: int, *, spend: bool = False) -> LayeredCache:
         """A cache that continues from the prompt with one method and does not change the prompt. With ``spend`` the
-        cache gets the method's own state and no copy of it, so that this method cannot be forked again."""
+        cache gets the method's own state and no copy of it, so that this method cannot be forked again: RuntimeError is
+        raised."""
         if method in self._spent:
             raise RuntimeError("this method's state is spent: prefill again")
         if spend:
