@@ -82,12 +82,14 @@ class Measurement(ABC):
     Attributes:
         kind: the kind of its records, by which tables and figures choose records.
         further: names of the record files that it writes in addition to those of the job's methods.
+        needs_answers: whether its figures are only meaningful for trained weights, and not for random ones.
         shared: whether several processes may work on one run at the same time. Measurements of times forbid it, because
             the processes would slow each other.
     """
 
     kind: ClassVar[str]
     shared: ClassVar[bool] = False
+    needs_answers: ClassVar[bool] = False
     further: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -96,14 +98,9 @@ class Measurement(ABC):
         """The name of the benchmark in records and on the command line."""
 
     @property
-    @abstractmethod
     def needs_model(self) -> bool:
         """Whether the job must bring a loaded model."""
-
-    @property
-    def needs_answers(self) -> bool:
-        """Whether its figures are only meaningful for trained weights, and not for random ones."""
-        return False
+        return True
 
     def subject(self, model: str) -> str:
         """The name in the results of what is measured; ``model`` is the name of the configured model."""
