@@ -1,4 +1,5 @@
-"""``python -m pqbench.config.page > docs/configuration.md``: every configuration key, from the comments beside them."""
+"""``python -m pqbench.config.page > docs/configuration.md``: every configuration key, from the comments in the
+yamls."""
 
 from __future__ import annotations
 

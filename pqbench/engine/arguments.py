@@ -64,7 +64,7 @@ def check_ids(input_ids: Any) -> None:
 
 def check_vocabulary(input_ids: Tensor, model: Any) -> None:
     """Raises ConfigError for token ids outside the model's vocabulary. Only tokens in host memory are checked, because
-    reading tokens from a GPU would make the host wait for the GPU."""
+    the host would have to wait for a GPU to read its tokens."""
     if input_ids.device.type != "cpu" or not input_ids.numel():
         return
     known = model.get_input_embeddings().num_embeddings

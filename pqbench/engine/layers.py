@@ -89,15 +89,15 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
-    """Transformers' own cache layers for the layers that methods leave alone."""
+    """Transformers' own cache layers for sliding layers, which methods do not serve."""
     types, options = _described(config)
     return {i: DynamicSlidingWindowLayer(**options[i]) for i, kind in enumerate(types) if kind == "sliding_attention"}
 
 
 def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Attention type of every layer, and the arguments that its cache layer is made with. Releases of transformers
-    differ: the newest ones answer layer by layer, 5.17 answers with one set of arguments for all layers, and older
-    ones do not answer at all."""
+    """Attention type of every layer, and the arguments from which its cache layer is made. Releases of transformers
+    differ: the newest give arguments for each layer, 5.17 gives one set of arguments for all layers, and older releases
+    give none."""
     describe = getattr(cache_utils, "get_layer_types_and_kwargs", None)
     if describe is None:
         window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
@@ -199,7 +199,7 @@ class PrefillLayer(OurLayer):
         self.own = False
         self.shape: Shape | None = None  # known after the first block
         self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
-        self._prompts: dict[int, Prompt] = {}  # by padding, which tells cohorts apart
+        self._prompts: dict[int, Prompt] = {}  # by padding, which is different for each cohort
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._buffers is None:
@@ -339,5 +339,6 @@ def link_layers(layers: Sequence[DecodeLayer]) -> None:
 
 
 def copy_sliding(layers: dict[int, CacheLayerMixin]) -> dict[int, CacheLayerMixin]:
-    """Sliding layers that can go on from here without changing the originals (their updates replace tensors)."""
+    """Copies of sliding layers, which can be updated without changing the originals, because an update replaces
+    tensors."""
     return {i: copy.copy(layer) for i, layer in layers.items()}

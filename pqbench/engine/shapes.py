@@ -82,9 +82,9 @@ def geometry(
 
 
 def working_bytes(model: PreTrainedModel, shape: PromptShape, block: int) -> int:
-    """About how many bytes the prefill takes at its peak besides weights, keys and values, and gives back: the
-    activations of one layer for ``block`` tokens of each sequence, the mask that padding needs, and the index of one
-    layer under construction, for which clustering takes two copies of its keys in float32."""
+    """Estimate of the bytes that the prefill temporarily needs at its peak, in addition to weights, keys and values.
+    They are the activations of one layer for ``block`` tokens of each sequence, the mask that padding needs, and two
+    float32 copies of one layer's keys, which clustering takes while it builds an index."""
     config, known = model.config.get_text_config(decoder=True), profile(model)
     hidden = int(config.hidden_size)
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)

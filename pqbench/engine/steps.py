@@ -76,7 +76,7 @@ class Steps(Iterator[Step]):
     ) -> None:
         """
         Args:
-            prefilled: the prompt after which decoding goes on.
+            prefilled: the prompt from which decoding continues.
             cache: what the model reads and writes; see :meth:`Prefilled.fork` and :meth:`Prefilled.cache`.
             source: gives the tokens.
             most: the largest possible number of steps; needed only with ``graphs``.

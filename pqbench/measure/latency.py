@@ -62,7 +62,7 @@ class Turn:
 
     @property
     def sample_id(self) -> str:
-        """Unique within a method's records."""
+        """The id of its record, unique within a method's records."""
         return f"{self.context}-{self.repeat}"
 
 
@@ -197,7 +197,7 @@ class Latency(Measurement):
             figures = times(generation) | step_costs(generation, model, roof) | link_facts(generation, prefilled)
             figures |= {"peak_rss_bytes": peak_rss(), **peak_device(model.device)}
             figures["built_beside"] = prefilled.beside is not None
-        except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
+        except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run continues
             ledger.failed(turn.method, turn.sample_id, error, facts)
             job.setting.check_device(error)
         else:

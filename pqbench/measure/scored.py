@@ -149,7 +149,7 @@ class SampleRun:
         for sharing in self._prefills(names):
             try:
                 answers += self._evaluate(sharing)
-            except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
+            except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run continues
                 answers += [Answer(name, error=error) for name in sharing]
             if answers[-1].error is not None and not self.job.setting.device_answers():
                 break

@@ -18,7 +18,7 @@ from pqbench.records.file import RecordFile, unwritable
 
 log = logging.getLogger(__name__)
 
-CLAIMS = "claims"  # the folder of the locks, beside the records
+CLAIMS = "claims"  # the folder of the locks, next to the records
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Described:
 
 
 def conf_folder() -> Path:
-    """The configuration folder: beside the package in a checkout, inside it when installed from a wheel."""
+    """The configuration folder: next to the package in a checkout, inside the package when installed from a wheel."""
     package = Path(__file__).resolve().parents[1]
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else package / "conf"

@@ -30,7 +30,7 @@ def run_folders(root: Path) -> list[Path]:
     """The folders under ``root`` that hold records, in alphabetical order.
 
     Raises:
-        DataError: ``root`` is no folder.
+        DataError: ``root`` is not a folder.
     """
     if not root.is_dir():
         raise DataError(f"no results folder {root}: run `python -m pqbench` first, or name another folder")
@@ -59,7 +59,7 @@ def read_folders(root: Path) -> list[RunFolder]:
     """Every run folder under ``root``, with its configuration.
 
     Raises:
-        DataError: ``root`` is no folder.
+        DataError: ``root`` is not a folder.
     """
     return [RunFolder(path, settings_of(path)) for path in run_folders(root)]
 

@@ -1,4 +1,4 @@
-"""Signs of life beside the records: ``progress.json`` says which process works on a run, how many samples there are,
+"""Signs of life next to the records: ``progress.json`` says which process works on a run, how many samples there are,
 and that the process is alive.
 
 The file changes no figure and may be deleted. If several processes share a run, it describes the last process that

@@ -38,7 +38,7 @@ def rescore(root: Path) -> Rescored:
     record that cannot be scored is not changed, and a warning names it.
 
     Raises:
-        DataError: ``root`` is no folder, or a results file cannot be written.
+        DataError: ``root`` is not a folder, or a results file cannot be written.
     """
     total = Rescored()
     for folder in run_folders(root):

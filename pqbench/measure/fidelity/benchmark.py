@@ -31,8 +31,8 @@ class FidelityBenchmark(Measurement):
     """Prefill a text densely, then let every method with every budget read the text that follows, token by token.
 
     One prefill of a document serves all methods and budgets. There are two kinds of figures. With clean inputs, every
-    layer sees the queries of the dense model. With the method in all layers, its errors go on through the model.
-    :mod:`pqbench.measure.fidelity.record` describes the records.
+    layer sees the queries of the dense model. With the method in all layers, its errors reach all later layers and
+    steps. :mod:`pqbench.measure.fidelity.record` describes the records.
 
     Attributes:
         lengths: prompt lengths in tokens. Where prompt and steps together exceed the model's limit, the prompt is

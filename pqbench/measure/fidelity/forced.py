@@ -1,4 +1,4 @@
-"""Teacher-forced decoding with a method in all layers. The method's errors go on through the model, as in
+"""Teacher-forced decoding with a method in all layers. The method's errors reach all later layers and steps, as in
 generation."""
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class PassageRun:
             prefilled = prefill(self.model, context, methods, None, self.job.chunk, self.steps, self.job.setting)
             full = dense_logits(prefilled, tokens)
             clean = each_alone(prefilled, tokens, range(1, len(methods)))
-        except Exception as error:  # noqa: BLE001 - any failure of one document becomes rows, the run goes on
+        except Exception as error:  # noqa: BLE001 - any failure of one document becomes rows, the run continues
             for variant in variants:
                 self._failed(variant, error)
             self.job.setting.check_device(error)

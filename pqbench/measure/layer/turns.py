@@ -274,6 +274,6 @@ def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
 def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
     try:
         work()
-    except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others go on
+    except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others continue
         subject.error, subject.cohort = error, None
         layer.setting.check_device(error)
