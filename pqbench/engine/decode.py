@@ -122,9 +122,9 @@ def decode(
             there, bool ``[B]``.
         question: prompt tokens that were not prefilled. The method reads them one by one before the first answer token.
             Their time and the time of building the index count as time to first token.
-        extra_ends: token ids that end a sequence besides the configured ones.
-        config: end and padding tokens; None takes the model's own.
-        spend: use up the method's state instead of a copy, see :meth:`Prefilled.fork`.
+        extra_ends: token ids that end a sequence, in addition to the configured ones.
+        config: configuration with end and padding tokens; None for the model's own.
+        spend: decode with the method's own state and not with a copy, see :meth:`Prefilled.fork`.
         sampler: chooses the tokens; with None the likeliest token is chosen.
 
     Raises:

@@ -141,7 +141,7 @@ class Shape:
     """What the calls of one layer's attention have in common.
 
     Attributes:
-        kv_heads, group, head_dim: H, G and D; the larger D where keys and values differ.
+        kv_heads, group, head_dim: H, G and D; D is the larger width if those of keys and values differ.
         scaling: factor on q.k.
         device: where the layer runs.
         sinks: ``[H, G]`` float32, logits that take part in each head's softmax and have no value.
@@ -162,7 +162,8 @@ class Shape:
         return cls(heads, group, q.shape[-1], scaling, q.device, known)
 
     def geometry(self, layer: int, rows: Rows, prompt: int = 0, backend: str = "reference") -> Geometry:
-        """What a method's state must know of a layer of this shape, without the facts that only some methods need."""
+        """What a method's state must know about a layer of this shape, without the facts that only some methods
+        need."""
         return Geometry(
             layer=layer,
             batch=rows.count,
@@ -280,7 +281,7 @@ class DecodeLayer(OurLayer):
         super().__init__()
         self._make = make
         self.seen = seen
-        # A weak reference: layers that refer to each other in a ring would not be freed.
+        # A weak reference, because layers that refer to each other in a ring would not be freed.
         self.following: Callable[[], DecodeLayer | None] | None = None
 
     @cached_property

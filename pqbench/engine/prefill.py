@@ -43,10 +43,10 @@ def prefill(
     method has a prefill of its own.
 
     Args:
-        input_ids: ``[B, S]``, left-padded where lengths differ.
+        input_ids: ``[B, S]``, token ids, padded on the left where lengths differ.
         attention_mask: ``[B, S]``, 0 on padding.
         reserve: number of decoded tokens that fit before buffers grow.
-        setting: how to run it.
+        setting: how to run the prefill and the decoding after it.
 
     Raises:
         ModelError: a model that no method can serve exactly, or that one of these methods cannot serve.

@@ -1,9 +1,10 @@
 """The rotary frequencies with which each layer of a model rotates its keys, for methods that give keys other positions.
 
-The frequencies are measured and not read from model code. One token goes through the model at several positions, each
-time as a sequence of its own. Such a sequence attends only to itself. The input of each layer therefore does not depend
-on the position, and the keys of a layer differ only by their rotation. Our rotation must give the same keys. A layer
-whose keys do not change has no rotation.
+The model's buffers hold candidate frequencies, and a measurement finds those that a layer uses; model code is not read.
+One token goes through the model at several positions, each time as a sequence of its own. Such a sequence attends only
+to itself. The input of each layer therefore does not depend on the position, and the keys of a layer differ only by
+their rotation. Our rotation with the right frequencies gives the same keys. A layer whose keys do not change has no
+rotation.
 """
 
 from __future__ import annotations
