@@ -79,7 +79,7 @@ def phases(events: Sequence[Event]) -> dict[str, Phase]:
     phase lies inside another, its time counts only for the inner phase."""
     spans = [Span.of(event) for event in events if _named(event)]
     steps = sorted((span for span in spans if span.name == STEP), key=lambda span: span.began)
-    first = steps[1].began if len(steps) > 1 else float("-inf")  # begin of the steps that count
+    first = steps[1].began if len(steps) > 1 else float("-inf")  # start of the steps that are counted
     kept = [span for span in spans if span.name in ONCE or span.began >= first]
     found: dict[str, Phase] = defaultdict(Phase)
     nesting = Nesting(kept)

@@ -176,7 +176,8 @@ class Attention(Measurement):
         self._put_failures(ledger, condition, subjects)
         for subject in (subject for subject in subjects if subject.error is None):
             identity = self._facts(condition, subject)
-            if ledger.missing(subject.name, identity["sample_id"]):  # not for comparison only
+            # Otherwise it is recorded already, or was measured only for comparison.
+            if ledger.missing(subject.name, identity["sample_id"]):
                 ledger.ok(subject.name, identity["sample_id"], identity | self._times(subject, fastest, roof) | machine)
         for subject in subjects:
             job.setting.check_device(subject.error)

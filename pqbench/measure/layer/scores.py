@@ -87,7 +87,7 @@ class AttentionScores(Measurement):
                 ids = torch.tensor([prose_tokens(prompter, context, self.seed)], device=loaded.model.device)
                 setting = Setting(overlap=False, backend=job.setting.backend)
                 prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
-                for number, layer in reversed(list(enumerate(prefilled.layers))):  # layer 0 is last
+                for number, layer in reversed(list(enumerate(prefilled.layers))):
                     state: Any = prefilled.observer(0, layer, 0).state
                     facts = {
                         "budget": "all",
