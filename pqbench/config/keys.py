@@ -1,4 +1,4 @@
-"""The settings behind the key of a run: everything that can change a figure, and nothing else."""
+"""The settings from which the key of a run is made: everything that can change a figure, and nothing else."""
 
 from __future__ import annotations
 

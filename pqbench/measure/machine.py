@@ -20,7 +20,7 @@ from torch import Tensor
 from pqbench.records.environment import environment
 
 COPIED = 1 << 28  # bytes of the buffer with which bandwidth is measured; far larger than any CPU cache
-QUEUED = 10  # copies timed together on a GPU; the time of one copy would be that of a launch and a synchronisation
+QUEUED = 10  # copies timed together on a GPU, because one copy takes no longer than a launch and a synchronisation
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -37,7 +37,7 @@ def converted_folder(package: str, file: str, version: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
             log.info("converting %s once into %s (about half a minute)", file, folder)
-            with one_line(f"cannot read {source} as a GGUF model", f"install {distribution(package)} once more"):
+            with one_line(f"cannot read {source} as a GGUF model", f"install {distribution(package)} again"):
                 _convert(source, folder)
     return folder
 

@@ -1,6 +1,6 @@
 """Models and tokenizers: from the hub, a local folder, a GGUF file inside an installed package, or random weights.
 
-Safetensors only, and no code from a model repository is ever run.
+Of model repositories, only safetensors files are read, and no code from them is ever run.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class PackagedGGUF(ModelSource):
 
     Attributes:
         package: the name under which Python imports the package.
-        file: the GGUF file inside it.
+        file: the GGUF file inside the package.
         version: version of the package. Other versions are refused, because records identify models by the version.
     """
 
