@@ -39,6 +39,11 @@ TOO_SHORT = "dense: too short"  # how tables mark measurements in which nothing 
 _EVERYTHING = (None, "all", "-", "100 %")  # budgets that leave nothing out by design
 
 
+def budget_of(record: Mapping[str, Any]) -> Any:
+    """The budget of a record as text for tables. It is marked ``(varies)`` if the method by design does not keep to it."""
+    return f"{record.get('budget')} (varies)" if record.get("beyond_budget") else record.get("budget")
+
+
 def skipped_nothing(record: Mapping[str, Any]) -> bool:
     """Whether a method with a budget attended to its whole prompt in every step, because the prompt was too short to
     leave anything out. Its figures are then those of full attention."""

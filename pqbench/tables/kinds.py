@@ -15,6 +15,7 @@ from pqbench.records.kinds import (
     LATENCY,
     SCORES,
     TOO_SHORT,
+    budget_of,
     kind_of,
     skipped_nothing,
 )
@@ -63,8 +64,10 @@ def sections(records: Sequence[Record], base: str | None = None) -> list[Section
 
 
 def _marked(record: Record) -> Record:
-    """The record. Its budget is marked if the method could not skip anything."""
-    return {**record, "budget": f"{record['budget']} ({TOO_SHORT})"} if skipped_nothing(record) else record
+    """The record. Its budget is marked if the method by design does not keep to it, or could not skip anything."""
+    if "budget" not in record:
+        return record
+    return {**record, "budget": f"{budget_of(record)}" + (f" ({TOO_SHORT})" if skipped_nothing(record) else "")}
 
 
 def flat(records: Sequence[Record]) -> list[dict[str, Any]]:
