@@ -62,7 +62,7 @@ REFUSED: dict[str, list[str]] = {
     "method=pqcache methods.pqcache._target_=null": ["methods.pqcache._target_ is None"],
     "+methods.mine._target_=methods.pqcache.PQCach": ["methods.mine._target_", "the full name of a class"],
     "+methods.mine._target_=3": ["methods.mine._target_ is 3"],
-    "+methods.mine._target_=pathlib.Path": ["methods.mine", "is no method"],
+    "+methods.mine._target_=pathlib.Path": ["methods.mine", "is not a method"],
     # models
     "model=nope": ["no model 'nope'", "smollm2, tiny"],
     "model=TINY": ["no model 'TINY'", "did you mean tiny?"],

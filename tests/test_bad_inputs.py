@@ -203,6 +203,6 @@ def test_an_interrupt_during_the_imports_is_one_line(tmp_path: Path) -> None:
         started.send_signal(signal.SIGINT)
         output, errors = started.communicate(timeout=60)
     assert started.returncode == 130
-    assert errors.splitlines() == ["error: interrupted before anything was begun"]
+    assert errors.splitlines() == ["error: interrupted before any work began"]
     assert output == ""
     assert list(tmp_path.iterdir()) == []

@@ -366,7 +366,7 @@ def test_interrupting_gives_130(command: Command, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pqbench.measure.scored, "check_budgets", interrupt)
     outcome = command()
     assert outcome.code == 130
-    assert outcome.errors == ["error: interrupted: finished samples are kept, the same command goes on from there"]
+    assert outcome.errors == ["error: interrupted: finished samples are kept, the same command continues from there"]
 
 
 def test_explain_prefers_our_own_cause() -> None:

@@ -92,7 +92,7 @@ def test_a_device_that_is_gone_stops_the_run_and_keeps_the_rows(
     streams = Streams()
     methods: dict[str, Method] = {"full": Full(), "failing": Failing(streams, 250, where=where), "h2o": H2O()}
     done = job(loaded, tmp_path, methods, setting=setting_of(streams))
-    with pytest.raises(DeviceError, match=r"failing on s250.*illegal memory access.*goes on from there"):
+    with pytest.raises(DeviceError, match=r"failing on s250.*illegal memory access.*continues from there"):
         run(done)
     outcomes = {name: [(r["sample_id"], r["status"]) for r in records(done, name)] for name in methods}
     assert outcomes["full"] == [("s200", "ok"), ("s250", "ok")]

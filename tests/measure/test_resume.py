@@ -166,7 +166,8 @@ def test_the_command_interrupted(forks: ForkServerContext, undisturbed: tuple[Re
             break
     assert process.returncode == 130
     assert (
-        errors.splitlines()[-1] == "error: interrupted: finished samples are kept, the same command goes on from there"
+        errors.splitlines()[-1]
+        == "error: interrupted: finished samples are kept, the same command continues from there"
     )
     assert "Traceback" not in errors
     kept = untimed(results)

@@ -136,7 +136,7 @@ def _replaced(name: str, old: str, new: str) -> Callable[[Path], object]:
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 900), ["cannot load the weights", ".safetensors"]),
         (lambda f: (f / "model.safetensors").unlink(), ["cannot load the weights", "model.safetensors"]),
         (lambda f: (f / "config.json").write_text('{"model_type": '), ["config.json is broken", "line 1"]),
-        (lambda f: (f / "config.json").write_text("[1]"), ["config.json holds no names with values"]),
+        (lambda f: (f / "config.json").write_text("[1]"), ["config.json is not a JSON object"]),
         (lambda f: (f / "config.json").write_text("{}"), ["cannot use", "config.json", "model_type"]),
         (_replaced("config.json", '"llama"', '"nonsense"'), ["cannot use", "config.json", "nonsense"]),
         (_replaced("config.json", '"num_attention_heads": 4', '"num_attention_heads": 0'), ["config.json"]),
