@@ -1,4 +1,4 @@
-"""The page of ``experiment=ablation``: what each part of ``pqcache_plus`` is worth."""
+"""The page of ``experiment=ablation``: the effect of each part of ``pqcache_plus``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ paid from the same budget. Documents differ, so small differences mean nothing."
 
 
 def tables(measured: Measured) -> list[tuple[str, str]]:
-    """Title and table of each figure: codebook, sub-spaces and bits by tail."""
+    """Title and table of each measured field: codebook, sub-spaces and bits by tail."""
     table = families(of_fidelity(measured.table()))
     run = parted(table)
     exact = rail(table, run)

@@ -1,4 +1,4 @@
-"""The tables of the README: which method to use, chosen by rule from the records, and what each one reached."""
+"""The tables of the README: which method to use, chosen from the records by rule, and the results of each method."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from plots.pages.source import WIDTH, good, mean, shown
 from pqbench.records.file import Record
 from pqbench.terminal import markdown_table
 
-DENSE, EXACT = "full", "oracle"  # the reference, and what attends to the exact top-k
-FLOOR = ("random_tokens",)  # measured to compare with, and never a recommendation
-KEPT_WHEN_DROPPING = 0.5  # a method that holds less of full attention's bytes than this drops tokens
+DENSE, EXACT = "full", "oracle"  # the reference, and the method that attends to the exact top-k
+FLOOR = ("random_tokens",)  # measured for comparison, never recommended
+KEPT_WHEN_DROPPING = 0.5  # a method that holds a smaller share of full attention's bytes drops tokens
 # The example of the README: Llama-3.1-8B in bfloat16 at 32K tokens.
 LAYERS, KV_HEADS, HEAD_DIM, BYTES, CONTEXT = 32, 8, 128, 2, 32768
 
@@ -32,7 +32,7 @@ class Choice:
         return fidelity.reference_ratio(self.fidelity)
 
     def candidates(self, drops: bool) -> list[str]:
-        """The methods that drop tokens for good, or those that keep all of them and read an index that is smaller than
+        """The methods that drop tokens for good, or the methods that keep all tokens and read an index smaller than
         half of the keys."""
         exact = self.bits(EXACT)
         found = [name for name in fidelity.methods_of(self.fidelity) if name not in (DENSE, EXACT, *FLOOR)]
@@ -45,7 +45,7 @@ class Choice:
         return held < KEPT_WHEN_DROPPING * dense
 
     def bits(self, method: str) -> float:
-        """Bits of the index that a step reads per token of the context and KV head."""
+        """Bits of the index that a step reads, per token of the context and KV head."""
         return mean(fidelity.at(self.fidelity, method, self.ratio), "bits_per_key") or 0.0
 
     def error(self, method: str) -> float:
@@ -79,7 +79,7 @@ def choice(suite: Measured, faith: Measured) -> Choice:
 
 
 def answer(found: Choice) -> str:
-    """A row for each situation: the method to use, and the figures that say so."""
+    """A row for each situation: the method to use, and the figures that support it."""
     finder, faithful, dropper = found.finder(), found.faithful(), found.dropper()
     percent = f"{100 * found.ratio:g} %"
     rows = [
@@ -110,7 +110,7 @@ def answer(found: Choice) -> str:
 
 
 def basis(found: Choice) -> str:
-    """On what the table rests: the model and the number of samples."""
+    """The basis of the table: the model and the number of samples."""
     prompts = quick.needles(found.suite, DENSE)
     lengths = sorted({int(record["prompt_tokens"]) for record in prompts})
     texts = {str(record["document"]) for record in good(found.fidelity)}
@@ -126,7 +126,7 @@ def basis(found: Choice) -> str:
 
 
 def example(found: Choice) -> str:
-    """What the recommendation means for 32K tokens on one card, in bytes."""
+    """The recommendation in bytes, for 32K tokens on one card."""
     finder = found.finder()
     heads = LAYERS * KV_HEADS * CONTEXT
     everything, codes = heads * 2 * HEAD_DIM * BYTES, heads * found.bits(finder) / 8
@@ -140,7 +140,7 @@ def example(found: Choice) -> str:
 
 
 def overview(found: Choice) -> str:
-    """A row for each method: its scores, its error, and what it reads and holds."""
+    """A row for each method: its scores, its error, and how much it reads and holds."""
     dense = mean(quick.needles(found.suite, DENSE), "kv_bytes") or 0.0
     known = set(fidelity.methods_of(found.fidelity))
     rows = []

@@ -1,4 +1,4 @@
-"""The page of ``benchmark=fidelity``: how far every method is from full attention, by budget."""
+"""The page of ``benchmark=fidelity``: the distance of every method from full attention, by budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ by that of `oracle` on the same document and gives the mean with its 95 % bootst
 
 
 def ratios_of(records: Sequence[Record]) -> list[float]:
-    """The budgets on record as shares of the context, smallest first."""
+    """The budgets in the records as shares of the context, smallest first."""
     return sorted({float(r["ratio"]) for r in good(records) if r.get("ratio") is not None})
 
 
@@ -48,19 +48,19 @@ def at(records: Sequence[Record], method: str, ratio: float) -> list[Record]:
 
 
 def reference_ratio(records: Sequence[Record]) -> float:
-    """The budget at which methods are ranked: 10 % of the context where it was measured, else the nearest to it."""
+    """The budget at which methods are ranked: 10 % of the context, or the nearest budget that was measured."""
     return min(ratios_of(records), key=lambda ratio: abs(ratio - 0.1))
 
 
 def methods_of(records: Sequence[Record]) -> list[str]:
-    """The methods that have a budget, with the smallest output error first."""
+    """The methods that have a budget, in the order of their output errors, smallest first."""
     ratio = reference_ratio(records)
     names = dict.fromkeys(str(r["method"]) for r in good(records) if r.get("ratio") is not None)
     return sorted(names, key=lambda name: mean(at(records, name, ratio), "output_error") or 0.0)
 
 
 def main_table(records: Sequence[Record]) -> str:
-    """A row for each method: error, KL and agreement at each budget."""
+    """A row for each method: error, KL and top-1 agreement at each budget."""
     ratios, ratio = ratios_of(records), reference_ratio(records)
     headings = ["method", "bits per key", *(f"{name} at {100 * r:g} %" for _, name, *_ in COLUMNS for r in ratios)]
     rows = []
@@ -86,7 +86,7 @@ def relative_table(records: Sequence[Record]) -> str:
 
 
 def verdict(records: Sequence[Record]) -> str:
-    """The smallest error and what it is of the exact top-k's, in a sentence."""
+    """A sentence that names the smallest error, also as a multiple of the error of the exact top-k."""
     best, ratio = methods_of(records)[0], reference_ratio(records)
     mine, exact = (mean(at(records, name, ratio), "output_error") for name in (best, BASE))
     if mine is None or not exact:

@@ -42,5 +42,5 @@ def names(records: Sequence[Record]) -> list[str]:
 
 
 def figures(measured: Measured, folder: Path) -> list[Path]:
-    """Times against the context, where the whole model was measured at several."""
+    """Times against the context, if the whole model was measured at several contexts."""
     return draw(measured.table(), folder)

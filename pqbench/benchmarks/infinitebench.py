@@ -271,7 +271,7 @@ class InfiniteBench(Benchmark):
             input_ids=ids,
             references=references,
             max_new_tokens=new_tokens,
-            # Half of the prompt that remains after a cut in the middle comes from its end.
+            # A cut in the middle keeps half of the tokens from the end, so at most that many follow the context.
             question_tokens=min(tail, (len(ids) - after) // 2) + after,
             metadata={
                 "source": self.source,

@@ -91,9 +91,9 @@ def kv_retrieval(units: int, place: Place, rng: random.Random) -> Row:
 def math_find(units: int, place: Place, rng: random.Random) -> Row:
     """A list of ``units`` integers in 0..99 and one of seven questions; "second" and "third" count distinct values.
 
-    Questions for a largest value draw the highest value from 79..99 first, questions for a smallest value the lowest
-    from 0..19, and the median draws one of the two. A list without three distinct values is drawn again, which happens
-    only with very few units.
+    Questions for a largest value first draw the upper bound of the list from 79..99, questions for a smallest value its
+    lower bound from 0..19, and the median draws one of the two. A list without three distinct values is drawn again,
+    which happens only with very few units.
     """
     kind = KINDS[place.share(len(KINDS))]
     narrow_top = rng.random() <= 0.5 if kind == "median" else "largest" in kind

@@ -121,7 +121,6 @@ class Needle(Benchmark):
 
     Raises:
         ConfigError: a value cannot work; the message names the field.
-
     """
 
     name: ClassVar[str] = "needle"
