@@ -37,9 +37,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
     done: set[tuple[Hashable, Hashable]] = set()  # pairs of model and method
     runs = list(cells.groupby(["model", "method", "key"], sort=False))[::-1]  # newest first
     beside = bool((cells["method"] != BASELINE).any())  # full attention stands beside each method
-    for (model, method, key), run in sorted(
-        runs, key=lambda named: named[1]["length"].nunique() < 2
-    ):  # several lengths first
+    for (model, method, key), run in sorted(runs, key=lambda named: named[1]["length"].nunique() < 2):  # maps first
         if (method == BASELINE and beside) or ((model, method) in done and run["length"].nunique() < 2):
             continue
         done.add((model, method))

