@@ -15,6 +15,10 @@ class BudgetError(ConfigError):
     """A token budget that no selection can satisfy."""
 
 
+class RoomError(ConfigError, MemoryError):
+    """This machine has too little memory for a prompt; found before any of it is taken."""
+
+
 class DataError(PqbenchError):
     """Benchmark data or a record is missing, cut or malformed; the message names the file, the line and the remedy."""
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -129,3 +130,23 @@ def test_a_package_that_hides_the_plots_is_named_and_the_run_goes_on(installed: 
     done = run([sys.executable, "-m", "pqbench", *SMALL, "results=out"], tmp_path, installed)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"warning: your package {tmp_path / 'plots'} hides the package plots of pqbench") == 1
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_gets_a_command_that_runs(wheel: Path, tmp_path: Path) -> None:
+    """pip installs the wheel; the dependencies are those of this environment, which a path file makes visible."""
+    fresh = tmp_path / "environment"
+    assert run([sys.executable, "-m", "venv", "--without-pip", str(fresh)], tmp_path).returncode == 0
+    python = str(fresh / "bin" / "python")
+    options = ("--no-deps", "--no-index", "--quiet", "--disable-pip-version-check")
+    done = run([sys.executable, "-m", "pip", "--python", python, "install", *options, str(wheel)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    [packages] = fresh.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    done = run([str(fresh / "bin" / "pqbench"), *SMALL, "results=out"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("out/needle/tiny/*/records.jsonl"))) == 2
+    shown = run([str(fresh / "bin" / "pqbench"), "--version"], tmp_path)
+    assert shown.stdout.startswith("pqbench 0.")
+    where = run([python, "-c", "import pqbench; print(pqbench.__file__)"], tmp_path).stdout
+    assert where.startswith(str(packages))

@@ -21,7 +21,7 @@ from pqbench.engine.layers import LayeredCache, PrefillLayer, sliding_layers
 from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.rehearsal import profile
 from pqbench.engine.setting import Setting
-from pqbench.engine.shapes import PromptShape, devices, frequencies, geometry
+from pqbench.engine.shapes import PromptShape, devices, frequencies, geometry, working_bytes
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Geometry, Method
@@ -67,7 +67,7 @@ def prefill(
     shape = PromptShape.of(mask)
     if setting.graphs:
         check_batch_captured(shape.cohorts, shape.padded)
-    prefilled = _open(model, methods, shape, reserve, setting)
+    prefilled = _open(model, methods, shape, reserve, setting, chunk)
     both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
     cache = LayeredCache([both[i] for i in range(len(both))])
     positions = shape.positions
@@ -100,6 +100,7 @@ def _open(
     shape: PromptShape,
     reserve: int,
     setting: Setting,
+    chunk: int,
 ) -> Prefilled:
     """Everything a prompt needs before its first token."""
     backend, streams = kernels(model.device, setting.backend), streams_of(model.device, setting.streams)
@@ -135,7 +136,8 @@ def _open(
             for method in methods
         ]
         prefilled.layers[i] = layer
-    need = Need(model.device, len(known.layers), reserve * len(shape.mask))
+    working = working_bytes(model, shape, chunk)
+    need = Need(model.device, len(known.layers), reserve * len(shape.mask), working)
     setting.tier.check((shape.columns + reserve) * len(shape.mask), known.row_numbers * model.dtype.itemsize, need)
     return prefilled
 

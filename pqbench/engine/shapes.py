@@ -78,3 +78,18 @@ def geometry(
         calibration=setting.calibration,
         correction=setting.correction if setting.select_ahead else None,
     )
+
+
+def working_bytes(model: PreTrainedModel, shape: PromptShape, block: int) -> int:
+    """About how many bytes the prefill takes at its peak besides weights, keys and values, and gives back: the
+    activations of one layer for ``block`` tokens of each sequence, the mask that padding needs, and the index of one
+    layer under construction, for which clustering takes two copies of its keys in float32."""
+    config, known = model.config.get_text_config(decoder=True), profile(model)
+    hidden = int(config.hidden_size)
+    intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    tokens = len(shape.mask) * min(block, shape.columns)
+    projections = 2 * int(config.num_attention_heads) * max(layer.head_dim for layer in known.layers.values())
+    activations = tokens * (4 * hidden + 3 * intermediate + projections) * model.dtype.itemsize
+    mask = tokens * shape.columns * model.dtype.itemsize if shape.padded else 0
+    keys = known.row_numbers // (2 * max(1, len(known.layers)))
+    return activations + mask + 2 * 4 * keys * len(shape.mask) * shape.columns

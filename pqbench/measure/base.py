@@ -82,11 +82,13 @@ class Measurement(ABC):
     Attributes:
         kind: what its records hold; tables and figures choose by it.
         further: the names of record files that it writes besides those of the job's methods.
+        needs_answers: whether its figures depend on what the model has learnt, which random weights lack.
         shared: whether several processes may work on one run at a time; times would be the times of neither.
     """
 
     kind: ClassVar[str]
     shared: ClassVar[bool] = False
+    needs_answers: ClassVar[bool] = False
     further: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -95,14 +97,9 @@ class Measurement(ABC):
         """The name of the benchmark in records and on the command line."""
 
     @property
-    @abstractmethod
     def needs_model(self) -> bool:
         """Whether the job must bring a loaded model."""
-
-    @property
-    def needs_answers(self) -> bool:
-        """Whether its figures depend on what the model has learnt, which random weights lack."""
-        return False
+        return True
 
     def subject(self, model: str) -> str:
         """What results call the thing that is measured; ``model`` is the configured model's name."""

@@ -100,10 +100,6 @@ class Latency(Measurement):
         if type(self.profile) is not bool:
             raise ConfigError(f"benchmark.profile is {self.profile!r}: use true or false")
 
-    @property
-    def needs_model(self) -> bool:
-        return True
-
     def measure(self, job: Job) -> Measured:
         """See the base class.
 

@@ -45,6 +45,7 @@ class Scored(Measurement):
     """
 
     kind: ClassVar[str] = SCORES
+    needs_answers: ClassVar[bool] = True
     shared: ClassVar[bool] = True
 
     benchmark: Benchmark
@@ -56,14 +57,6 @@ class Scored(Measurement):
     @property
     def name(self) -> str:
         return self.benchmark.name
-
-    @property
-    def needs_model(self) -> bool:
-        return True
-
-    @property
-    def needs_answers(self) -> bool:
-        return True
 
     def prompter(self, loaded: LoadedModel) -> Prompter:
         """What makes the prompts for a model."""

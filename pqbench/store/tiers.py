@@ -12,7 +12,7 @@ from typing import ClassVar
 import psutil
 import torch
 
-from pqbench.errors import ConfigError
+from pqbench.errors import ConfigError, RoomError
 from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.method import Split
 from pqbench.store.base import Store
@@ -59,6 +59,9 @@ class Placement(ABC):
         nobody waited for."""
 
 
+LESS = "a shorter context, a smaller batch or dtype, or chunk=1024, which takes less for the prefill"
+
+
 @dataclass(frozen=True)
 class Need:
     """What a check of memory should know besides rows and bytes.
@@ -67,31 +70,34 @@ class Need:
         device: where the model runs.
         layers: number of layers that the rows are those of.
         reserve: tokens, among those checked, that decoding adds.
+        working: bytes that the prefill takes on the device besides keys and values, and gives back.
     """
 
     device: torch.device
     layers: int = 1
     reserve: int = 0
+    working: int = 0
 
     def page_locked(self, tokens: int, row_bytes: int) -> int:
         """Bytes that the buffers for prompt and reserve take. Torch takes page-locked memory in powers of two."""
         parts = (part * row_bytes // self.layers for part in (tokens - self.reserve, self.reserve))
         return self.layers * sum(1 << max(size - 1, 0).bit_length() for size in parts if size > 0)
 
-    def free(self) -> int | None:
-        """Bytes of memory that the device still gives, None where it has none of its own."""
+    def free(self) -> int:
+        """Bytes of memory that the device still gives."""
         if self.device.type != "cuda":
-            return None
+            return psutil.virtual_memory().available
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + kept
 
     def check_device(self, tokens: int, needed: int, advice: str) -> None:
-        """Raises ConfigError when ``needed`` bytes for ``tokens`` tokens are not to be had on the device."""
-        free = self.free()
-        if free is not None and needed > free:
-            raise ConfigError(
-                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of memory on {self.device} and "
-                f"{free / 2**30:.1f} GiB are free: {advice}"
+        """Raises RoomError when the device has no memory for the ``needed`` bytes of ``tokens`` tokens, and for those
+        that the prefill works with."""
+        free, both = self.free(), needed + self.working
+        if both > free:
+            raise RoomError(
+                f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of memory on {self.device}, their prefill "
+                f"{self.working / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: {advice}"
             )
 
 
@@ -110,7 +116,7 @@ class Tier(ABC):
         return None
 
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:  # noqa: B027 - see the subclasses
-        """Raise ConfigError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
+        """Raise RoomError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
 
 
 class DevicePrompt(Prompt):
@@ -145,8 +151,8 @@ class DeviceTier(Tier):
 
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
         if need is not None:
-            advice = "use store=host, a shorter context, a smaller batch or a smaller dtype"
-            need.check_device(tokens, tokens * row_bytes, advice)
+            way_out = "store=host, " if need.device.type == "cuda" else ""
+            need.check_device(tokens, tokens * row_bytes, f"use {way_out}{LESS}")
 
     def open(self, device: torch.device, backend: str = "auto") -> DevicePlacement:
         return DevicePlacement(backend)
@@ -260,18 +266,17 @@ class HostTier(Tier):
                 tokens,
             )
         needed, kind = tokens * row_bytes, "host memory"
-        advice = "use a shorter context, a smaller batch or a smaller dtype"
-        if need is not None and need.device.type == "cuda":
+        if need is not None and need.device.type != "cuda":
+            need.check_device(tokens, needed, f"use {LESS}")
+        elif need is not None:
             needed, kind = need.page_locked(tokens, row_bytes), "page-locked host memory (taken in powers of two)"
-            layer = (
-                tokens * row_bytes // need.layers
-            )  # that the prefill is at: its rows, and key and value side by side
-            need.check_device(tokens, 2 * layer, advice)
+            layer = tokens * row_bytes // need.layers
+            need.check_device(tokens, 2 * layer, f"use {LESS}")  # a layer's rows, and its keys and values side by side
         free = psutil.virtual_memory().available
         if needed > free:
-            raise ConfigError(
+            raise RoomError(
                 f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of {kind} and {free / 2**30:.1f} GiB are "
-                f"available: {advice}"
+                f"available: use {LESS}"
             )
 
     def open(self, device: torch.device, backend: str = "auto") -> HostPlacement:

@@ -299,7 +299,7 @@ def test_an_unreachable_hub_says_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(
-        DataError, match=r"\(offline\): download code_debug.jsonl .* and set benchmark.data_dir=FOLDER$"
+        DataError, match=r"from the hub \(.+\): download code_debug.jsonl .* and set benchmark.data_dir=FOLDER$"
     ):
         list(InfiniteBench(tasks=["code_debug"], source="official").samples(prompter()))
 

@@ -107,8 +107,8 @@ def test_codes_and_codebooks_are_bitwise_the_same(llama: PreTrainedModel) -> Non
         states.append([prefilled.observer(0, layer, 0).state for layer in prefilled.layers])
     for alone, beside in zip(*states, strict=True):
         assert isinstance(alone, LayerState)
-        assert torch.equal(alone.codebook, beside.codebook)  # type: ignore[attr-defined]
-        assert torch.equal(alone.codes.view(), beside.codes.view())  # type: ignore[attr-defined]
+        assert torch.equal(alone.index.codebook, beside.index.codebook)  # type: ignore[attr-defined]
+        assert torch.equal(alone.index.codes.view(), beside.index.codes.view())  # type: ignore[attr-defined]
 
 
 def test_a_layers_index_is_built_while_the_next_layer_computes(llama: PreTrainedModel) -> None:

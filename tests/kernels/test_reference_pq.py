@@ -51,7 +51,7 @@ def test_assign_takes_the_lowest_index_on_ties() -> None:
 def test_assign_does_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     points, centroids = normal(3, 101, 5), normal(3, 7, 5, seed=1)
     whole = reference.assign(points, centroids)
-    monkeypatch.setattr(reference, "_TILE", 3 * 7 * 10)
+    monkeypatch.setattr("pqbench.kernels.reference.operations._TILE", 3 * 7 * 10)
     assert torch.equal(reference.assign(points, centroids), whole)
 
 

@@ -62,7 +62,7 @@ class FailingState(LayerState):
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         self._fail("select")
-        return Selection(torch.arange(kv.length // 2, kv.length).expand(*q.shape[:2], -1))
+        return Selection(torch.arange((kv.length + 1) // 2, kv.length).expand(*q.shape[:2], -1))
 
     @property
     def facts(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -11,7 +12,7 @@ import torch
 from methods.pqcache import PQCache
 from pqbench import generate
 from pqbench.engine.setting import Setting
-from pqbench.errors import ConfigError
+from pqbench.errors import ConfigError, RoomError
 from pqbench.kernels.buffers import GrowingBuffer, gather_rows
 from pqbench.method import Budget
 from pqbench.store.device import DeviceStore
@@ -110,11 +111,14 @@ def test_too_little_memory_of_a_device_is_said_with_the_bytes_and_the_way_out() 
     card = Card(torch.device("cuda"), layers=32)
     row = 32 * 2 * 8 * 128 * 2  # bytes
     DeviceTier().check(65536, row, card)
-    with pytest.raises(ConfigError, match=r"131072 tokens of KV need 16\.0 GiB .* on cuda and 10\.0 GiB .* store=host"):
+    with pytest.raises(ConfigError, match=r"131072 tokens of KV need 16\.0 GiB .* and 10\.0 GiB .* store=host"):
         DeviceTier().check(131072, row, card)
-    with pytest.raises(ConfigError, match=r"need 12\.0 GiB of memory on cuda and 10\.0 GiB are free: use a shorter"):
+    with pytest.raises(ConfigError, match=r"need 12\.0 GiB .* on cuda, .* and 10\.0 GiB are free: use a shorter"):
         HostTier().check(12 << 17, row, card)  # two copies of one layer
-    DeviceTier().check(1 << 40, row, Need(CPU))  # a CPU's memory is checked by nobody here
+    with pytest.raises(RoomError, match=r"8\.0 GiB of memory on cuda, their prefill 3\.0 GiB, and 10\.0 GiB are free"):
+        DeviceTier().check(65536, row, replace(card, working=3 << 30))
+    with pytest.raises(RoomError, match=r"on cpu, their prefill 0\.0 GiB, and [\d.]+ GiB are free: use a shorter"):
+        DeviceTier().check(1 << 40, row, Need(CPU))
 
 
 def test_page_locked_memory_is_counted_as_it_is_taken() -> None:

@@ -53,6 +53,7 @@ class FidelityBenchmark(Measurement):
 
     name: ClassVar[str] = "fidelity"
     kind: ClassVar[str] = FIDELITY
+    needs_answers: ClassVar[bool] = True
 
     lengths: Sequence[int] = (4096,)
     documents: int = 4
@@ -72,14 +73,6 @@ class FidelityBenchmark(Measurement):
             at_least("variants_per_prefill", self.variants_per_prefill, 1)
         if self.text is not None and not isinstance(self.text, str):
             raise ConfigError(f"benchmark.text is {self.text!r}: name a text file, or null for speeches")
-
-    @property
-    def needs_model(self) -> bool:
-        return True
-
-    @property
-    def needs_answers(self) -> bool:
-        return True
 
     def measure(self, job: Job) -> Measured:
         """See the base class.

@@ -45,6 +45,7 @@ class AttentionScores(Measurement):
 
     name: ClassVar[str] = "attention_scores"
     kind: ClassVar[str] = ATTENTION_SCORES
+    needs_answers: ClassVar[bool] = True
     further: ClassVar[tuple[str, ...]] = (DENSE,)
 
     contexts: Sequence[int] = (2048,)
@@ -59,14 +60,6 @@ class AttentionScores(Measurement):
             raise ConfigError(
                 f"benchmark.queries is {self.queries}, all of a context of {min(self.contexts)}: lower it"
             )
-
-    @property
-    def needs_model(self) -> bool:
-        return True
-
-    @property
-    def needs_answers(self) -> bool:
-        return True
 
     def measure(self, job: Job) -> Measured:
         """See the base class.
