@@ -83,21 +83,25 @@ def answer(found: Choice) -> str:
     finder, faithful, dropper = found.finder(), found.faithful(), found.dropper()
     percent = f"{100 * found.ratio:g} %"
     rows = [
-        ["All keys and values fit on the card and can be read in every step", DENSE, "It is exact, and the reference."],
         [
-            "They do not fit, or reading them takes too long, and facts must be found in the context",
+            "All keys and values fit on the card and can be read in every step",
+            DENSE,
+            "It is exact; all other methods are compared with it.",
+        ],
+        [
+            "Keys and values do not fit, or reading them takes too long, and facts must be found in the context",
             f"{finder} with store=host",
             f"It finds {found.needle(finder):.0f} % of the needles (full: {found.needle(DENSE):.0f} %) with "
             f"{percent} of the tokens and {found.bits(finder):.0f} bits of index per key.",
         ],
         [
-            "The same, and the output must stay as close to full attention as possible",
+            "As above, but the output must stay as close to full attention as possible",
             f"{faithful} with store=host",
-            f"Its error is {found.error(faithful):.3f}; that of {finder} is {found.error(finder):.3f}, "
-            f"that of the tokens with the highest exact scores {found.error(EXACT):.3f}.",
+            f"Its error is {found.error(faithful):.3f}. The error of {finder} is {found.error(finder):.3f}, and that "
+            f"of {EXACT}, which selects by exact scores, {found.error(EXACT):.3f}.",
         ],
         [
-            "There is no room for all tokens anywhere, so most must be dropped",
+            "Even host memory is too small for all tokens, so most must be dropped",
             dropper,
             f"Its error of {found.error(dropper):.3f} is the smallest of the methods that drop tokens, but it finds "
             f"only {found.needle(dropper):.0f} % of the needles.",
@@ -117,11 +121,12 @@ def basis(found: Choice) -> str:
     [length] = {record["length"] for record in good(found.fidelity)}
     return (
         f"Every method but `full` attended to {100 * found.ratio:g} % of the tokens in each step. A needle is a number "
-        "hidden in a long text that the model must repeat; the error is that of the attention output, relative to full "
-        f"attention. Measured on the small model `{prompts[0]['model']}`: needles in {len(prompts)} prompts of "
-        f"{lengths[0]} to {lengths[-1]} tokens, errors on {len(texts)} texts of {length} tokens. The pages "
-        "[quick suite](docs/results/quick_suite.md) and [fidelity](docs/results/fidelity.md) have all figures. With so "
-        "few prompts a difference of one needle means nothing, so repeat the comparison on your own model and task."
+        "hidden in a long text that the model must repeat. The error is the relative error of the attention output "
+        f"against full attention. All figures are from the small model `{prompts[0]['model']}`: needles in "
+        f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, errors on {len(texts)} texts of {length} "
+        "tokens. The pages [quick suite](docs/results/quick_suite.md) and [fidelity](docs/results/fidelity.md) have "
+        "more figures. With so few prompts a difference of one needle means nothing, so repeat the comparison on your "
+        "own model and task."
     )
 
 

@@ -22,16 +22,16 @@ COLUMNS = (
 )
 INTRODUCTION = """\
 Every method reads real long texts token by token after a dense prefill and is compared with full attention.
-*Error* is the relative error of a layer's attention output when the method is given the exact inputs of that
-layer. *KL* is the divergence, in nats, of the next token's distribution from full attention's when the method
-works in all layers. *Top-1* is the share of the steps in which both have the same most likely token. *Bits per
-key* is the size of the index that a step reads, for each token of the context and KV head. `oracle` attends to
-the exact top-k and shows what any choice of that many tokens can reach; a method that adds an estimate of the
-unselected tokens can do better."""
+*Error* is the relative error of the attention output of a layer that gets the exact inputs of full attention.
+*KL* is the divergence (in nats) between the next-token distributions of full attention and of the method, which
+then works in all layers. *Top-1* is the share of the steps in which both have the same most likely token. *Bits
+per key* is the size of the index that a step reads, for each token of the context and KV head. `oracle` attends
+to the exact top-k, so it shows what a selection of that many tokens can reach. A method that adds an estimate
+of the unselected tokens can do better."""
 VARIANTS = """\
 `plain_2x8` and `aware_2x8` are `pqcache_plus` with 2 sub-spaces of 8 bits and no estimate of the unselected
-tokens, once with plain codebooks and once with codebooks that are trained for the prompt's queries. The command
-above defines them."""
+tokens. `plain_2x8` has plain codebooks, and `aware_2x8` has codebooks that are trained for the queries of the
+prompt. The command above defines both."""
 READING = """\
 Documents differ more from each other than methods do. The next table therefore divides the error of each method
 by that of `oracle` on the same document and gives the mean with its 95 % bootstrap interval over the documents."""
@@ -104,7 +104,7 @@ def page(measured: Measured) -> str:
     first = good(records)[0]
     documents = len({r["document"] for r in good(records)})
     lengths = ", ".join(str(length) for length in sorted({r["length"] for r in good(records)}))
-    samples = f"{documents} text(s) of {lengths} tokens, {first['steps']} steps each, for every method and budget"
+    samples = f"{documents} text(s) of {lengths} tokens for every method and budget, {first['steps']} steps each"
     lines = [
         *heading(TITLE, INTRODUCTION),
         *origin(measured, samples),

@@ -25,16 +25,16 @@ COSTS = (
     ("kv_bytes", "KV MB held", 1e-6, "{:.1f}"),
 )
 INTRODUCTION = """\
-Every method reads the same few prompts: a number hidden in prose at five depths (needle), InfiniteBench's
-passkey and number string, and three tasks of RULER. All methods share the dense prefill of a prompt and then
-decode with the same budget. Scores are percentages by the official metric of each benchmark."""
+Every method reads the same few prompts: a number hidden in prose at five depths (needle), the tasks passkey and
+number string of InfiniteBench, and three tasks of RULER. All methods share the dense prefill of a prompt and
+then decode with the same budget. Scores are computed by the official metric of each benchmark, in percent."""
 READING = """\
 A benchmark has only a few prompts here, so a difference of one prompt between two methods means nothing. The
-second table says why a method lost a needle: *mass* is the share of the exact attention probability that the
-attended tokens hold, *recall* is the share of the exact top-k that the method found, and *output error* is the
-relative error of the attention output against full attention. They are measured with the queries of full
-attention on the reference answer, on the needle prompts. *KV MB held* tells the methods that drop tokens from
-those that keep all of them."""
+second table helps to explain why a method did not find a needle: *mass* is the share of the exact attention
+probability that the attended tokens hold, *recall* is the share of the exact top-k that the method found, and
+*output error* is the relative error of the attention output against full attention. They are measured with the
+queries of full attention on the reference answers of the needle prompts. *KV MB held* shows which methods drop
+tokens and which keep all of them."""
 
 
 def methods_of(records: Sequence[Record]) -> list[str]:

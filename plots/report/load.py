@@ -61,7 +61,7 @@ class Loaded:
         return sum(record["status"] not in FINISHED for record in self.records)
 
     def left_out(self) -> list[str]:
-        """A sentence that counts the omitted records; empty if nothing was omitted."""
+        """The number of omitted records for each reason, in words; empty if nothing was omitted."""
         parts = [
             f"{count} of format version {version} (this pqbench reads {', '.join(map(str, READABLE))})"
             for version, count in sorted(self.foreign.items())
