@@ -34,7 +34,7 @@ WORDS = "The secret number is hidden in the text below, [INST] find it [/INST] a
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     """Tokenizers as in Llama-2 and Mistral 0.2: ``legacy`` has a normaliser that puts a blank before every text,
-    another does the same with Metaspace. The third is a byte tokenizer as in GPT-2."""
+    ``first`` and ``always`` do it with Metaspace. ``bytes`` is a byte tokenizer as in GPT-2."""
     return {scheme: trained(scheme) for scheme in ("legacy", "first", "always", "bytes")}
 
 

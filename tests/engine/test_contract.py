@@ -238,8 +238,7 @@ def test_methods_that_exceed_the_budget_by_design_declare_it(method: Method) -> 
 
 
 def test_layers_whose_share_differs_from_the_budget_keep_their_own_limit() -> None:
-    """Half of the tokens are sinks and window. Instead of the other 30, the first layer has 2 x 30 - 7 and the second
-    7."""
+    """34 tokens are sinks and window. Of the other 2 x 30, the first layer has 53 and the second layer 7."""
     generation = run(PyramidKV(BUDGET, beta=4))
     assert [meter.counts for meter in generation.meters()] == [[34 + 53] * (NEW - 1), [34 + 7] * (NEW - 1)]
     dense, sparse = run(Quest(BUDGET, page_size=4, dense_layers=1)).meters()

@@ -36,7 +36,7 @@ def queued(overlap: bool = True, tier: Tier | None = None, lag: int | None = Non
 
 @dataclass(frozen=True)
 class Watcher(Method):
-    """Full attention that logs when its parts are queued; ``sound`` says whether its index is queued correctly."""
+    """Full attention that logs when its parts are queued; ``sound`` is the result of the check of its index."""
 
     streams: Streams
     sound: bool = True

@@ -87,7 +87,8 @@ def test_with_selection_ahead(llama: PreTrainedModel, tier: Tier) -> None:
 
 
 def test_a_question_a_batch_and_a_short_context(llama: PreTrainedModel) -> None:
-    """Steps before the first answer token are captured too; while an index is not complete, ordinary steps are used."""
+    """Question tokens are captured steps too. For a short context, ordinary steps are used until the index can be
+    made."""
     method = PQCache(GROWING, m=2, b=4)
     cases = ((prompt_of(120, seed=1), 9), (prompt_of(100, seed=2, batch=3), 0), (prompt_of(20, seed=4), 0))
     for ids, question in cases:
