@@ -62,9 +62,8 @@ def test_top_p_takes_the_fewest_tokens_that_hold_the_share(tail: str, top_p: flo
 
 
 def test_top_p_of_everything_is_the_fixed_budget() -> None:
-    data = case(
-        90, 3, group=1
-    )  # with several query heads, shares of all attention and shares of the middle rank differently
+    # With several query heads, shares of all attention and shares of the middle rank tokens differently.
+    data = case(90, 3, group=1)
     fixed, adaptive = started(plus(), data), started(plus(top_p=1.0), data)
     for step in range(3):
         selections = [advance(*pair, data, step) for pair in (fixed, adaptive)]
