@@ -98,8 +98,7 @@ def unselected(selection: Selection, store: DeviceStore, budget: Budget, prompt:
 @pytest.mark.parametrize("tail", ["mean", "pq"])
 @pytest.mark.parametrize("spread", [False, True])
 def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str, spread: bool) -> None:
-    """Weight and value are compared with numpy; the weights of selection and tail together are the estimate of the
-    scan."""
+    """Compared with numpy; the weights of selection and tail together are the estimate of the whole scan."""
     data = case(90, 8, group=3)
     state, store = started(plus(codebook=kind, tail=tail, spread=spread), data)
     for step in range(8):
@@ -218,8 +217,7 @@ def test_exact_codes_need_no_correction() -> None:
 
 
 def test_samples_are_unbiased() -> None:
-    """The means of numerator and denominator over 1000 seeds are within 4.5 standard errors of the truth (136
-    comparisons)."""
+    """Means of numerator and denominator over 1000 seeds are within 4.5 standard errors of the truth (136 values)."""
     data = case(80, 1, spread=1.0)
     state, store = started(plus(tail="sampled"), data)
     q, sums = append(state, store, data, 0), []
