@@ -1,4 +1,4 @@
-"""Full attention: every cached token, exactly. The reference for quality and the dense baseline for time."""
+"""Full attention: exact attention to every cached token. The reference for quality and the baseline for time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pqbench.method import Geometry, LayerState, Method
 
 @dataclass(frozen=True)
 class Full(Method):
-    """No selection, no budget. Decoding runs grouped SDPA: KV heads are never repeated."""
+    """Attends to every token, without selection or budget. Decoding uses grouped SDPA: KV heads are not repeated."""
 
     def why_not_captured(self, offloads: bool) -> str | None:
         return "attends to the whole context, which the host tier brings over anew as it grows" if offloads else None

@@ -1,4 +1,4 @@
-"""H2O: keep the tokens that collected the most attention so far (arXiv 2306.14048)."""
+"""H2O: keep the tokens that have received the most attention so far (arXiv 2306.14048)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 
 @dataclass(frozen=True)
 class H2O(Method):
-    """Heavy hitters per KV head by accumulated attention probability, plus sinks and a recent window.
+    """Each KV head keeps sinks, a recent window, and the tokens with the largest accumulated attention probability.
 
-    After dense prefill the score of a token is its column sum of the causal softmax, over all prompt queries and the
-    query group, in float32. Each decode step adds its own row and then evicts the lightest tokens outside sinks and
-    window until the budget holds; what is evicted is gone.
+    After a dense prefill the score of a token is its column sum of the causal softmax, over all prompt queries and the
+    query group, in float32. Each decode step adds its own attention probabilities. It then evicts the tokens with the
+    lowest scores outside sinks and window until the budget is met; evicted tokens never come back.
 
-    Differs from the paper: the official code is multi-head only, here scores are summed over the query group; sinks are
-    kept, as in PQCache's comparison (set ``budget.sink=0`` for the paper); prefill itself evicts nothing.
+    Differs from the paper: the official code supports multi-head attention only, here scores are summed over the query
+    group; sinks are kept, as in PQCache's comparison (set ``budget.sink=0`` for the paper); nothing is evicted during
+    the prefill.
 
     Attributes:
-        budget: sinks, window ("recent") and top_k ("heavy"); equal halves in the paper.
+        budget: sinks, window ("recent") and top_k ("heavy"); in the paper, the latter two have equal size.
     """
 
     evicts = True
@@ -35,7 +36,7 @@ class H2O(Method):
 
 
 class H2OState(LayerState):
-    """Accumulated scores, aligned with the rows of the store: ``[B, H, rows]`` float32."""
+    """Accumulated scores, float32 ``[B, H, rows]``, one for each row of the store."""
 
     needs_weights = True
 

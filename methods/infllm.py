@@ -1,4 +1,4 @@
-"""InfLLM: retrieve whole blocks by a few representative keys, all at one distance (arXiv 2402.04617)."""
+"""InfLLM: retrieve whole blocks of tokens by a few representative keys of each (arXiv 2402.04617)."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 
 @dataclass(frozen=True)
 class InfLLM(Method):
-    """Middle tokens form blocks; a block is scored by the mean of its representative keys and fetched whole.
+    """Middle tokens form blocks; a block is scored by the mean of its representative keys and fetched as a whole.
 
-    Representatives are the tokens of the block that received most attention probability from the queries that saw them
-    inside the local window. Keys are scored and averaged un-rotated, the query at angle ``window - 1``. In the
-    attention itself every token outside the local window, sinks included, sits at distance ``window - 1``: positions
-    are clipped, so InfLLM with all blocks is not full attention.
+    The representatives of a block are the tokens that received most attention probability from the queries that had
+    them in their local window. For the score, keys are averaged without rotary embedding, and the query is rotated to
+    position ``window - 1``. In the attention itself, every token outside the local window, sinks included, has the
+    distance ``window - 1``. Distances are clipped in this way, so InfLLM with all blocks is not full attention.
 
-    ``prefill="infllm"`` runs the prompt the same way, ``exec_block`` tokens at a time: each query sees sinks and blocks
-    outside the window, ranked by all queries of the execution block together, at distance ``window - 1``, and its local
-    window at true distances. No distance exceeds the window, so prompts may be longer than what the model was trained
-    on. Where a chunk of the prefill ends, an execution block ends too.
+    ``prefill="infllm"`` runs the prompt the same way, in execution blocks of ``exec_block`` tokens. Each query sees its
+    local window at true distances, and sinks and retrieved blocks at distance ``window - 1``; the blocks are ranked by
+    all queries of the execution block together. No distance exceeds the window, so a prompt may be longer than those
+    that the model was trained on. An execution block also ends where a chunk of the prefill ends.
 
-    Differs from the released code: prefill is exact by default and blocks are built after it; probabilities come from a
-    softmax over the local window alone; one vector per block and KV head, not per query head (phi = 1/block_size); the
-    last block may be partial, and the lowest-ranked block is cut so that the budget is met to the token. In the
-    prefill, tokens that left the window and fill no block yet are attended to.
+    Differs from the released code: the prefill is exact by default and blocks are built after it; probabilities come
+    from a softmax over the local window alone; there is one vector per block and KV head, not per query head (phi =
+    1/block_size); the last block may be partial, and the lowest-ranked block is cut so that the budget is met exactly.
+    In its own prefill, tokens that have left the window but do not fill a block yet are attended to.
 
     Attributes:
-        budget: sinks are n_init, the window n_local, top_k the tokens of retrieved blocks.
+        budget: sinks are n_init, the window is n_local, top_k is the number of tokens in retrieved blocks.
         block_size: tokens per block (paper: 128, which is more than the whole top_k of short contexts).
         representatives: keys averaged per block (paper: 4; PQCache's comparison: 1).
-        per_head: each KV head ranks blocks by itself; otherwise all heads of a layer share the same blocks (released).
-        prefill: dense, or infllm, see above.
-        exec_block: tokens of a prefill step (paper: 512).
+        per_head: each KV head ranks blocks by itself; otherwise all heads of a layer read the same blocks (released).
+        prefill: ``dense``, or ``infllm`` as described above.
+        exec_block: tokens per execution block of the prefill (paper: 512).
     """
 
     needs_positions = True
@@ -64,7 +64,7 @@ class InfLLM(Method):
 
     @property
     def own_prefill(self) -> bool:  # type: ignore[override]
-        """Whether the prompt runs through the method."""
+        """Whether the prompt runs through the method's own attention."""
         return self.prefill == "infllm"
 
     def layer(self, geometry: Geometry) -> LayerState:
@@ -72,8 +72,8 @@ class InfLLM(Method):
 
 
 class Representatives:
-    """What each token of a layer received from the queries that saw it in their local windows, ``[B, H, S]``, and the
-    vectors of blocks that follow from it."""
+    """Attention ``[B, H, S]`` that each token received from the queries that had it in their local windows, and the
+    block vectors computed from it."""
 
     def __init__(self, method: InfLLM, geometry: Geometry) -> None:
         self._method, self._geometry = method, geometry
@@ -92,7 +92,7 @@ class Representatives:
         return self.scores.bytes
 
     def observe(self, q: Tensor, keys: Tensor) -> None:
-        """Add the attention that queries ``[B, H, G, n, D]``, the last of the keys ``[B, H, S, D]``, give to the tokens
+        """Add the attention that queries ``[B, H, G, n, D]`` of the last n keys of ``[B, H, S, D]`` give to the tokens
         of their local windows."""
         window = self._method.budget.resolve(self._geometry.prompt, self._geometry.prompt).window
         sums = self._geometry.column_sums(q, keys, band=window)  # [B, H, S]
@@ -101,16 +101,17 @@ class Representatives:
         self.scores = GrowingBuffer(sums)
 
     def append(self) -> None:
-        """One more token, which nobody has seen yet."""
+        """Add one token, which has received no attention yet."""
         self.scores.append(self.scores.view(stop=1) * 0)
 
     def attended(self, received: Tensor, window: int, length: int) -> None:
-        """Add what the tokens of the window received in one step: the last of ``received`` ``[B, H, n]``."""
+        """Add the attention of one step: the last ``window`` entries of ``received`` ``[B, H, n]`` belong to the
+        window of a context of ``length`` tokens."""
         self.scores.view(length - window).add_(received[..., -window:])
 
     def summaries(self, keys: Tensor, start: int, size: int) -> Tensor:
-        """Mean un-rotated representative of each block of ``size`` tokens, ``[B, H, blocks, D]``, of the keys
-        ``[B, H, n, D]`` from token ``start`` on."""
+        """Block vectors ``[B, H, blocks, D]``: for each block of ``size`` tokens, the mean of its representatives
+        without rotary embedding. ``keys`` ``[B, H, n, D]`` begin with token ``start``."""
         scores = self.scores.view(start, start + keys.shape[2])  # [B, H, n]
         blocks = scores.view(*scores.shape[:2], -1, size)
         best = self._geometry.kernels.top_k(blocks, self._method.representatives)  # [B, H, blocks, r]
@@ -121,7 +122,7 @@ class Representatives:
 
 
 class InfLLMState(LayerState):
-    """The representatives of the tokens, and one vector per block ``[B, H, blocks, D]``."""
+    """The attention that tokens received, and one vector per block, ``[B, H, blocks, D]``."""
 
     needs_weights = True
 
@@ -148,14 +149,15 @@ class InfLLMState(LayerState):
         return torch.cat(outputs, dim=3)
 
     def _attend_block(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Output ``[B, H, G, n, D]`` of an execution block: q of the last n of the keys ``[B, H, S, D]`` so far."""
+        """Output ``[B, H, G, n, D]`` of an execution block: q ``[B, H, G, n, D]`` of the last n of the keys and values
+        ``[B, H, S, D]`` so far."""
         length, count, size = keys.shape[2], q.shape[3], self.method.block_size
         split, frequencies = self.method.budget.resolve(length, self.geometry.prompt), self.representatives.frequencies
-        position = torch.arange(length - count, length, device=q.device)  # of the queries
-        far_q = reference.rotate(q, split.window - 1 - position, frequencies).float()  # at angle window - 1
-        outside = length - count + 1 - split.window  # tokens before are outside every query's window
+        position = torch.arange(length - count, length, device=q.device)  # positions of the queries
+        far_q = reference.rotate(q, split.window - 1 - position, frequencies).float()  # rotated to position window - 1
+        outside = length - count + 1 - split.window  # earlier tokens are outside every query's window
         whole = max(0, outside - split.sink) // size
-        near = split.sink + whole * size  # all from here on are attended to
+        near = split.sink + whole * size  # all tokens from here on are attended to
         parts = [torch.arange(split.sink, device=q.device).expand(*keys.shape[:2], -1)]
         if whole and split.top_k:
             vectors = self._prefill_vectors(keys, split.sink, whole)
@@ -173,7 +175,8 @@ class InfLLMState(LayerState):
         return weights @ gather_rows(values, tokens).float()[:, :, None]
 
     def _prefill_vectors(self, keys: Tensor, sink: int, blocks: int) -> Tensor:
-        """Vectors ``[B, H, blocks, D]`` of the first blocks, each made once, when the block has left the window."""
+        """Vectors ``[B, H, blocks, D]`` of the first blocks; each is computed once, when the block has left the
+        window."""
         if self.vectors is None:
             self.vectors = GrowingBuffer.like(keys, 0)
         known, size = len(self.vectors), self.method.block_size
@@ -183,7 +186,7 @@ class InfLLMState(LayerState):
         return self.vectors.view(0, blocks)
 
     def finish_prefill(self, kv: KV) -> None:
-        self.vectors = GrowingBuffer.like(kv.keys(0, 0), 0)  # none of them: on the host all would have to come over
+        self.vectors = GrowingBuffer.like(kv.keys(0, 0), 0)  # empty; keys(0, 0) moves none from the host
         self._cover(kv)
 
     def append(self, kv: KV) -> None:
@@ -201,7 +204,7 @@ class InfLLMState(LayerState):
         top = self._rank(q, kv, split)  # [B, H, blocks taken]
         size = self.method.block_size
         tokens = (first + top[..., None] * size + torch.arange(size, device=q.device)).flatten(2)  # [B, H, n]
-        beyond = (tokens >= stop).to(torch.int8)  # the partial block's missing tokens go last and are cut
+        beyond = (tokens >= stop).to(torch.int8)  # places after the end of the partial block are sorted last and cut
         tokens = tokens.gather(2, beyond.argsort(dim=2, stable=True))[..., : split.top_k]
         indices = split.around(tokens, kv.length)
         distance = kv.length - split.window  # moves a key so that the current query is window - 1 away
@@ -209,16 +212,16 @@ class InfLLMState(LayerState):
         return Selection(indices, key_shift=(distance - indices) * outside)
 
     def _rank(self, q: Tensor, kv: KV, split: Split) -> Tensor:
-        """Best blocks first, ``[B, H, n]``: enough of them to fill top_k even if the partial block is among them."""
+        """Blocks ``[B, H, n]``, best first: enough to fill top_k even if the partial block is among them."""
         if self.vectors is None:
             raise RuntimeError("select() before finish_prefill()")
-        turn = torch.full((), split.window - kv.length, device=q.device)  # a number from the host would be waited for
-        local = reference.rotate(q, turn, self.representatives.frequencies)  # query at angle window - 1
+        turn = torch.full((), split.window - kv.length, device=q.device)  # made on the device, so that nothing waits
+        local = reference.rotate(q, turn, self.representatives.frequencies)  # query rotated to position window - 1
         return self._best(local.float(), self.vectors.view(), split.top_k + self.method.block_size)
 
     def _best(self, q: Tensor, vectors: Tensor, top_k: int) -> Tensor:
-        """The best blocks first, ``[B, H, n]``, that hold ``top_k`` tokens, for queries ``[B, H, G, D]`` at angle
-        ``window - 1``."""
+        """Blocks ``[B, H, n]``, best first, enough for ``top_k`` tokens, for queries ``[B, H, G, D]`` rotated to
+        position ``window - 1``."""
         scores = (q.sum(2, keepdim=True) @ vectors.float().transpose(2, 3))[:, :, 0]
         if not self.method.per_head:
             scores = scores.sum(1, keepdim=True).expand_as(scores)
@@ -226,7 +229,7 @@ class InfLLMState(LayerState):
         return scores.topk(wanted, dim=-1, sorted=True).indices
 
     def _cover(self, kv: KV) -> None:
-        """Put every middle token into a block; the last, partial one is made anew."""
+        """Put every middle token into a block; a partial last block is computed again."""
         if self.vectors is None:
             raise RuntimeError("append() before finish_prefill()")
         first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)

@@ -1,4 +1,4 @@
-"""MagicPIG: tokens sampled by locality-sensitive hashing and weighted by their chance (arXiv 2410.16179)."""
+"""MagicPIG: sample tokens by locality-sensitive hashing, and weight each by its probability (arXiv 2410.16179)."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from pqbench.kernels.buffers import GrowingBuffer
 from pqbench.kernels.sampling import step_seed
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
 
-_CENTRED = 16  # fewer keys have no mean worth the name
+_CENTRED = 16  # keys; the mean of fewer is not used
 _TILE = 1 << 24  # elements of the largest temporary
 
 
 @dataclass(frozen=True)
 class MagicPIG(Method):
-    """A middle token is sampled by a query head when at least two of ``tables`` hashes agree, each the signs of
-    ``bits`` random projections (SimHash) of the query and of the key less the mean key. What is sampled counts
-    1 / p-fold, p its chance to be, so that numerator and denominator of attention are unbiased
-    (:func:`collision_chance`).
+    """A query head samples a middle token if at least two of ``tables`` hashes of query and key agree. A hash holds the
+    signs of ``bits`` random projections (SimHash) of the query, or of the key minus the mean key. A sampled token is
+    weighted by 1 / p, where p is the probability that it is sampled (:func:`collision_chance`). Numerator and
+    denominator of attention are therefore unbiased.
 
-    How many tokens are sampled is up to chance. The budget caps it per KV head: of a larger union over the query group
-    a uniform sample of top_k is kept and weighted by what it stands for. Where fewer are sampled, fewer are attended.
-    Keys that are sampled are read twice, for p and for attention; both are counted. The index takes 2 bytes a table.
+    The number of sampled tokens is random. The budget limits it per KV head: if the union over the query group is
+    larger than top_k, a uniform sample of top_k tokens is kept, with larger weights. If it is smaller, fewer tokens are
+    attended to. Keys of sampled tokens are read twice, for p and for attention; both reads are counted. The index takes
+    2 bytes per token and table.
 
-    Differs from the paper: no layer is left dense; top_k caps the sample; the mean is that of the prompt's middle keys,
-    and zero where these are fewer than 16.
+    Differs from the paper: no layer is left dense; top_k limits the sample; the mean key is that of the prompt's middle
+    tokens, and zero if there are fewer than 16 of them.
 
     Attributes:
-        budget: sinks and window always; at most top_k sampled tokens.
+        budget: sinks and window are always attended to, and at most top_k sampled tokens.
         bits: K, projections per hash, 1 to 15 (paper: 8 to 11).
         tables: L, hashes per key (paper: 75 to 300).
-        seed: of the projections, which also depend on layer and head.
+        seed: seed of the projections, which also depend on layer and head.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -54,7 +55,7 @@ class MagicPIG(Method):
 
 
 class MagicPIGState(LayerState):
-    """Hashes int16 ``[B, H, middle, L]`` and the mean key ``[B, H, 1, D]`` they are taken about."""
+    """Hashes int16 ``[B, H, middle, L]``, and the mean key ``[B, H, 1, D]`` that is subtracted from keys."""
 
     def __init__(self, method: MagicPIG, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -90,7 +91,7 @@ class MagicPIGState(LayerState):
         backend, seed = self.geometry.kernels, step_seed(self.method.seed, self.geometry.layer, kv.length)
         lots = backend.noise(self.geometry.kv_heads, middle, seed, q.device) * 2.0**-33  # from -1/4 to 1/4
         sampled = union.sum(-1)  # [B, H]
-        size = min(split.top_k, int(sampled.max()))  # heads with fewer get padding nobody sees
+        size = min(split.top_k, int(sampled.max()))  # heads with fewer get padding that no head sees
         top = backend.top_k(lots + union, size)
         seen = collides.gather(3, top[:, :, None].expand(-1, -1, q.shape[2], -1))
         kept = (sampled.float() / max(split.top_k, 1)).clamp(min=1)  # [B, H]: tokens that a kept one stands for
@@ -103,7 +104,7 @@ class MagicPIGState(LayerState):
         )
 
     def collides(self, q: Tensor) -> Tensor:
-        """Whether a query ``[B, H, G, D]`` samples a middle token: bool ``[B, H, G, M]``."""
+        """Which middle tokens each query of ``q`` ``[B, H, G, D]`` samples: bool ``[B, H, G, M]``."""
         if self.hashes is None:
             raise RuntimeError("collides() before finish_prefill()")
         hashes, own = self.hashes.view(), self._hashed(q.float())  # [B, H, M, L], [B, H, G, L]
@@ -118,14 +119,14 @@ class MagicPIGState(LayerState):
         return found
 
     def _log_chance(self, q: Tensor, kv: KV, rows: Tensor) -> Tensor:
-        """Log of the chance that a query ``[B, H, G, D]`` samples rows ``[B, H, n]``: ``[B, H, G, n]``."""
+        """Log of the probability that queries ``[B, H, G, D]`` sample rows ``[B, H, n]``: ``[B, H, G, n]``."""
         keys = kv.keys_at(rows)
         directions = functional.normalize(keys.float() - self.mean, dim=-1)
         cosine = functional.normalize(q.float(), dim=-1) @ directions.transpose(2, 3)
         return collision_chance(cosine, self.method.bits, self.method.tables).log().float()
 
     def _hashed(self, x: Tensor) -> Tensor:
-        """Hashes int16 ``[B, H, n, L]`` of vectors ``[B, H, n, D]``: bit j of a hash is the sign of a projection."""
+        """Hashes int16 ``[B, H, n, L]`` of vectors ``[B, H, n, D]``: bit j of a hash is the sign of projection j."""
         method, (batch, heads, count, _) = self.method, x.shape
         powers = 2.0 ** torch.arange(method.bits, device=x.device)
         hashes = torch.empty(batch, heads, count, method.tables, dtype=torch.int16, device=x.device)
@@ -146,8 +147,9 @@ class MagicPIGState(LayerState):
 
 
 def collision_chance(cosine: Tensor, bits: int, tables: int) -> Tensor:
-    """Chance that two vectors at an angle of this ``cosine`` agree in at least two of ``tables`` hashes of ``bits``
-    signs, float64: a sign agrees with chance u = 1 - angle / pi, a hash with u^bits (MagicPIG, arXiv 2410.16179)."""
+    """Probability, float64, that two vectors whose angle has this ``cosine`` agree in at least two of ``tables`` hashes
+    of ``bits`` signs each. A sign agrees with probability u = 1 - angle / pi, a hash with u^bits (MagicPIG, arXiv
+    2410.16179)."""
     hit = (1 - cosine.double().clamp(-1, 1).arccos() / math.pi) ** bits
     miss = torch.log1p(-hit)  # -inf where the directions are equal
     none, one = (tables * miss).exp(), tables * hit * ((tables - 1) * miss).exp()

@@ -1,4 +1,4 @@
-"""Oracle: the selection that exact attention scores would make. An upper rail, not a deployable method."""
+"""Oracle: selects by exact attention scores. An upper bound for other methods, too slow for real use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _RULES = ("kv_head", "query_head", "top_p")
 
 @dataclass(frozen=True)
 class Oracle(Method):
-    """Exact selection over the middle tokens.
+    """Selects the middle tokens with the largest exact attention probability.
 
     Attributes:
-        budget: sinks and window always; ``top_k`` by ``rule``.
-        rule: ``kv_head`` takes the top-k of probabilities summed over the query group (the oracle of the PQCache code:
-            softmax over all cached tokens, then only the middle competes); ``query_head`` takes each query head's own
-            top-k, and the union per KV head is what is read; ``top_p`` takes per KV head the smallest set that, with
-            sinks and window, holds ``top_p`` of the group's mean probability, whatever its size.
-        top_p: see ``rule``.
+        budget: sinks and window are always attended to; ``rule`` selects ``top_k`` middle tokens.
+        rule: ``kv_head`` takes the top_k of the probabilities summed over the query group (as the oracle of the PQCache
+            code: the softmax runs over all cached tokens, then only middle tokens compete). ``query_head`` takes the
+            top_k of each query head; a KV head reads their union. ``top_p`` takes for each KV head the smallest set
+            that, with sinks and window, holds a share ``top_p`` of the group's mean probability; its size is not fixed.
+        top_p: share of the probability for the rule ``top_p``, in (0, 1].
 
-    The index that it reads is the whole key cache, which the store counts (phi = 1).
+    Its index is the whole key cache, whose reads the store counts (phi = 1).
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -49,14 +49,14 @@ class Oracle(Method):
 
 
 class OracleState(LayerState):
-    """Keeps nothing between steps."""
+    """Holds nothing between steps."""
 
     def __init__(self, method: Oracle, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.method = method
 
     def select(self, q: Tensor, kv: KV) -> Selection:
-        keys = kv.keys()  # the store counts that they are read
+        keys = kv.keys()  # the store counts this read
         split = self.method.budget.resolve(kv.length, self.geometry.prompt)
         first, stop = split.middle(kv.length)
         backend = self.geometry.kernels
@@ -71,7 +71,7 @@ class OracleState(LayerState):
             return _ragged(chosen, split.around, first, kv.length)
         outside = received[..., :first].sum(-1) + received[..., stop:].sum(-1)  # [B, H, G]
         if self.geometry.sinks is not None:
-            outside = outside + (1 - received.sum(-1))  # what the learned sinks hold, whatever is selected
+            outside = outside + (1 - received.sum(-1))  # the share of the learned sinks
         chosen = _smallest_set(middle.mean(2), self.method.top_p - outside.mean(2))  # [B, H, M]
         return _ragged(chosen[:, :, None].expand_as(middle), split.around, first, kv.length)
 
@@ -82,17 +82,18 @@ def _member(indices: Tensor, like: Tensor) -> Tensor:
 
 
 def _smallest_set(weights: Tensor, wanted: Tensor) -> Tensor:
-    """True on the fewest of ``weights`` ``[..., M]`` whose sum reaches ``wanted`` ``[...]``; none if <= 0."""
+    """Mask ``[..., M]`` of the fewest ``weights`` ``[..., M]`` whose sum reaches ``wanted`` ``[...]``; empty if
+    ``wanted`` <= 0."""
     order = weights.argsort(dim=-1, descending=True)
     before = weights.gather(-1, order).cumsum(-1) - weights.gather(-1, order)
     return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, before < wanted[..., None])
 
 
 def _ragged(chosen: Tensor, around: object, first: int, length: int) -> Selection:
-    """A selection from per-query-head sets ``[B, H, G, M]``: their union per KV head, padded to the largest union."""
+    """A selection of the sets ``[B, H, G, M]`` of query heads: their union per KV head, padded to the largest."""
     union = chosen.any(2)  # [B, H, M]
     size = int(union.sum(-1).max())
-    top = union.to(torch.int8).topk(size, dim=-1).indices  # members first; the rest is padding nobody sees
+    top = union.to(torch.int8).topk(size, dim=-1).indices  # members first, then padding that no head sees
     indices = around(first + top, length)  # type: ignore[operator]
     visible_top = chosen.gather(3, top[:, :, None].expand(*chosen.shape[:3], size))  # [B, H, G, size]
     sink, window = first, indices.shape[2] - first - size

@@ -1,4 +1,4 @@
-"""PyramidKV: votes as in SnapKV, and budgets that shrink from layer to layer (arXiv 2406.02069)."""
+"""PyramidKV: keep tokens by votes as SnapKV does, with fewer tokens in higher layers (arXiv 2406.02069)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 class PyramidKV(Method):
     """The last ``observation`` prompt queries vote per KV head for middle tokens; lower layers keep more of them.
 
-    Votes: attention probability over all keys a query may see, summed over queries and query group, pooled along the
-    middle. Every layer holds sinks and window; their top_k is the mean of a line that falls from the first
-    full-attention layer to the last (:func:`layer_budget`).
+    The votes are attention probabilities over all keys that a query may see, summed over these queries and the query
+    group, and pooled along the middle. Every layer keeps sinks and window. The number of middle tokens that a layer
+    keeps falls linearly from the first full-attention layer to the last, and its mean is top_k (:func:`layer_budget`).
 
-    Differs from the paper: as :class:`methods.snapkv.SnapKV` does; the line is rounded so that the mean over layers is
-    top_k exactly, where the released code keeps up to half a token per layer more; it is laid once, at the end of
-    prefill, and a budget that grows while decoding grows by the same number of tokens in every layer.
+    Differs from the paper: as :class:`methods.snapkv.SnapKV` does; numbers of tokens are rounded so that their mean
+    over layers is exactly top_k, where the released code keeps up to half a token per layer more; they are computed
+    once, at the end of prefill, and a budget that grows while decoding grows by as many tokens in every layer.
 
     Attributes:
-        budget: sinks and window in every layer; top_k is the mean over layers.
+        budget: sinks and window of every layer; top_k is the mean over layers.
         observation: prompt queries that vote (released: 8 to 32).
-        kernel: width of the pooling, odd; 1 for none.
-        pooling: ``max`` ignores what lies beyond the middle's edges; ``avg`` counts it as zeros, as released.
-        beta: steepness; the last layer keeps ``top_k // beta`` (released: 20). 1 gives every layer the same.
-        evict_generated: the layer's budget holds in every step: the tokens voted for stay, and of all that came after
-            them the oldest outside the window is dropped. False keeps all generated tokens, as published.
+        kernel: width of the pooling, odd; 1 for no pooling.
+        pooling: ``max``, or ``avg`` with zeros beyond the edges of the middle, as released.
+        beta: steepness; the last layer keeps ``top_k // beta`` (released: 20). With 1 all layers keep the same number.
+        evict_generated: meet the layer's budget in every step: tokens chosen by the vote stay, and the oldest generated
+            token outside the window is dropped. False keeps all generated tokens, as published.
     """
 
     evicts = True
@@ -59,14 +59,14 @@ class PyramidKV(Method):
         return None if self.evict_generated else "keeps every generated token"
 
     def limit(self, context: int, geometry: Geometry) -> int | None:
-        """The layer's own share: the first layers hold more than the mean of all layers, and the last ones less."""
+        """See :meth:`pqbench.method.Method.limit`. The first layers hold more than the mean, the last ones less."""
         if self.beyond_budget:
             return None
         split = self.budget.resolve(context, geometry.prompt)
         return split.sink + split.window + max(0, split.top_k + self.extra(geometry))
 
     def extra(self, geometry: Geometry) -> int:
-        """Tokens that a layer holds beyond the mean of all layers; negative in the last layers."""
+        """Tokens that this layer holds beyond the mean over layers; negative in the last layers."""
         prompt = geometry.prompt
         split = self.budget.resolve(prompt + 1, prompt)
         middle = prompt - split.sink - (split.window - 1)
@@ -74,11 +74,12 @@ class PyramidKV(Method):
 
 
 def layer_budget(mean: int, middle: int, context: int, beta: int, layers: int, rank: int) -> int:
-    """Middle tokens that layer ``rank`` of ``layers`` keeps of ``middle``, when the layers' mean is ``mean``.
+    """How many of ``middle`` tokens layer ``rank`` of ``layers`` keeps, when the mean over layers is ``mean``.
 
-    From 2 * mean - mean // beta in the first layer down to mean // beta in the last. A first layer that would keep more
-    than there is keeps all, and the last one what this leaves. Contexts shorter than 2 * mean get ``mean`` everywhere.
-    Lower half rounded up, upper half its mirror image, so that the sum is exactly ``layers * mean``.
+    The number falls from 2 * mean - mean // beta in the first layer to mean // beta in the last. If the first layer
+    would keep more than ``middle`` tokens, it keeps all of them, and the last layer keeps the rest of the two layers'
+    sum. Contexts shorter than 2 * mean get ``mean`` in every layer. Numbers of the lower half are rounded up, and the
+    upper half mirrors them, so that the sum is exactly ``layers * mean``.
     """
     mirror = layers - 1 - rank
     if context < 2 * mean or rank == mirror:
@@ -91,14 +92,14 @@ def layer_budget(mean: int, middle: int, context: int, beta: int, layers: int, r
 
 
 class PyramidKVState(LayerState):
-    """The votes until the prefill ends; afterwards how this layer's budget differs, and what was up for the vote."""
+    """Holds the votes during the prefill; afterwards, which tokens could be voted for and this layer's extra tokens."""
 
     def __init__(self, method: PyramidKV, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.method = method
         self.votes = Votes(method.observation, geometry.prompt)
-        self.voted = 0  # tokens before this position were sinks or up for the vote
-        self.extra = 0  # tokens this layer keeps beyond the mean; negative in upper layers
+        self.voted = 0  # tokens before this position were sinks or could be voted for
+        self.extra = 0  # tokens that this layer keeps beyond the mean; negative in upper layers
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         self.votes.observe(q, keys, self.geometry.column_sums)
@@ -120,6 +121,6 @@ class PyramidKVState(LayerState):
         return oldest_generated(positions, kv.seen, self.voted, split.always(positions, kv.seen), surplus)
 
     def _next(self, kv: KV) -> Split:
-        """What to hold until the next step, whose own token will complete the layer's budget."""
+        """What to hold until the next step, whose own token then completes the layer's budget."""
         split = self.method.budget.between_steps(kv.seen, self.geometry.prompt)
         return replace(split, top_k=max(0, split.top_k + self.extra))

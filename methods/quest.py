@@ -14,24 +14,24 @@ from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 
 @dataclass(frozen=True)
 class Quest(Method):
-    """Middle tokens form pages; a page is known by the smallest and largest value of its keys in every dimension.
+    """Middle tokens form pages; the index holds the smallest and largest value of a page's keys in every dimension.
 
-    No key k of a page has q.k above the sum over dimensions of max(q * smallest, q * largest). Pages are read in the
-    order of this bound until the budget is full. The last page may be partial and is brought up to date as tokens leave
-    the window.
+    For each key k of a page, q.k is at most the sum over dimensions of max(q * smallest, q * largest). Pages with the
+    largest bounds are read until the budget is used up. The last page may be partial; it is updated as tokens leave the
+    window.
 
-    Differs from the paper: one ranking per KV head, by the bounds summed over the query group, so that what is read is
-    the budget (see ``per_query_head``); sinks and window are always attended and lie in no page (``budget.sink=0
-    budget.window=1`` comes closest); the lowest-ranked page taken is cut so that the budget is met to the token; no
-    layer is dense (``dense_layers``).
+    Differs from the paper: pages are ranked once per KV head, by the bounds summed over the query group, so that a KV
+    head reads exactly the budget (see ``per_query_head``); sinks and window are always attended to and are in no page
+    (``budget.sink=0 budget.window=1`` comes closest to the paper); the lowest-ranked page that is read is cut so that
+    the budget is met exactly; no layer is dense (see ``dense_layers``).
 
     Attributes:
-        budget: sinks and window always, top_k tokens of pages.
+        budget: sinks and window are always attended to, and top_k tokens of pages.
         page_size: P, tokens per page (paper: 16). The index is two vectors per page, phi = 2 / P.
-        group: how query heads that share a KV head rank together, ``sum`` or ``max`` of their bounds.
-        per_query_head: each query head takes top_k tokens by its own bound, as in the paper; what a KV head reads is
-            the union, which is counted and exceeds the budget.
-        dense_layers: first full-attention layers that attend to everything, beyond the budget (paper: 2).
+        group: ``sum`` or ``max``, how the bounds of the query heads that share a KV head are combined.
+        per_query_head: each query head takes top_k tokens by its own bound, as in the paper. A KV head reads the union
+            of these tokens, which is counted and exceeds the budget.
+        dense_layers: number of first full-attention layers that attend to everything, beyond the budget (paper: 2).
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -60,7 +60,8 @@ class Quest(Method):
 
 
 def page_extremes(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value per dimension of each page of keys ``[B, H, n, D]``: two ``[B, H, pages, D]``."""
+    """Smallest and largest value per dimension in each page of ``size`` keys: two ``[B, H, pages, D]`` for keys
+    ``[B, H, n, D]``."""
     batch, heads, count, width = keys.shape
     full = count // size * size
     pages = keys[:, :, :full].reshape(batch, heads, full // size, size, width)
@@ -72,26 +73,29 @@ def page_extremes(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def upper_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """What q.k is at most for the keys of each page: q ``[B, H, G, D]``, extremes ``[B, H, pages, D]``, result
-    ``[B, H, G, pages]`` float32. Positive components of q meet the largest values, negative ones the smallest."""
+    """Upper bounds of q.k over the keys of each page, float32 ``[B, H, G, pages]``, for q ``[B, H, G, D]`` and extremes
+    ``[B, H, pages, D]``. Positive components of q are multiplied by the largest values, negative ones by the
+    smallest."""
     q = q.float()
     return q.clamp(min=0) @ high.float().transpose(2, 3) + q.clamp(max=0) @ low.float().transpose(2, 3)
 
 
 def fill(scores: Tensor, size: int, middle: int, count: int) -> Tensor:
-    """The first ``count`` of ``middle`` tokens in the order of their pages' scores ``[..., pages]``: ``[..., count]``.
+    """The first ``count`` of ``middle`` tokens ``[..., count]``, in the order of the scores ``[..., pages]`` of their
+    pages.
 
-    Best page first, ties to the older page, tokens of a page by age; the last of the pages may be partial.
+    The page with the largest score comes first; of equal pages, the older one. Tokens of a page are ordered by age. The
+    last page may be partial.
     """
-    wanted = -(-count // size) + 1  # one more, should the partial page be among them
+    wanted = -(-count // size) + 1  # one more in case the partial page is among them
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., :wanted]
     tokens = (size * best[..., None] + torch.arange(size, device=best.device)).flatten(-2)
-    beyond = (tokens >= middle).to(torch.int8)  # the partial page's missing tokens go last and are cut
+    beyond = (tokens >= middle).to(torch.int8)  # places after the end of the partial page are sorted last and cut
     return tokens.gather(-1, beyond.argsort(dim=-1, stable=True)[..., :count])
 
 
 class QuestState(LayerState):
-    """Extremes of every page, ``[B, H, pages, D]`` each, of the keys' type, on the device."""
+    """Smallest and largest values of every page, each ``[B, H, pages, D]``, in the type of the keys, on the device."""
 
     def __init__(self, method: Quest, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -107,7 +111,7 @@ class QuestState(LayerState):
         self.covered = stop - first
 
     def append(self, kv: KV) -> None:
-        """Put the tokens that have left the window into pages: first into the partial one, then into new ones."""
+        """Put the tokens that have left the window into pages: first into the partial page, then into new ones."""
         low, high = self._extremes()
         first, stop = self._middle(kv)
         if stop - first <= self.covered:
@@ -153,8 +157,8 @@ class QuestState(LayerState):
 
 
 def _union(tokens: Tensor, split: Split, length: int) -> Selection:
-    """A selection from each query head's own middle tokens ``[B, H, G, k]``: their union per KV head, padded to the
-    largest union with rows that no query head sees."""
+    """A selection of the middle tokens ``[B, H, G, k]`` of query heads: their union per KV head, padded to the largest
+    union with rows that no query head sees."""
     first, stop = split.middle(length)
     chosen = torch.zeros(*tokens.shape[:3], stop - first, dtype=torch.bool, device=tokens.device)
     chosen.scatter_(3, tokens, True)  # [B, H, G, middle]

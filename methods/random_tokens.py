@@ -1,4 +1,4 @@
-"""Random tokens: the lower rail that every method must beat."""
+"""Random tokens: the lower bound that every method must beat."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 
 @dataclass(frozen=True)
 class RandomTokens(Method):
-    """Sinks, window and middle tokens drawn uniformly without replacement, anew in every step and for every KV head.
+    """Attends to sinks, window and random middle tokens, drawn without replacement in every step for every KV head.
 
-    The draw depends on ``seed``, layer and step alone: two runs select the same tokens, as do the sequences of a batch.
+    The draw depends only on ``seed``, layer, KV head and step: two runs select the same tokens, and so do all sequences
+    of a batch.
 
     Attributes:
-        budget: sinks and window always; top_k random tokens of the middle.
-        seed: see above.
+        budget: sinks and window are always attended to; top_k random tokens of the middle.
+        seed: seed of the draws.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -28,7 +29,7 @@ class RandomTokens(Method):
 
 
 class RandomTokensState(LayerState):
-    """Remembers nothing: the number of tokens seen says which step it is."""
+    """Holds nothing between steps; the number of tokens seen identifies the step."""
 
     def __init__(self, method: RandomTokens, geometry: Geometry) -> None:
         super().__init__(geometry)

@@ -1,4 +1,4 @@
-"""SnapKV: the last queries of the prompt vote for the tokens that are kept (arXiv 2404.14469)."""
+"""SnapKV: keep the tokens that the last queries of the prompt attend to most (arXiv 2404.14469)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 
 @dataclass(frozen=True)
 class SnapKV(Method):
-    """One selection at the end of prefill, per KV head, by the attention of the last ``observation`` prompt queries.
+    """Each KV head selects once, at the end of prefill, by the attention of the last ``observation`` prompt queries.
 
-    The vote for a token is its attention probability summed over those queries and the query group; the softmax runs
-    over all keys a query may see, the observed ones included. Votes of the middle tokens are pooled along the sequence,
-    so that neighbours of a heavy token are kept with it, and the highest top_k stay beside sinks and window.
+    The vote for a token is its attention probability, summed over these queries and the query group; the softmax runs
+    over all keys that a query may see. Votes of middle tokens are pooled along the sequence, so that neighbours of a
+    token with many votes are kept with it. Sinks, window and the top_k tokens with the most votes are kept.
 
-    Differs from the paper: one set per KV head, not per query head of repeated keys; sinks are kept, as for every
-    method here (``budget.sink=0`` for the paper), and votes are pooled over the middle alone, so that a sink's mass
-    does not spill into it; the window kept is the budget's, not the observed one (set ``budget.window`` to
-    ``observation`` for the paper), so that a token may be observed and yet compete, with the votes of the queries that
-    see it; and see ``evict_generated``.
+    Differs from the paper: tokens are kept per KV head, not per query head with repeated keys; sinks are kept, as for
+    every method here (``budget.sink=0`` for the paper); votes are pooled over the middle only, so that sinks do not
+    raise the votes of their neighbours; the window is that of the budget, not the ``observation`` last tokens (set
+    ``budget.window`` to ``observation`` for the paper), so that a token whose query votes can itself receive votes from
+    later queries; generated tokens are evicted (see ``evict_generated``).
 
     Attributes:
-        budget: sinks and window always; top_k by votes.
+        budget: sinks and window are always kept; top_k tokens by votes.
         observation: w, prompt queries that vote (released LongBench runs: 32).
-        kernel: width of the pooling, odd; 1 for none (released: 5 with avg, LongBench 7 with max).
-        pooling: ``max`` ignores what lies beyond the middle's edges; ``avg`` counts it as zeros, as released.
-        evict_generated: the budget holds in every step: the tokens voted for stay, and of all that came after them the
-            oldest outside the window is dropped. False keeps all generated tokens, as published: the cache then grows
-            by one in every step, beyond the budget.
+        kernel: width of the pooling, odd; 1 for no pooling (released: 5 with avg, LongBench 7 with max).
+        pooling: ``max``, or ``avg`` with zeros beyond the edges of the middle, as released.
+        evict_generated: meet the budget in every step: tokens chosen by the vote stay, and the oldest generated token
+            outside the window is dropped. False keeps all generated tokens, as published; the cache then grows by one
+            token in every step, beyond the budget.
     """
 
     evicts = True
@@ -59,13 +59,13 @@ class SnapKV(Method):
 
 
 class SnapKVState(LayerState):
-    """The votes until the prefill ends, and afterwards the position up to which tokens were up for the vote."""
+    """Holds the votes during the prefill, and afterwards the position up to which tokens could be voted for."""
 
     def __init__(self, method: SnapKV, geometry: Geometry) -> None:
         super().__init__(geometry)
         self.method = method
         self.votes = Votes(method.observation, geometry.prompt)
-        self.voted = 0  # tokens before this position were sinks or up for the vote
+        self.voted = 0  # tokens before this position were sinks or could be voted for
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         self.votes.observe(q, keys, self.geometry.column_sums)

@@ -1,4 +1,4 @@
-"""SparQ: score keys on the few query components that matter, replace the rest by the mean value (arXiv 2312.04985)."""
+"""SparQ: score keys on the largest query components, and use the mean value for other tokens (arXiv 2312.04985)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 
 @dataclass(frozen=True)
 class SparQ(Method):
-    """Top-k by approximate logits over the ``rank`` largest components of sum_g |q_g|.
+    """Selects top_k tokens by approximate logits, computed from the ``rank`` largest components of sum_g |q_g|.
 
-    Keys are kept twice, the second time dimension-major, so that a step reads ``rank`` rows of S elements.
-    Per query head the approximate softmax is tempered by tau = sqrt(D |q_I|_1 / |q|_1); its mass over the selection,
-    alpha, weighs the exact part, and 1 - alpha the mean of all values ("reallocation").
+    Keys are stored twice, the second time dimension-major, so that a step reads ``rank`` rows of S elements. The
+    softmax of the approximate logits has the temperature tau = sqrt(D |q_I|_1 / |q|_1) in each query head, where I are
+    the components read. With alpha the approximate probability of the selected tokens, the output is alpha times the
+    exact attention to them plus 1 - alpha times the mean of all values ("reallocation").
 
     Differs from the paper: sinks are always kept, as for every method here (``budget.sink=0`` for the paper).
 
     Attributes:
-        budget: the window is the paper's forced local part, top_k its k.
+        budget: the window is the paper's local window, top_k its k.
         rank: r, components read (paper: 16 to 64 of 128; PQCache's comparison at 1/128: 1).
-        reallocate: add the mean-value term (PQCache's comparison leaves it off).
+        reallocate: add the mean of all values as above (PQCache's comparison does not).
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -41,7 +42,7 @@ class SparQ(Method):
 
 
 class SparQState(LayerState):
-    """Dimension-major keys ``[B, H, S, D]`` stored as ``[B, H * D, S]``, and the running sum of values."""
+    """Dimension-major keys ``[B, H * D, S]``, and the sum of all values."""
 
     def __init__(self, method: SparQ, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -74,7 +75,7 @@ class SparQState(LayerState):
         return Selection(indices, residual=Residual(mean, rest.log() - share.log(), relative=True))
 
     def scores(self, q: Tensor) -> Tensor:
-        """Tempered approximate logits ``[B, H, G, S]`` of q ``[B, H, G, D]``."""
+        """Approximate logits ``[B, H, G, S]`` of q ``[B, H, G, D]``, divided by the temperature."""
         if self.columns is None:
             raise RuntimeError("scores() before finish_prefill()")
         size = q.float().abs()
@@ -101,6 +102,6 @@ class SparQState(LayerState):
 
 
 def _dimension_major(keys: Tensor) -> Tensor:
-    """``[B, H, n, D]`` as ``[B, H * D, n]``, one contiguous row per component."""
+    """Keys ``[B, H, n, D]`` as ``[B, H * D, n]``, one contiguous row per component."""
     batch, heads, count, dimension = keys.shape
     return keys.transpose(2, 3).reshape(batch, heads * dimension, count)

@@ -1,4 +1,4 @@
-"""StreamingLLM: attention sinks and a sliding window, with positions counted inside the cache (arXiv 2309.17453)."""
+"""StreamingLLM: attention sinks and a sliding window, with positions inside the cache (arXiv 2309.17453)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pqbench.method import KV, Budget, Geometry, LayerState, Method, Selection
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """Keeps the first ``sink`` tokens and the most recent ones up to the budget; everything else is dropped for good.
+    """Keeps the first ``sink`` tokens and the most recent ones up to the budget; all others are dropped for good.
 
-    Rolling positions as in the paper: a token's position is its index in the cache, so once tokens are dropped the
-    sinks slide forward beside the window. Keys are cached rotated and the sinks are turned by the number of dropped
-    tokens, which equals rotating un-rotated keys by their cache index.
+    A token's position is its index in the cache, as in the paper: after tokens are dropped, the sinks directly precede
+    the window. Keys are stored after rotary embedding, and the sinks' keys are rotated further by the number of dropped
+    tokens. The result is the same as rotating every key by its index in the cache.
 
-    Differs from the paper in one thing: prefill is dense, as in published comparisons.
+    Differs from the paper in one thing: the prefill is dense, as in published comparisons.
 
     Attributes:
-        budget: its total is what is kept; its own sink and window fields do not matter here.
+        budget: its total is the number of tokens kept; its sink and window fields are not used.
         sink: number of sink tokens (paper: 4).
     """
 
@@ -36,7 +36,7 @@ class StreamingLLM(Method):
 
 
 class StreamingState(LayerState):
-    """Needs only to know how many tokens are gone."""
+    """Holds nothing; the store knows how many tokens were dropped."""
 
     def __init__(self, method: StreamingLLM, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -64,5 +64,5 @@ class StreamingState(LayerState):
         return ages.topk(surplus, dim=-1, largest=False).indices
 
     def _size(self, kv: KV) -> int:
-        """Rows to hold until the next step, whose own token will complete the budget."""
+        """Rows to hold until the next step, whose own token then completes the budget."""
         return self.method.budget.between_steps(kv.seen, self.geometry.prompt).total

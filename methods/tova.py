@@ -1,4 +1,4 @@
-"""TOVA: drop the token that the last query attends to least (arXiv 2401.06104)."""
+"""TOVA: in each step, drop the token that the last query attends to least (arXiv 2401.06104)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pqbench.method import KV, Budget, Geometry, LayerState, Method
 
 @dataclass(frozen=True)
 class TOVA(Method):
-    """Token omission via attention: after each step the token with the lowest attention of that step's query is gone.
+    """Token omission via attention: each step drops the token that receives the least attention from its query.
 
-    Attention is the probability averaged over all query heads of the layer, so that a layer's heads hold the same
-    tokens. No memory of earlier steps: the last query alone decides. The prompt is reduced at once, at the end of its
-    dense prefill, by the attention of its last query.
+    Attention is the probability averaged over all query heads of the layer, so that all heads of a layer hold the same
+    tokens. Only the last query counts, not those of earlier steps. The prompt is reduced once, at the end of its dense
+    prefill, by the attention of its last query.
 
-    Differs from the paper: no token is special there, neither the first nor the newest; here sinks and window are kept
-    as for every method, so that budgets compare (``budget.sink=0 budget.window=1`` for the paper: then even the newest
-    token may go). Dense prefill, as in the other comparisons.
+    Differs from the paper: there any token may be dropped, also the first and the newest; here sinks and window are
+    kept as for every method, so that budgets are comparable (``budget.sink=0 budget.window=1`` for the paper: then even
+    the newest token may be dropped); the prefill is dense, as for the other methods.
 
     Attributes:
-        budget: sinks and window always; top_k by the last query's attention.
-        per_head: each KV head drops by the attention of its own query group.
+        budget: sinks and window are always kept; top_k tokens by the last query's attention.
+        per_head: each KV head drops tokens by the attention of its own query group.
     """
 
     evicts = True
@@ -69,7 +69,7 @@ class TOVAState(LayerState):
 
     def _top(self, scores: Tensor, count: int) -> Tensor:
         """Indices ``[B, H, count]`` of the largest scores ``[B, H, n]``, the same for all heads unless ``per_head``.
-        Heads that never parted hold their rows in the same order."""
+        All heads then hold the same tokens in the same rows."""
         if self.method.per_head:
             return self.geometry.kernels.top_k(scores, count)
         top = self.geometry.kernels.top_k(scores.mean(1, keepdim=True), count)  # [B, 1, count]

@@ -1,4 +1,4 @@
-"""vAttention: another method's selection, and a weighted uniform sample of what it leaves (arXiv 2510.05688)."""
+"""vAttention: another method's selection plus a weighted uniform sample of the other tokens (arXiv 2510.05688)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from pqbench.method import KV, Budget, Check, ConfigError, Geometry, LayerState,
 
 @dataclass(frozen=True)
 class VAttention(Method):
-    """Any method that selects without evicting, with a share of its top_k given to a uniform sample of the other
-    tokens. A sampled token counts for all those it stands for, in numerator and denominator.
+    """Runs any method that selects without evicting, and gives a share of its top_k to a uniform sample of the other
+    tokens. In numerator and denominator of attention, a sampled token is weighted by the number of tokens that it
+    represents.
 
-    With ``epsilon`` the sample is as large as the bound asks, at most the share, and differs by KV head: first
-    ``base_sample`` tokens tell the deviation (:func:`pqbench.kernels.sampling.sample_sizes`). For that, keys of the
-    exact part and of these tokens are read once more, and counted as index. Where the share is too small for the bound,
-    all of it is sampled. The bound trusts a normal law: it holds where the base leaves out no token of great weight;
-    around a base of random tokens, errors beyond epsilon were seen twice as often as delta says.
+    With ``epsilon``, the sample of each KV head is as large as an error bound asks, but not larger than the share. The
+    bound needs the standard deviation, which is estimated from ``base_sample`` tokens
+    (:func:`pqbench.kernels.sampling.sample_sizes`). For that, keys of the exact part and of these tokens are read a
+    second time and counted as index. The bound assumes a normal distribution, which is a good model if the base leaves
+    out no token of large weight; with random tokens as base, errors beyond epsilon were twice as frequent as delta.
 
-    Differs from the paper: the sample is paid from the budget; the bound is that of the denominator alone; a query
-    group shares one sample, large enough for each of its heads; a residual of the base is left out.
+    Differs from the paper: the sample is part of the budget; the bound is for the denominator only; a query group
+    shares one sample, large enough for each of its heads; a residual of the base method is not used.
 
     Attributes:
         base: the method that selects; the budget here replaces its own.
         budget: sinks, window and top_k, of which ``share`` goes to the sample.
-        share: see above, in [0, 1].
-        epsilon: relative error of the denominator that is tolerated, None for a sample of fixed size.
+        share: share of top_k for the sample, in [0, 1].
+        epsilon: tolerated relative error of the denominator; None for a sample of fixed size.
         delta: probability of a larger error, in (0, 1).
-        base_sample: tokens from which the deviation is estimated.
-        seed: of the sample; it also depends on layer, head and length, and on nothing else.
+        base_sample: tokens from which the standard deviation is estimated.
+        seed: seed of the sample, which otherwise depends only on layer, head and length.
     """
 
     base: Method
@@ -62,7 +63,7 @@ class VAttention(Method):
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
-        """As the base does."""
+        """Whether the base needs times of this hardware."""
         return self.base.needs_calibration
 
     def layer(self, geometry: Geometry) -> LayerState:
@@ -73,13 +74,13 @@ class VAttention(Method):
 
     @property
     def selecting(self) -> Method:
-        """The base with the budget that the sample leaves it."""
+        """The base method with the budget that remains after the sample."""
         return self.base.with_budget(_Remaining(whole=self.budget, share=self.share))
 
 
 @dataclass(frozen=True)
 class _Remaining(Budget):
-    """A budget whose top_k is lessened by a share."""
+    """A budget whose top_k is reduced by a share."""
 
     whole: Budget = field(default_factory=Budget)
     share: float = 0.0
@@ -90,7 +91,7 @@ class _Remaining(Budget):
 
 
 class VAttentionState(LayerState):
-    """The base's state; a step adds the sample."""
+    """The state of the base method; each step adds a sample to its selection."""
 
     def __init__(self, method: VAttention, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -115,7 +116,7 @@ class VAttentionState(LayerState):
         self.base.prefetch(kv)
 
     def select(self, q: Tensor, kv: KV) -> Selection:
-        # What some query heads alone were to see is fetched for all: it is exact for all, and no padding is needed.
+        # Every query head attends to all rows of the selection, also to those that were chosen for other heads.
         chosen = self.base.select(q, kv).indices
         if chosen is None:
             return Selection()
@@ -135,7 +136,7 @@ class VAttentionState(LayerState):
         return Selection(torch.cat([chosen, sample], dim=2), shown, log_weights=weights)
 
     def _sizes(self, q: Tensor, kv: KV, chosen: Tensor, sample: Tensor, epsilon: float) -> Tensor:
-        """How many of the sample ``[B, H, n]`` each KV head needs: ``[B, H]``."""
+        """How many tokens of the sample ``[B, H, n]`` each KV head needs: ``[B, H]``."""
         base, rest = sample[..., : self.method.base_sample], kv.length - chosen.shape[2]
         keys = kv.keys_at(torch.cat([chosen, base], dim=2))
         logits = q.float() @ keys.float().transpose(2, 3) * self.geometry.scaling  # [B, H, G, exact + base]
@@ -144,7 +145,8 @@ class VAttentionState(LayerState):
         return sizes.clamp(base.shape[2], sample.shape[2])
 
     def _first(self, sample: Tensor, sizes: Tensor, exact: int, group: int) -> tuple[Tensor, Tensor]:
-        """The sample cut to the largest of ``sizes`` ``[B, H]``, and which of all rows are seen ``[B, H, G, n]``."""
+        """The sample, cut to the largest of ``sizes`` ``[B, H]``, and which rows a head sees, ``[B, H, G, n]``, with
+        the ``exact`` rows first."""
         sample = sample[..., : int(sizes.max())]
         within = torch.arange(sample.shape[2], device=sample.device) < sizes[..., None]
         shown = torch.nn.functional.pad(within, (exact, 0), value=True)

@@ -1,4 +1,4 @@
-"""How many tokens a KV head may attend to, and of which kind: resolved here for every method."""
+"""Budgets: how many tokens of each kind (sinks, window, top-k) a KV head may attend to, for every method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from pqbench.typed import check_types
 
 @dataclass(frozen=True)
 class Split:
-    """How many tokens of each kind one KV head attends to in one step; the window includes the current token."""
+    """How many tokens of each kind one KV head attends to in one step.
+
+    Attributes:
+        sink: first tokens of the context.
+        window: most recent tokens, the current one included.
+        top_k: tokens that the method selects from the middle, the tokens between sinks and window.
+    """
 
     sink: int
     window: int
@@ -21,19 +27,20 @@ class Split:
 
     @property
     def total(self) -> int:
-        """Attended tokens per KV head."""
+        """Tokens that one KV head attends to."""
         return self.sink + self.window + self.top_k
 
     def always(self, positions: Tensor, seen: int) -> Tensor:
-        """Which rows at ``positions`` ``[B, H, n]`` of ``seen`` tokens are sinks or in the window: bool, same shape."""
+        """Which rows are sinks or in the window, bool ``[B, H, n]``, for ``positions`` ``[B, H, n]`` of ``seen``
+        tokens."""
         return (positions < self.sink) | (positions >= seen - self.window)
 
     def middle(self, length: int) -> tuple[int, int]:
-        """First and one-past-last index of the tokens that compete for ``top_k``."""
+        """First and one-past-last index of the middle, whose tokens compete for ``top_k``, at this context length."""
         return self.sink, length - self.window
 
     def around(self, top: Tensor, length: int) -> Tensor:
-        """Indices ``[B, H, sink + k + window]`` of a selection: sinks, then ``top`` ``[B, H, k]``, then the window."""
+        """Indices ``[B, H, sink + k + window]`` of a selection: sinks, ``top`` ``[B, H, k]``, window, in this order."""
         batch, heads, _ = top.shape
         sink = torch.arange(self.sink, device=top.device).expand(batch, heads, -1)
         window = torch.arange(length - self.window, length, device=top.device).expand(batch, heads, -1)
@@ -45,19 +52,19 @@ class Budget:
     """Tokens that one KV head may attend to in one step, all kinds together.
 
     Attributes:
-        sink: first tokens of the context, always attended.
-        window: most recent tokens, the current one included, always attended; None gives them ``window_share`` of what
-            the sinks leave.
-        tokens: the budget as a number of tokens, or
-        ratio: the budget as a share of the context, in (0, 1]. Exactly one of the two counts: with ``tokens`` the
-            default ratio becomes None.
-        window_share: see ``window``.
-        minimum: floor of a ratio budget, so that short contexts are attended whole.
-        grow: recompute a ratio as the context grows while decoding; otherwise it stays at the prompt's value.
+        sink: first tokens of the context, always attended to.
+        window: most recent tokens, the current one included, always attended to; None computes it from
+            ``window_share``.
+        tokens: the budget as a number of tokens; None to use ``ratio``.
+        ratio: the budget as a share of the context, in (0, 1]. Only one of ``tokens`` and ``ratio`` may be set; with
+            ``tokens``, the default ratio becomes None.
+        window_share: share of the budget without the sinks that the window gets when ``window`` is None, in [0, 1].
+        minimum: smallest number of tokens of a ratio budget, so that all of a short context is attended to.
+        grow: recompute a ratio as the context grows while decoding; otherwise the prompt's length counts.
 
     Raises:
-        BudgetError: when a field has another type, the fields contradict each other, or a context leaves less than sink
-            + window.
+        BudgetError: a field has a wrong type, fields contradict each other, or the budget at some context length is
+            smaller than sink + window.
     """
 
     sink: int = 32
@@ -71,7 +78,7 @@ class Budget:
     def __post_init__(self) -> None:
         check_types(self, "budget", BudgetError)
         if self.tokens is not None and self.ratio == type(self).ratio:
-            object.__setattr__(self, "ratio", None)  # nobody asked for the default
+            object.__setattr__(self, "ratio", None)  # the default was not asked for
         if (self.tokens is None) == (self.ratio is None):
             raise BudgetError("set exactly one of budget.tokens and budget.ratio (the other to null)")
         if self.ratio is not None and not 0 < self.ratio <= 1:
@@ -87,7 +94,11 @@ class Budget:
             raise BudgetError(f"budget.tokens is {self.tokens}, below sink + window = {floor}: raise it or lower those")
 
     def resolve(self, context: int, prompt: int) -> Split:
-        """The split for ``context`` cached tokens (the current one included) that began as ``prompt`` tokens."""
+        """The split for a context of ``context`` tokens, the current one included, of which ``prompt`` are the prompt.
+
+        Raises:
+            BudgetError: the budget at this length is smaller than sink + window.
+        """
         base = context if self.grow else prompt
         size = self._size(base)
         if size >= context:
@@ -101,21 +112,22 @@ class Budget:
         return Split(self.sink, window, size - self.sink - window)
 
     def between_steps(self, seen: int, prompt: int) -> Split:
-        """What an evicting method holds between two steps, when ``seen`` tokens have been appended: the split of the
-        next step without that step's own token, which completes it."""
+        """What an evicting method holds between two steps, after ``seen`` tokens: the split of the next step without
+        the token of that step."""
         split = self.resolve(seen + 1, prompt)
         return Split(split.sink, split.window - 1, split.top_k)
 
     @property
     def label(self) -> str:
-        """The budget in a word, for tables."""
+        """A short text for the budget in tables."""
         return f"{self.tokens} tokens" if self.tokens is not None else f"{100 * (self.ratio or 0):g} %"
 
     def _size(self, context: int) -> int:
         return self.tokens if self.tokens is not None else max(self.minimum, int((self.ratio or 0) * context))
 
     def _whole(self, context: int) -> Split:
-        """Everything fits. The middle still competes, so that a method's own path is the one that runs."""
+        """The split that attends to every token. Middle tokens still count as top_k, so that the method's search
+        runs."""
         sink = min(self.sink, context - 1)
         window = min(self.window or max(1, int((context - sink) * self.window_share)), context - sink)
         return Split(sink, window, context - sink - window)
@@ -123,11 +135,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class PaperBudget(Budget):
-    """The split of PQCache's experiments: half window, half top-k of ``ratio x (prompt - sink)``; sinks and the current
-    token on top; fixed at the prompt's length (arXiv 2407.12820, released scripts).
+    """The split of PQCache's experiments (arXiv 2407.12820, released scripts): ``ratio x (prompt - sink)`` tokens, half
+    of them window and half top-k. Sinks and the current token are added to that. The split is fixed by the prompt.
 
     Attributes:
-        sink: first tokens of the context, on top of the ratio.
+        sink: first tokens of the context, in addition to the ratio.
         ratio: share of the prompt without its sinks.
         grow: recompute the split as the context grows while decoding; the paper does not.
 
@@ -139,7 +151,7 @@ class PaperBudget(Budget):
     grow: bool = False
 
     def resolve(self, context: int, prompt: int) -> Split:
-        """See :meth:`Budget.resolve`; ``sink``, ``ratio`` and ``grow`` count."""
+        """See :meth:`Budget.resolve`; only ``sink``, ``ratio`` and ``grow`` are used."""
         base = context if self.grow else prompt
         half = max(0, int((base - self.sink) * (self.ratio or 0) * 0.5))
         if self.sink + 2 * half + 1 >= context:
@@ -161,16 +173,17 @@ class PaperBudget(Budget):
 
 @dataclass(frozen=True)
 class CompensatedBudget(PaperBudget):
-    """The paper's budget with compensation: methods that evict read no index, so the paper's "(C)" baselines keep more
-    tokens instead. It does not define how many; both readings are here (:func:`compensated` applies them).
+    """The paper's budget with compensation (arXiv 2407.12820). Evicting methods read no index; the paper's baselines
+    marked "(C)" keep more tokens instead. The paper does not say how many, so that there are two readings;
+    :func:`pqbench.method.compensated` applies them.
 
     Attributes:
         communication: phi, index bytes that the other methods read per step and byte of keys (paper: 1/128, 1/64).
-        reading: ``kv``, tokens whose keys and values are as many bytes, phi / 2 of the context; ``keys``, tokens whose
-            keys are, phi of the context.
+        reading: how index bytes become tokens. ``kv``: tokens whose keys and values have as many bytes, phi / 2 of the
+            context. ``keys``: tokens whose keys have as many bytes, phi of the context.
 
     Raises:
-        BudgetError: phi outside [0, 1], or no such reading.
+        BudgetError: phi is outside [0, 1], or there is no such reading.
     """
 
     communication: float = 1 / 128
@@ -185,7 +198,7 @@ class CompensatedBudget(PaperBudget):
 
     @property
     def for_evicting(self) -> Budget:
-        """The budget of a method that evicts, labelled (C)."""
+        """The larger budget of an evicting method; its label ends with (C)."""
         extra = self.communication / 2 if self.reading == "kv" else self.communication
         return _Enlarged(self.sink, ratio=min(1.0, (self.ratio or 0) + extra), grow=self.grow)
 

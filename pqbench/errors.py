@@ -1,38 +1,38 @@
-"""Errors that a person can act on: one clear line each, shown without a traceback unless ``debug=true``."""
+"""Errors that the user can act on. Each is shown as one line, without a traceback unless ``debug=true``."""
 
 
 class PqbenchError(Exception):
-    """Base of every error the harness explains in one line; ``exit_code`` is what the command returns."""
+    """Base of every error that the harness explains in one line; ``exit_code`` is what the command returns."""
 
     exit_code = 1
 
 
 class ConfigError(PqbenchError, ValueError):
-    """An option has a value that cannot work; the message says which and what to set instead."""
+    """An option has a value that cannot work; the message names the option and says what to set instead."""
 
 
 class BudgetError(ConfigError):
-    """A token budget that no selection can satisfy."""
+    """A budget is not valid, or no selection can satisfy it."""
 
 
 class RoomError(ConfigError, MemoryError):
-    """This machine has too little memory for a prompt; found before any of it is taken."""
+    """This machine has too little memory for a prompt; the error is raised before any memory is taken."""
 
 
 class DataError(PqbenchError):
-    """Benchmark data or a record is missing, cut or malformed; the message names the file, the line and the remedy."""
+    """Benchmark data or a record is missing, truncated or malformed; the message names the file, line and remedy."""
 
 
 class ModelError(PqbenchError):
-    """A model cannot be loaded or its attention cannot be served exactly."""
+    """A model cannot be loaded, or its attention cannot be computed exactly."""
 
 
 class DeviceError(PqbenchError):
-    """The accelerator reported an error after which it answers nothing more in this process."""
+    """The accelerator reported an error after which this process cannot use it any more."""
 
 
 class LivenessError(PqbenchError):
-    """A method never skipped a token although its budget said it must: its figures would be those of full attention."""
+    """A method never skipped a token although its budget is smaller than the context: it measured full attention."""
 
 
 class SelectionError(PqbenchError):

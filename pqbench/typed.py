@@ -1,4 +1,4 @@
-"""Values are compared with the annotations of the fields that they fill, in a configuration and in Python alike."""
+"""Checks values against the annotations of the fields that they fill, both in a configuration and in Python."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ _IN_PYTHON: dict[Any, str] = {bool: "True or False", NoneType: "None"}
 
 
 def check_types(made: Any, place: str, error: type[Exception] = ConfigError) -> None:
-    """Check the fields of a dataclass instance; ``place`` is what messages call it, ``budget`` or the class's name.
+    """Check the fields of a dataclass instance.
+
+    Args:
+        made: the instance.
+        place: what messages call it, such as ``budget`` or the name of its class.
+        error: class of the exception to raise.
 
     Raises:
-        ConfigError: of the class ``error``, for a value that the annotation of its field does not allow; the message
-            names the field, the value and what is allowed.
+        ConfigError: or ``error``, for a value that the annotation of its field does not allow. The message names the
+            field, the value and what is allowed.
     """
     kind: Any = type(made)
     hints = _hints(kind)
@@ -38,11 +43,11 @@ def check_types(made: Any, place: str, error: type[Exception] = ConfigError) -> 
 
 
 def allowed(value: Any, hint: Any, made: bool = False) -> bool:
-    """Whether a value fits an annotation. A whole number is a number; NaN and infinity are none.
+    """Whether a value fits an annotation. An int also fits float; NaN and infinity do not.
 
     Args:
-        made: the value is an object of the annotated class; otherwise it is what a configuration says of one, names
-            with values from which it will be made.
+        made: True if an object must be an instance of the annotated class; False if it must be a mapping of field names
+            to values, as in a configuration.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -66,12 +71,12 @@ def allowed(value: Any, hint: Any, made: bool = False) -> bool:
         entry = inner[0] if inner else Any
         return isinstance(value, list | tuple) and all(allowed(one, entry, made) for one in value)
     if not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
-        return True  # an annotation that says nothing of the value's class
+        return True  # the annotation does not say which class a value must have
     return isinstance(value, hint if made else Mapping)
 
 
 def words(hint: Any, python: bool = False) -> str:
-    """What an annotation allows, for people who write a configuration, or Python."""
+    """What an annotation allows, in words for messages; ``python`` uses the spelling of Python, such as None."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(words(part, python) for part in inner)
@@ -87,14 +92,14 @@ def words(hint: Any, python: bool = False) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it, cut when it is long and on one line."""
+    """A value as messages show it: on one line of at most 60 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @cache
 def _hints(made: Any) -> dict[str, Any]:
-    """Annotations of a dataclass; none where a name in them cannot be resolved, as for a class inside a function."""
+    """Annotations of a dataclass by field; empty if one cannot be resolved, as for a class inside a function."""
     try:
         return get_type_hints(made)
     except NameError:

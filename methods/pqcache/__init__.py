@@ -1,4 +1,4 @@
-"""PQCache as published (:class:`PQCache`), and beyond the paper (:class:`PQCachePlus`)."""
+"""PQCache as published (:class:`PQCache`), and with additions (:class:`PQCachePlus`)."""
 
 from methods.pqcache.clustering import adaptive_iterations
 from methods.pqcache.method import PQCache

@@ -1,5 +1,5 @@
-"""When a search by cells pays, and the lists that it needs. :mod:`pqbench.kernels.reference.cells` defines its
-result."""
+"""Search by cells: when it is faster than a scan of all codes, and the lists of tokens that it needs. The result is
+defined in :mod:`pqbench.kernels.reference.cells`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from pqbench.kernels.backend import Kernels
 from pqbench.kernels.buffers import GrowingBuffer
 
 SEARCHES = ("auto", "scan", "cells")
-MOST_BITS = 16  # of a cell's number
-# Tokens per cell from which cells pay. Measured on one layer of 8 KV heads, 2x6 bits: by cells 0.3 ms at any length, by
-# scan as much at 4 tokens per cell, and growing.
+MOST_BITS = 16  # most bits of a cell number
+# Tokens per cell from which a search by cells is faster. Measured on one layer of 8 KV heads with 2x6 bits: cells take
+# 0.3 ms at any length; a scan takes as long at 4 tokens per cell, and more beyond.
 _WORTH = 4
-_PENDING = 512  # appended tokens that wait beside the lists: a step looks at each, a merge copies all tokens
+_PENDING = 512  # appended tokens before a merge: each step reads all of them, and a merge copies all tokens
 
 
 def searches_cells(search: str, bits: int, tokens: int, scans_anyway: bool) -> bool:
-    """Whether to search by cells. ``auto`` does so from 4 tokens per cell, unless a tail reads every token anyway."""
+    """Whether to search by cells. ``auto`` does so from 4 tokens per cell on, unless every token is scored anyway."""
     if search != "auto":
         return search == "cells"
     return bits <= MOST_BITS and not scans_anyway and tokens >= _WORTH * 2**bits
 
 
 def cell_numbers(codes: Tensor, bits: int) -> Tensor:
-    """Cell of each token, int32 ``[B, H, S]``: its codes ``[B, H, S, m]`` as digits of ``bits`` bits."""
+    """Cell of each token, int32 ``[B, H, S]``: the number whose digits of ``bits`` bits are its codes
+    ``[B, H, S, m]``."""
     cells = codes[..., 0].int()
     for part in codes.unbind(-1)[1:]:
         cells = (cells << bits) + part
@@ -33,15 +34,15 @@ def cell_numbers(codes: Tensor, bits: int) -> Tensor:
 
 
 class InvertedLists:
-    """Tokens ``[B, H, S]`` by cell, oldest first. Appended tokens wait beside the lists and count as the youngest of
-    their cells; from time to time they are merged in.
+    """Tokens ``[B, H, S]`` by cell, oldest first. Appended tokens are first kept apart (pending), as the youngest of
+    their cells, and are merged into the lists when there are many.
 
     Attributes:
         tokens, starts: the lists, see :mod:`pqbench.kernels.reference.cells`.
     """
 
     def __init__(self, cells: Tensor, bits: int, kernels: Kernels) -> None:
-        """Cells int32 ``[B, H, S]`` of all tokens, numbers of ``bits`` bits."""
+        """Make the lists from the cells int32 ``[B, H, S]`` of all tokens; cell numbers have ``bits`` bits."""
         none = cells.new_zeros(*cells.shape[:2], 2**bits + 1)
         self.starts, self.tokens = kernels.merge_lists(none, cells[:, :, :0], cells)
         self._pending = GrowingBuffer.like(cells, _PENDING)
@@ -51,7 +52,7 @@ class InvertedLists:
 
     @property
     def pending(self) -> Tensor:
-        """Cells ``[B, H, P]`` of the tokens that are in no list yet."""
+        """Cells ``[B, H, P]`` of the tokens that are not in the lists yet."""
         return self._pending.view()
 
     @property
@@ -61,19 +62,19 @@ class InvertedLists:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes that every step reads, beside the tokens it takes: where lists begin, and the waiting tokens."""
+        """Bytes that every step reads besides the tokens it selects: where lists begin, and the pending cells."""
         return self.starts.nbytes + self.pending.nbytes
 
     def renumber(self) -> Tensor:
-        """Number the listed tokens by their places in the lists from now on. Returns which token each number was, int64
-        ``[B, H, N]``; no token may be pending."""
+        """Give each token its place in the lists as its new number. Returns the old numbers in the new order, int64
+        ``[B, H, N]``. No token may be pending."""
         before = self.tokens.long()
         numbers = torch.arange(self.tokens.shape[2], dtype=self.tokens.dtype, device=self.tokens.device)
         self.tokens = numbers.expand(self.tokens.shape).contiguous()
         return before
 
     def append(self, cells: Tensor, kernels: Kernels) -> None:
-        """The next tokens' cells, int32 ``[B, H, n]``."""
+        """Add the next tokens, given by their cells int32 ``[B, H, n]``."""
         self._pending.append(cells)
         if len(self._pending) >= _PENDING:
             self.starts, self.tokens = kernels.merge_lists(self.starts, self.tokens, self.pending)

@@ -1,4 +1,4 @@
-"""K-Means over the keys of one layer: how many iterations it runs, and whether its keys were finite."""
+"""K-Means on the keys of one layer: the number of iterations, and a check that keys are finite."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pqbench.method import Check, ConfigError, Geometry
 if TYPE_CHECKING:
     from methods.pqcache.method import PQCache
 
-_UNMEASURED = 10  # iterations of the adaptive rule where nobody measured this hardware
+_UNMEASURED = 10  # iterations of the adaptive rule on hardware that was not measured
 
 
 def adaptive_iterations(idle: float, fit: tuple[float, float], points: int) -> int:
-    """The paper's rule: as many iterations as fit into ``idle`` seconds when clustering ``points`` keys takes
-    a + b * points * iterations; 3 to 300 as in the released code."""
+    """The paper's rule: the number of iterations that fit into ``idle`` seconds when clustering ``points`` keys takes
+    a + b * points * iterations seconds, with ``fit`` = (a, b). At least 3 and at most 300, as in the released code."""
     a, b = fit
     return max(3, min(300, int((idle - a) / max(b * points, 1e-12))))
 
 
 class Clustering:
-    """Makes codebooks of keys.
+    """Computes codebooks from keys.
 
     Attributes:
-        iterations: those of the last codebook.
-        finite: bool ``[]``, whether the keys of the last codebook were finite; the device may not know yet.
+        iterations: K-Means iterations of the last codebook.
+        finite: bool ``[]``, whether the keys of the last codebook were finite; a GPU may not have computed it yet.
     """
 
     def __init__(self, method: PQCache, geometry: Geometry) -> None:
@@ -40,13 +40,14 @@ class Clustering:
         self._fit = None if known is None else known.clustering(problems, geometry.head_dim // method.m, 2**method.b)
 
     def train(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codebook and codes of keys ``[B, H, S, D]``, made on their device by the backend for it.
+        """Codebook ``[B, H, m, 2**b, D/m]`` and codes ``[B, H, S, m]`` of keys ``[B, H, S, D]``, computed on the device
+        of the keys.
 
         Raises:
-            ConfigError: keys on the CPU are not finite. Keys on a GPU, which is not waited for here, are looked at
-                later; see :attr:`checks`.
+            ConfigError: keys on the CPU are not finite. Keys on a GPU are checked later, because this does not wait for
+                the GPU; see :attr:`checks`.
         """
-        # NaN is both the smallest and the largest value. A mask of isfinite() would be as large as the keys.
+        # A NaN makes both extremes NaN. This avoids a mask of isfinite() as large as the keys.
         extremes = torch.stack(keys.aminmax())
         self.finite = extremes.isfinite().all()
         if keys.device.type == "cpu" and not bool(self.finite):
@@ -58,7 +59,7 @@ class Clustering:
         return backend.train_codebook(keys, method.m, clusters, self.iterations, method.seed, sample, method.tolerance)
 
     def _wanted(self, points: int) -> int:
-        """Iterations for ``points`` keys."""
+        """Number of iterations for ``points`` keys."""
         if self._method.iterations is not None:
             return self._method.iterations
         calibration = self._geometry.calibration
@@ -68,7 +69,7 @@ class Clustering:
 
     @property
     def checks(self) -> list[Check]:
-        """That the keys were finite; see :attr:`pqbench.method.LayerState.checks`."""
+        """The check that the keys are finite; see :attr:`pqbench.method.LayerState.checks`."""
         if self.finite is None:
             return []
         layer = self._geometry.layer

@@ -1,8 +1,9 @@
-"""In which coordinates keys are product-quantised: a linear map of keys, and the map of queries that undoes it.
+"""Coordinates for product quantisation: a linear map of keys, and the matching map of queries that preserves q.k.
 
-K-Means minimises squared error in the coordinates it is given. What counts is the error of q.k, so the coordinates may
-be chosen by the queries ("query-aware"). Every map here preserves q.k up to a constant per query, which a softmax over
-mapped tokens does not see and :meth:`KeyMap.constant` gives back where tokens of both kinds meet.
+K-Means minimises the squared error in the coordinates that it is given. The error that matters is that of q.k, so the
+coordinates can be chosen with the queries ("query-aware"). Every map here preserves q.k up to a constant per query. A
+softmax over mapped tokens does not depend on this constant; :meth:`KeyMap.constant` adds it where mapped and exact
+tokens are combined.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ KINDS = ("plain", "centred", "rotated", "query_aware")
 
 @dataclass(frozen=True)
 class KeyMap:
-    """k' = (k - offset) @ forward and q' = q @ backward with forward @ backward.T = 1: q.k = q'.k' + q.offset.
+    """The maps k' = (k - offset) @ forward and q' = q @ backward, where forward @ backward.T = 1. Therefore q.k = q'.k'
+    + q.offset.
 
     Attributes:
         forward, backward: ``[B, H, D, D']`` or ``[D, D']`` float32, None for the identity; D' is D, rounded up to a
@@ -30,23 +32,23 @@ class KeyMap:
     offset: Tensor | None = None
 
     def keys(self, keys: Tensor) -> Tensor:
-        """Keys ``[B, H, S, D]`` in the coordinates of the codebook, on the device where they lie; float32 if mapped."""
+        """Keys ``[B, H, S, D]`` in the coordinates of the codebook, on the keys' own device; float32 if mapped."""
         if self.offset is not None:
             keys = keys.float() - self.offset.to(keys.device)
         return keys if self.forward is None else keys.float() @ self.forward.to(keys.device)
 
     def queries(self, q: Tensor) -> Tensor:
-        """Queries ``[B, H, n, D]`` whose products with mapped keys are those of the originals."""
+        """Queries ``[B, H, n, D]`` in the coordinates of the codebook, ``[B, H, n, D']``."""
         return q if self.backward is None else q.float() @ self.backward
 
     def moment(self, moment: Tensor) -> Tensor:
-        """E[q' q'^T] of mapped queries, float32 ``[B, H, D', D']``; that of the originals is ``moment``
-        ``[B, H, D, D]``."""
+        """E[q' q'^T] of mapped queries, float32 ``[B, H, D', D']``, from ``moment`` = E[q q^T] ``[B, H, D, D]`` of the
+        original ones."""
         moment = moment.float()
         return moment if self.backward is None else self.backward.transpose(-1, -2) @ moment @ self.backward
 
     def constant(self, q: Tensor) -> Tensor:
-        """q.offset ``[B, H, n]`` of queries ``[B, H, n, D]``: what their products with mapped keys lack."""
+        """q.offset ``[B, H, n]`` of queries ``[B, H, n, D]``: the difference between q.k and q'.k'."""
         if self.offset is None:
             return torch.zeros(q.shape[:-1], device=q.device)
         return (q.float() * self.offset).sum(-1)
@@ -58,17 +60,19 @@ class KeyMap:
 
 
 def key_map(kind: str, keys: Tensor, moment: Tensor, parts: int, seed: int, device: torch.device) -> KeyMap:
-    """The map of one kind for a codebook of ``parts`` sub-spaces, all of one width: where D is no multiple of their
-    number, keys and queries get zeros.
+    """A map for a codebook of ``parts`` sub-spaces of equal width. If D is not a multiple of ``parts``, keys and
+    queries are padded with zeros.
 
-    ``plain`` is the paper's. ``centred`` removes the mean of the keys; Lloyd's algorithm commutes with translations, so
-    only rounding improves. ``rotated`` spreads every direction over all sub-spaces by one fixed random rotation.
-    ``query_aware`` see :func:`query_aware`.
+    ``plain`` is the paper's. ``centred`` subtracts the mean of the keys; Lloyd's algorithm commutes with translations,
+    so this only reduces rounding errors. ``rotated`` spreads every direction over all sub-spaces by one fixed random
+    rotation. ``query_aware`` is described in :func:`query_aware`.
 
     Args:
-        keys: ``[B, H, S, D]``, those that will be clustered.
+        kind: one of :data:`KINDS`.
+        keys: ``[B, H, S, D]``, the keys that will be clustered.
         moment: ``[B, H, D, D]``, mean of q q^T.
-        seed: of the random rotation.
+        parts: sub-spaces of the codebook.
+        seed: seed of the random rotation.
         device: where queries are.
     """
     if kind == "query_aware":
@@ -85,15 +89,15 @@ def key_map(kind: str, keys: Tensor, moment: Tensor, parts: int, seed: int, devi
 def query_aware(moment: Tensor, parts: int, ridge: float = 1e-3) -> KeyMap:
     """Coordinates in which squared error is the expected squared error of q.k over queries with E[q q^T] = ``moment``.
 
-    With M = V L V^T: forward = V L^(1/2) and backward = V L^(-1/2), so |e forward|^2 = e M e^T = E[(q.e)^2]. The
-    eigen-directions are dealt to the sub-spaces, see :func:`dealt`. Where queries span few directions M is singular:
-    ``ridge`` times its mean eigenvalue is added to all eigenvalues, so the condition number stays below D / ridge + 1;
-    without any queries the map is the identity, up to the order of the dimensions.
+    With M = V L V^T, let forward = V L^(1/2) and backward = V L^(-1/2). Then |e forward|^2 = e M e^T = E[(q.e)^2] for
+    an error e. The eigenvectors are distributed over the sub-spaces by :func:`dealt`. M is singular if queries span few
+    directions; therefore ``ridge`` times the mean eigenvalue is added to all eigenvalues, which keeps the condition
+    number below D / ridge + 1. Without any queries the map is the identity, up to the order of the dimensions.
 
     Args:
-        moment: symmetric ``[B, H, D, D]``.
+        moment: M, symmetric ``[B, H, D, D]``.
         parts: sub-spaces of the codebook.
-        ridge: see above.
+        ridge: share of the mean eigenvalue that is added to every eigenvalue.
     """
     values, vectors = torch.linalg.eigh(moment.double())  # ascending
     values = values.clamp(min=0)
@@ -106,14 +110,14 @@ def query_aware(moment: Tensor, parts: int, ridge: float = 1e-3) -> KeyMap:
 
 
 def padded(vectors: Tensor, parts: int) -> Tensor:
-    """Vectors ``[..., D]`` with zeros behind, up to the next multiple of ``parts``."""
+    """Vectors ``[..., D]`` padded with zeros to the next multiple of ``parts``."""
     return torch.nn.functional.pad(vectors, (0, -vectors.shape[-1] % parts))
 
 
 def dealt(dimension: int, parts: int, device: torch.device | None = None) -> Tensor:
-    """Which direction, ordered by weight, goes where: ``[D]``. They are dealt like cards to the ``parts`` sub-spaces,
-    back and forth, so that each gets as much weight as the others."""
-    ranks = torch.arange(dimension, device=device).view(-1, parts)  # a round per row
+    """An order ``[D]`` of directions that are sorted by weight. They are dealt like cards to the ``parts`` sub-spaces,
+    back and forth, so that all sub-spaces get about the same weight."""
+    ranks = torch.arange(dimension, device=device).view(-1, parts)  # each row is one round of dealing
     ranks[1::2] = ranks[1::2].flip(1)
     return ranks.T.reshape(-1)
 

@@ -1,4 +1,4 @@
-"""Codes that lie in host memory and cross the link in every step."""
+"""Codes that are kept in host memory and brought to the device in every step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pqbench.method import KV, Arrival
 
 
 class HostCodes:
-    """Codes uint8 ``[B, H, N, m]``. Those of the prompt lie in host memory, page-locked beside a GPU, so that the
-    host does not wait in either direction. Codes of tokens that joined later stay on the device, where they are
-    made: they take a byte for each sub-space, and to move them one by one would take a transfer in every step."""
+    """Codes uint8 ``[B, H, N, m]``. Codes of the prompt are in host memory. For a model on a GPU it is page-locked, so
+    that the host never waits for their transfers. Codes of later tokens stay on the device, where they are computed:
+    they are small, one byte per sub-space, and moving them to the host would take an extra transfer in every step."""
 
     def __init__(self, codes: Tensor) -> None:
-        """Take over codes ``[B, H, N, m]`` on the device."""
-        # Read by transfers alone, which the device orders behind this one. Only a dense copy does not block.
+        """Move codes ``[B, H, N, m]`` from the device to the host."""
+        # The copy need not be waited for: only transfers read it, and the device runs them after this one. A copy
+        # from a tensor that is not dense would block.
         self._settled = torch.empty(codes.shape, dtype=codes.dtype, pin_memory=codes.is_cuda)
         self._settled.copy_(codes.contiguous(), non_blocking=True)
         self._joined = GrowingBuffer(codes[:, :, :0])
@@ -30,11 +31,11 @@ class HostCodes:
         return self._settled.nbytes + self._joined.bytes
 
     def ask(self, kv: KV) -> Arrival:
-        """Ask for the prompt's codes; they cross the link while the caller goes on."""
+        """Start to bring the prompt's codes to the device; the caller does not wait."""
         return kv.bring(self._settled)
 
     def all(self, arrived: Tensor) -> Tensor:
-        """All codes on the device, when those that were asked for have ``arrived``."""
+        """All codes ``[B, H, N, m]`` on the device, where ``arrived`` are those of the prompt."""
         return torch.cat([arrived, self._joined.view()], dim=2) if len(self._joined) else arrived
 
     def append(self, codes: Tensor) -> None:
@@ -42,5 +43,5 @@ class HostCodes:
         self._joined.append(codes)
 
     def view(self) -> Tensor:
-        """All codes on the device at once, for a look at the index; a step does not use this."""
+        """All codes on the device. Waits for the transfer; a decode step uses :meth:`ask` and :meth:`all` instead."""
         return self.all(self._settled.to(self._joined.view().device))

@@ -1,4 +1,4 @@
-"""The index of PQCache in one layer: a codebook, and codes of the middle tokens."""
+"""The index of PQCache in one layer: a codebook, and the codes of the middle tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ AHEAD = 16  # tokens encoded at once
 
 
 def step_numbers(budget: Budget, length: int, prompt: int) -> tuple[int, int, int, int, int, int]:
-    """Sinks, top_k, length, middle, tokens attended to, and those among them outside the window, all of a step with
-    ``length`` tokens."""
+    """Numbers of a step with ``length`` tokens: sinks, top_k, length, tokens in the middle, tokens attended to, and
+    tokens attended to outside the window."""
     split = budget.resolve(length, prompt)
     middle = length - split.sink - split.window
     found = split.sink + min(split.top_k, middle)
@@ -28,13 +28,13 @@ def step_numbers(budget: Budget, length: int, prompt: int) -> tuple[int, int, in
 
 
 class KeyIndex:
-    """Codes of the middle tokens, and of a few tokens behind it, which are encoded together.
+    """Codes of the middle tokens, and of a few window tokens that will join the middle next and are encoded together.
 
     Attributes:
-        codebook: ``[B, H, m, 2**b, D/m]``; None until there are keys enough.
-        codes: uint8 ``[B, H, n, m]``; None until then.
-        middle: tokens whose codes count; some tokens that are still in the window have their codes already.
-        clustering: makes codebooks.
+        codebook: ``[B, H, m, 2**b, D/m]``; None until the middle has enough keys.
+        codes: uint8 ``[B, H, n, m]``; None until the codebook exists.
+        middle: number of middle tokens; only their codes are searched.
+        clustering: computes codebooks.
     """
 
     def __init__(self, method: PQCache, geometry: Geometry) -> None:
@@ -46,8 +46,8 @@ class KeyIndex:
         self._arriving: Arrival | None = None
 
     def reach(self, kv: KV, length: int) -> bool:
-        """Give every token a code that is in the middle when there are ``length`` tokens. Returns whether a codebook
-        was made for it."""
+        """Encode all tokens that are in the middle of a context of ``length`` tokens. Returns whether this computed a
+        codebook."""
         first, stop = self.method.budget.resolve(length, self.geometry.prompt).middle(length)
         made = self.codebook is None and stop - first > self.method.clusters
         if made:
@@ -58,35 +58,35 @@ class KeyIndex:
         return made
 
     def train(self, kv: KV, start: int, stop: int) -> None:
-        """Make the codebook from rows ``start`` to ``stop``, and their codes."""
+        """Compute the codebook from rows ``start`` to ``stop``, and the codes of these rows."""
         self.middle = stop - start
         codebook, codes = self.quantised(kv.stored_keys(start, stop))
         self.codebook = codebook.to(kv.device)
-        self.codes, self._arriving = GrowingBuffer(codes.to(kv.device)), None  # other codes may be on their way
+        self.codes, self._arriving = GrowingBuffer(codes.to(kv.device)), None  # older codes may be on their way
 
     def quantised(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codebook and codes of keys ``[B, H, S, D]``."""
+        """Codebook ``[B, H, m, 2**b, D/m]`` and codes uint8 ``[B, H, S, m]`` of keys ``[B, H, S, D]``."""
         return self.clustering.train(keys)
 
     def join(self, kv: KV, start: int, stop: int) -> None:
-        """Give codes to rows ``start`` to ``stop``, which have left the window. The next rows to leave it get theirs at
-        the same time, because to encode sixteen tokens takes as long as to encode one."""
+        """Encode rows ``start`` to ``stop``, which have left the window. The next rows that will leave it are encoded
+        at the same time, because encoding sixteen tokens takes as long as encoding one."""
         self.known.append(self.encode(kv, start, min(kv.length, max(stop, start + AHEAD))))
 
     def encode(self, kv: KV, start: int, stop: int) -> Tensor:
-        """What the index says of rows ``start`` to ``stop``: codes ``[B, H, n, m]``."""
+        """Codes ``[B, H, n, m]`` of rows ``start`` to ``stop``. Raises RuntimeError if there is no codebook yet."""
         if self.codebook is None:
             raise RuntimeError("no codebook before finish_prefill()")
         return self.geometry.kernels.encode(kv.keys(start, stop), self.codebook)
 
     def ask(self, kv: KV) -> None:
-        """Ask for codes that lie on the host, while the layer before computes."""
+        """Start to bring codes from the host, while the previous layer computes."""
         if self.codes is not None and self.method.codes_on == "host":
             self._arriving = self._on_host().ask(kv)
 
     def arrived(self, kv: KV) -> Tensor:
-        """Codes ``[B, H, n, m]`` on the device, those of the middle first: the codes that were asked for a layer ago,
-        and those that have joined since."""
+        """Codes ``[B, H, n, m]`` on the device, those of the middle first. Codes from the host were asked for with
+        :meth:`ask`."""
         if self.method.codes_on == "device":
             return self.known.view()
         codes = self._on_host()
@@ -103,8 +103,16 @@ class KeyIndex:
         only: Tensor | None = None,
         chosen: Tensor | None = None,
     ) -> Tensor:
-        """Sinks, the middle tokens that ``codes`` put first for q ``[B, H, G, D]``, and the window, by the
-        :func:`step_numbers` of a step: ``[B, H, room]``. Heads that are not among ``only`` keep what is ``chosen``."""
+        """The selection ``[B, H, room]`` of a step for q ``[B, H, G, D]``: sinks, the best middle tokens, and the
+        window.
+
+        Args:
+            codes: ``[B, H, n, m]`` on the device.
+            numbers: the :func:`step_numbers` of the step.
+            room: size of the selection, at least the number of tokens attended to.
+            only: bool ``[B, H]``, heads that select; the others keep their rows of ``chosen``. None for all.
+            chosen: int64 ``[B, H, room]``, an earlier selection, which is overwritten; None for a new tensor.
+        """
         if self.codebook is None:
             raise RuntimeError("no codebook before finish_prefill()")
         sink, top_k, length, middle, _, _ = numbers
@@ -114,28 +122,28 @@ class KeyIndex:
 
     @property
     def known(self) -> GrowingBuffer | HostCodes:
-        """The codes, which must exist."""
+        """The codes. Raises RuntimeError if there are none yet."""
         if self.codes is None:
             raise RuntimeError("no codes before finish_prefill()")
         return self.codes
 
     @property
     def on_device(self) -> GrowingBuffer:
-        """The codes, which must lie on the device."""
+        """The codes. Raises RuntimeError if they are not on the device."""
         codes = self.known
         if isinstance(codes, HostCodes):
             raise RuntimeError("codes that have moved to the host have no place on the device")
         return codes
 
     def _on_host(self) -> HostCodes:
-        """The codes, moved to the host by the first step: until then they are still being worked on."""
+        """The codes on the host. The first step moves them there, because the index is still built until then."""
         codes = self.known
         moved = self.codes = HostCodes(codes.view()) if isinstance(codes, GrowingBuffer) else codes
         return moved
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the codes that a step reads."""
+        """Bytes of the codes that a step reads, those of the middle."""
         return 0 if self.codes is None else self.codes.bytes // len(self.codes) * self.middle
 
     @property

@@ -1,4 +1,4 @@
-"""PQCache: product-quantised keys find the tokens, full-precision keys and values attend (arXiv 2407.12820)."""
+"""PQCache: product-quantised keys select tokens, which are then attended to exactly (arXiv 2407.12820)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from pqbench.method import Budget, ConfigError, Geometry, LayerState, Method, Pa
 
 @dataclass(frozen=True)
 class PQCache(Method):
-    """Per KV head and sub-space, K-Means on the middle keys after rotary embedding gives codebooks and codes.
+    """K-Means on the middle keys, after rotary embedding, gives a codebook and codes per KV head and sub-space.
 
-    A step scores every middle token by table look-up, takes the softmax over the middle per query head, sums it over
-    the query group, and attends exactly to the top-k per KV head together with sinks and window. A token that leaves
-    the window gets the nearest centroid of the frozen codebooks.
+    Each decode step scores every middle token by table look-up. It takes the softmax over the middle per query head,
+    sums it over the query group, and attends exactly to the top_k tokens per KV head together with sinks and window. A
+    token that leaves the window gets the code of its nearest centroid; codebooks do not change while decoding.
 
-    Differs from the paper: contexts whose middle holds at most ``2**b`` tokens are attended whole, and get their
-    codebooks once the middle is larger; K-Means runs on a sample of the middle, then once on all of it; the number of
-    iterations is fixed by default, so that quality does not depend on the machine (null: the paper's adaptive rule).
+    Differs from the paper: if the middle holds at most ``2**b`` tokens, all of the context is attended to, and the
+    codebooks are computed once the middle is larger; K-Means runs on a sample of the middle, then once on all of it;
+    the number of iterations is fixed by default, so that quality does not depend on the machine (null: the paper's
+    adaptive rule).
 
     Attributes:
         budget: sinks, window and top_k per KV head.
         m: sub-spaces; must divide the head dimension.
-        b: bits per code, 1 to 8; codes are stored one byte each. The paper uses m=2 b=6 on LongBench and, where single
-            tokens must be found, m=4 b=8 on InfiniteBench, the default here.
-        iterations: Lloyd iterations; None for as many as a layer's prefill hides
+        b: bits per code, 1 to 8; each code is stored in one byte. The paper uses m=2 b=6 on LongBench, and m=4 b=8, the
+            default here, on InfiniteBench, where single tokens must be found.
+        iterations: Lloyd iterations; None for as many as can run behind a layer's prefill
             (:func:`methods.pqcache.clustering.adaptive_iterations`).
-        seed: of the initial centroids, a draw of middle keys shared by all heads.
-        sample: keys per centroid that the iterations run on, None for all.
+        seed: seed of the initial centroids, which are middle keys at the same positions in all heads.
+        sample: keys per centroid that the iterations run on; None for all keys.
         tolerance: K-Means stops early once at most this share of the keys changes cluster.
-        codes_on: ``device`` keeps codes beside the accelerator; ``host`` brings those of the prompt over for every
-            step, asked for while the layer before computes, as in the paper.
+        codes_on: ``device`` keeps codes on the accelerator; ``host`` keeps those of the prompt in host memory and
+            brings them over in every step, while the previous layer computes, as in the paper.
     """
 
     budget: Budget = field(default_factory=Budget)
@@ -57,17 +58,17 @@ class PQCache(Method):
 
     @classmethod
     def paper_longbench(cls, ratio: float = 0.1) -> PQCache:
-        """The paper's LongBench setting: 12 bits per key and the paper's half/half split."""
+        """The paper's LongBench setting: 12 bits per key, and the budget split equally into window and top_k."""
         return cls(PaperBudget(ratio=ratio), m=2, b=6, iterations=None, tolerance=0.0)
 
     @classmethod
     def paper_infinitebench(cls, ratio: float = 0.1) -> PQCache:
-        """The paper's InfiniteBench setting: 32 bits per key and the paper's half/half split."""
+        """The paper's InfiniteBench setting: 32 bits per key, and the budget split equally into window and top_k."""
         return cls(PaperBudget(ratio=ratio), m=4, b=8, iterations=None, tolerance=0.0)
 
     @property
     def needs_calibration(self) -> bool:  # type: ignore[override]
-        """Only the adaptive rule asks for times of this hardware."""
+        """Whether the adaptive rule for the number of iterations is used, which needs times of this hardware."""
         return self.iterations is None
 
     def layer(self, geometry: Geometry) -> LayerState:
@@ -87,5 +88,5 @@ class PQCache(Method):
 
     @property
     def clusters(self) -> int:
-        """Centroids per sub-space: as many middle tokens need no codebook."""
+        """Centroids per sub-space. A middle of at most as many tokens gets no codebook."""
         return 2**self.b

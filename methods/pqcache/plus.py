@@ -1,4 +1,4 @@
-"""PQCache beyond the paper: codebooks that know the queries, and an estimate of what is not selected."""
+"""PQCache with additions: codebooks that are fitted to the queries, and an estimate of the unselected tokens."""
 
 from __future__ import annotations
 
@@ -13,45 +13,47 @@ from pqbench.method import ConfigError, Geometry, LayerState
 
 @dataclass(frozen=True)
 class PQCachePlus(PQCache):
-    """PQCache with additions, each an option; the defaults take 36 bits per token and head: 24 for
-    the key, 8 for the value, 4 for the spread.
+    """PQCache with additions, each of which is an option. With the defaults, the index has 36 bits per token and KV
+    head: 24 for the key, 8 for the value, 4 for the spread.
 
-    Codebooks: see :func:`methods.pqcache.codebook.key_map`. With ``query_aware`` squared error in K-Means is the
+    Codebook: see :func:`methods.pqcache.codebook.key_map`. With ``query_aware``, the squared error in K-Means is the
     expected squared error of q.k over the prompt's own queries of the KV head.
 
-    Tail: the middle tokens that are not selected enter as a residual. ``pq``: their approximate weights and
-    product-quantised values. ``mean``: their approximate mass at the mean value of all middle tokens. ``sampled``: no
-    estimate from codes; a share of top_k goes to a uniform sample of the rest, attended exactly and weighted by what it
-    stands for (vAttention, arXiv 2510.05688, with a sample of fixed size). ``none``: as in the paper.
+    Tail: the middle tokens that are not selected are added as a residual. ``pq`` uses their approximate weights and
+    product-quantised values. ``mean`` uses the sum of their approximate weights and the mean value of all middle
+    tokens. ``sampled`` estimates nothing from codes; a share of top_k goes to a uniform sample of the other tokens,
+    each attended to exactly and weighted by the number of tokens that it represents (vAttention, arXiv 2510.05688, with
+    a sample of fixed size). ``none`` adds nothing, as in the paper.
 
-    Calibration: one factor per KV head corrects the estimated mass (see :func:`methods.pqcache.tail.tail_share`),
-    fitted to the last 64 queries when the codebooks are made, as a rule the last of the prompt.
+    Calibration: one factor per KV head corrects the estimated weight of the tail (see
+    :func:`methods.pqcache.tail.tail_share`). It is fitted to the last 64 queries before the codebooks are computed,
+    usually the last of the prompt.
 
-    Spread: four bits per token say how far its estimated logit is likely to be off (:mod:`methods.pqcache.spread`), so
-    that rare keys, which codes describe worst, are not missed.
+    Spread: four bits per token hold the likely error of its estimated logit (:mod:`methods.pqcache.spread`), so that
+    unusual keys, which codes describe worst, are not missed.
 
-    Search by cells (:mod:`methods.pqcache.cells`): with few bits, tokens of equal codes are scored once.
+    Search by cells (:mod:`methods.pqcache.cells`): with few bits, all tokens with equal codes are scored once.
 
     Attributes:
-        m: sub-spaces of keys; where the head dimension is no multiple of it, keys get zeros behind.
+        m: sub-spaces of keys; if the head dimension is not a multiple of it, keys are padded with zeros.
         codebook: plain, centred, rotated or query_aware.
-        queries: prompt queries that query_aware learns from, counted from the end; None for all.
+        queries: number of last prompt queries that query_aware learns from; None for all.
         tail: none, mean, pq or sampled.
         m_v, b_v: sub-spaces and bits of the value codes of the pq tail.
-        calibrated: see above; of effect with the tails mean and pq.
-        sampled_share: share of top_k that the tail ``sampled`` gets.
-        spread: see above; not with search by cells, whose tokens share one score.
-        search: scan, cells (m * b at most 16), or auto: cells when there are at least 4 tokens per cell and neither the
-            tail nor the spread reads every code anyway.
-        arranged: store the prompt in the order of the lists: tokens of a cell, which a step takes together, then lie
-            side by side in memory. The same tokens are taken (a ``sampled`` tail draws others). The prompt's KV is
-            copied for it when the index is built; where it is decoded from once, the first copy is freed then. Only
-            with ``search=cells``, not with ``refresh``, which makes new lists.
-        top_p: attend, of the top_k, only to as many as hold this share of the estimated attention with sinks and window
-            (at their exact scores): budgets then differ by head and step, and top_k caps them. None for all of top_k;
-            not with the tail ``sampled`` or search by cells.
-        refresh: make codebooks and codes anew every so many generated tokens, from all middle keys and with the
-            generated queries counted in; None for never.
+        calibrated: correct the weight of the tail, see above; only for the tails mean and pq.
+        sampled_share: share of top_k that the tail ``sampled`` gets, in [0, 1].
+        spread: use the spread, see above; not with search by cells, whose tokens share one score.
+        search: scan, cells (m * b at most 16), or auto, which uses cells if there are at least 4 tokens per cell and
+            neither the tail nor the spread reads every code anyway.
+        arranged: store the prompt in the order of the lists, so that tokens of a cell, which are selected together, are
+            adjacent in memory. The selection stays the same (except that a ``sampled`` tail draws other tokens). The
+            prompt's KV is copied when the index is built; the original is then freed if it is decoded from only once.
+            Only with ``search=cells``, and not with ``refresh``, which makes new lists.
+        top_p: attend only to as many of the top_k tokens as hold, with sinks and window, this share of the attention.
+            Selected tokens count by estimated scores, sinks and window by exact ones. The number of tokens then differs
+            by head and step. None for all of top_k; not with the tail ``sampled`` or search by cells.
+        refresh: compute codebooks and codes again each time that this many tokens were generated, from all middle keys
+            and with the queries of generated tokens included; None for never.
     """
 
     m: int = 3
@@ -117,25 +119,26 @@ class PQCachePlus(PQCache):
 
     @property
     def estimates_tail(self) -> bool:
-        """Whether unselected tokens enter by estimates from codes."""
+        """Whether the contribution of unselected tokens is estimated from codes."""
         return self.tail in ("mean", "pq")
 
     @property
     def calibrates(self) -> bool:
-        """Whether the mass of the tail is fitted to queries."""
+        """Whether the weight of the tail is calibrated with queries."""
         return self.calibrated and self.estimates_tail
 
     @property
     def scores_all(self) -> bool:
-        """Whether a step scores every token, whatever the search."""
+        """Whether a step scores every token with any search, because the tail, the spread or top_p needs the scores."""
         return self.tail == "pq" or self.spread or self.top_p is not None
 
     @property
     def wants_logits(self) -> bool:
-        """Whether a scan needs logits on the scale of the exact ones."""
+        """Whether a scan needs logits that have the scale of exact logits, because other weights are compared with
+        them."""
         return self.estimates_tail or self.spread or self.top_p is not None
 
     @property
     def clusters(self) -> int:
-        """Middle tokens that need no codebook."""
+        """Number of middle tokens up to which there is no codebook."""
         return 2 ** max(self.b, self.b_v if self.tail == "pq" else 0)

@@ -25,22 +25,23 @@ T = TypeVar("T")
 
 
 def ready(part: T | None) -> T:
-    """A part of the index, which must exist."""
+    """Returns ``part``. Raises RuntimeError if it is None, because the index was not built yet."""
     if part is None:
         raise RuntimeError("no index before finish_prefill()")
     return part
 
 
 class Ahead:
-    """What the index says of the next tokens to leave the window. Tokens leave one by one, in order, and to encode one
-    takes as long as to encode sixteen."""
+    """Encodings of the next tokens that will leave the window. Tokens leave it one by one, in order; they are encoded
+    sixteen at a time, which takes as long as encoding one."""
 
     def __init__(self) -> None:
         self._first = 0
         self._rows: Tensor | None = None
 
     def take(self, start: int, stop: int, length: int, encode: Callable[[int, int], Tensor]) -> Tensor:
-        """``encode(start, stop)`` ``[B, H, n, ...]``, by calls for up to :data:`AHEAD` of ``length`` tokens."""
+        """The result ``[B, H, n, ...]`` of ``encode(start, stop)``. Calls ``encode`` for up to :data:`AHEAD` tokens at
+        a time, none beyond the ``length`` tokens held."""
         rows = self._rows
         if rows is None or start < self._first or stop > self._first + rows.shape[2]:
             rows = self._rows = encode(start, min(length, max(stop, start + AHEAD)))
@@ -49,15 +50,15 @@ class Ahead:
 
 
 class PlusIndex(KeyIndex):
-    """Beside the keys' codebook: value codes (stored behind the key codes of a token), the spread, and the lists of the
-    cells. A codebook is made in the coordinates of the key map, which is learnt from queries.
+    """Adds to :class:`KeyIndex` value codes (stored after the key codes of a token), the spread, and the lists of the
+    cells. The codebook is computed in the coordinates of the key map, which may be learnt from queries.
 
     Attributes:
         map: coordinates of the codebook.
-        value_codebook: ``[B, H, m_v, 2**b_v, D/m_v]``; None where values have no codes.
-        value_sum: ``[B, H, 1, D]`` over the middle; None where the tail does not need it.
-        spread: how far each token's logit is likely to be off; None where it is not kept.
-        lists: tokens by cell; None where the search scans.
+        value_codebook: ``[B, H, m_v, 2**b_v, D/m_v]``; None if values have no codes.
+        value_sum: ``[B, H, 1, D]``, sum of the middle's values; None if the tail does not need it.
+        spread: likely error of each token's estimated logit; None if it is not used.
+        lists: tokens by cell; None if the search scans all codes.
     """
 
     method: PQCachePlus
@@ -70,10 +71,10 @@ class PlusIndex(KeyIndex):
         self.spread: Spread | None = None
         self.lists: InvertedLists | None = None
         self._queries, self._ahead = queries, Ahead()
-        self._trained_at = 0  # length of the context
+        self._trained_at = 0  # context length at the last training
 
     def reach(self, kv: KV, length: int) -> bool:
-        """See :meth:`KeyIndex.reach`; with ``refresh``, the codebooks are made anew from time to time."""
+        """See :meth:`KeyIndex.reach`; with ``refresh``, the codebooks are computed again from time to time."""
         every = self.method.refresh
         if every is None or self.codes is None or length - self._trained_at < every:
             return super().reach(kv, length)
@@ -99,7 +100,7 @@ class PlusIndex(KeyIndex):
         self._trained_at = kv.length
 
     def quantised(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`KeyIndex.quantised`; here in the coordinates of the map, with the spread where it is wanted."""
+        """See :meth:`KeyIndex.quantised`; here in the coordinates of the map. Computes the spread as well, if used."""
         method, device = self.method, self.geometry.device
         moment = self._queries.moment.mean()
         self.map = key_map(method.codebook, keys, moment, method.m, method.seed, device)
@@ -111,7 +112,7 @@ class PlusIndex(KeyIndex):
         return codebook, codes
 
     def encode(self, kv: KV, start: int, stop: int) -> Tensor:
-        """Uint8 ``[B, H, n, m + m_v + 1]``: codes of keys and, where they are kept, of values, and the spread."""
+        """Uint8 ``[B, H, n, m + m_v + 1]``: codes of keys, then codes of values and the spread if they are used."""
         backend = self.geometry.kernels
         keys, book = self.map.keys(kv.keys(start, stop)), ready(self.codebook)
         parts = [backend.encode(keys, book)]
@@ -122,8 +123,8 @@ class PlusIndex(KeyIndex):
         return torch.cat(parts, dim=3)
 
     def join(self, kv: KV, start: int, stop: int) -> None:
-        """Give codes to rows ``start`` to ``stop``, which have left the window. Lists and sums hold the middle alone,
-        so that tokens join one by one; they are encoded together all the same."""
+        """Add rows ``start`` to ``stop``, which have left the window. Lists and sums hold only the middle, so tokens
+        join one by one, although they are encoded together."""
         encoded = self._ahead.take(start, stop, kv.length, partial(self.encode, kv))
         if self.spread is not None:
             self.spread.numbers.append(encoded[..., -1])
@@ -135,7 +136,7 @@ class PlusIndex(KeyIndex):
             self.value_sum = self.value_sum + kv.values(start, stop).float().sum(2, keepdim=True)
 
     def arrange(self, kv: KV, lists: InvertedLists) -> Tensor:
-        """Number middle tokens by their places in the lists. Returns which row each row was, ``[B, H, S]``."""
+        """Order middle tokens by their places in the lists. Returns the old row of each new row, ``[B, H, S]``."""
         order, codes = lists.renumber(), self.known.view()
         self.codes = GrowingBuffer(gather_rows(codes, order.to(codes.device)))
         first, stop = self.method.budget.resolve(kv.length, self.geometry.prompt).middle(kv.length)
@@ -144,7 +145,7 @@ class PlusIndex(KeyIndex):
         return rows
 
     def key_codes(self, codes: Tensor) -> Tensor:
-        """Codes of the keys alone, ``[B, H, n, m]``, of all codes ``[B, H, n, m + m_v]``."""
+        """The key codes ``[B, H, n, m]`` among all codes ``[B, H, n, m + m_v]``."""
         return codes[..., : self.method.m]
 
     def logits(self, q: Tensor, codes: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class PlusIndex(KeyIndex):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that every step reads: codes, spread, and where lists begin."""
+        """Bytes that every step reads: codes, spread, the starts of the lists and pending cells."""
         read = super().bytes_read if self.reads_codes else 0
         read += 0 if self.spread is None else self.spread.numbers.bytes
         return read + (0 if self.lists is None else self.lists.step_bytes)

@@ -1,4 +1,5 @@
-"""Which middle tokens a step of :class:`methods.pqcache.plus.PQCachePlus` attends to, and what the others weigh."""
+"""The search of :class:`methods.pqcache.plus.PQCachePlus`: which middle tokens a step selects, and the weight of the
+others."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ class Best:
     """The result of a search.
 
     Attributes:
-        top: middle tokens ``[B, H, k]``.
-        seen: which of them a head attends to, ``[B, H, k]``; None for all.
-        log_weight: ``[B, H, G]`` of the other middle tokens; None where nobody asked.
-        weights: softmax over the other middle tokens, ``[B, H, G, M]``; None where not every token was scored.
-        codes: all codes on the device; None where they were not read.
+        top: selected middle tokens ``[B, H, k]``.
+        seen: bool ``[B, H, k]``, which of them the KV head attends to; None for all.
+        log_weight: ``[B, H, G]``, log-sum-exp of the estimated logits of the other middle tokens; None if not needed.
+        weights: ``[B, H, G, M]``, softmax over the other middle tokens; None if not every token was scored.
+        codes: all codes on the device; None if they were not read.
     """
 
     top: Tensor
@@ -38,15 +39,15 @@ class Best:
 
 
 class Search:
-    """Finds the best middle tokens by a scan of all codes, or by the lists of the cells."""
+    """Finds the best middle tokens by a scan of all codes, or in the lists of the cells."""
 
     def __init__(self, method: PQCachePlus, geometry: Geometry, index: PlusIndex) -> None:
         self._method, self._geometry, self._index = method, geometry, index
-        self._taken = 0  # tokens that the last step took from the lists
+        self._taken = 0  # tokens that the last step read from the lists
 
     @property
     def bytes_taken(self) -> int:
-        """Bytes that the last step took from the lists: the numbers of its tokens."""
+        """Bytes of the token numbers that the last step read from the lists."""
         return self._geometry.batch * self._geometry.kv_heads * self._taken * 4
 
     def best(self, q: Tensor, kv: KV, split: Split) -> Best:
@@ -65,7 +66,7 @@ class Search:
         return Best(top, None, log_weight, weights, codes)
 
     def _by_logits(self, q: Tensor, kv: KV, split: Split, logits: Tensor, codes: Tensor | None) -> Best:
-        """The best tokens by estimated logits ``[B, H, G, M]`` of them all."""
+        """The best tokens by estimated logits ``[B, H, G, M]`` of all middle tokens."""
         method, seen = self._method, None
         if method.top_p is not None:
             top, seen = self._enough(q, kv, logits, split, method.top_p)
@@ -77,14 +78,14 @@ class Search:
         return Best(top, seen, log_weight, weights, codes)
 
     def _by_codes(self, q: Tensor, codes: Tensor, wanted: int) -> Tensor:
-        """The best tokens ``[B, H, k]`` by codes alone."""
+        """The best tokens ``[B, H, k]`` by codes only."""
         index, backend = self._index, self._geometry.kernels
         mapped, book = index.map.queries(q), ready(index.codebook)
         scores = backend.pq_probabilities(mapped, book, index.key_codes(codes), self._geometry.scaling)
         return backend.top_k(scores, wanted)
 
     def _by_cells(self, q: Tensor, lists: InvertedLists, wanted: int) -> tuple[Tensor, Tensor]:
-        """The same tokens from inverted lists, and the log-weight ``[B, H, G]`` of the others."""
+        """The same tokens ``[B, H, k]``, found in inverted lists, and the log-weight ``[B, H, G]`` of the others."""
         self._taken = wanted
         index, scaling = self._index, self._geometry.scaling
         top, rest = self._geometry.kernels.best_of_cells(
@@ -93,8 +94,9 @@ class Search:
         return top, rest + index.map.constant(q) * scaling
 
     def _enough(self, q: Tensor, kv: KV, logits: Tensor, split: Split, share: float) -> tuple[Tensor, Tensor]:
-        """The fewest middle tokens that, with sinks and window, hold ``share`` of the group's mean attention, estimated
-        by ``logits`` ``[B, H, G, M]``; at most top_k of them. See :func:`methods.pqcache.tail.smallest_set`."""
+        """The fewest middle tokens that hold, with sinks and window, a ``share`` of the query group's mean attention as
+        estimated from ``logits`` ``[B, H, G, M]``, but at most top_k. Returns as
+        :func:`methods.pqcache.tail.smallest_set`."""
         first, stop = split.middle(kv.length)
         outside = torch.cat([kv.keys(0, first), kv.keys(stop)], dim=2).float()
         held = (q.float() @ outside.transpose(2, 3) * self._geometry.scaling).logsumexp(-1)  # [B, H, G]

@@ -1,4 +1,4 @@
-"""One layer of :class:`methods.pqcache.plus.PQCachePlus` at work."""
+"""The state of :class:`methods.pqcache.plus.PQCachePlus` in one layer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pqbench.method import KV, Check, Geometry, LayerState, Selection, Split
 if TYPE_CHECKING:
     from methods.pqcache.plus import PQCachePlus
 
-_CALIBRATION = 64  # queries
+_CALIBRATION = 64  # queries that the tail is fitted to
 
 
 class PQCachePlusState(LayerState):
-    """The parts of a layer: queries seen so far, the index, the search in it, and the tail."""
+    """The parts of the state: queries seen so far, the index, the search in it, and the tail."""
 
     def __init__(self, method: PQCachePlus, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -56,7 +56,7 @@ class PQCachePlusState(LayerState):
             self.queries.add(q[:, :, :, None], kv.length - 1)
         if index.codes is None:
             return Selection()
-        if index.lists is None and method.tail == "none" and not method.scores_all:  # the best by codes are enough
+        if index.lists is None and method.tail == "none" and not method.scores_all:  # only codes are needed
             numbers = step_numbers(method.budget, kv.length, self.geometry.prompt)
             codes = index.key_codes(index.arrived(kv))
             return Selection(index.best(index.map.queries(q), codes, numbers, numbers[4]))
@@ -73,8 +73,8 @@ class PQCachePlusState(LayerState):
         return Selection(indices, visible[:, :, None].expand(-1, -1, q.shape[2], -1), residual=residual)
 
     def _with_sample(self, q: Tensor, kv: KV, split: Split) -> Selection:
-        """top_k middle tokens, of which a share is drawn from what the codes did not choose. A drawn token is weighted
-        by the number of tokens that it stands for."""
+        """A selection of top_k middle tokens. A share of them is a random sample of the tokens that the codes did not
+        select; each sampled token is weighted by the number of tokens that it represents."""
         wanted, tokens = int(split.top_k * self.method.sampled_share), len(self.index.known)
         top = self.search.best(q, kv, replace(split, top_k=split.top_k - wanted)).top
         sample = draw_rest(top, tokens, wanted, step_seed(self.method.seed, self.geometry.layer, kv.length))

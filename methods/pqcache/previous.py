@@ -1,8 +1,9 @@
-"""Selection ahead: rows chosen with the query of the step before, and which heads must choose anew.
+"""Selection ahead: rows are selected with the query of the previous step, and some heads are corrected.
 
-Queries of neighbouring tokens resemble each other. The rows that one query chooses therefore nearly serve the next
-query, and a selection need not wait for its own query (InfiniGen, arXiv 2406.19707; FreeKV, arXiv 2505.13109). A KV
-head whose query has turned since then is corrected: it chooses with its present query.
+Queries of neighbouring tokens are similar, and so are the rows that they select. A step can therefore use a selection
+that was made with the previous query, before its own query is known (InfiniGen, arXiv 2406.19707; FreeKV, arXiv
+2505.13109). A KV head whose query has changed direction too much ("turned") is corrected: it selects again with its
+current query.
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ from torch import Tensor
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which every layer selects ahead, while the layer before computes."""
+    """The stream on which every layer selects ahead while the previous layer computes."""
     return torch.cuda.Stream(device)
 
 
 class PreviousQuery:
-    """The query of the step before in one layer, and how often it did not serve.
+    """The query of the previous step in one layer, and the number of heads that were corrected.
 
-    Differs from FreeKV, which selects pages of tokens, attends with what was brought for the step before and lets the
-    first layer select with its own query: here tokens are selected, over all that the step can see, in every layer.
+    Differs from FreeKV, which selects pages of tokens, attends to the tokens that were brought for the previous step,
+    and lets the first layer select with its own query. Here single tokens are selected in every layer, among all tokens
+    that the step can see.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.chosen: Tensor | None = None  # [B, H, room], rows chosen for the step under way
-        self.steps = 0  # that had chosen rows
+        self.chosen: Tensor | None = None  # [B, H, room], rows selected for the current step
+        self.steps = 0  # steps for which rows were selected ahead
         self._query: Tensor | None = None
-        self._there: torch.cuda.Event | None = None  # when rows are chosen, on a GPU
-        self._corrected: Tensor | None = None  # heads so far, on the device: nobody waits for it in a step
+        self._there: torch.cuda.Event | None = None  # on a GPU, passed when rows are selected
+        self._corrected: Tensor | None = None  # number of corrected heads, on the device so that no step waits for it
 
     @property
     def query(self) -> Tensor | None:
-        """The query ``[B, H, G, D]`` of the step before; None in the first."""
+        """The query ``[B, H, G, D]`` of the previous step; None in the first step."""
         return self._query
 
     @property
@@ -46,15 +48,15 @@ class PreviousQuery:
         return [kept for kept in (self.chosen, self._query, self._corrected) if kept is not None]
 
     def follow(self, q: Tensor) -> None:
-        """The step's query ``[B, H, G, D]``, which is the next step's previous one."""
+        """Store the query ``[B, H, G, D]`` of this step as the previous query of the next step."""
         if self._query is None:
             self._query, self._corrected = q.clone(), torch.zeros((), dtype=torch.int64, device=q.device)
         else:
             self._query.copy_(q)
 
     def choose_ahead(self, choose: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        """Have ``choose`` compute :attr:`chosen` from the previous query, beside whatever else a GPU does. If there
-        is a tensor already, it is written into that tensor."""
+        """Let ``choose`` compute :attr:`chosen` from the previous query; on a GPU this runs beside other work. If
+        :attr:`chosen` is a tensor already, the result is written into it."""
         if self._query is None:
             raise RuntimeError("there is no step before the first")
         if not self._query.is_cuda:
@@ -72,15 +74,14 @@ class PreviousQuery:
         self.chosen = chosen
 
     def arrived(self) -> Tensor | None:
-        """:attr:`chosen`, ordered before all work that is launched from now on; None where nothing was chosen
-        ahead."""
+        """:attr:`chosen`, ready for all work that is launched from now on; None if nothing was selected ahead."""
         if self.chosen is not None and self._there is not None:
             torch.cuda.current_stream(self.chosen.device).wait_event(self._there)
         return self.chosen
 
     def turned(self, q: Tensor) -> Tensor:
-        """KV heads to correct, bool ``[B, H]``: the cosine between a query head's q and the one before, averaged over
-        the group, is at most the threshold. They are counted."""
+        """Which KV heads to correct, bool ``[B, H]``: those for which the cosine between q ``[B, H, G, D]`` and the
+        previous query, averaged over the query group, is at most the threshold. Counts them."""
         if self._query is None or self._corrected is None:
             raise RuntimeError("turned() in the first step")
         cosine = torch.cosine_similarity(q.float(), self._query.float(), dim=-1).mean(-1)
@@ -89,5 +90,5 @@ class PreviousQuery:
         return flags
 
     def share(self, heads: int) -> float:
-        """Share of the heads that were corrected, where a step has ``heads`` of them. Waits for the device."""
+        """Share of the heads that were corrected so far, when a step has ``heads`` heads. Waits for the device."""
         return 0.0 if self._corrected is None or not self.steps else int(self._corrected) / (self.steps * heads)

@@ -1,4 +1,4 @@
-"""What a prompt's queries tell an index: their second moment, and the last of them as a sample of what comes."""
+"""What an index learns from the prompt's queries: their second moment, and the last queries as examples."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pqbench.method import Geometry
 
 
 class Moment:
-    """Running second moment of queries, ``[B, H, D, D]``, the query group together; float64, so that it does not matter
-    in which blocks a prompt arrives."""
+    """Running second moment ``[B, H, D, D]`` of the queries of a query group. It is float64, so that the result does
+    not depend on the blocks in which a prompt arrives."""
 
     def __init__(self, geometry: Geometry) -> None:
         shape = (geometry.batch, geometry.kv_heads, geometry.head_dim, geometry.head_dim)
@@ -18,13 +18,13 @@ class Moment:
         self._count = 0
 
     def add(self, q: Tensor) -> None:
-        """Count queries ``[B, H, G, n, D]``."""
+        """Add queries ``[B, H, G, n, D]``."""
         flat = q.float().flatten(2, 3)  # [B, H, G * n, D]
         self._sum = self._sum + (flat.transpose(2, 3) @ flat).double()
         self._count += flat.shape[2]
 
     def mean(self) -> Tensor:
-        """Mean of q q^T ``[B, H, D, D]``; zero before any query."""
+        """Mean of q q^T ``[B, H, D, D]``; zero before the first query."""
         return self._sum / max(self._count, 1)
 
     @property
@@ -37,9 +37,9 @@ class SeenQueries:
     """The moment of all queries from position ``first`` on, and the last ``kept`` queries themselves.
 
     Attributes:
-        moment: see there.
-        recent: ``[B, H, G, n, D]`` with n up to ``kept``, None before any.
-        last: position of the last query.
+        moment: second moment of these queries.
+        recent: the last queries ``[B, H, G, n, D]``, where n is at most ``kept``; None before the first query.
+        last: position of the last query; -1 before the first query.
     """
 
     def __init__(self, geometry: Geometry, first: int, kept: int) -> None:
@@ -49,7 +49,7 @@ class SeenQueries:
         self._first, self._kept = first, kept
 
     def add(self, q: Tensor, last: int) -> None:
-        """The next queries ``[B, H, G, n, D]`` of the context; ``last`` is the position of the last of them."""
+        """Add the next queries ``[B, H, G, n, D]`` of the context, of which the last has position ``last``."""
         self.last = last
         begins = last - q.shape[3] + 1
         self.moment.add(q[:, :, :, max(0, self._first - begins) :])

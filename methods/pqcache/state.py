@@ -1,4 +1,4 @@
-"""One layer of :class:`methods.pqcache.method.PQCache` at work."""
+"""The state of :class:`methods.pqcache.method.PQCache` in one layer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class PQCacheState(LayerState):
-    """The index of the layer and, with selection ahead, the query of the step before.
+    """The index of the layer and, with selection ahead, the query of the previous step.
 
     Attributes:
         index: codebook and codes.
-        previous: with selection ahead, the query of the step before; None without.
-        room: tokens that the selection of a captured step has room for.
+        previous: the query of the previous step; None without selection ahead.
+        room: size of the selection tensor of a captured step, in tokens.
     """
 
     def __init__(self, method: PQCache, geometry: Geometry) -> None:
@@ -85,7 +85,7 @@ class PQCacheState(LayerState):
         return Selection(indices, count=None if self.numbers is None else self.numbers[4], anew=only)
 
     def _choose_ahead(self, kv: KV, previous: PreviousQuery) -> None:
-        """Select for the coming step with the query of the one before."""
+        """Select for the next step with the query of the previous one, and start to fetch the rows."""
         length = kv.length + 1
         if self.numbers is None:
             self.index.reach(kv, length)
@@ -100,7 +100,7 @@ class PQCacheState(LayerState):
 
     def _choose(self, q: Tensor, kv: KV, length: int, only: Tensor | None, chosen: Tensor | None) -> Tensor:
         """The rows of a step with ``length`` tokens; see :meth:`methods.pqcache.index.KeyIndex.best`. In a captured
-        step its numbers lie on the device, and one of them says how many of all codes count."""
+        step the step numbers are on the device, and one of them says how many of the codes are valid."""
         if self.numbers is not None:
             return self.index.best(q, self.index.on_device.whole, self.numbers, self.room, only, chosen)
         numbers = self._step(length)

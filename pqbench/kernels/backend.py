@@ -1,4 +1,4 @@
-"""Which backend computes: three backends have one signature (:class:`Kernels`); ``reference`` is the definition."""
+"""The three backends. They have the same functions (:class:`Kernels`); the reference backend defines the results."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BACKENDS = ("auto", "reference", "cpu", "gpu")
 
 
 class Kernels(Protocol):
-    """The operations that decode steps and indexes are made of; shapes and meaning are those of
-    :mod:`pqbench.kernels.reference`. Bodies are modules."""
+    """The operations of decode steps and indexes. A backend is a module with these functions; their arguments and
+    shapes are documented in :mod:`pqbench.kernels.reference`."""
 
     __name__: str
 
@@ -34,15 +34,15 @@ class Kernels(Protocol):
         log_weights: Tensor | None = None,
         count: Number | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Exact attention over given rows, or over all; over the first ``count`` of them where that is given."""
+        """Exact attention over the rows given by ``indices``, or over all rows."""
 
     def dense_attention(
         self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None
     ) -> Tensor:
-        """Exact attention over all rows, or the first ``count``, by the fastest kernel there is."""
+        """Exact attention over all rows, or the first ``count``, by the fastest kernel."""
 
     def pq_probabilities(self, q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
-        """Approximate attention each token would receive."""
+        """Approximate attention that each token would receive."""
 
     def pq_select(
         self,
@@ -58,22 +58,22 @@ class Kernels(Protocol):
         only: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Sinks, the tokens of the middle with the largest approximate attention, and the window."""
+        """The selection of a step: sinks, the middle tokens with the largest approximate attention, and the window."""
 
     def best_of_cells(
         self, q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """The tokens of largest approximate attention from lists by cell, and what the others weigh; see
-        :mod:`pqbench.kernels.reference.cells`."""
+        """The tokens with the largest approximate attention, found in lists by cell, and the log-weight of the others;
+        see :mod:`pqbench.kernels.reference.cells`."""
 
     def merge_lists(self, starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
-        """Lists by cell with the pending tokens at their ends."""
+        """Lists by cell after the pending tokens were added at their ends."""
 
     def exact_probabilities(self, q: Tensor, keys: Tensor, scaling: float) -> Tensor:
-        """Exact attention each token would receive."""
+        """Exact attention that each token would receive."""
 
     def top_k(self, scores: Tensor, count: int) -> Tensor:
-        """Indices of the largest scores, ascending; ties to the lower index."""
+        """Indices of the largest scores, in ascending order; of equal scores, the lower index is taken."""
 
     def train_codebook(
         self,
@@ -85,13 +85,13 @@ class Kernels(Protocol):
         sample: int | None = None,
         tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Product quantiser of keys, and their codes."""
+        """Codebook of keys, and their codes."""
 
     def encode(self, keys: Tensor, codebook: Tensor) -> Tensor:
         """Codes of keys in a given codebook."""
 
     def column_sums(self, q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
-        """Attention each key received from a block of prompt queries."""
+        """Attention that each key received from a block of prompt queries."""
 
     def noise(self, heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
         """Random numbers int32 ``[H, S]``, the same in every backend; see :mod:`pqbench.kernels.reference.noise`."""
@@ -114,7 +114,7 @@ class Kernels(Protocol):
     def find_rows(
         self, indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1, first: int = 0
     ) -> Found:
-        """Where tokens lie on the device, and which do not; see :mod:`pqbench.kernels.reference.rows`."""
+        """Find tokens on the device, and those that are missing; see :mod:`pqbench.kernels.reference.rows`."""
 
     def fetch_rows(
         self,
@@ -128,37 +128,37 @@ class Kernels(Protocol):
         blocks: Blocks | None = None,
         count: Number | None = None,
     ) -> Tensor:
-        """Where tokens lie on the device; those that did not lie there are copied from the host by the same call."""
+        """Find tokens on the device, after copying the missing ones from the host."""
 
     def vacate_rows(
         self, indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks
     ) -> None:
-        """Copy rows out of blocks that are about to be overwritten."""
+        """Save the rows of blocks that will be overwritten; see :mod:`pqbench.kernels.reference.rows`."""
 
     def copy_blocks(self, moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
-        """Copy blocks from the host to their slots."""
+        """Copy blocks from the host to their slots in the cache."""
 
     def admit_blocks(
         self, counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
     ) -> Tensor:
-        """Which blocks a cache lets in, and where; see :mod:`pqbench.kernels.reference.blocks`."""
+        """Choose the blocks that enter a cache, and their slots; see :mod:`pqbench.kernels.reference.blocks`."""
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy between strided tensors, also of host memory."""
+        """Copy between strided tensors, which may be in host memory."""
 
     def use_threads(self, count: int) -> None:
-        """Threads of this backend in the calling thread."""
+        """Set the number of threads that this backend uses when called from the current thread."""
 
     def warm_up(self) -> float:
-        """Compile what needs compiling before anything is timed; returns the seconds it took."""
+        """Compile kernels before anything is timed. Returns the seconds that this took."""
 
 
 @cache
 def kernels(device: torch.device, backend: str = "auto") -> Kernels:
-    """The backend for tensors on ``device``: the compiled one with ``auto``, otherwise the one that is named.
+    """The backend for tensors on ``device``: with ``auto`` the compiled one, otherwise the one called ``backend``.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: there is no such backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"kernels={backend!r}: use one of {', '.join(BACKENDS)}")

@@ -1,4 +1,4 @@
-"""A tensor that grows along its token axis in amortised constant time, and row operations on it."""
+"""Buffers that grow along the token axis in amortised constant time, and operations on rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pqbench.kernels.pages import empty_rows
 
 
 class GrowingBuffer:
-    """Rows along the third axis, ``[B, H, S, ...]``, kept in one allocation with slack for appends.
+    """Rows along the third axis, ``[B, H, S, ...]``, in one allocation with free space (slack) for appends.
 
-    Rows are copied in, so the buffer never aliases the tensor it was made from; :meth:`fork` shares on purpose.
+    The buffer copies the rows that it is made from. Only :meth:`fork` and :meth:`rows` share memory.
     """
 
     def __init__(self, rows: Tensor, slack: int = 256) -> None:
@@ -21,17 +21,18 @@ class GrowingBuffer:
 
     @classmethod
     def like(cls, rows: Tensor, capacity: int) -> GrowingBuffer:
-        """An empty buffer for rows like ``rows`` with room for ``capacity`` of them."""
+        """An empty buffer with room for ``capacity`` rows like ``rows``."""
         return cls(rows[:, :, :0], slack=max(capacity, 1))
 
     def fork(self) -> GrowingBuffer:
-        """A buffer over the same memory with a length of its own."""
+        """A buffer that shares the memory and has its own length."""
         fork = GrowingBuffer.__new__(GrowingBuffer)
         fork._slack, fork._length, fork._data = self._slack, self._length, self._data
         return fork
 
     def rows(self, index: Tensor | slice, start: int) -> GrowingBuffer:
-        """The buffer of some sequences without their first ``start`` rows; shares memory when ``index`` is a slice."""
+        """A buffer of the sequences ``index`` without their first ``start`` rows; shares memory if ``index`` is a
+        slice."""
         part = GrowingBuffer.__new__(GrowingBuffer)
         part._slack, part._length, part._data = self._slack, self._length - start, self._data[index, :, start:]
         return part
@@ -50,7 +51,7 @@ class GrowingBuffer:
 
     @property
     def whole(self) -> Tensor:
-        """All rows there is room for, ``[B, H, capacity, ...]``; those from the length on mean nothing."""
+        """The whole memory, ``[B, H, capacity, ...]``; rows from the length on are undefined."""
         return self._data
 
     def append(self, rows: Tensor) -> None:
@@ -61,27 +62,27 @@ class GrowingBuffer:
         self._length += count
 
     def make_room(self, count: int) -> None:
-        """Have room for ``count`` more rows, and for a share more than that where memory must be taken for them."""
+        """Make room for ``count`` more rows. New memory has slack for at least half of the rows held."""
         needed = self._length + count
         if needed > self._data.shape[2]:
             self._data = _allocate(self.view(), needed + max(self._slack, self._length // 2))
 
     def reserve(self, rows: int) -> None:
-        """Have room for ``rows`` rows in all, so that the buffer does not move before it holds more."""
+        """Make room for ``rows`` rows in all, so that the buffer does not move before it holds more."""
         if rows > self._data.shape[2]:
             self._data = _allocate(self.view(), rows)
 
     def advance(self, count: int) -> None:
-        """Count ``count`` rows more: somebody has written them into :attr:`whole`."""
+        """Increase the length by ``count`` rows, which the caller has written into :attr:`whole`."""
         self._length += count
 
     def truncate(self, length: int) -> None:
-        """Forget all rows from ``length`` on."""
+        """Remove all rows from ``length`` on."""
         self._length = min(self._length, length)
 
 
 class NibbleBuffer:
-    """Numbers below 16 along the third axis, ``[B, H, S]``, two to a byte: a number of even position in the low half.
+    """Numbers below 16 along the third axis, ``[B, H, S]``, two per byte; those at even positions are in the low half.
 
     Args:
         numbers: uint8 ``[B, H, S]``.
@@ -100,7 +101,7 @@ class NibbleBuffer:
         return self._pairs.bytes
 
     def pairs(self) -> Tensor:
-        """The bytes ``[B, H, (S + 1) // 2]`` without a copy; with an odd S the last high half means nothing."""
+        """The bytes ``[B, H, (S + 1) // 2]`` without a copy; if S is odd, the last high half is undefined."""
         return self._pairs.view()
 
     def append(self, numbers: Tensor) -> None:
@@ -115,7 +116,7 @@ class NibbleBuffer:
 
 
 def _paired(numbers: Tensor) -> Tensor:
-    """Two numbers to a byte."""
+    """The numbers, two per byte."""
     even, odd = numbers[:, :, ::2], numbers[:, :, 1::2]
     return even | torch.nn.functional.pad(odd << 4, (0, even.shape[2] - odd.shape[2]))
 
@@ -129,7 +130,7 @@ def _allocate(rows: Tensor, capacity: int) -> Tensor:
 
 
 def _address(indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the first three axes that name rows ``[B, H, n]``; indexing so moves whole rows, unlike gather()."""
+    """Indices of the first three axes for rows ``[B, H, n]``. Indexing with them copies whole rows, unlike gather()."""
     batch, heads, _ = indices.shape
     sequence = torch.arange(batch, device=indices.device)[:, None, None]
     head = torch.arange(heads, device=indices.device)[:, None]
@@ -142,15 +143,15 @@ def gather_rows(data: Tensor, indices: Tensor) -> Tensor:
 
 
 def swap_remove(buffer: GrowingBuffer, indices: Tensor) -> None:
-    """Remove e rows ``[B, H, e]`` by moving the last rows into their places, whatever the length of the buffer.
+    """Remove e rows ``[B, H, e]`` by moving the last rows into their places. The cost does not depend on the length.
 
-    The same indices applied to several buffers of equal length leave them aligned.
+    Several buffers of equal length stay aligned if the same rows are removed from each.
     """
     count, data = indices.shape[2], buffer.view()
-    first = data.shape[2] - count  # of the last e rows, which go
+    first = data.shape[2] - count  # the first of the last e rows, whose places are removed
     tail = torch.arange(first, data.shape[2], device=data.device)
     survives = (tail[:, None] != indices[:, :, None, :]).all(-1)  # [B, H, e]: last rows that are not removed themselves
-    # As many survivors as holes before the tail; the rest of both move onto themselves.
+    # There are as many survivors as holes before the tail; the other rows are moved onto themselves.
     source = first + survives.int().argsort(dim=2, descending=True, stable=True)
     holes = indices.masked_fill(indices >= first, data.shape[2]).sort(dim=2).values
     target = torch.where(holes < data.shape[2], holes, source)

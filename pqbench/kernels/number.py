@@ -1,4 +1,4 @@
-"""A number that kernels take, as Python or a device holds it."""
+"""The type of numbers that may be on the host or on the device."""
 
 from __future__ import annotations
 

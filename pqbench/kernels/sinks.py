@@ -1,7 +1,8 @@
-"""Learned attention sinks: a logit per query head that takes part in the softmax and brings no value.
+"""Learned attention sinks: one logit per query head that takes part in the softmax and adds no value.
 
-A sink is a second set of tokens whose mean value is zero, so it is merged like any residual, and the probabilities of
-the tokens shrink by its share. These run on every device, whichever backend computes the rest.
+A sink has the same effect as further tokens whose mean value is zero. It is therefore merged like any residual, and the
+probabilities of the tokens are multiplied by the share that it leaves. These functions run on every device, with any
+backend.
 Shapes as in :mod:`pqbench.kernels.reference`; sinks are float32 ``[H, G]``.
 """
 
@@ -12,19 +13,19 @@ from torch import Tensor
 
 
 def with_sinks(output: Tensor, lse: Tensor, weights: Tensor | None, sinks: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Output ``[B, H, G, D]`` and probabilities ``[B, H, G, n]`` of tokens whose log-sum-exp is ``lse`` ``[B, H, G]``,
-    once the sinks take their share."""
+    """Output ``[B, H, G, D]`` and probabilities ``[B, H, G, n]`` with sinks, from those without sinks. ``lse``
+    ``[B, H, G]`` is the log-sum-exp of the tokens."""
     share = left_by_sinks(lse, sinks)[..., None]
     return (output.float() * share).to(output.dtype), None if weights is None else weights * share
 
 
 def left_by_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
-    """The share of the softmax that tokens of log-sum-exp ``lse`` ``[B, H, G]`` keep beside the sinks."""
+    """The share of the softmax, ``[B, H, G]``, that remains for tokens with log-sum-exp ``lse`` ``[B, H, G]``."""
     return torch.sigmoid(lse - sinks)
 
 
 def probabilities(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    """Softmax of logits ``[B, H, G, ..., S]`` over their last axis, beside the sinks where there are any."""
+    """Softmax of logits ``[B, H, G, ..., S]`` over the last axis, with the sinks unless they are None."""
     if sinks is None:
         return logits.softmax(-1)
     shape = (*sinks.shape, *[1] * (logits.ndim - 4))
@@ -33,7 +34,7 @@ def probabilities(logits: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float, sinks: Tensor) -> Tensor:
-    """:func:`pqbench.kernels.reference.exact_probabilities` beside sinks: float32 ``[B, H, S]``."""
+    """:func:`pqbench.kernels.reference.exact_probabilities` with sinks: float32 ``[B, H, S]``."""
     logits = q.float() @ keys.float().transpose(2, 3) * scaling  # [B, H, G, S]
     return probabilities(logits, sinks).sum(2)
 
@@ -41,8 +42,8 @@ def exact_probabilities(q: Tensor, keys: Tensor, scaling: float, sinks: Tensor) 
 def column_sums(
     q: Tensor, keys: Tensor, scaling: float, sinks: Tensor, band: int | None = None, rows: int = 128
 ) -> Tensor:
-    """:func:`pqbench.kernels.reference.column_sums` beside sinks: float32 ``[B, H, S]`` for q ``[B, H, G, n, D]``, the
-    last n queries of keys ``[B, H, S, D]``."""
+    """:func:`pqbench.kernels.reference.column_sums` with sinks: float32 ``[B, H, S]`` for q ``[B, H, G, n, D]`` of the
+    last n of the keys ``[B, H, S, D]``."""
     count, total = q.shape[3], keys.shape[2]
     sums = torch.zeros(*keys.shape[:3], device=q.device)
     for start in range(0, count, rows):

@@ -1,4 +1,4 @@
-"""How many threads background work takes."""
+"""Number of cores, and the threads of background work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from threadpoolctl import threadpool_limits
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stay_alone() -> None:
-    """Let torch's operations in the calling thread run in that thread only; other threads keep their number.
+    """Make torch's operations in the calling thread use only this thread; other threads are not affected.
 
-    Otherwise every background thread opens an OpenMP team of its own, whose members wait actively on the cores that the
-    model computes with.
+    Otherwise every background thread starts its own OpenMP team, whose members wait actively on the cores that the
+    model needs.
     """
-    torch.get_num_threads()  # a thread's number is set at its first use, which would undo the limit
+    torch.get_num_threads()  # torch sets the number at a thread's first use; later that would undo the limit
     threadpool_limits(1, user_api="openmp")

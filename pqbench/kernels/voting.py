@@ -1,4 +1,4 @@
-"""Votes of a prompt's last queries for its tokens, for methods that keep what these queries attend to."""
+"""Votes of the last prompt queries for tokens, for methods that keep the tokens which these queries attend to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.nn import functional
 
 
 def pooled(votes: Tensor, kernel: int, kind: str) -> Tensor:
-    """Average or maximum (``avg`` or ``max``) of ``kernel`` (odd) neighbouring votes ``[B, H, M]``; the same length."""
+    """Average (``avg``) or maximum (``max``) of ``kernel`` neighbouring votes, ``kernel`` odd: ``[B, H, M]`` for votes
+    ``[B, H, M]``."""
     if kernel == 1 or votes.shape[-1] == 0:
         return votes
     pool = functional.avg_pool1d if kind == "avg" else functional.max_pool1d
@@ -18,7 +19,7 @@ def pooled(votes: Tensor, kernel: int, kind: str) -> Tensor:
 
 
 class Votes:
-    """During the prefill the last queries ``[B, H, G, w, D]`` are held, and at its end their votes ``[B, H, S]``."""
+    """Holds the last queries ``[B, H, G, w, D]`` during the prefill, and at its end their votes ``[B, H, S]``."""
 
     def __init__(self, observation: int, prompt: int) -> None:
         """The last ``observation`` of ``prompt`` queries vote."""
@@ -27,8 +28,8 @@ class Votes:
         self._votes: Tensor | None = None
 
     def observe(self, q: Tensor, keys: Tensor, column_sums: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """See a block of the prompt: queries ``[B, H, G, n, D]``, the last of the keys ``[B, H, S, D]``. A vote is the
-        attention that ``column_sums`` of queries and keys says a token receives."""
+        """Called for each block of the prompt: queries ``[B, H, G, n, D]`` of the last n of the keys ``[B, H, S, D]``.
+        ``column_sums(queries, keys)`` returns the votes, the attention that each key receives."""
         recent = q if self._queries is None else torch.cat([self._queries, q], dim=3)
         recent = recent[:, :, :, -self._observation :]
         if keys.shape[2] < self._prompt:
@@ -37,7 +38,11 @@ class Votes:
             self._queries, self._votes = None, column_sums(recent, keys)
 
     def take(self, first: int, stop: int, kernel: int, kind: str) -> Tensor:
-        """The :func:`pooled` votes for tokens ``first`` to ``stop``, once: they are not held any longer."""
+        """The :func:`pooled` votes for tokens ``first`` to ``stop``; frees the votes.
+
+        Raises:
+            RuntimeError: the end of the prompt was not observed, or the votes were taken before.
+        """
         if self._votes is None:
             raise RuntimeError("finish_prefill() before observe() saw the end of the prompt")
         votes, self._votes = self._votes[:, :, first:stop], None
@@ -45,7 +50,8 @@ class Votes:
 
 
 def oldest_generated(positions: Tensor, seen: int, voted: int, kept: Tensor, count: int) -> Tensor:
-    """The ``count`` rows ``[B, H, count]`` to drop, of rows at ``positions`` ``[B, H, n]``: the oldest of those that
-    came after the vote, then of those voted for (before position ``voted``), and none that is ``kept``."""
+    """The ``count`` rows ``[B, H, count]`` to drop, of rows at ``positions`` ``[B, H, n]`` in a context of ``seen``
+    tokens. The oldest rows from position ``voted`` on are dropped first, then the oldest rows before it, but no row
+    that is ``kept``, bool ``[B, H, n]``."""
     order = positions + seen * (positions < voted)
     return order.masked_fill(kept, 2 * seen).topk(count, dim=-1, largest=False).indices

@@ -37,6 +37,11 @@ TOO_SHORT = "dense: too short"  # what tables say of measurements in which nothi
 _EVERYTHING = (None, "all", "-", "100 %")  # budgets that leave nothing out by design
 
 
+def budget_of(record: Mapping[str, Any]) -> Any:
+    """The budget of a record in a word, for tables: it ``varies`` where the method does not keep to it by design."""
+    return f"{record.get('budget')} (varies)" if record.get("beyond_budget") else record.get("budget")
+
+
 def skipped_nothing(record: Mapping[str, Any]) -> bool:
     """Whether a method that has a budget attended to its whole prompt in every step, since the prompt was too short for
     the method to leave anything out. Its figures are those of full attention."""

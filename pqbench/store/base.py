@@ -1,4 +1,4 @@
-"""What every KV tier offers to a layer: rows to read, rows to add, rows to fetch, and the bytes that this takes."""
+"""What the store of every tier offers to a layer: reading, adding and fetching rows, and counting their bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pqbench.method import Arrival
 
 @dataclass(frozen=True)
 class Present:
-    """An :class:`pqbench.method.Arrival` that has already arrived."""
+    """An :class:`pqbench.method.Arrival` whose tensor is on the device already."""
 
     rows: Tensor
 
     def wait(self) -> Tensor:
-        """The tensor."""
+        """Return the tensor at once."""
         return self.rows
 
 
@@ -30,8 +30,8 @@ class Extent:
     Attributes:
         length: rows held.
         seen: tokens appended so far, dropped ones included.
-        number: in a captured step, an int32 tensor with one element on the device: the tokens held before the write.
-            None otherwise.
+        number: in a captured step, an int32 tensor with one element on the device, the number of tokens held before
+            the write; None otherwise.
     """
 
     length: int
@@ -40,15 +40,15 @@ class Extent:
 
 
 class Usage:
-    """Bytes of one store: what it holds, what it has moved over a link, and how many bytes of keys a method has read.
+    """Bytes of one store: those that it holds, those that it moved over a link, and those of keys that a method read.
 
-    Sums over what a device has done may wait for the device when they are asked for.
+    Reading a sum that is counted on the device may wait for the device.
 
     Attributes:
         opening_bytes: bytes moved to the device once, for the index and for the rows that the device holds from the
-            start. They are no traffic of decoding.
+            start. They do not count as traffic of decoding.
         key_bytes_read: bytes of the keys that were read through the :class:`pqbench.method.KV` interface so far. They
-            follow from shapes alone, so that counting them neither waits for the device nor launches anything.
+            are computed from shapes, so that counting them neither waits for the device nor launches a kernel.
     """
 
     def __init__(self) -> None:
@@ -67,22 +67,22 @@ class Usage:
 
     @property
     def bytes_admitted(self) -> int:
-        """Bytes of the blocks that a cache has let in; they are part of :attr:`bytes_to_device`."""
+        """Bytes of the blocks that entered the block cache; they are part of :attr:`bytes_to_device`."""
         return 0
 
     @property
     def cache_lookups(self) -> int:
-        """With a cache, rows that were asked for and that neither sinks nor window held, over all heads."""
+        """Rows that were asked for and are neither sinks nor in the window, over all heads; 0 without a block cache."""
         return 0
 
     @property
     def cache_hits(self) -> int:
-        """Those of the :attr:`cache_lookups` that the cache held."""
+        """How many of the :attr:`cache_lookups` were found in the block cache."""
         return 0
 
     @property
     def link_bytes(self) -> int:
-        """Bytes moved between host and device so far, both ways."""
+        """Bytes moved between host and device so far, in both directions."""
         return self.bytes_to_device + self.bytes_to_host
 
     @property
@@ -96,11 +96,12 @@ class Usage:
         return 0
 
     def open(self) -> None:
-        """The index is built: bytes moved so far are counted as opening bytes from now on."""
+        """Called when the index is built: all bytes moved until then become opening bytes."""
 
 
 class Writer(ABC):
-    """Adds rows to a store, in three parts, of which the middle one can be captured in a CUDA graph."""
+    """Adds rows to a store in three parts: :meth:`prepare`, :meth:`write`, which can be captured in a CUDA graph, and
+    :meth:`written`."""
 
     def __init__(self, extent: Extent) -> None:
         self.extent = extent
@@ -113,24 +114,28 @@ class Writer(ABC):
 
     @abstractmethod
     def prepare(self, count: int) -> None:
-        """Before ``count`` rows are written: make room for them, and wait for whatever still reads that room."""
+        """Before ``count`` rows are written: make room for them, and wait for transfers that still read that memory.
+
+        Raises:
+            RuntimeError: a younger store of the same prompt writes into the memory that both share.
+        """
 
     @abstractmethod
     def write(self, keys: Tensor, values: Tensor) -> None:
-        """Write rows ``[B, H, n, D]`` behind those held. This is work of the device alone.
+        """Write rows ``[B, H, n, D]`` after the rows held. This only launches work on the device.
 
-        The first row gets the number :attr:`Extent.length`. Where :attr:`Extent.number` is set, it gets the number
-        that this tensor holds when the work is done. A graph is captured with such a number, and it is replayed between
+        The number of the first row is :attr:`Extent.length`. If :attr:`Extent.number` is set, the device reads the
+        number from that tensor when it does the work. A graph is captured in this way and replayed between
         :meth:`prepare` and :meth:`written`.
         """
 
     @abstractmethod
     def written(self, count: int) -> None:
-        """Count the ``count`` rows that were written, and start the work that is due from time to time."""
+        """After ``count`` rows were written: count them, and start transfers of new rows when there are enough."""
 
     @abstractmethod
     def reserve(self, rows: int) -> None:
-        """Have room for ``rows`` rows in all, so that no buffer moves before there are more."""
+        """Make room for ``rows`` rows in all, so that no buffer moves before there are more."""
 
     @property
     @abstractmethod
@@ -139,7 +144,7 @@ class Writer(ABC):
 
 
 class Reading(ABC):
-    """The part of a store that a method reads; satisfies :class:`pqbench.method.KV`.
+    """The part of a store that a method reads; it implements :class:`pqbench.method.KV`.
 
     Attributes:
         device: where queries and fetched rows are.
@@ -174,29 +179,29 @@ class Reading(ABC):
 
     @abstractmethod
     def keys_at(self, rows: Tensor) -> Tensor:
-        """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``. Rows that are not there cross the link, as for
-        :meth:`Store.fetch`."""
+        """Keys of rows ``[B, H, n]`` on the device, ``[B, H, n, D]``. Rows that are not on the device cross the link,
+        as for :meth:`Store.fetch`."""
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys of rows ``start`` to ``stop`` where they lie, ``[B, H, n, D]``; nothing is moved."""
+        """Keys of rows ``start`` to ``stop`` where they are stored, ``[B, H, n, D]``; nothing is moved."""
         return self.keys(start, stop)
 
     def bring(self, rows: Tensor) -> Arrival:
-        """Ask for a tensor in host memory. It crosses the link, if there is one, while the caller goes on."""
-        return Present(rows.to(self.device, non_blocking=True))  # page-locked memory is not waited for
+        """Start to bring a tensor from host memory to the device; the caller does not wait."""
+        return Present(rows.to(self.device, non_blocking=True))  # does not wait for page-locked memory
 
     def fetch_ahead(self, rows: Tensor, count: Number) -> None:  # noqa: B027 - rows are on the device anyway
-        """See :meth:`pqbench.method.KV.fetch_ahead`. This orders nothing but the current stream; the step's
-        :meth:`Store.fetch` must come after it."""
+        """See :meth:`pqbench.method.KV.fetch_ahead`. The work is queued on the current stream; the caller must order
+        the step's :meth:`Store.fetch` after it."""
 
     def _read(self, keys: Tensor) -> Tensor:
-        """Count the bytes of keys that a method reads, and pass them on."""
+        """Count the bytes of keys that a method reads, and return the keys."""
         self.usage.key_bytes_read += keys.nbytes
         return keys
 
 
 class Store(Reading):
-    """Keys and values of one layer for sequences of equal length.
+    """Keys and values of one layer for one cohort, whose sequences have equal length.
 
     Attributes:
         writer: adds rows.
@@ -219,26 +224,31 @@ class Store(Reading):
         Args:
             indices: the rows ``[B, H, n]``; None for all.
             count: only the first ``count`` of the n rows are needed; None for all.
-            anew: bool ``[B, H]``; heads that are not set here ask for the rows that :meth:`fetch_ahead` was given.
+            anew: bool ``[B, H]``; all heads that are not set ask for the rows that were given to :meth:`fetch_ahead`.
 
         Returns:
-            keys and values ``[B, H, R, D]`` on the device, and which of these R rows are the ones that were asked for,
-            in that order: ``[B, H, n]``. None stands for all R rows; where :attr:`Extent.number` is set, R is the room
-            there is and None stands for as many as are held. All are valid until the next call.
+            keys and values ``[B, H, R, D]`` on the device, and the places ``[B, H, n]`` of the rows that were asked for
+            among the R rows, in the order of ``indices``; None means all R rows. If :attr:`Extent.number` is set, R is
+            the capacity of the buffer, and None means the rows held. All tensors are valid until the next call.
         """
 
     @abstractmethod
     def keep(self, indices: Tensor) -> Store:
-        """A store on the device that holds only rows ``[B, H, n]``, in that order, for a method that evicts."""
+        """A store on the device that holds only rows ``[B, H, n]``, in that order, for an evicting method."""
 
     @abstractmethod
     def arrange(self, indices: Tensor) -> Store:
-        """The same rows in the order of ``indices`` ``[B, H, length]``, each once, on the same tier. Possible only
-        before the first append; new tokens follow behind. Rows that are asked for together can so lie side by side."""
+        """A store on the same tier with the same rows in the order of ``indices`` ``[B, H, length]``, each once, so
+        that rows that are asked for together can be adjacent. Possible only before the first append; new tokens come
+        after these rows."""
 
     def after_prefill(self, rows: Tensor | None, evicts: bool) -> Store:
-        """The store that a method decodes with, after it has built its index and answered ``rows``: only those rows if
-        it evicts, otherwise all rows in that order; see :meth:`pqbench.method.LayerState.finish_prefill`."""
+        """The store that a method decodes with, where ``rows`` is what the method returned from
+        :meth:`pqbench.method.LayerState.finish_prefill`: only these rows if it evicts, otherwise all in this order.
+
+        Raises:
+            RuntimeError: a method that does not evict returned some of the rows.
+        """
         if rows is None:
             return self
         if not evicts and rows.shape[2] != self.length:
@@ -246,10 +256,10 @@ class Store(Reading):
         return self.keep(rows) if evicts else self.arrange(rows)
 
     def separate(self) -> None:
-        """Stop sharing memory that another store of the same prompt may write to, so that both go on side by side."""
+        """Stop sharing memory with other stores of the same prompt, so that several of them can add rows."""
 
     def settle(self) -> None:
-        """Wait for every transfer under way."""
+        """Wait for all transfers of this store."""
 
     def drop(self, indices: Tensor) -> None:
         """Remove rows ``[B, H, e]``; see :func:`pqbench.kernels.buffers.swap_remove` for the order of the others.

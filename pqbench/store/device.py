@@ -1,4 +1,4 @@
-"""All KV on the accelerator."""
+"""The store of the device tier: all keys and values are on the accelerator."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class DeviceRows:
 
     Attributes:
         keys, values: ``[B, H, S, D]``.
-        positions: ``[B, H, S]`` once rows were chosen or arranged; None while a row's number is its position.
-        lease: names the store that may write into memory shared by several; its first element is the youngest one.
+        positions: ``[B, H, S]`` after rows were kept or arranged; None as long as a row's number is its position.
+        lease: a list that all stores of one prompt share. Its only element is the youngest store, which may write into
+            the shared memory.
     """
 
     keys: GrowingBuffer
@@ -29,12 +30,12 @@ class DeviceRows:
     lease: list[DeviceRows] = field(default_factory=list)
 
     def own(self, keys: GrowingBuffer, values: GrowingBuffer, positions: GrowingBuffer | None = None) -> None:
-        """Go on with memory of one's own."""
+        """Use these buffers, which are shared with no other store, from now on."""
         self.keys, self.values, self.positions, self.lease = keys, values, positions, [self]
 
 
 class DeviceWriter(Writer):
-    """Writes behind the rows held, into slack that several stores of one prompt may share."""
+    """Writes after the rows held, into free space that several stores of one prompt may share."""
 
     def __init__(self, extent: Extent, rows: DeviceRows, backend: Kernels) -> None:
         super().__init__(extent)
@@ -72,7 +73,7 @@ class DeviceWriter(Writer):
 
 
 class DeviceUsage(Usage):
-    """Rows on the device; nothing moves."""
+    """Bytes of the rows on the device; nothing is moved."""
 
     def __init__(self, rows: DeviceRows) -> None:
         super().__init__()
@@ -86,8 +87,8 @@ class DeviceUsage(Usage):
 class DeviceStore(Store):
     """Rows in two growing buffers.
 
-    Stores of one prompt share its rows without a copy and append into the same slack. ``lease`` names the one that may
-    write, the youngest: an older store raises an error instead of reading another's tokens.
+    Stores of one prompt share its rows without a copy and append into the same free space. Only the youngest store may
+    write there, which ``lease`` names: an older store raises an error instead of reading the tokens of another.
     """
 
     def __init__(
@@ -102,9 +103,9 @@ class DeviceStore(Store):
         """
         Args:
             keys, values: the rows ``[B, H, S, D]``.
-            lease: shared by all stores of one prompt; None for a store with memory of its own.
-            backend: names the kernels that write rows.
-            positions: of the rows ``[B, H, S]``; None where a row's number is its position.
+            lease: the list that all stores of one prompt share; None for a store that shares no memory.
+            backend: name of the backend that writes rows.
+            positions: positions ``[B, H, S]`` of the rows; None if a row's number is its position.
             seen: tokens appended so far; None for as many as there are rows.
         """
         device, extent = keys.whole.device, Extent(len(keys), len(keys) if seen is None else seen)
@@ -135,13 +136,13 @@ class DeviceStore(Store):
         self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = self._rows
-        if self.extent.number is not None:  # shapes that do not change
+        if self.extent.number is not None:  # a captured step needs shapes that do not change
             return rows.keys.whole, rows.values.whole, indices
         return rows.keys.view(), rows.values.view(), indices
 
     def separate(self) -> None:
         rows = self._rows
-        if rows.positions is None:  # rows that were kept have memory of their own already
+        if rows.positions is None:  # kept rows share no memory
             rows.own(GrowingBuffer(rows.keys.view()), GrowingBuffer(rows.values.view()))
 
     def keep(self, indices: Tensor) -> DeviceStore:
@@ -152,7 +153,7 @@ class DeviceStore(Store):
         return self
 
     def arrange(self, indices: Tensor) -> DeviceStore:
-        """See :meth:`Store.arrange`; the rows get memory of their own."""
+        """See :meth:`Store.arrange`; the rows are copied."""
         return self.keep(indices)
 
     def drop(self, indices: Tensor) -> None:

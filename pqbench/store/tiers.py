@@ -1,5 +1,5 @@
-"""Where keys and values lie while decoding. A tier is configuration; once it is opened for a device, it places
-prompts."""
+"""Tiers: where keys and values are stored while decoding. A tier is configuration; a tier that was opened for a device
+(a placement) stores prompts."""
 
 from __future__ import annotations
 
@@ -31,32 +31,35 @@ log = logging.getLogger(__name__)
 
 
 class Prompt(ABC):
-    """The finished prompt of one layer and group; every method's store over it is made here."""
+    """The prompt of one layer and cohort after the prefill. It makes the stores of all methods that decode from it."""
 
     @abstractmethod
     def store(self, split: Callable[[int], Split | None] | None) -> Store:
-        """A new store. ``split`` gives sinks and window at a context length, None (or a None result) for a method that
-        attends to everything."""
+        """A new store. ``split`` returns the budget's split at a context length; it is None, or returns None, for a
+        method that attends to everything."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """The rows that are on the device now."""
+        """The tensors of the prompt that are on the device now."""
         return []
 
     def let_go(self) -> None:  # noqa: B027 - where rows stay on the device anyway
-        """Free what was held on the device for indexes that are built beside the prefill: all of them are built."""
+        """Called when all indexes are built: free the rows that were held on the device to build them."""
 
 
 class Placement(ABC):
-    """A tier opened for one device and one prefill; it owns the link, if there is one."""
+    """A tier that was opened for one device and one prefill; it owns the link, if there is one."""
 
     @abstractmethod
     def prompt(self, keys: GrowingBuffer, values: GrowingBuffer, reserve: int = 0) -> Prompt:
-        """Take over the rows ``[B, H, S, D]`` of one layer and group when its prefill is complete; a host tier starts
-        moving them and returns at once. For ``reserve`` more tokens there is memory before decoding starts."""
+        """Take over the rows ``[B, H, S, D]`` of one layer and cohort when its prefill is complete. A host tier starts
+        to move them and returns at once. Memory for ``reserve`` more tokens is taken before decoding starts."""
 
     def close(self) -> None:  # noqa: B027 - nothing to end without a link
-        """End the link once every store has settled. Raises OrderingError where a debugged link found transfers that
-        nobody waited for."""
+        """Close the link after every store has settled.
+
+        Raises:
+            OrderingError: a link with ``debug`` found transfers that were never waited for.
+        """
 
 
 LESS = "a shorter context, a smaller batch or dtype, or chunk=1024, which takes less for the prefill"
@@ -64,13 +67,13 @@ LESS = "a shorter context, a smaller batch or dtype, or chunk=1024, which takes 
 
 @dataclass(frozen=True)
 class Need:
-    """What a check of memory should know besides rows and bytes.
+    """What a check of memory needs besides numbers of rows and bytes.
 
     Attributes:
         device: where the model runs.
-        layers: number of layers that the rows are those of.
-        reserve: tokens, among those checked, that decoding adds.
-        working: bytes that the prefill takes on the device besides keys and values, and gives back.
+        layers: number of layers that hold the rows.
+        reserve: how many of the tokens are added by decoding.
+        working: bytes that the prefill needs on the device, for its duration, in addition to keys and values.
     """
 
     device: torch.device
@@ -79,20 +82,21 @@ class Need:
     working: int = 0
 
     def page_locked(self, tokens: int, row_bytes: int) -> int:
-        """Bytes that the buffers for prompt and reserve take. Torch takes page-locked memory in powers of two."""
+        """Bytes of page-locked memory for ``tokens`` rows of ``row_bytes`` over all layers. There is a buffer for the
+        prompt and one for the reserve in each layer, and torch rounds the size of each to a power of two."""
         parts = (part * row_bytes // self.layers for part in (tokens - self.reserve, self.reserve))
         return self.layers * sum(1 << max(size - 1, 0).bit_length() for size in parts if size > 0)
 
     def free(self) -> int:
-        """Bytes of memory that the device still gives."""
+        """Free bytes of memory on the device."""
         if self.device.type != "cuda":
             return psutil.virtual_memory().available
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + kept
 
     def check_device(self, tokens: int, needed: int, advice: str) -> None:
-        """Raises RoomError when the device has no memory for the ``needed`` bytes of ``tokens`` tokens, and for those
-        that the prefill works with."""
+        """Raises RoomError when the device has fewer free bytes than ``needed`` for ``tokens`` tokens plus those that
+        the prefill works with. The message ends with ``advice``."""
         free, both = self.free(), needed + self.working
         if both > free:
             raise RoomError(
@@ -103,24 +107,25 @@ class Need:
 
 @dataclass(frozen=True)
 class Tier(ABC):
-    """Base of the tiers that conf/store/*.yaml names."""
+    """Base of the tiers that conf/store/*.yaml configures."""
 
     offloads: ClassVar[bool] = False  # whether the prompt lies in host memory
 
     @abstractmethod
     def open(self, device: torch.device, backend: str = "auto") -> Placement:
-        """Ready for one prefill on ``device``; ``backend`` names the kernels that find and move rows."""
+        """A placement for one prefill on ``device``; ``backend`` names the kernels that find and move rows."""
 
     def why_not_captured(self) -> str | None:
-        """Why no CUDA graph can hold a decode step over this tier, and what to set instead; None where one can."""
+        """Why a decode step over this tier cannot be captured in a CUDA graph, and what to set instead; None if it
+        can."""
         return None
 
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:  # noqa: B027 - see the subclasses
-        """Raise RoomError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
+        """Raises RoomError when this machine cannot hold ``tokens`` rows of ``row_bytes`` over all layers."""
 
 
 class DevicePrompt(Prompt):
-    """Rows stay where the prefill left them; stores share them without a copy."""
+    """A prompt whose rows stay where the prefill wrote them; stores share them without a copy."""
 
     def __init__(self, keys: GrowingBuffer, values: GrowingBuffer, backend: str = "auto") -> None:
         self._keys, self._values, self._backend = keys, values, backend
@@ -134,7 +139,7 @@ class DevicePrompt(Prompt):
 
 
 class DevicePlacement(Placement):
-    """Nothing moves."""
+    """The placement of the device tier; nothing is moved."""
 
     def __init__(self, backend: str = "auto") -> None:
         self._backend = backend
@@ -147,7 +152,7 @@ class DevicePlacement(Placement):
 
 @dataclass(frozen=True)
 class DeviceTier(Tier):
-    """All KV on the accelerator."""
+    """All keys and values are on the accelerator."""
 
     def check(self, tokens: int, row_bytes: int, need: Need | None = None) -> None:
         if need is not None:
@@ -159,7 +164,7 @@ class DeviceTier(Tier):
 
 
 class OffloadedPrompt(Prompt):
-    """Rows on the host, or on their way there; stores share them."""
+    """A prompt whose rows are on the host, or on their way there; stores share them."""
 
     def __init__(self, rows: HostPrompt, tier: HostTier, scratch: Scratch, backend: str, reserve: int) -> None:
         self._rows, self._tier, self._scratch, self._backend, self._reserve = rows, tier, scratch, backend, reserve
@@ -179,7 +184,7 @@ class OffloadedPrompt(Prompt):
 
 
 class HostPlacement(Placement):
-    """Prompts go to the host over one link; all their stores fetch whole contexts into one buffer."""
+    """The placement of the host tier. All prompts use one link, and all stores fetch whole contexts into one buffer."""
 
     def __init__(self, tier: HostTier, link: Link, backend: str) -> None:
         self.tier, self.link, self.backend = tier, link, backend
@@ -197,19 +202,19 @@ class HostPlacement(Placement):
 
 @dataclass(frozen=True)
 class HostTier(Tier):
-    """All keys and values lie on the host; sinks, window and cached blocks lie on the device as well.
+    """All keys and values are on the host; sinks, window and cached blocks are on the device as well.
 
     Attributes:
-        link: auto (cuda on a GPU, else local), local, cuda, a preset of :mod:`pqbench.store.link.emulated`, or numbers
-            such as ``20GB/s+5us``.
+        link: auto (cuda on a GPU, otherwise local), local, cuda, a preset of :mod:`pqbench.store.link.emulated`, or
+            numbers such as ``20GB/s+5us``.
         cache_tokens: tokens per layer and KV head that the block cache holds; 0 for no cache.
         cache_block: tokens of a block.
-        cache_policy: lfu or lru.
-        cache_admit: blocks a step may let in.
-        cache_per_head: every KV head has blocks of its own; otherwise those of a sequence share them.
-        background: transfers run beside the computation; False waits for each at once, for the same results.
-        debug: poison buffers while a transfer is under way on them, and check who touches them.
-        margin: tokens the device holds beyond the window; half as many are copied to the host at a time.
+        cache_policy: which block leaves the cache first, lfu (least frequently used) or lru (least recently used).
+        cache_admit: largest number of blocks that enter the cache in one step.
+        cache_per_head: every KV head has its own blocks; otherwise the KV heads of a sequence share them.
+        background: run transfers beside the computation; False waits for each at once, with the same results.
+        debug: fill targets of transfers with NaN until they are waited for, and report buffers that are used too early.
+        margin: tokens that the device holds beyond the window; half as many are copied to the host at a time.
     """
 
     offloads: ClassVar[bool] = True
@@ -223,7 +228,7 @@ class HostTier(Tier):
     background: bool = True
     debug: bool = False
     margin: int = 64
-    _told: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # a note is given once
+    _told: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # a note is logged only once
 
     def __post_init__(self) -> None:
         check_types(self, "store")
@@ -243,8 +248,8 @@ class HostTier(Tier):
             raise ConfigError(f"store.margin is {self.margin}: it must be at least 2 tokens")
 
     def cache_for(self, context: int) -> CacheOptions | None:
-        """Options of the block cache for a context of so many tokens, None without a cache. A cache larger than the
-        context takes no more memory than the blocks of that context; one block is the least."""
+        """Options of the block cache for a context of ``context`` tokens; None without a cache. The cache is at most as
+        large as the context, but holds at least one block."""
         if not self.cache_tokens:
             return None
         most = max(self.cache_block, context)
@@ -271,7 +276,7 @@ class HostTier(Tier):
         elif need is not None:
             needed, kind = need.page_locked(tokens, row_bytes), "page-locked host memory (taken in powers of two)"
             layer = tokens * row_bytes // need.layers
-            need.check_device(tokens, 2 * layer, f"use {LESS}")  # a layer's rows, and its keys and values side by side
+            need.check_device(tokens, 2 * layer, f"use {LESS}")  # the copy to the host stacks keys and values
         free = psutil.virtual_memory().available
         if needed > free:
             raise RoomError(
@@ -292,5 +297,5 @@ class HostTier(Tier):
 
 
 def _everything(_: int) -> Split | None:
-    """The split of a method without one."""
+    """The split of a method that attends to everything: None."""
     return None

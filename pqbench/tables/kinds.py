@@ -15,6 +15,7 @@ from pqbench.records.kinds import (
     LATENCY,
     SCORES,
     TOO_SHORT,
+    budget_of,
     kind_of,
     skipped_nothing,
 )
@@ -62,8 +63,10 @@ def sections(records: Sequence[Record], base: str | None = None) -> list[Section
 
 
 def _marked(record: Record) -> Record:
-    """The record, its budget marked where the method could not skip anything."""
-    return {**record, "budget": f"{record['budget']} ({TOO_SHORT})"} if skipped_nothing(record) else record
+    """The record, its budget marked where the method does not keep to it by design, or could not skip anything."""
+    if "budget" not in record:
+        return record
+    return {**record, "budget": f"{budget_of(record)}" + (f" ({TOO_SHORT})" if skipped_nothing(record) else "")}
 
 
 def flat(records: Sequence[Record]) -> list[dict[str, Any]]:

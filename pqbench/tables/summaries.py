@@ -13,7 +13,7 @@ import pandas as pd
 
 from pqbench.benchmarks.averages import GROUPS, PQCACHE_TABLE2, averages
 from pqbench.records.file import Record
-from pqbench.records.kinds import kind_of, skipped_nothing
+from pqbench.records.kinds import budget_of, kind_of, skipped_nothing
 from pqbench.terminal import plain
 
 KEYS = ["benchmark", "model", "method", "budget", "question", "variant", "key"]  # what tells one run from another
@@ -81,6 +81,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         table = pd.DataFrame([{_whole(name): _whole(value) for name, value in record.items()} for record in records])
     table["kind"] = [kind_of(record) for record in records]
     table["too_short"] = [skipped_nothing(record) for record in records]
+    table["budget"] = [budget_of(record) for record in records]
     for column in (*KEYS, "status", "task", "sample_id", "score", *COSTS):
         if column not in table:
             table[column] = None

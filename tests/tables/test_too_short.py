@@ -40,6 +40,16 @@ def test_a_short_prompt_is_marked_and_a_longer_one_is_not(
     assert attended["pqcache", False] == attended["full", False]
 
 
+def test_a_method_that_exceeds_its_budget_by_design_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SnapKV as published keeps every generated token beside those of its budget."""
+    run(tmp_path, monkeypatch, "method=[snapkv]", "benchmark.lengths=[512]", "methods.snapkv.evict_generated=false")
+    assert "10 % (varies)" in capsys.readouterr().out
+    run(tmp_path / "other", monkeypatch, "method=[snapkv]", "benchmark.lengths=[512]")
+    assert "(varies)" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("fields", "marked"),
     [

@@ -1,6 +1,6 @@
-"""The backend for the CPU: the operations of :class:`pqbench.kernels.backend.Kernels`, compiled by Numba.
+"""The CPU backend: the operations of :class:`pqbench.kernels.backend.Kernels`, compiled by Numba.
 
-Tensors are copied by the reference.
+Operations that only copy tensors are those of the reference backend.
 """
 
 from __future__ import annotations

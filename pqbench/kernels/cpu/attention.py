@@ -1,8 +1,8 @@
-"""Attention of one query per head over rows at any stride, fused: gather, logits, softmax and weighted sum in one pass.
+"""Fused attention of one query per head: gather, logits, softmax and weighted sum in one pass, over rows at any stride.
 
-Tokens are cut into blocks whose size depends on their number alone; any thread computes a block, and blocks are merged
-in order, so results do not depend on the number of threads. Within a block, rows two tiles ahead are requested from
-memory while this one is computed, because no hardware guesses where selected rows lie.
+Tokens are divided into blocks whose size depends only on the number of tokens. Threads compute the blocks, and blocks
+are merged in order, so results do not depend on the number of threads. While a tile of a block is computed, the rows
+two tiles ahead are prefetched, because the hardware cannot predict where selected rows are.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from pqbench.kernels.cpu.vector import (
     write_u16,
 )
 
-_LOWEST = np.float32(-1e30)  # where maxima start: finite, so that a fully hidden tile makes no NaN
-_AHEAD = 2 * TILE  # tokens whose rows are requested before they are needed
+_LOWEST = np.float32(-1e30)  # initial maximum; finite, so that a tile without visible tokens gives no NaN
+_AHEAD = 2 * TILE  # rows are prefetched this many tokens ahead
 _LN_2 = np.float32(0.6931471805599453)
 
 
@@ -73,9 +73,10 @@ def _attend_block(
     count: int,
     record: int,
 ) -> bool:
-    """Tokens ``first`` to ``stop`` of one KV head; ``record`` gets maximum, sum and weighted values of each head group.
+    """Attention over tokens ``first`` to ``stop`` for one KV head. Maximum, sum and weighted values of each head group
+    (four query heads) are written to ``record``.
 
-    ``place`` is (keys, bytes per key row, values or 0, bytes per value row); ``added`` and ``logits_out``
+    ``place`` is (keys, bytes per key row, values or 0, bytes per value row). ``added`` and ``logits_out`` are
     ``[heads, count]``, or 0. Returns whether all rows exist.
     """
     blocks, groups, row_bytes = dims // 16, (heads + 3) // 4, dims * number_bytes(kind)
@@ -126,7 +127,8 @@ def _attend_block(
 
 @njit(**INLINE)
 def _merge(half: bool, records: int, step: int, parts: int, heads: int, dims: int, output: int, lse: int) -> None:
-    """Merge the records of one head group, ``step`` bytes apart, into output ``[heads, D]`` (or 0) and log-sum-exp."""
+    """Merge the records of one head group, ``step`` bytes apart, into log-sum-exp and ``output`` ``[heads, D]`` (0 for
+    none)."""
     top, mass = splat(_LOWEST), splat(np.float32(0))
     for part in range(parts):
         top = larger(read_f32x8(records + part * step), top)
@@ -151,7 +153,7 @@ def _merge(half: bool, records: int, step: int, parts: int, heads: int, dims: in
             combined = multiply(combined, splat(np.float32(1) / result[head]))
             if half:
                 write_f32x8(address_of(tops), combined)
-                at = output + (head * dims + vector // 2 * 16 + vector % 2) * 4  # even numbers, or odd ones
+                at = output + (head * dims + vector // 2 * 16 + vector % 2) * 4  # even or odd numbers
                 for i in range(8):
                     write_f32(at + i * 8, tops[i])
             else:
@@ -162,7 +164,7 @@ def _merge(half: bool, records: int, step: int, parts: int, heads: int, dims: in
 
 @njit(**INLINE)
 def _normalise(weights: int, count: int, lse: int) -> None:
-    """Logits ``[count]`` in units of ln 2 become probabilities."""
+    """Turn logits ``[count]`` in units of ln 2 into probabilities, in place."""
     base = splat(read_f32(lse) / _LN_2)
     whole = count // 8 * 8
     for at in range(weights, weights + whole * 4, 32):
@@ -202,7 +204,8 @@ def _part(
 def _arrange(
     half: bool, half_q: bool, q: int, problems: int, heads: int, dims: int, scaling: float, target: int
 ) -> None:
-    """Queries of all KV heads in the layout of a head group; queries are bfloat16 if ``half_q``, rows if ``half``."""
+    """Write the queries of all KV heads in the layout of head groups. Queries are bfloat16 if ``half_q``, rows if
+    ``half``."""
     for problem in range(problems):
         source = q + problem * heads * dims * (2 if half_q else 4)
         place = target + problem * ((heads + 3) // 4 * 4) * dims * 4
@@ -214,7 +217,7 @@ def _arrange(
 
 @njit(**INLINE)
 def _write_bfloat16(numbers: int, count: int, target: int) -> None:
-    """Float32 numbers rounded to the nearest bfloat16, ties to the even one."""
+    """Round float32 numbers to the nearest bfloat16, ties to even."""
     for i in range(count):
         number = read_f32(numbers + i * 4)
         bits = bits_of(number)
@@ -235,7 +238,8 @@ def _finish(
     lse: int,
     weights: int,
 ) -> None:
-    """Merge one head group and turn its logits ``[heads, count]``, where wanted, into probabilities."""
+    """Merge the records of one head group, and turn its logits ``[heads, count]`` at ``weights`` into probabilities
+    unless ``weights`` is 0."""
     _merge(half, records, step, parts, heads, dims, output, lse)
     for head in range(heads if weights != 0 else 0):
         _normalise(weights + head * count * 4, count, lse + head * 4)
@@ -243,7 +247,7 @@ def _finish(
 
 @njit(**OPTIONS)
 def _all_set(flags: Any) -> bool:
-    """Whether every one of some bytes is 1."""
+    """Whether all of some bytes are 1."""
     every = True
     for flag in flags:
         every &= flag == 1
@@ -277,11 +281,12 @@ def attend(
     dims: int,
     scaling: float,
 ) -> bool:
-    """Attention of q ``[B, H, G, D]`` over ``count`` rows per head; everything is an address and a byte stride.
+    """Attention of q ``[B, H, G, D]`` over ``count`` rows per head. All tensors are given by addresses and strides in
+    bytes.
 
-    Rows are bfloat16 if ``half``, else float32; q and the output are so if ``half_q``. ``indices`` int64 ``[B, H, n]``,
-    ``visible`` bool ``[B, H, G, n]``, ``added`` and ``weights`` float32 ``[B, H, G, n]``, and ``values`` with
-    ``output`` ``[B, H, G, D]``, are 0 where absent. Returns whether all rows exist.
+    Rows are bfloat16 if ``half``, otherwise float32; so are q and the output, depending on ``half_q``. Addresses of
+    absent tensors are 0: ``indices`` int64 ``[B, H, n]``, ``visible`` bool ``[B, H, G, n]``, ``added`` and ``weights``
+    float32 ``[B, H, G, n]``, and ``values`` with ``output`` ``[B, H, G, D]``. Returns whether all rows exist.
     """
     problems, groups, size = batch * heads, (group + 3) // 4, _block_size(count)
     parts = (count + size - 1) // size

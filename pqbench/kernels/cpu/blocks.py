@@ -1,4 +1,4 @@
-"""Which blocks a cache lets in and which leave it."""
+"""The policy of the block cache: which blocks enter and leave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _LAST = np.int64(1) << 62
 
 @njit(**OPTIONS)
 def _next_wanted(counts: int, blocks: int, count: int, block: int) -> tuple[np.int64, np.int64]:
-    """Count and number of the block that follows one of ``count`` and number ``block`` in the order of wishes."""
+    """Count and number of the next wanted block after the one with this ``count`` and number ``block``: blocks are
+    ordered by falling count, then by number. The number is -1 if there is none."""
     best, found = np.int64(0), np.int64(-1)
     for i in range(blocks):
         asked = read_i64(counts + i * 8)
@@ -23,7 +24,8 @@ def _next_wanted(counts: int, blocks: int, count: int, block: int) -> tuple[np.i
 
 @njit(**OPTIONS)
 def _vacant(held: int, uses: int, since: int, before: int, capacity: int, frequent: bool, leaves: bool) -> np.int64:
-    """The slot that the next block enters: of a resident not promoted since ``before``, or a free one."""
+    """The slot that the next block enters: with ``leaves``, that of the block that leaves next (among those not
+    promoted since ``before``), otherwise a free one."""
     chosen, fewest, oldest = np.int64(-1), _LAST, _LAST
     for slot in range(capacity):
         if not leaves:
@@ -55,14 +57,14 @@ def choose(
     owners: int,
     capacity: int,
 ) -> int:
-    """See :func:`pqbench.kernels.reference.blocks.admit_blocks`: ``counts`` and ``where`` have ``stride`` blocks per
-    owner, ``moves`` are filled with -1; all are addresses of int64 numbers. Returns how many blocks entered."""
+    """See :func:`pqbench.kernels.reference.blocks.admit_blocks`. Arrays are addresses of int64 numbers; ``counts`` and
+    ``where`` have ``stride`` blocks per owner, and ``moves`` are -1 before. Returns how many blocks entered."""
     entered = 0
     for owner in range(owners):
         asked, slots, mine = counts + owner * stride * 8, where + owner * stride * 8, owner * capacity * 8
         now, made = read_i64(clock + owner * 8), moves + owner * most * 16
         ranks, absent, count, block = 0, 0, _LAST, np.int64(-1)
-        while ranks < most:  # promoted first, so that no wanted block is taken for one that may leave
+        while ranks < most:  # promotions come first, so that no wanted block can leave
             count, block = _next_wanted(asked, complete, count, block)
             if block < 0:
                 break

@@ -1,4 +1,4 @@
-"""What every call of a compiled kernel needs: addresses, strides, and as many threads as the work is worth."""
+"""What every call of a compiled kernel needs: addresses, strides, and a suitable number of threads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numba
 import torch
 from torch import Tensor
 
-_SMALL_WORK = 1 << 17  # multiplications or so below which waking another thread costs more than it saves
+_SMALL_WORK = 1 << 17  # multiplications; for fewer, waking other threads takes longer than the work
 LOG2_E = 1.4426950408889634
-STORED = (torch.float32, torch.bfloat16)  # types that are read as they lie
+STORED = (torch.float32, torch.bfloat16)  # types that kernels read without conversion
 
 
 @contextmanager
 def threads_for(work: int) -> Iterator[None]:
-    """One thread for little work."""
+    """Within this context, use one thread if there is little ``work`` (multiplications), otherwise all threads."""
     count = numba.get_num_threads()
     if work >= _SMALL_WORK or count == 1:
         yield
@@ -29,22 +29,22 @@ def threads_for(work: int) -> Iterator[None]:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether compiled code reads ``x`` ``[..., D]`` as it lies."""
+    """Whether compiled code can read ``x`` ``[..., D]`` without a copy or conversion."""
     return x.dtype in STORED and x.is_cpu and x.numel() > 0 and (x.stride(-1) == 1 or x.shape[-1] == 1)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Bytes between sequences, heads and rows."""
+    """Strides of sequences, heads and rows in bytes."""
     size, (batch, head, row) = x.element_size(), x.stride()[:3]
     return batch * size, head * size, row * size
 
 
 def address(x: Tensor | None) -> int:
-    """Where a tensor lies in memory, 0 for None."""
+    """Address of a tensor in memory; 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
 def check_rows(valid: bool, x: Tensor) -> None:
-    """Raises IndexError when a kernel found a row that ``x`` ``[B, H, S, ...]`` does not have."""
+    """Raises IndexError if a kernel reported (``valid`` is False) a row that ``x`` ``[B, H, S, ...]`` does not have."""
     if not valid:
         raise IndexError(f"rows must lie between 0 and {x.shape[2] - 1}")

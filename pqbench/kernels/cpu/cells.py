@@ -1,6 +1,6 @@
-"""Search by cells, compiled: one thread per KV head scores the cells, finds the boundary and marks the tokens taken.
+"""Search by cells, compiled. One thread per KV head scores the cells, finds the boundary and selects the tokens.
 
-Beside the cells a step touches a bitmap of a bit per token, which sorts the tokens it takes.
+Selected tokens are marked in a bitmap with one bit per token, which also sorts them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pqbench.kernels.cpu.vector import (
 )
 
 _LN_2 = np.float32(0.6931471805599453)
-_DIGITS = ((21, 11), (10, 11), (0, 10))  # of a float's bits: shift and width of three histograms
+_DIGITS = ((21, 11), (10, 11), (0, 10))  # shift and width of the bits of a float in three histograms
 
 
 @njit(**OPTIONS)
@@ -52,7 +52,7 @@ def _score(q: int, codebook: int, parts: int, clusters: int, width: int, scores:
         spare[:size] = scores[:size]
         for k in range(clusters):
             row = codebook + (part * clusters + k) * width * 4
-            scores[k] = _product(q + part * width * 4, row, width)  # the first table lies where the first row will
+            scores[k] = _product(q + part * width * 4, row, width)  # the first row of scores first holds the table
         table = scores[:clusters].copy()
         for i in range(size):
             for k in range(clusters):
@@ -62,8 +62,9 @@ def _score(q: int, codebook: int, parts: int, clusters: int, width: int, scores:
 
 @njit(**OPTIONS)
 def _weigh(scores: int, counts: int, cells: int) -> tuple[float, float]:
-    """Scores ``[C]`` in units of ln 2 become powers relative to the best cell that holds tokens, 0 where none are.
-    Returns its score and the sum over tokens. C is a multiple of 8."""
+    """Turn scores ``[C]`` in units of ln 2, in place, into exponentials relative to the best cell that holds tokens,
+    and into 0 for empty cells. Returns the score of that cell and the sum of exponentials over all tokens. C is a
+    multiple of 8."""
     top, none = splat(np.float32(-np.inf)), np.float32(-np.inf)
     for at in range(0, cells * 4, 4):
         if read_f32(counts + at) == 0:
@@ -81,8 +82,8 @@ def _weigh(scores: int, counts: int, cells: int) -> tuple[float, float]:
 
 @njit(**OPTIONS)
 def _boundary(chances: np.ndarray, counts: np.ndarray, wanted: int) -> tuple[np.uint32, int]:
-    """Bits of the probability at which the last of ``wanted`` tokens is found, best cells first, and how many tokens
-    are to be taken from the cells of exactly this probability."""
+    """The bits of the probability of the last cell that is needed for the ``wanted`` best tokens, and how many tokens
+    to select from the cells of exactly this probability."""
     prefix, left = np.uint32(0), wanted
     for shift, width in _DIGITS:
         histogram = np.zeros(1 << width, np.int64)
@@ -100,7 +101,7 @@ def _boundary(chances: np.ndarray, counts: np.ndarray, wanted: int) -> tuple[np.
 
 @njit(**OPTIONS)
 def _take(chances: np.ndarray, counts: np.ndarray, wanted: int, take: np.ndarray) -> None:
-    """How many tokens of each cell are selected, see the reference's ``shares``."""
+    """Number of tokens to select from each cell, see :func:`pqbench.kernels.reference.cells.shares`."""
     bound, left = _boundary(chances, counts, wanted)
     for c in range(len(take)):
         bits, held = bits_of(chances[c]), np.int64(counts[c])
@@ -114,7 +115,7 @@ def _take(chances: np.ndarray, counts: np.ndarray, wanted: int, take: np.ndarray
 def _mark(
     take: np.ndarray, starts: int, tokens: int, built: int, pending: int, waiting: int, marks: np.ndarray
 ) -> None:
-    """Set the bit of every token taken; ``take`` is used up."""
+    """Set the bit of every selected token. ``take``, the number per cell, is changed."""
     for c in range(len(take)):
         if take[c] > 0:
             first = np.int64(read_i32(starts + c * 4))
@@ -132,12 +133,12 @@ def _mark(
 
 @njit(**OPTIONS)
 def _write(marks: np.ndarray, target: int) -> None:
-    """The marked tokens, ascending, as int64."""
+    """Write the marked tokens, in ascending order, as int64."""
     for word in range(len(marks)):
         mask = marks[word]
         while mask != 0:
             write_i64(target, np.int64(word * 32 + trailing_zeros(mask)))
-            mask = np.int32(mask & (mask - np.int32(1)))  # numba widens, and a sign would never become 0
+            mask = np.int32(mask & (mask - np.int32(1)))  # in int64, a sign bit would never become 0
             target += 8
 
 
@@ -158,7 +159,7 @@ def _search(
     target: int,
     log_weight: int,
 ) -> None:
-    """One KV head."""
+    """Search for one KV head; arguments as for :func:`search`."""
     cells = clusters**parts
     padded = (cells + 7) // 8 * 8
     weights = np.full(group * padded, -np.inf, np.float32)  # [G, C]
@@ -209,7 +210,8 @@ def search(
     waiting: int,
     wanted: int,
 ) -> None:
-    """Every KV head of q ``[B * H, G, D]`` (scaled, in units of ln 2); the other shapes are the reference's."""
+    """Search for every KV head of q ``[B * H, G, D]``, which is scaled and in units of ln 2. Other shapes are those of
+    :func:`pqbench.kernels.reference.cells.best_of_cells`."""
     cells, dims = clusters**parts, parts * width
     for problem in prange(problems):
         _search(
@@ -242,12 +244,12 @@ def merge(
     built: int,
     waiting: int,
 ) -> None:
-    """Lists ``merged`` ``[B * H, N + P]`` that begin at ``begins`` ``[B * H, C + 1]``: the old ones, each with its
-    pending tokens at its end. The cost is linear in the tokens."""
+    """Write the lists with the pending tokens at their ends: tokens to ``merged`` ``[B * H, N + P]``, and where lists
+    begin to ``begins`` ``[B * H, C + 1]``. The cost is linear in the number of tokens."""
     for problem in prange(problems):
         old, new = starts + problem * (cells + 1) * 4, begins + problem * (cells + 1) * 4
         own, target = pending + problem * waiting * 4, merged + problem * (built + waiting) * 4
-        ends = np.zeros(cells + 1, np.int64)  # first by how much lists move, then where each has grown to
+        ends = np.zeros(cells + 1, np.int64)  # first how far each list moves, then its current end
         for i in range(waiting):
             ends[read_i32(own + i * 4) + 1] += 1
         for c in range(cells):

@@ -1,4 +1,4 @@
-"""Attention that each key received: causal softmax of six query rows at a time, summed down the columns."""
+"""Attention that each key received: the causal softmax of six query rows at a time, summed over the rows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pqbench.kernels.cpu.vector import (
 )
 
 _LOG2_E = np.float32(1.4426950408889634)
-_CHUNKS = 8  # parts of the queries of a head, summed apart
+_CHUNKS = 8  # the queries of a head are summed in this many parts
 
 
 @njit(**INLINE)
 def _logits(rows: int, dims: int, columns: int, zeros: int, first: int, stop: int, line: int, target: int) -> None:
-    """Products of six rows with the blocks of columns from ``first`` to ``stop``; result lines are ``line`` bytes."""
+    """Products of six rows with the columns ``first`` to ``stop``; each row of results has ``line`` bytes."""
     for block in range(first, stop, COLUMNS):
         p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11 = products(rows, dims, columns + block * dims * 4, zeros)
         at = target + block * 4
@@ -51,8 +51,8 @@ def _logits(rows: int, dims: int, columns: int, zeros: int, first: int, stop: in
 
 @njit(**INLINE)
 def _softmax(line: int, first: int, stop: int, seen: int, end: int) -> float:
-    """Numbers ``first`` to ``stop`` of a line, multiples of 16, become exponentials; only those from ``seen`` to
-    ``end`` count, the others become zero. Returns one over their sum."""
+    """Replace numbers ``first`` to ``stop`` (multiples of 16) of a line by exponentials; those before ``seen`` or from
+    ``end`` on become zero. Returns one over their sum."""
     for i in range(first, seen):
         write_f32(line + i * 4, np.float32(-np.inf))
     for i in range(end, stop):
@@ -83,7 +83,8 @@ def _add_rows(
     factor: float,
     sums: int,
 ) -> None:
-    """Add the attention of queries ``begin`` to ``end`` of ``count`` of one head, ``[n, D]`` float32, to ``sums``."""
+    """Add the attention of queries ``begin`` to ``end`` of one head to ``sums``. ``q`` float32 ``[count, D]`` are all
+    its queries."""
     line = padded(total_keys) * 4
     scratch = np.empty((ROWS + 1) * (padded(total_keys) + dims) + 16, np.float32)
     logits = address_of(scratch)
@@ -92,7 +93,7 @@ def _add_rows(
     write_f32x8(zeros + 32, splat(np.float32(0)))
     for start in range(begin, end, ROWS):
         own = min(ROWS, end - start)
-        for i in range(ROWS):  # the last query repeated
+        for i in range(ROWS):  # missing rows repeat the last query
             source = q + (start + min(i, own - 1)) * dims * 4
             for at in range(0, dims * 4, 4):
                 write_f32(rows + i * dims * 4 + at, read_f32(source + at) * np.float32(factor))
@@ -120,7 +121,7 @@ def _add_rows(
 
 @njit(**OPTIONS)
 def _pack(half: bool, source: int, step: int, count: int, dims: int, target: int) -> None:
-    """Keys as one block of columns."""
+    """Pack keys as one block of columns."""
     if half:
         pack(BFLOAT16, source, step, count, dims, target)
     else:
@@ -145,8 +146,8 @@ def sum_columns(
     band: int,
     scaling: float,
 ) -> None:
-    """Causal softmax of q ``[B, H, G, n, D]`` float32, the last queries of keys ``[B, H, S, D]`` at byte strides,
-    summed over queries and group: ``[B, H, S]``. A query sees its last ``band`` keys."""
+    """Causal softmax of q float32 ``[B, H, G, n, D]`` of the last n of the keys ``[B, H, S, D]`` (strides in bytes),
+    summed over queries and query group: ``[B, H, S]``. A query sees the last ``band`` keys up to its own."""
     problems, width = batch * heads, padded(total_keys)
     size = ((count + _CHUNKS - 1) // _CHUNKS + ROWS - 1) // ROWS * ROWS
     columns = np.empty(problems * width * dims, np.float32)
@@ -158,7 +159,7 @@ def sum_columns(
         _pack(half, source, key_row, min(COLUMNS, total_keys - row), dims, target)
     for unit in prange(problems * _CHUNKS):
         problem, turn = unit // _CHUNKS, unit % _CHUNKS
-        chunk = turn // 2 if turn % 2 == 0 else _CHUNKS - 1 - turn // 2  # long and short rows alternate: even halves
+        chunk = turn // 2 if turn % 2 == 0 else _CHUNKS - 1 - turn // 2  # alternates long and short rows, for balance
         begin, end = min(count, chunk * size), min(count, chunk * size + size)
         for member in range(group):
             _add_rows(

@@ -1,4 +1,5 @@
-"""Lloyd's algorithm on many small problems: one thread per problem, so that results do not depend on their number."""
+"""Lloyd's algorithm on many small problems. One thread computes a problem, so that results do not depend on the number
+of threads."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _PART = 2048  # keys that one thread encodes at once
 
 @njit(**OPTIONS)
 def _move(centroids: int, clusters: int, width: int, sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Set the centroids of clusters that are not empty to their means; returns those that moved."""
+    """Set the centroids of nonempty clusters to their means. Returns the clusters whose centroids moved."""
     moved, n = np.empty(clusters, np.int64), 0
     for c in range(clusters):
         moves = False
@@ -46,7 +47,8 @@ def _lloyd(
     code_step: int,
     tolerance: float,
 ) -> None:
-    """At most ``iterations`` steps from the given centroids, which change in place; codes end as the nearest."""
+    """At most ``iterations`` steps from the given centroids, which are changed in place. Writes the codes of the
+    nearest final centroids."""
     table, few = np.empty(table_size(clusters, width), np.float32), np.empty(table_size(clusters, width), np.float32)
     sums, sizes = np.empty(clusters * width, np.float32), np.empty(clusters, np.int64)
     chosen, best = np.empty(clusters * width, np.float32), np.empty(count if iterations > 0 else 0, np.float32)
@@ -99,7 +101,7 @@ def _train(
     code_step: int,
     tolerance: float,
 ) -> None:
-    """K-Means of one problem."""
+    """K-Means of one problem; arguments as for :func:`train`."""
     sampled = 0 < sample < count
     drawn = max(sample, clusters) if sampled else clusters
     rows, marks, one = np.empty(drawn * width, np.float32), np.empty(drawn, np.uint8), drawn // drawn
@@ -137,11 +139,11 @@ def train(
     sample: int,
     tolerance: float,
 ) -> None:
-    """K-Means of every sub-space of keys at byte strides, bfloat16 (``half``) or float32; rows are drawn in ``order``
-    int64 ``[S]``.
+    """K-Means of every sub-space of keys, which are bfloat16 (``half``) or float32 with strides in bytes. ``order``
+    int64 ``[S]`` is the order in which rows are drawn.
 
-    Fills codebook ``[B, H, m, K, D/m]`` and codes ``[B, H, S, m]``. With 0 < ``sample`` < S the iterations run on that
-    many rows, and one more on all.
+    Writes codebook ``[B, H, m, K, D/m]`` and codes ``[B, H, S, m]``. If 0 < ``sample`` < S, the iterations run on that
+    many rows, and one more on all rows.
     """
     width, size = dims // parts, 2 if half else 4
     for problem in prange(batch * heads * parts):
@@ -186,7 +188,7 @@ def train(
 def _encode(
     half: bool, points: int, step: int, count: int, width: int, table: int, clusters: int, codes: int, code_step: int
 ) -> None:
-    """Codes of ``count`` points."""
+    """Write the codes of ``count`` points, which are bfloat16 (``half``) or float32."""
     unasked = np.empty(0, np.float32)
     if half:
         assign(BFLOAT16, points, step, count, width, table, clusters, codes, code_step, unasked)
@@ -210,7 +212,7 @@ def encode_keys(
     parts: int,
     clusters: int,
 ) -> None:
-    """Codes ``[B, H, S, m]`` of keys at byte strides in a codebook ``[B, H, m, K, D/m]``."""
+    """Write the codes ``[B, H, S, m]`` of keys (strides in bytes) in a codebook ``[B, H, m, K, D/m]``."""
     width, problems, chunks = dims // parts, batch * heads * parts, (count + _PART - 1) // _PART
     size, number = table_size(clusters, width) * 4, 2 if half else 4
     tables = np.empty(problems * size // 4, np.float32)

@@ -1,6 +1,6 @@
 """Operations on registers beyond arithmetic: powers, reductions in a fixed order, comparisons, prefetch."""
 
-# An intrinsic gets the types of its arguments when code is made; most need no look.
+# Numba passes an intrinsic the types of its arguments at compile time; most intrinsics do not need them.
 # ruff: noqa: ARG001
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def count_from(typingctx: Any, first: Any) -> Any:
 
 @intrinsic
 def exp2(typingctx: Any, x: Any) -> Any:
-    """2**x; zero below 2**-126, NaN for NaN, meant for x <= 127."""
+    """2**x for x <= 127; zero if the result is below 2**-126, NaN for NaN."""
     if not isinstance(x, Register):
         return None
 
@@ -120,7 +120,7 @@ def sums_of_quads(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 @intrinsic
 def swap_halves(typingctx: Any, a: Any) -> Any:
-    """Lanes 4 to 7, then 0 to 3."""
+    """The register with lanes 4 to 7 first, then lanes 0 to 3."""
     return operation(F32X8, [F32X8], lambda b, x: shuffle(b, x, None, [4, 5, 6, 7, 0, 1, 2, 3]))
 
 
@@ -145,7 +145,7 @@ def largest(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def where_greater(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
-    """Lanes of the integers x where a > b, else of y."""
+    """Lanes of the integers x where a > b, otherwise lanes of y."""
 
     def emit(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", a, b), x, y)
@@ -174,19 +174,19 @@ def _mask(builder: Any, lanes: Any) -> Any:
 
 @intrinsic
 def greater_mask(typingctx: Any, a: Any, b: Any) -> Any:
-    """Bit i is set where lane i of a exceeds that of b."""
+    """A mask whose bit i is set if lane i of a is greater than that of b."""
     return operation(types.int32, [F32X8, F32X8], lambda c, a, b: _mask(c, c.fcmp_ordered(">", a, b)))
 
 
 @intrinsic
 def not_less_mask(typingctx: Any, a: Any, b: Any) -> Any:
-    """Bit i is set where lane i of a is at least that of b, or NaN."""
+    """A mask whose bit i is set if lane i of a is at least that of b, or if one of them is NaN."""
     return operation(types.int32, [F32X8, F32X8], lambda c, a, b: _mask(c, c.fcmp_unordered(">=", a, b)))
 
 
 @intrinsic
 def trailing_zeros(typingctx: Any, mask: Any) -> Any:
-    """Number of the lowest bit set; the mask is not zero."""
+    """Position of the lowest set bit of a mask that is not zero."""
 
     def emit(builder: Any, mask: Any) -> Any:
         return call_llvm(builder, "llvm.cttz.i32", INT32, [mask, ir.IntType(1)(1)])
@@ -208,10 +208,10 @@ def float_of(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at ``address``; harmless wherever that is.
+    """Prefetch the cache line at ``address``, which may be invalid.
 
-    It goes to the second cache: the first has too few places for lines on their way, and asking it for whole rows took
-    1.5 times as long."""
+    The line goes to the level 2 cache. The level 1 cache can wait for too few lines at once, and prefetching whole rows
+    into it took 1.5 times as long."""
 
     def emit(builder: Any, address: Any) -> Any:
         place = builder.inttoptr(address, INT8.as_pointer())
@@ -219,14 +219,14 @@ def prefetch(typingctx: Any, address: Any) -> Any:
         function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
             builder.module, kind, "llvm.prefetch.p0"
         )
-        return builder.call(function, [place, INT32(0), INT32(2), INT32(1)])  # read, second cache, data
+        return builder.call(function, [place, INT32(0), INT32(2), INT32(1)])  # arguments: read, level 2 cache, data
 
     return operation(types.void, [types.int64], emit)
 
 
 @intrinsic
 def copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
-    """memcpy between addresses."""
+    """Copy ``count`` bytes between addresses (memcpy)."""
 
     def emit(builder: Any, target: Any, source: Any, count: Any) -> Any:
         to, start = pointer(builder, target, INT8), pointer(builder, source, INT8)

@@ -1,7 +1,7 @@
-"""The nearest centroid of many points: the one that maximises x . c - |c|^2 / 2.
+"""The nearest centroid of many points: the one with the largest score x . c - |c|^2 / 2.
 
-Points are read where they lie, as slices of strided key rows, in tiles that fit the first cache; a tile is assigned and
-added to the sums of its clusters while it is there. Once few centroids move, only what can have changed is computed.
+Points are slices of strided key rows, read without a copy of all keys, in tiles that fit the level 1 cache. When only
+few centroids move, only those codes are computed that can have changed.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from pqbench.kernels.cpu.vector import (
     write_u8,
 )
 
-_TILE = 8 * ROWS  # points fetched at once
+_TILE = 8 * ROWS  # points of a tile
 
 
 @njit(**INLINE)
 def table_size(clusters: int, width: int) -> int:
-    """Numbers of a packed codebook and its biases."""
+    """Size of a packed codebook with its biases, in float32 numbers."""
     return padded(clusters) * (width + 1)
 
 
 @njit(**OPTIONS)
 def make_table(centroids: int, clusters: int, width: int, table: int) -> None:
-    """Pack centroids ``[K, width]``; biases -|c|^2 / 2 follow, -inf for columns that are none."""
+    """Pack centroids ``[K, width]``, followed by their biases -|c|^2 / 2; the bias of a padding column is -inf."""
     pack(FLOAT32, centroids, width * 4, clusters, width, table)
     columns = padded(clusters)
     biases = table + columns * width * 4
@@ -60,7 +60,7 @@ def make_table(centroids: int, clusters: int, width: int, table: int) -> None:
 
 @njit(**INLINE)
 def _improve(score: Any, other: Any, best: Any, index: Any, columns: Any) -> Any:
-    """Best scores so far and their centroids, after sixteen more."""
+    """The best scores and their centroids, updated with sixteen more scores."""
     left, right = columns
     index = where_greater(score, best, left, index)
     best = larger(score, best)
@@ -70,7 +70,7 @@ def _improve(score: Any, other: Any, best: Any, index: Any, columns: Any) -> Any
 
 @njit(**OPTIONS)
 def _nearest(points: int, width: int, table: int, clusters: int, found: np.ndarray, scores: np.ndarray) -> None:
-    """The centroids that six points ``[6, width]`` are nearest to, int64 ``[6]``, and their scores, float32 ``[6]``."""
+    """The nearest centroids of six points ``[6, width]``, int64 ``[6]``, and their scores, float32 ``[6]``."""
     columns = padded(clusters)
     biases = table + columns * width * 4
     b0 = b1 = b2 = b3 = b4 = b5 = splat(np.float32(-np.inf))
@@ -119,7 +119,8 @@ def assign(
     code_step: int,
     best: np.ndarray,
 ) -> int:
-    """Codes of points ``step`` bytes apart, and unless ``best`` is empty their scores; returns how many changed."""
+    """Write the codes of points, which are ``step`` bytes apart, and their scores unless ``best`` is empty. Returns how
+    many codes changed."""
     tile, found, scores = np.zeros(_TILE * width, np.float32), np.empty(ROWS, np.int64), np.empty(ROWS, np.float32)
     base, changed = address_of(tile), 0
     for start in range(0, count, _TILE):
@@ -151,7 +152,7 @@ def sum_clusters(
     sums: np.ndarray,
     sizes: np.ndarray,
 ) -> None:
-    """Sums ``[K * width]`` and sizes ``[K]`` of the clusters."""
+    """Write the sums ``[K * width]`` and sizes ``[K]`` of the clusters."""
     tile = np.empty(_TILE * width, np.float32)
     base, target = address_of(tile), address_of(sums)
     sums[:] = 0
@@ -179,8 +180,9 @@ def _settle_queue(
     code_step: int,
     best: np.ndarray,
 ) -> int:
-    """Give each of the queued points the best of these centroids, called ``names`` ``[K]``, if it beats what the point
-    has; ties go to the lower name. Returns how many changed."""
+    """Assign each of the queued points to the best of the centroids in ``table``, whose numbers are ``names`` ``[K]``,
+    if its score is better than the point's current score; of equal scores, the lower number is taken. Returns how many
+    codes changed."""
     tile, found, scores = np.zeros(ROWS * width, np.float32), np.empty(ROWS, np.int64), np.empty(ROWS, np.float32)
     base, changed = address_of(tile), 0
     for row in range(count):
@@ -213,10 +215,11 @@ def reassign(
     code_step: int,
     best: np.ndarray,
 ) -> int:
-    """What :func:`assign` gives, to the bit, after only the centroids ``moved`` int64 ``[M]``, ascending, have moved.
+    """The same result as :func:`assign`, bit by bit, if only the centroids ``moved`` int64 ``[M]``, ascending, have
+    moved. Returns how many codes changed.
 
-    A point whose own centroid stays can only change to one that moved: those alone are the columns of the table
-    ``few``. Scores ``best`` are those of the step before.
+    A point whose own centroid did not move can only change to a centroid that moved. The table ``few`` contains only
+    these. ``best`` holds the scores of the previous step.
     """
     shifted = np.zeros(clusters, np.bool_)
     shifted[moved] = True
@@ -224,7 +227,7 @@ def reassign(
     n_all = n_few = changed = 0
     for i in range(count):
         if shifted[read_u8(codes + i * code_step)]:
-            best[i] = -np.inf  # its score was of a centroid that is gone
+            best[i] = -np.inf  # the centroid of this score has moved
             around[n_all] = i
             n_all += 1
         else:

@@ -1,8 +1,8 @@
-"""Exact attention on the CPU; meaning and shapes are those of :mod:`pqbench.kernels.reference`.
+"""Exact attention on the CPU; arguments and shapes are those of :mod:`pqbench.kernels.reference`.
 
-float32 and bfloat16 are read as they lie, at any stride but that of the last axis; arithmetic is float32. Other types
-or devices, and head dimensions that are no multiple of 16, go to the reference. Results do not depend on the number of
-threads. The same holds for the other operations of this backend.
+Tensors of float32 and bfloat16 are read without conversion, at any stride except that of the last axis; arithmetic is
+float32. The reference backend computes other types, other devices, and head dimensions that are not a multiple of 16.
+Results do not depend on the number of threads. The same holds for the other operations of this backend.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ def attention(
     log_weights: Tensor | None = None,
     count: Number | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
-    over all, or the first ``count`` of them: output like q, log-sum-exp ``[B, H, G]`` and, where wanted, weights
-    ``[B, H, G, n]``."""
+    """Exact attention of q ``[B, H, G, D]``: output like q, log-sum-exp ``[B, H, G]``, and probabilities
+    ``[B, H, G, n]`` if needed. See :func:`pqbench.kernels.reference.attention`."""
     given = keys.shape[2] if indices is None else indices.shape[2]
     used = given if count is None else min(given, int(count))
     if not (fits(keys) and fits(values) and keys.dtype == values.dtype and used and keys.shape[3] % BLOCK == 0):
@@ -96,7 +95,7 @@ def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, cou
 
 
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Softmax of q . keys per query head, summed over the group: float32 ``[B, H, S]``."""
+    """Softmax of q.k per query head, summed over the query group: float32 ``[B, H, S]``."""
     if not fits(keys) or keys.shape[3] % BLOCK:
         return reference.exact_probabilities(q, keys, scaling)
     weights = _attend(q, keys, None, scaling, None, None, True)[2]

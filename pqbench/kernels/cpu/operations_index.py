@@ -20,9 +20,12 @@ def train_codebook(
     sample: int | None = None,
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Product quantiser of keys ``[B, H, S, D]``: codebook float32 ``[B, H, m, K, D/m]``, codes uint8 ``[B, H, S, m]``.
+    """Codebook float32 ``[B, H, m, K, D/m]`` and codes uint8 ``[B, H, S, m]`` of keys ``[B, H, S, D]``.
 
-    Computes in the calling thread and the threads of its team; other Python threads go on meanwhile.
+    Computes in the calling thread and the threads of its team, without the interpreter lock (GIL).
+
+    Raises:
+        ValueError: there are fewer keys than ``clusters``.
     """
     batch, heads, count, dims = keys.shape
     if not fits(keys) or clusters > 256:
@@ -79,9 +82,8 @@ def encode(keys: Tensor, codebook: Tensor) -> Tensor:
 
 
 def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
-    """Attention each key ``[B, H, S, D]`` received from the last queries ``[B, H, G, n, D]``: float32 ``[B, H, S]``.
-
-    ``rows`` is how the reference cuts its work; here tiles are fixed."""
+    """Attention that each key ``[B, H, S, D]`` received from the last queries ``[B, H, G, n, D]``, float32
+    ``[B, H, S]``. Only the reference backend uses ``rows``; here tiles have a fixed size."""
     batch, heads, group, count, dims = q.shape
     total = keys.shape[2]
     if not fits(keys) or q.numel() == 0:

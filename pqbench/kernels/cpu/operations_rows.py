@@ -1,4 +1,4 @@
-"""Copying and finding rows on the CPU, and choosing the blocks of a cache."""
+"""Copying and finding rows on the CPU, and the policy of the block cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pqbench.kernels.reference.blocks import Residency
 
 
 def _row_bytes(x: Tensor) -> int:
-    """Bytes of a row ``[...]`` of ``x`` ``[B, H, S, ...]``, or 0 where its numbers do not follow each other."""
+    """Bytes of a row ``[...]`` of ``x`` ``[B, H, S, ...]``; 0 if the row is not contiguous."""
     expected = 1
     for size, stride in zip(reversed(x.shape[3:]), reversed(x.stride()[3:]), strict=True):
         if size != 1 and stride != expected:
@@ -51,7 +51,8 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
 def find_rows(
     indices: Tensor, local: Tensor, resident: int, where: Tensor | None = None, block: int = 1, first: int = 0
 ) -> reference.Found:
-    """Where tokens ``[B, H, n]`` lie in a table of ``resident`` rows per head, and which are missing."""
+    """Find tokens ``[B, H, n]`` in a table of ``resident`` rows per head; see
+    :func:`pqbench.kernels.reference.rows.find_rows`."""
     if not indices.is_cpu or len(local) >= 1 << 32:
         return reference.find_rows(indices, local, resident, where, block, first)
     (batch, heads, count), rows, held = indices.shape, indices.long().contiguous(), local.contiguous()
@@ -83,7 +84,7 @@ def find_rows(
 def admit_blocks(
     counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
 ) -> Tensor:
-    """Which blocks a cache lets in, and where; see :func:`pqbench.kernels.reference.blocks.admit_blocks`."""
+    """Choose the blocks that enter a cache; see :func:`pqbench.kernels.reference.blocks.admit_blocks`."""
     (owners, every), capacity = counts.shape, residency.held.shape[1]
     most = min(admit, capacity)
     moves = torch.full((owners, most, 2), -1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Finding the best tokens on the CPU, from codes or from lists by cell; see :mod:`pqbench.kernels.reference`."""
+"""Selecting tokens on the CPU, by codes or by lists of cells; see :mod:`pqbench.kernels.reference`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pqbench.kernels.reference.select import check_room, lay_out
 
 
 def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
-    """Softmax of approximate scores per query head, summed over the group: float32 ``[B, H, S]``."""
+    """Softmax of approximate scores per query head, summed over the query group: float32 ``[B, H, S]``."""
     batch, heads, group, dims = q.shape
     _, _, parts, clusters, _ = codebook.shape
     count = codes.shape[2]
@@ -57,8 +57,8 @@ def pq_select(
     only: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Sinks, the best ``top_k`` tokens of the middle by approximate attention, and the window: int64
-    ``[B, H, room]``."""
+    """Selection int64 ``[B, H, room]`` of sinks, the ``top_k`` middle tokens with the largest approximate attention,
+    and window; see :func:`pqbench.kernels.reference.pq_select`."""
     check_room(codes, sink, top_k, length, middle, room, only, out)
     best = _best_of_codes(q, codebook, codes[:, :, : int(middle)], scaling, int(top_k))
     return lay_out(best, int(sink), int(length), int(middle), room, only, out)
@@ -71,8 +71,8 @@ def _best_of_codes(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, w
 def best_of_cells(
     q: Tensor, codebook: Tensor, starts: Tensor, tokens: Tensor, pending: Tensor, wanted: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The best tokens int64 ``[B, H, wanted]`` from lists by cell, and the weight of the others ``[B, H, G]``; see
-    :func:`pqbench.kernels.reference.cells.best_of_cells`."""
+    """The best tokens int64 ``[B, H, wanted]``, found in lists by cell, and the log-weight ``[B, H, G]`` of the others;
+    see :func:`pqbench.kernels.reference.cells.best_of_cells`."""
     batch, heads, group, _ = q.shape
     _, _, parts, clusters, width = codebook.shape
     lists = [part.contiguous() for part in (starts, tokens, pending)]
@@ -103,8 +103,8 @@ def best_of_cells(
 
 
 def merge_lists(starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists by cell, ``starts`` ``[B, H, C + 1]`` and ``tokens`` ``[B, H, N + P]``, with the pending tokens at their
-    ends."""
+    """Lists by cell, ``starts`` ``[B, H, C + 1]`` and ``tokens`` ``[B, H, N + P]``, after the pending tokens were added
+    at their ends."""
     lists = [part.contiguous() for part in (starts, tokens, pending)]
     if starts.device.type != "cpu" or any(part.dtype != torch.int32 for part in lists):
         return reference.merge_lists(starts, tokens, pending)
@@ -125,7 +125,7 @@ def merge_lists(starts: Tensor, tokens: Tensor, pending: Tensor) -> tuple[Tensor
 
 
 def top_k(scores: Tensor, count: int) -> Tensor:
-    """Indices ``[..., k]`` of the largest of ``[..., S]``, ascending; ties to the lower index, NaN largest."""
+    """Indices ``[..., k]`` of the largest scores ``[..., S]``; see :func:`pqbench.kernels.reference.top_k`."""
     total = scores.shape[-1]
     if scores.dtype != torch.float32 or scores.device.type != "cpu" or not 0 < count < total or scores.numel() == 0:
         return reference.top_k(scores, count)

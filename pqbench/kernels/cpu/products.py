@@ -1,6 +1,7 @@
-"""Inner products of six rows with sixteen columns at a time: twelve registers of sums, as many as AVX2 leaves room for.
+"""Inner products of six rows with sixteen columns at a time. The sums fill twelve registers, the most that fit in AVX2.
 
-Columns are packed as ``[blocks of 16][D][16]``, so that they stream; rows are read one number at a time.
+Columns are packed as ``[blocks of 16][D][16]``, so that they are read in the order of memory. Rows are read one number
+at a time.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ ROWS, COLUMNS = 6, 16
 
 @njit(**INLINE)
 def padded(count: int) -> int:
-    """Columns in whole blocks."""
+    """``count`` rounded up to whole blocks of columns."""
     return (count + COLUMNS - 1) // COLUMNS * COLUMNS
 
 
 @njit(**INLINE)
 def fetch(kind: Any, source: int, step: int, count: int, width: int, target: int) -> None:
-    """Rows of ``width`` numbers, ``step`` bytes apart, as float32 ``[count, width]`` at ``target``."""
+    """Copy rows of ``width`` numbers, which are ``step`` bytes apart, as float32 ``[count, width]`` to ``target``."""
     whole = width // 8 * 8
     for _ in range(count):
         for w in range(0, whole, 8):
@@ -47,7 +48,8 @@ def fetch(kind: Any, source: int, step: int, count: int, width: int, target: int
 
 @njit(**INLINE)
 def pack(kind: Any, source: int, step: int, count: int, width: int, target: int) -> None:
-    """Rows ``[count, width]``, ``step`` bytes apart, as columns; missing ones of the last block are zero."""
+    """Pack rows ``[count, width]``, which are ``step`` bytes apart, as columns. Padding columns of the last block are
+    zero."""
     for row in range(padded(count)):
         at = target + (row // COLUMNS * width * COLUMNS + row % COLUMNS) * 4
         if row < count:
@@ -60,7 +62,7 @@ def pack(kind: Any, source: int, step: int, count: int, width: int, target: int)
 
 @njit(**INLINE)
 def products(rows: int, width: int, columns: int, bias: int) -> Any:
-    """Six rows ``[6, width]`` times one block of columns, plus ``bias`` ``[16]``: twelve registers, two per row."""
+    """Six rows ``[6, width]`` times one block of columns, plus ``bias`` ``[16]``, in twelve registers, two per row."""
     p0 = p2 = p4 = p6 = p8 = p10 = read_f32x8(bias)
     p1 = p3 = p5 = p7 = p9 = p11 = read_f32x8(bias + 32)
     step = width * 4

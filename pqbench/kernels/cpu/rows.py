@@ -1,4 +1,4 @@
-"""Finding and copying of selected rows."""
+"""Finding and copying selected rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pqbench.kernels.cpu.lanes import copy_bytes
 from pqbench.kernels.cpu.tiles import prefetch_row
 from pqbench.kernels.cpu.vector import OPTIONS, read_i64, write_i64
 
-_PART = 256  # rows that one thread takes at once
-_AHEAD = 8  # rows requested before they are copied
+_PART = 256  # rows that one thread copies at once
+_AHEAD = 8  # rows are prefetched this many rows ahead
 
 
 @njit(parallel=True, **OPTIONS)
@@ -30,9 +30,9 @@ def copy_rows(
     count: int,
     size: int,
 ) -> bool:
-    """Copy rows ``indices`` int64 ``[B, H, n]`` of ``size`` bytes between addresses with byte strides.
+    """Copy rows ``indices`` int64 ``[B, H, n]`` of ``size`` bytes each; strides are in bytes.
 
-    Returns whether all rows exist; those that do not are left out.
+    Returns whether all rows exist; rows that do not exist are not copied.
     """
     parts = (count + _PART - 1) // _PART
     valid = np.ones(batch * heads * parts, np.uint8)
@@ -73,10 +73,11 @@ def find(
     missing: int,
     counts: int,
 ) -> tuple[bool, int]:
-    """See :func:`pqbench.kernels.reference.rows.find_rows`: ``heads`` are those of all sequences, ``shared`` of them
-    have one owner; arrays are addresses of int64 numbers, ``where`` and ``counts`` 0 without blocks.
+    """See :func:`pqbench.kernels.reference.rows.find_rows`. Arrays are addresses of int64 numbers; ``where`` and
+    ``counts`` are 0 without a block cache. ``heads`` is the number of heads of all sequences, ``shared`` the number of
+    heads per owner.
 
-    Returns whether all tokens exist, and how many are missing.
+    Returns whether all tokens exist, and how many are missing on the device.
     """
     valid, absent = True, 0
     for head in range(heads):
@@ -89,7 +90,7 @@ def find(
                 continue
             row = read_i64(local + position * 8)
             if row < 0 and where != 0:
-                number = np.int64(np.uint32(position) // np.uint32(block))  # 32 bits are divided faster
+                number = np.int64(np.uint32(position) // np.uint32(block))  # division of 32 bits is faster
                 if number >= blocks:
                     valid = False
                     continue

@@ -1,10 +1,10 @@
-"""Product-quantised scores without an exponential per token.
+"""Product-quantised probabilities without computing an exponential per token.
 
-exp(score) is a product over sub-spaces, so tables of exponentials ``[m][K][4 heads]`` are made first; the weight of a
-token is then the product of m table entries, four query heads per load. Entries are relative to the largest of their
-sub-space, times 2**(100/m), and zero below 2**-126. Nothing that float32 can say of the probabilities is lost if the
-best token comes within 2**(100/m) of the product of the largest entries; otherwise scores are added up and exponentials
-taken one by one.
+exp(score) is a product over sub-spaces. Tables of exponentials ``[m][K][4 heads]`` are therefore computed first; the
+weight of a token is then the product of m table entries, which are loaded for four query heads at once. Entries are
+relative to the largest entry of their sub-space, times 2**(100/m), and zero below 2**-126. This gives the full
+precision of float32 if the weight of the best token is within a factor 2**(100/m) of the product of the largest
+entries. Otherwise scores are added and an exponential is computed for each token.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pqbench.kernels.cpu.vector import (
 )
 from pqbench.kernels.cpu.weights import exact, into_shares, mass_of, spread_of
 
-_HEADROOM = 100  # powers of two that the tables carry together; a sum of 2**26 tokens still fits
-_PART = 8192  # tokens that one thread takes at once
+_HEADROOM = 100  # exponent of the factor 2**100 of all tables together; a sum over 2**26 tokens still fits
+_PART = 8192  # tokens that one thread processes at once
 
 
 @njit(**OPTIONS)
@@ -44,15 +44,16 @@ def _make_tables(
     scores: int,
     headroom: float,
 ) -> None:
-    """Tables ``[K][4]`` of one sub-space at ``target`` and their logarithms at ``scores``; centroids ``[K, width]``
-    meet dimensions from ``first`` of q ``[heads, D]``, of which four at most."""
+    """Write the table ``[K][4]`` of one sub-space to ``target`` and its logarithms to ``scores``. Centroids
+    ``[K, width]`` are multiplied by the dimensions from ``first`` on of q ``[heads, D]``; at most four heads are
+    used."""
     turned = np.empty(width * 4, np.float32)  # [width][4]
     for w in range(width):
         for head in range(4):
             turned[w * 4 + head] = read_f32(q + (head * dims + first + w) * 4) if head < heads else np.float32(0)
     base = address_of(turned)
     top = splat4(np.float32(-np.inf))
-    for c in range(0, clusters, 4):  # four chains of additions hide each other's latency; the last centroids may repeat
+    for c in range(0, clusters, 4):  # four independent sums hide latency; the last may repeat
         c1, c2, c3 = min(c + 1, clusters - 1), min(c + 2, clusters - 1), min(c + 3, clusters - 1)
         s0 = s1 = s2 = s3 = splat4(np.float32(0))
         for w in range(width):
@@ -74,7 +75,8 @@ def _make_tables(
 
 @njit(**OPTIONS)
 def _settle(masses: int, apart: int, parts: int, heads: int, least: float) -> bool:
-    """Add up the masses ``[4]``, ``apart`` bytes apart, and turn them into shares; False if one is below ``least``."""
+    """Add up the sums of weights ``[4]`` of all parts, which are ``apart`` bytes apart, and replace the first by one
+    over the total. Returns False if a total is below ``least``."""
     mass = splat4(np.float32(0))
     for part in range(parts):
         mass = add(mass, read_f32x4(masses + part * apart))
@@ -103,15 +105,15 @@ def probabilities(
     parts: int,
     clusters: int,
 ) -> None:
-    """Group-summed softmax of q ``[B, H, G, D]`` (scaled, in units of ln 2), codebook ``[B, H, m, K, D/m]`` and codes
-    ``[B, H, S, m]`` at byte strides: float32 ``[B, H, S]``."""
+    """Softmax per query head, summed over the query group, float32 ``[B, H, S]``: for q ``[B, H, G, D]``, which is
+    scaled and in units of ln 2, codebook ``[B, H, m, K, D/m]`` and codes ``[B, H, S, m]`` with strides in bytes."""
     problems, groups, width = batch * heads, (group + 3) // 4, dims // parts
     blocks = (count + _PART - 1) // _PART
-    step, headroom = clusters * 16, _HEADROOM // parts  # bytes of a table, and powers of two that it leaves
+    step, headroom = clusters * 16, _HEADROOM // parts  # bytes of a table, and the exponent of its factor
     tables = np.empty(problems * groups * parts * clusters * 8, np.float32)  # [problem][group][2: exp, log][m][K][4]
     masses = np.empty(problems * blocks * groups * 4, np.float32)
     base, sums = address_of(tables), address_of(masses)
-    least = count * np.float32(2) ** (headroom * (parts - 1))  # then the best token lost one table's share at most
+    least = count * np.float32(2) ** (headroom * (parts - 1))  # the best token is then off by one factor at most
     for job in prange(problems * groups * parts):
         owner, j = job // parts, job % parts  # owner: problem and head group
         problem, part = owner // groups, owner % groups

@@ -15,15 +15,16 @@ from pqbench.kernels.reference.blocks import Residency
 
 
 def use_threads(count: int) -> None:
-    """Set the threads of this backend in the calling thread. Torch keeps its own number: numba would set it to that of
-    all cores when it starts its threads, because both use OpenMP's."""
+    """Set the number of threads that this backend uses when called from the current thread. Torch's number is restored,
+    because numba sets it to the number of cores when it starts its threads; both use OpenMP."""
     before = torch.get_num_threads()
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
     torch.set_num_threads(before)
 
 
 def warm_up() -> float:
-    """Compile, or load from numba's cache, everything, for keys of any dtype; returns the seconds it took."""
+    """Compile all kernels, or load them from numba's cache, for keys of any dtype. Returns the seconds that this
+    took."""
     start = time.perf_counter()
     q, keys = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 32, 64)
     codebook, codes = train_codebook(keys, 2, 16, 1, 0)

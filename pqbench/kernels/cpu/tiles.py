@@ -1,8 +1,8 @@
-"""What attention does to a tile of tokens: logits, one online softmax step, weighted sum of the value rows.
+"""The steps of attention on a tile of tokens: logits, one online softmax step, and the weighted sum of value rows.
 
-Four query heads of one KV head share each read of a row; missing heads are zeros. Layouts, in float32: queries and sums
-of a head group as ``[D/16][2][4 heads][8]``, tile logits as ``[TILE][4 heads]``. Logits are in units of ln 2, so that
-exponentials are powers of two.
+A head group is four query heads of one KV head, which share each read of a row; missing heads are zeros. Layouts in
+float32: queries and sums of a head group are ``[D/16][2][4 heads][8]``, logits of a tile are ``[TILE][4 heads]``.
+Logits are in units of ln 2, so that exponentials are powers of two.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _LINE = 64  # bytes of a cache line
 
 @njit(**INLINE)
 def arrange_queries(kind: Any, half: bool, q: int, heads: int, dims: int, scaling: float, target: int) -> None:
-    """Queries ``[heads, D]`` (bfloat16 if ``half``, else float32) of one KV head, times scaling in units of ln 2, into
-    ``[groups of 4]`` layouts for rows of ``kind``."""
+    """Write the queries ``[heads, D]`` of one KV head (bfloat16 if ``half``, otherwise float32), times the scaling in
+    units of ln 2, in the layout of head groups for rows of storage ``kind``."""
     factor = np.float32(scaling) * LOG2_E
     for head in range((heads + 3) // 4 * 4):
         for dimension in range(dims):
@@ -57,7 +57,8 @@ def arrange_queries(kind: Any, half: bool, q: int, heads: int, dims: int, scalin
 
 @njit(**INLINE)
 def pair_logits(kind: Any, q: int, first: int, second: int, blocks: int, target: int) -> None:
-    """Logits of two tokens, keys at ``first`` and ``second``, for four heads: ``[2][4]`` at ``target``."""
+    """Write the logits ``[2][4]`` of two tokens, whose keys are at ``first`` and ``second``, for four heads to
+    ``target``."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(np.float32(0))
     step = 16 * number_bytes(kind)
     for _ in range(blocks):
@@ -78,8 +79,9 @@ def pair_logits(kind: Any, q: int, first: int, second: int, blocks: int, target:
 
 @njit(**INLINE)
 def softmax_step(logits: int, state: int, factors: int) -> bool:
-    """Logits of a tile become weights relative to the maximum so far; ``state`` holds that maximum and the sum, both as
-    ``[2 copies][4]``. Writes by what earlier sums shrink to ``factors``; returns whether they do."""
+    """Replace the logits of a tile by weights relative to the maximum so far. ``state`` holds this maximum and the sum
+    of weights, both as ``[2 copies][4]``, and is updated. The factors for all earlier sums are written to ``factors``;
+    returns whether any of them is not 1."""
     before = read_f32x8(state)
     top = before
     for i in range(TILE // 2):
@@ -111,7 +113,7 @@ def shrink(sums: int, factors: int, blocks: int) -> None:
 
 @njit(**INLINE)
 def add_values(kind: Any, rows: int, weights: int, sums: int, blocks: int) -> None:
-    """Add the value rows whose addresses are at ``rows``, times their weights, to the sums."""
+    """Add the value rows, whose addresses are at ``rows``, times their weights to the sums."""
     offset = 0
     for _ in range(blocks):
         a0, a1, a2, a3 = read_f32x8(sums), read_f32x8(sums + 32), read_f32x8(sums + 64), read_f32x8(sums + 96)
@@ -138,7 +140,8 @@ def add_values(kind: Any, rows: int, weights: int, sums: int, blocks: int) -> No
 
 @njit(**INLINE)
 def addresses(indices: int, first: int, stop: int, rows: int, place: Any, target: int) -> bool:
-    """Addresses of the key and value rows of a tile from token ``first``, the last repeated; False if out of range."""
+    """Write the addresses of the key and value rows of a tile that begins with token ``first``; after token
+    ``stop - 1`` it is repeated. Returns False if a row does not exist."""
     keys, key_step, values, value_step = place
     valid = True
     for i in range(TILE):
@@ -153,14 +156,14 @@ def addresses(indices: int, first: int, stop: int, rows: int, place: Any, target
 
 @njit(**INLINE)
 def prefetch_row(address: int, size: int) -> None:
-    """Ask for a row of ``size`` bytes."""
+    """Prefetch a row of ``size`` bytes."""
     for offset in range(0, size, _LINE):
         prefetch(address + offset)
 
 
 @njit(**INLINE)
 def prefetch_token(indices: int, token: int, place: Any, size: int) -> None:
-    """Ask for the key and value row of a token; ``place`` as in :func:`addresses`."""
+    """Prefetch the key and value row of a token; ``place`` as in :func:`addresses`."""
     keys, key_step, values, value_step = place
     row = token if indices == 0 else read_i64(indices + token * 8)
     prefetch_row(keys + row * key_step, size)
@@ -170,7 +173,8 @@ def prefetch_token(indices: int, token: int, place: Any, size: int) -> None:
 
 @njit(**INLINE)
 def hide(logits: int, first: int, stop: int, visible: int, count: int, heads: int) -> None:
-    """Set to -inf what lies beyond ``stop``, and where ``visible`` ``[heads, count]`` (an address, or 0) is false."""
+    """Set logits to -inf for tokens from ``stop`` on, and where ``visible`` ``[heads, count]`` (an address, or 0) is
+    false."""
     for i in range(TILE):
         for head in range(4):
             token = first + i
@@ -183,7 +187,8 @@ def hide(logits: int, first: int, stop: int, visible: int, count: int, heads: in
 
 @njit(**INLINE)
 def weigh(logits: int, first: int, stop: int, added: int, count: int, heads: int) -> None:
-    """Add ``added`` ``[heads, count]``, natural logarithms, to the logits of the tokens from ``first`` on."""
+    """Add the natural logarithms ``added`` ``[heads, count]`` to the logits of a tile that begins with token
+    ``first``."""
     for i in range(min(TILE, stop - first)):
         for head in range(heads):
             at = logits + (i * 4 + head) * 4

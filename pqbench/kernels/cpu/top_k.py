@@ -1,4 +1,4 @@
-"""The largest scores of a row by histograms of their bits: two passes over the scores, whatever is asked for."""
+"""The largest scores of a row, found by histograms of their bits: two passes over the scores for any number wanted."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from numba import njit, prange
 from pqbench.kernels.cpu.lanes import bits_of, float_of, not_less_mask, splat, trailing_zeros
 from pqbench.kernels.cpu.vector import INLINE, OPTIONS, read_f32, read_f32x8, write_i64
 
-_COARSE, _FINE = 20, 10  # bits below the first and the second histogram
+_COARSE, _FINE = 20, 10  # numbers of bits below those of the first and of the second histogram
 
 
 @njit(**INLINE)
 def _key(score: float) -> int:
-    """Unsigned integer in the order of the scores: -0 equals 0, NaN equals infinity."""
+    """An unsigned integer with the same order as the scores; -0 equals 0, and NaN equals infinity."""
     bits = bits_of(np.float32(score) + np.float32(0)) if score == score else np.uint32(0x7F800000)
     return bits ^ (np.uint32(0xFFFFFFFF) if bits >> np.uint32(31) else np.uint32(0x80000000))  # type: ignore[return-value]
 
 
 @njit(**INLINE)
 def _lowest_score(key: int) -> float:
-    """The score of a key."""
+    """The score with this key."""
     bits = key ^ (np.uint32(0x80000000) if key >> np.uint32(31) else np.uint32(0xFFFFFFFF))  # type: ignore[operator]
     return float_of(np.uint32(bits))
 
 
 @njit(**INLINE)
 def _boundary(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
-    """The bin in which the last of ``wanted`` entries from the top lies, and how many are above it."""
+    """The bin that contains the ``wanted``-th largest entry, and the number of entries in higher bins."""
     above, at = 0, histogram.shape[0] - 1
     while above + histogram[at] < wanted:
         above += histogram[at]
@@ -37,7 +37,8 @@ def _boundary(histogram: np.ndarray, wanted: int) -> tuple[int, int]:
 
 @njit(**INLINE)
 def _collect(scores: int, count: int, lowest: float, found: np.ndarray) -> None:
-    """Indices of scores not below ``lowest``, ascending; ``found`` holds as many as there are, and 8 more."""
+    """Write the indices of all scores that are not below ``lowest``, in ascending order, to ``found``, which has
+    exactly their size."""
     bound, size = splat(np.float32(lowest)), 0
     whole = count // 8 * 8
     for i in range(0, whole, 8):
@@ -54,8 +55,9 @@ def _collect(scores: int, count: int, lowest: float, found: np.ndarray) -> None:
 
 @njit(**OPTIONS)
 def _top_of_row(scores: int, count: int, wanted: int, target: int) -> None:
-    """Indices of the ``wanted`` largest of ``count`` scores, ascending; ties at the boundary to the lower index."""
-    histogram = np.zeros((4, 1 << (32 - _COARSE)), np.int32)  # four: the same bin twice in a row would wait for itself
+    """Write the indices of the ``wanted`` largest of ``count`` scores in ascending order; of equal scores, the lower
+    index is taken."""
+    histogram = np.zeros((4, 1 << (32 - _COARSE)), np.int32)  # four, as adding twice to one bin is slow
     whole = count // 4 * 4
     for i in range(0, whole, 4):
         for j in range(4):
@@ -94,6 +96,7 @@ def _top_of_row(scores: int, count: int, wanted: int, target: int) -> None:
 
 @njit(parallel=True, **OPTIONS)
 def top_of_rows(scores: int, rows: int, count: int, wanted: int, target: int) -> None:
-    """:func:`_top_of_row` for scores ``[rows, count]``, float32: int64 ``[rows, wanted]``; 0 < wanted < count."""
+    """:func:`_top_of_row` for each row of scores float32 ``[rows, count]``: writes int64 ``[rows, wanted]``, where
+    0 < wanted < count."""
     for row in prange(rows):
         _top_of_row(scores + row * count * 4, count, wanted, target + row * wanted * 8)

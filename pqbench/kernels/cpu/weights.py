@@ -1,6 +1,7 @@
-"""What product-quantised scoring does to the tokens of one KV head, four query heads at a time.
+"""Weights of the tokens of one KV head from product-quantised codes, for four query heads at a time.
 
-Tables are ``[m][K][4 heads]``, codes ``[S, m]`` bytes. Loops are compiled for two, four and any number of sub-spaces.
+Tables are ``[m][K][4 heads]``, codes are bytes ``[S, m]``. Loops are compiled for two, for four and for any number of
+sub-spaces.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from pqbench.kernels.cpu.vector import (
     write_f32x4,
 )
 
-_RUN = 1024  # tokens added up in one register: short, for accuracy
+_RUN = 1024  # tokens that are added in one register; few, for accuracy
 
 
 @njit(**INLINE)
 def _weight(tables: int, step: int, codes: int, parts: int) -> Any:
-    """Product of the table entries of one token: four heads; tables are ``step`` bytes apart."""
+    """Product of the table entries of one token, for four heads; tables are ``step`` bytes apart."""
     weight = read_f32x4(tables + np.int64(read_u8(codes)) * 16)
     for j in range(1, parts):
         weight = multiply(weight, read_f32x4(tables + j * step + np.int64(read_u8(codes + j)) * 16))
@@ -50,7 +51,7 @@ def _score(tables: int, step: int, codes: int, parts: int) -> Any:
 
 @njit(**INLINE)
 def _mass(tables: int, step: int, codes: int, row: int, count: int, parts: int, target: int) -> None:
-    """Sum of the weights of ``count`` tokens, codes ``row`` bytes apart: ``[4]`` at ``target``."""
+    """Write the sum ``[4]`` of the weights of ``count`` tokens, whose codes are ``row`` bytes apart, to ``target``."""
     zero = splat4(np.float32(0))
     mass = zero
     for start in range(0, count, _RUN):
@@ -71,7 +72,7 @@ def _mass(tables: int, step: int, codes: int, row: int, count: int, parts: int, 
 
 @njit(**INLINE)
 def _put(target: int, left: int, numbers: Any, more: bool) -> None:
-    """Store, or add (``more``), up to four numbers of which ``left`` are wanted."""
+    """Store the first ``left`` of four numbers (at most all), or add them to ``target`` with ``more``."""
     if left >= 4:
         write_f32x4(target, add(read_f32x4(target), numbers) if more else numbers)
     else:
@@ -85,7 +86,8 @@ def _put(target: int, left: int, numbers: Any, more: bool) -> None:
 def _spread(
     tables: int, step: int, codes: int, row: int, count: int, parts: int, shares: int, more: bool, target: int
 ) -> None:
-    """Sum over heads of weight times share ``[4]`` of each token: ``[count]`` at ``target``, or added there."""
+    """Write the sum over heads of weight times ``shares`` ``[4]`` for each token, ``[count]``, to ``target``, or add it
+    there with ``more``."""
     share = read_f32x4(shares)
     for token in range(0, count, 4):
         left = count - token
@@ -101,7 +103,7 @@ def _spread(
 
 @njit(**OPTIONS)
 def mass_of(tables: int, step: int, codes: int, row: int, count: int, parts: int, target: int) -> None:
-    """:func:`_mass`, with the loop over sub-spaces unrolled where their number is usual."""
+    """:func:`_mass`, with the loop over sub-spaces unrolled for two and for four of them."""
     if parts == 2:
         _mass(tables, step, codes, row, count, 2, target)
     elif parts == 4:
@@ -114,7 +116,7 @@ def mass_of(tables: int, step: int, codes: int, row: int, count: int, parts: int
 def spread_of(
     tables: int, step: int, codes: int, row: int, count: int, parts: int, shares: int, more: bool, target: int
 ) -> None:
-    """:func:`_spread` in the same way."""
+    """:func:`_spread`, with the loop over sub-spaces unrolled for two and for four of them."""
     if parts == 2:
         _spread(tables, step, codes, row, count, 2, shares, more, target)
     elif parts == 4:
@@ -125,7 +127,7 @@ def spread_of(
 
 @njit(**INLINE)
 def into_shares(masses: int, heads: int) -> None:
-    """One over the masses ``[4]``, in place; zero for heads that are none."""
+    """Replace the sums of weights ``[4]`` by one over them, and by zero for missing heads."""
     for head in range(4):
         share = np.float32(1) / read_f32(masses + head * 4) if head < heads else np.float32(0)
         write_f32(masses + head * 4, share)
@@ -135,7 +137,8 @@ def into_shares(masses: int, heads: int) -> None:
 def exact(
     scores: int, step: int, codes: int, row: int, count: int, parts: int, heads: int, more: bool, target: int
 ) -> None:
-    """The same by softmax of added scores, for up to four heads."""
+    """The same result as :func:`mass_of` and :func:`spread_of`, but by a softmax of scores that are added up, for up to
+    four heads."""
     top = splat4(np.float32(-np.inf))
     for token in range(count):
         top = larger(_score(scores, step, codes + token * row, parts), top)

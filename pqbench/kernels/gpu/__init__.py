@@ -1,10 +1,10 @@
-"""The backend for CUDA: the operations of :class:`pqbench.kernels.backend.Kernels` in Triton, on the current stream.
+"""The GPU backend: the operations of :class:`pqbench.kernels.backend.Kernels` in Triton, on the current CUDA stream.
 
-Lists are merged and rows are found by the reference, in torch.
+``merge_lists`` and ``find_rows`` are those of the reference backend.
 
-Shapes and meaning are those of :mod:`pqbench.kernels.reference`. Kernels live by topic, beside their launches. The
-module imports wherever Triton is installed; its functions need tensors on a GPU, or Triton's interpreter
-(``TRITON_INTERPRET=1``).
+Arguments and shapes are those of :mod:`pqbench.kernels.reference`. Each module holds the kernels of one topic and the
+functions that launch them. The modules can be imported wherever Triton is installed; their functions need tensors on a
+GPU, or Triton's interpreter (``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ __all__ = [
 
 
 def warm_up() -> float:
-    """Nothing: Triton compiles a kernel for the shapes of its first launch, which are not known here."""
+    """Does nothing, because Triton compiles a kernel for the shapes of its first launch. Returns 0."""
     return 0.0
 
 
 def use_threads(count: int) -> None:
-    """Nothing: work here is done by the GPU, whatever the threads of the process."""
+    """Does nothing, because the GPU does the work."""

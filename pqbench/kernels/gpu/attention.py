@@ -1,4 +1,4 @@
-"""Triton: exact attention of one query per head over given rows, split over the tokens (flash decoding)."""
+"""Triton: exact attention of one query per head over selected rows, split over the tokens (flash decoding)."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def attend_part(
     block_n: tl.constexpr,
     block_d: tl.constexpr,
 ) -> None:
-    """One KV head and one part of its rows: output ``part`` ``[B*H, parts, G, D]`` over these rows alone and its
-    log-sum-exp ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]`` on the way, and ``logits``
-    ``[B*H, G, n]`` kept when weights are wanted; these, ``visible`` and ``added`` may be None. Of the ``given`` n rows
-    the first ``count`` count."""
+    """Attention of one KV head over one part of its rows: output ``part`` ``[B*H, parts, G, D]`` and log-sum-exp
+    ``part_lse`` ``[B*H, parts, G]``. Rows are gathered by ``indices`` ``[B*H, n]``, and logits are written to
+    ``logits`` ``[B*H, G, n]``; these two, ``visible`` and ``added`` may be None. Only the first ``count`` of the
+    ``given`` n rows are used."""
     pair, number = tl.program_id(0), tl.program_id(1)
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     g, d, lane = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
@@ -79,7 +79,7 @@ def attend_part(
         if logits is not None:
             tl.store(logits + cell, score, mask=(g < group)[:, None] & seen[None, :])
         above = tl.maximum(top, tl.max(score, 1))
-        base = tl.where(above == float("-inf"), 0.0, above)  # nothing visible yet: avoid inf - inf
+        base = tl.where(above == float("-inf"), 0.0, above)  # avoids inf - inf while no row is visible
         weight, fade = tl.exp(score - base[:, None]), tl.exp(top - base)
         total = total * fade + tl.sum(weight, 1)
         output = output * fade[:, None] + product(weight, value, value_precision)
@@ -105,10 +105,11 @@ def merge_parts(
     block_s: tl.constexpr,
     block_d: tl.constexpr,
 ) -> None:
-    """Attention over all rows from the parts of one query head: output ``[B*H, G, D]``, log-sum-exp ``[B*H, G]``."""
+    """Merge the parts of one query head into attention over all rows: output ``[B*H, G, D]``, log-sum-exp
+    ``[B*H, G]``."""
     pair, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d, every = tl.arange(0, block_d), tl.arange(0, most)
-    first = pair * parts * group + head  # parts of one query head lie ``group`` apart
+    first = pair * parts * group + head  # parts of one query head are ``group`` apart
     whole = tl.load(part_lse + first + every * group, mask=every < parts, other=float("-inf"))
     top = tl.max(whole, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
@@ -136,8 +137,8 @@ def attention(
     log_weights: Tensor | None = None,
     count: Number | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :func:`pqbench.kernels.reference.attention`. Rows are gathered inside the kernel, never copied. Logits have
-    float32 precision; of half types the probabilities are rounded to 11 bits before they meet the values."""
+    """See :func:`pqbench.kernels.reference.attention`. Rows are gathered inside the kernel and not copied. Logits have
+    float32 precision; for half types, probabilities are rounded to 11 bits before the product with the values."""
     q, keys, values = launch.dense_rows(q), launch.dense_rows(keys), launch.dense_rows(values)
     batch, heads, group, width = q.shape
     given = keys.shape[2] if indices is None else indices.shape[2]
@@ -148,7 +149,7 @@ def attention(
     part_lse = q.new_empty(batch, heads, parts, group, dtype=torch.float32)
     weights = q.new_empty(shape, dtype=torch.float32) if need_weights else None
     if weights is not None and count is not None:
-        weights.fill_(float("-inf"))  # rows that do not count are not visited
+        weights.fill_(float("-inf"))  # rows from ``count`` on are not visited
     output, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     unit, outer = launch.outer(keys, values)
     precision = launch.precision_for(q, keys)
@@ -190,7 +191,8 @@ def attention(
 
 
 def _merge(part: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> None:
-    """Launch the merging of outputs ``[B, H, parts, G, D]`` and log-sum-exps ``[B, H, parts, G]`` of all parts."""
+    """Merge outputs ``[B, H, parts, G, D]`` and log-sum-exps ``[B, H, parts, G]`` of all parts into ``output`` and
+    ``lse``."""
     batch, heads, parts, group, width = part.shape
     merge_parts[(batch * heads, group)](
         part,
@@ -210,10 +212,10 @@ def _merge(part: Tensor, part_lse: Tensor, output: Tensor, lse: Tensor) -> None:
 def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None) -> Tensor:
     """See :func:`pqbench.kernels.reference.dense_attention`.
 
-    The query heads of a KV head are SDPA's query positions, so KV heads are never repeated. For half types SDPA has
-    flash attention, which splits over the tokens; for float32 it has nothing that does, and one program per head would
-    leave a GPU idle, so the split kernel above computes. It also does where ``count`` lives on the device, since SDPA
-    takes its lengths from shapes.
+    The query heads of a KV head are passed to SDPA as query positions, so that KV heads are not repeated. For half
+    types, SDPA uses flash attention, which splits the work over the tokens. It has no such kernel for float32, where
+    one program per head would leave most of the GPU idle; the kernel of this module is used instead. It is also used if
+    ``count`` is on the device, because SDPA takes lengths from shapes.
     """
     if keys.dtype == torch.float32 or isinstance(count, Tensor):
         return attention(q, keys, values, scaling, count=count)[0]

@@ -1,5 +1,5 @@
-"""Triton: a cache of blocks that the GPU keeps. One program per owner decides what enters and what leaves; one launch
-copies all that enters from page-locked host memory, another saves rows that are about to be overwritten."""
+"""Triton: the block cache. One program per owner decides which blocks enter and leave. One kernel saves rows that are
+about to be overwritten, another one copies all new blocks from page-locked host memory."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def choose_blocks(
     block_c: tl.constexpr,
     block_a: tl.constexpr,
 ) -> None:
-    """One owner's step; see :func:`pqbench.kernels.reference.blocks.admit_blocks`. What the slots hold is kept in
-    registers, a number of a list is read by a sum in which all others are zero."""
+    """The step of one owner; see :func:`pqbench.kernels.reference.blocks.admit_blocks`. The state of the slots is in
+    registers; one entry is read by a sum in which all other entries are zero."""
     owner = tl.program_id(0).to(tl.int64)
     b, c, a = tl.arange(0, block_b), tl.arange(0, block_c), tl.arange(0, block_a)
     eligible = b < tl.minimum(read(complete), every)
     asked = tl.load(counts + owner * every + b, mask=b < every, other=0).to(tl.int64)
     tl.store(counts + owner * every + b, 0, mask=b < every)
-    wish = tl.where(eligible & (asked > 0), asked * block_b + (block_b - 1 - b), -1)  # ties go to the earlier block
+    wish = tl.where(eligible & (asked > 0), asked * block_b + (block_b - 1 - b), -1)  # ties: the earlier block
     exists = c < capacity
     block = tl.load(held + owner * capacity + c, mask=exists, other=-1)
     used = tl.load(uses + owner * capacity + c, mask=exists, other=0)
     when = tl.load(since + owner * capacity + c, mask=exists, other=0)
     now = tl.load(clock + owner)
-    wanted = tl.full([block_a], -1, tl.int64)  # blocks that are to enter, by rank
+    wanted = tl.full([block_a], -1, tl.int64)  # blocks that will enter, by rank
     absent = tl.sum(c * 0, 0)
-    for rank in range(most):  # promoted first, so that no wanted block is taken for one that may leave
+    for rank in range(most):  # promotions come first, so that no wanted block can leave
         best = tl.max(wish, 0)
         number = block_b - 1 - best % block_b
         wish = tl.where(wish == best, -1, wish)
@@ -134,7 +134,7 @@ def save_rows(
     block_n: tl.constexpr,
     block_w: tl.constexpr,
 ) -> None:
-    """A few tokens of one head; see :func:`pqbench.kernels.reference.rows.vacate_rows`."""
+    """Save some tokens of one head; see :func:`pqbench.kernels.reference.rows.vacate_rows`."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     slot = tl.load(slots + pair * number + n, mask=n < number, other=-1)
@@ -191,7 +191,7 @@ def copy_moved(
     block_n: tl.constexpr,
     block_w: tl.constexpr,
 ) -> None:
-    """A few rows of one block for one head; see :func:`pqbench.kernels.reference.rows.copy_blocks`."""
+    """Copy some rows of one block for one head; see :func:`pqbench.kernels.reference.rows.copy_blocks`."""
     pair, move = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     entry = moves + ((pair // shared) * most + move) * 2 + n * 0

@@ -1,6 +1,6 @@
 """Triton: search by cells. Cells are scored by table look-up of their digits, as tokens are in
-:mod:`pqbench.kernels.gpu.scoring`; ranking and taking tokens from lists is sorting and gathering, which torch's kernels
-do without waiting for the GPU."""
+:mod:`pqbench.kernels.gpu.scoring`. Cells are then ranked and tokens selected by torch's sorting and gathering, which do
+not make the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pqbench.kernels.gpu.scoring import fold, sum_over_group
 from pqbench.kernels.gpu.tables import scored_tables
 from pqbench.kernels.reference.cells import cell_counts, shares, taken
 
-_CELLS = 128  # of a tile
+_CELLS = 128  # cells of a tile
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def score_cells(
     lanes: tl.constexpr,
     block_n: tl.constexpr,
 ) -> None:
-    """Logits ``[B*H, C, L]`` of one part of the cells, and the log-sum-exp ``[B*H, pieces, L]`` of their tokens, of
-    which cells hold ``counts`` ``[B*H, C]``; -inf where all are empty."""
+    """Logits ``scores`` ``[B*H, C, L]`` of one part of the cells, and the log-sum-exp ``part_lse`` ``[B*H, pieces, L]``
+    of its tokens, -inf if there are none. ``counts`` ``[B*H, C]`` are the numbers of tokens of cells."""
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, lanes), tl.arange(0, block_n)
     first_table = tables + pair * parts * clusters * lanes
@@ -62,14 +62,15 @@ def best_of_cells(
     counts = cell_counts(starts, pending)
     scores, probabilities = cell_probabilities(q, codebook, counts, scaling)
     take = shares(probabilities.masked_fill(counts == 0, -1.0), counts, wanted)
-    rest = (counts - take).float().log()[..., None]  # -inf where nothing is left
+    rest = (counts - take).float().log()[..., None]  # -inf where all tokens are selected
     found = max(0, min(wanted, tokens.shape[2] + pending.shape[2]))
     return taken(take, starts, tokens, pending, found), (scores[..., : q.shape[2]] + rest).logsumexp(2)
 
 
 def cell_probabilities(q: Tensor, codebook: Tensor, counts: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Logits ``[B, H, C, L]`` of all cells (L: the group, padded) and the attention that each of their tokens would
-    receive, summed over the group, ``[B, H, C]``; of empty cells what a token there would."""
+    """Logits ``[B, H, C, L]`` of all cells, where L is the size of the query group padded to a power of two, and the
+    attention that each of their tokens would receive, summed over the query group, ``[B, H, C]``. Empty cells get what
+    a token there would receive."""
     q, codebook, counts = launch.dense_rows(q), codebook.contiguous(), counts.contiguous()
     batch, heads, group, _ = q.shape
     parts, clusters = codebook.shape[2:4]

@@ -1,7 +1,7 @@
-"""Triton: the attention every key received from a block of prompt queries, H2O's column sums.
+"""Triton: the attention that each key received from a block of prompt queries (column sums).
 
-The first pass finds the log-sum-exp of every query row; the second gives each block of keys one program, which goes
-through the queries that see it. Nothing is added atomically, so results do not depend on timing.
+The first pass computes the log-sum-exp of every query row. In the second, each program has one block of keys and loops
+over the queries that see it. There are no atomic additions, so results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pqbench.kernels.gpu.launch import blocks, chunk_for, dense_rows, on, option
 
 @triton.jit
 def sees(query: tl.tensor, key: tl.tensor, total: tl.tensor, band: tl.tensor) -> tl.tensor:
-    """Which positions ``key`` a query at position ``query`` attends to: the past, no further back than ``band``."""
+    """Whether a query at position ``query`` attends to position ``key``: to the last ``band`` positions up to its
+    own."""
     return (key <= query) & (key > query - band) & (query < total)
 
 
@@ -47,7 +48,7 @@ def row_lse(
     block_q: tl.constexpr,
     block_k: tl.constexpr,
 ) -> None:
-    """Log-sum-exp ``[B*H*G, n]`` of the logits of a block of the last n queries."""
+    """Log-sum-exp ``[B*H*G, n]`` of the logits of one block of the last n queries."""
     lane = tl.program_id(1)
     i = tl.program_id(0) * block_q + tl.arange(0, block_q)
     position = total - count + i
@@ -64,7 +65,7 @@ def row_lse(
         score = row_products(queries, rows, i < count, j < total, width, chunk, precision) * scaling
         score = tl.where(sees(position[:, None], j[None, :], total, band), score, float("-inf"))
         above = tl.maximum(top, tl.max(score, 1))
-        base = tl.where(above == float("-inf"), 0.0, above)  # a row of the block that sees none of these keys
+        base = tl.where(above == float("-inf"), 0.0, above)  # avoids inf - inf for a row that sees none of these keys
         mass = mass * tl.exp(top - base) + tl.sum(tl.exp(score - base[:, None]), 1)
         top = above
     tl.store(lse + lane.to(tl.int64) * count + i, top + tl.log(mass), mask=i < count)
@@ -97,13 +98,13 @@ def sum_columns(
     block_q: tl.constexpr,
     block_k: tl.constexpr,
 ) -> None:
-    """Sums ``[B*H, S]`` over the queries of the group of the probabilities of a block of keys."""
+    """Sums ``[B*H, S]`` of the probabilities of a block of keys over queries and query group."""
     pair = tl.program_id(1)
     first = tl.program_id(0) * block_k
     j = first + tl.arange(0, block_k)
     rows = rows_of(keys, (key_batch, key_head), pair, heads, key_unit) + j.to(tl.int64) * key_row
-    begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # queries from the first key on,
-    end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # until the last key leaves the band
+    begin = tl.maximum(0, first - (total - count)) // block_q * block_q  # from the query of the block's first key
+    end = tl.minimum(count, first + block_k - 1 - (total - count) + band)  # to the last query that sees the last key
     received = tl.zeros([block_k], tl.float32)
     first_q = rows_of(q, (q_batch, q_head), pair, heads, q_unit)
     for g in range(group):
@@ -119,7 +120,7 @@ def sum_columns(
 
 
 def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
-    """See :func:`pqbench.kernels.reference.column_sums`; ``rows``, the reference's tile, has no meaning here."""
+    """See :func:`pqbench.kernels.reference.column_sums`; ``rows`` is ignored."""
     del rows
     q, keys = dense_rows(q), dense_rows(keys)
     batch, heads, group, count, width = q.shape

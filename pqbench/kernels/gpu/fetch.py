@@ -1,8 +1,8 @@
-"""Triton: new rows go into buffers, selected rows come from page-locked host memory, each in one launch.
+"""Triton: one kernel writes new rows into buffers, another one fetches selected rows from page-locked host memory.
 
-Rows are read by the GPU where they lie: the launcher asks the driver for the device address of page-locked memory. A
-program copies a few rows, with loads of 16 bytes a thread, so that many requests are on the link at once. Offsets have
-64 bits. Whoever frees host memory that a kernel reads must wait for it: see :mod:`pqbench.store.link.held`.
+The GPU reads page-locked memory directly: the launcher asks the driver for its address on the device. A program copies
+some rows with loads of 16 bytes per thread, so that many requests are on the link at once. Offsets have 64 bits. Host
+memory that a kernel reads may be freed only after the kernel is done, see :mod:`pqbench.store.link.held`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def write_rows(
     block_w: tl.constexpr,
     wraps: tl.constexpr,
 ) -> None:
-    """One new row of one head: to row ``at`` of ``key_rows`` and ``value_rows``, or to its row of the ring."""
+    """Write new row i of one head to row ``at`` + i of ``key_rows`` and ``value_rows``, or with ``wraps`` to its row of
+    the ring."""
     i, pair = tl.program_id(0), tl.program_id(1)
     token = (read(at) + i).to(tl.int64)
     row = token
@@ -132,7 +133,8 @@ def copy_tile(
     width: tl.constexpr,
     block_w: tl.constexpr,
 ) -> tl.tensor:
-    """Rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` of a dense table, where ``seen``; how many, int64."""
+    """Copy rows ``row`` ``[N]`` of dense ``rows`` to rows ``place`` ``[N]`` of a dense table where ``seen`` ``[N]``.
+    Returns how many were copied, int64."""
     for start in tl.static_range(0, width, block_w):
         w = start + tl.arange(0, block_w)
         inside = seen[:, None] & (w < width)[None, :]
@@ -188,7 +190,7 @@ def find_and_copy(
     block_n: tl.constexpr,
     block_w: tl.constexpr,
 ) -> None:
-    """A few tokens of one head; see :func:`pqbench.kernels.reference.rows.fetch_rows`."""
+    """Fetch some tokens of one head; see :func:`pqbench.kernels.reference.rows.fetch_rows`."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     matters = n < tl.minimum(read(count), number)

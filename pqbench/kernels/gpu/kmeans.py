@@ -1,8 +1,8 @@
-"""Triton: K-Means per head and sub-space, with the initial rows, the empty clusters and the results of the reference.
+"""Triton: K-Means per head and sub-space. Initial rows and empty clusters are handled as in the reference backend.
 
-Nothing here waits for the GPU: every problem is launched to the last iteration, but one that has settled leaves its
-kernels at once. Which ones have is compared on the GPU, and the rows that are drawn on the host come from page-locked
-memory. Sums are ordered, so results do not depend on timing.
+The host never waits for the GPU. All iterations are launched for every problem; the GPU itself decides whether a
+problem has converged, and its further kernels then return at once. The rows that are drawn on the host are copied from
+page-locked memory. Sums have a fixed order, so results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pqbench.kernels.gpu.launch import (
 )
 from pqbench.kernels.reference import CODE, draw
 
-_POINTS = 64  # of a tile
+_POINTS = 64  # points of a tile
 _CLUSTERS = 64
 
 
@@ -55,10 +55,12 @@ def assign(
     block_n: tl.constexpr,
     block_k: tl.constexpr,
 ) -> None:
-    """Nearest centroid, the lowest index on ties, of a block of one problem's points: codes ``[B*H, N, m]``.
+    """Nearest centroid (of equally near ones, the lowest index) of a block of one problem's points: codes
+    ``[B*H, N, m]``.
 
-    points ``[B, H, N, D]`` hold m problems side by side, centroids are ``[B*H*m, K, D/m]``. A problem whose ``active``
-    ``[B*H*m]`` is 0 keeps its codes; ``moved`` counts the codes that change. Both may be None.
+    ``points`` ``[B, H, N, D]`` contain m problems, ``centroids`` are ``[B*H*m, K, D/m]``. A problem whose ``active``
+    ``[B*H*m]`` is 0 keeps its codes. The number of codes that changed is added to ``moved`` ``[B*H*m]``. Both may be
+    None.
     """
     problem = tl.program_id(1)
     live = 1
@@ -81,15 +83,15 @@ def assign(
                 centroid = tl.load(own[:, None] + w[None, :], mask=held, other=0.0)
                 score += product(point, tl.trans(centroid), precision)
                 norm += tl.sum(centroid * centroid, 1)
-            score = tl.where((k < clusters)[None, :], score - 0.5 * norm[None, :], float("-inf"))  # nearest is largest
+            score = tl.where((k < clusters)[None, :], score - 0.5 * norm[None, :], float("-inf"))  # nearest: largest
             value, index = tl.max(score, 1, return_indices=True)
-            better = value > best  # strictly: a tie stays with the lower index
+            better = value > best  # of equal scores, the lower index stays
             best, code = tl.where(better, value, best), tl.where(better, start + index, code)
         cell = (pair.to(tl.int64) * count + n) * parts + part
         if moved is not None:
             before = tl.load(codes + cell, mask=n < count, other=0).to(tl.int32)
             changed = tl.sum(tl.where((n < count) & (before != code), 1, 0), 0)
-            tl.atomic_add(moved + problem, changed)  # of integers: any order gives the same count
+            tl.atomic_add(moved + problem, changed)  # integers: the order does not matter
         tl.store(codes + cell, code.to(tl.uint8), mask=n < count)
 
 
@@ -115,8 +117,8 @@ def sum_clusters(
     block_w: tl.constexpr,
     precision: tl.constexpr,
 ) -> None:
-    """Sums ``[B*H*m, pieces, K, D/m]`` and sizes ``[B*H*m, pieces, K]`` of a block of clusters within one piece of the
-    points, as a product with the one-hot matrix of their codes: no atomics."""
+    """Sums ``[B*H*m, pieces, K, D/m]`` and sizes ``[B*H*m, pieces, K]`` of a block of clusters over one piece of the
+    points. They are computed as a product with the one-hot matrix of the codes, without atomic additions."""
     number, problem = tl.program_id(0), tl.program_id(2)
     if tl.load(active + problem) != 0:
         pair, part = problem // parts, problem % parts
@@ -149,7 +151,7 @@ def means(
     block_k: tl.constexpr,
     block_w: tl.constexpr,
 ) -> None:
-    """Means of a block of clusters from the sums of all pieces; an empty cluster keeps its centroid."""
+    """Set the centroids of a block of clusters to the means over all pieces; an empty cluster keeps its centroid."""
     problem = tl.program_id(0)
     if tl.load(active + problem) != 0:
         k, w = tl.program_id(1) * block_k + tl.arange(0, block_k), tl.arange(0, block_w)
@@ -181,7 +183,7 @@ def train_codebook(
     sample: int | None = None,
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`pqbench.kernels.reference.train_codebook` and the module's docstring."""
+    """See :func:`pqbench.kernels.reference.train_codebook` and the docstring of the module."""
     keys = dense_rows(keys)
     batch, heads, count, dimension = keys.shape
     kept = max(clusters, min(sample or 0, count))
@@ -196,14 +198,16 @@ def train_codebook(
 
 @lru_cache(maxsize=4)
 def _first_drawn(count: int, seed: int, kept: int, pinned: bool) -> Tensor:
-    """The first rows of the draw ``[kept]`` on the host, page-locked on request. All layers of a prompt draw alike,
-    and to shuffle 131072 numbers takes the host a millisecond that the prefill would wait for. Nobody writes to it."""
+    """The first rows of the draw, ``[kept]``, on the host, page-locked if ``pinned``. All layers of a prompt use the
+    same draw, which is cached because shuffling 131072 numbers takes a millisecond, for which the prefill would wait.
+    The result must not be changed."""
     rows = draw(count, seed)[:kept].clone()  # a view would hold the whole draw
     return rows.pin_memory() if pinned else rows
 
 
 def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) -> Tensor:
-    """Improve ``codebook`` in place; returns the codes ``[B, H, N, m]`` of the nearest of its centroids."""
+    """Run Lloyd's algorithm on ``codebook`` ``[B, H, m, K, D/m]`` in place. Returns the codes ``[B, H, N, m]`` of the
+    nearest final centroids."""
     batch, heads, parts, clusters, width = codebook.shape
     count, problems = keys.shape[2], batch * heads * parts
     codes = torch.empty(batch, heads, count, parts, dtype=CODE, device=keys.device)
@@ -247,7 +251,7 @@ def _lloyd(keys: Tensor, codebook: Tensor, iterations: int, tolerance: float) ->
 
 
 def _take_means(sums: Tensor, sizes: Tensor, active: Tensor, codebook: Tensor, block_k: int, block_w: int) -> None:
-    """Move the centroids of active problems to the means of their clusters."""
+    """Set the centroids of active problems to the means of their clusters."""
     problems, pieces, clusters, width = sums.shape
     means[(problems, blocks(clusters, block_k))](
         sums,

@@ -1,7 +1,7 @@
-"""What launches of Triton kernels share: the device, block sizes, splits of a long axis, precision of products.
+"""What all launches of Triton kernels share: the device, block sizes, splits of a long axis, precision of products.
 
-Importing the ``gpu`` modules needs Triton but no GPU. With ``TRITON_INTERPRET=1``, set before Triton is imported, the
-same kernels run on CPU tensors, slowly: so they are tested where there is no GPU.
+Importing the ``gpu`` modules needs Triton but no GPU. If ``TRITON_INTERPRET=1`` is set before Triton is imported, the
+same kernels run on CPU tensors, slowly. In this way they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_SPLITS = 64  # partial results of one row; kernels that merge them hold one number of each in registers
+MOST_SPLITS = 64  # most partial results of one row; the kernels that merge them hold a number of each in registers
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def read(number: tl.tensor) -> tl.tensor:
-    """A number that was passed as such, or by its address on the device."""
+    """The value of a number that was passed by value or by its address on the device."""
     if number.dtype.is_ptr():
         number = tl.load(number)
     return number
@@ -28,8 +28,8 @@ def read(number: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def share(count: tl.tensor, block: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """First and last + 1 of ``count`` tokens that are this program's, one of those along the second axis of the grid:
-    whole blocks of them. It depends on the count and on how many programs there are, not on the room around."""
+    """First and one-past-last of the ``count`` tokens that belong to this program. The programs along the second axis
+    of the grid share the tokens in whole blocks. The result depends only on ``count`` and the number of programs."""
     size = tl.cdiv(tl.cdiv(count, block), tl.num_programs(1)) * block
     first = tl.program_id(1) * size
     return first, tl.minimum(count, first + size)
@@ -37,14 +37,15 @@ def share(count: tl.tensor, block: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def rows_of(x: tl.tensor, outer: tl.tensor, pair: tl.tensor, heads: tl.tensor, unit: tl.constexpr) -> tl.tensor:
-    """Where the rows of a pair of sequence and head begin, given the two strides of these in units (:func:`outer`)."""
+    """Address of the first row of a pair of sequence and head; ``outer`` holds their strides in units, see
+    :func:`outer`."""
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     return x + sequence * unit * outer[0] + head * unit * outer[1]
 
 
 @triton.jit
 def product(a: tl.tensor, b: tl.tensor, precision: tl.constexpr) -> tl.tensor:
-    """Matrix product accumulated in float32; ``precision`` is that of :func:`precision_for`."""
+    """Matrix product with accumulation in float32; ``precision`` comes from :func:`precision_for`."""
     if precision == "native":
         result = tl.dot(a, b)
     else:
@@ -62,8 +63,9 @@ def row_products(
     chunk: tl.constexpr,
     precision: tl.constexpr,
 ) -> tl.tensor:
-    """Products ``[M, N]`` of rows that begin at addresses ``a`` ``[M]`` with rows at ``b`` ``[N]``, zero for rows not
-    ``seen``. ``chunk`` dimensions at a time, so that registers suffice whatever the width."""
+    """Products ``[M, N]`` of the rows at addresses ``a`` ``[M]`` with the rows at ``b`` ``[N]``; rows that are not
+    ``seen`` count as zero. The product sums over ``chunk`` dimensions at a time, so that there are enough registers for
+    any width."""
     result = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
     for start in range(0, width, chunk):
         d = start + tl.arange(0, chunk)
@@ -74,16 +76,18 @@ def row_products(
 
 
 def chunk_for(width: int, precision: str) -> int:
-    """Dimensions that one product sums over: three TF32 products hold their operands in registers twice."""
+    """Number of dimensions that one product sums over. It is smaller for three TF32 products, which hold their operands
+    in registers twice."""
     return min(power(width, 16), 32 if precision == "tf32x3" else 128)
 
 
 def precision_for(*operands: Tensor) -> str:
-    """How tensor cores multiply: nothing of the operands is rounded away.
+    """The precision with which tensor cores multiply these operands, chosen so that operands are not rounded.
 
-    Two operands of one half type multiply as they are, products being exact in float32. Both half types fit in TF32
-    (8 bits of exponent, 10 of mantissa), so mixed ones do too. Float32 is split into three TF32 products, which leaves
-    an error near that of float32 itself. The interpreter computes with numpy, which has no bfloat16.
+    Two operands of the same half type are multiplied directly, because their products are exact in float32. Operands of
+    different half types are converted to TF32 (8 bits of exponent, 10 of mantissa), which holds both exactly. A float32
+    product is split into three TF32 products, whose error is near that of float32. Triton's interpreter uses TF32 for
+    bfloat16, because numpy has no bfloat16.
     """
     kinds = {operand.dtype for operand in operands}
     if not kinds <= set(_HALVES):
@@ -93,7 +97,8 @@ def precision_for(*operands: Tensor) -> str:
 
 
 def on(*tensors: Tensor) -> AbstractContextManager[object]:
-    """Launches inside go to the device, and its current stream, of the first tensor that is on a GPU."""
+    """Within this context, kernels are launched on the device, and on its current stream, of the first tensor on a
+    GPU."""
     for tensor in tensors:
         if tensor.is_cuda:
             return torch.cuda.device(tensor.device)
@@ -101,40 +106,40 @@ def on(*tensors: Tensor) -> AbstractContextManager[object]:
 
 
 def options(warps: int = 4) -> dict[str, Any]:
-    """Options of a launch. Multiplication and addition fuse, whatever Triton's default, which changes in 3.10."""
+    """Options of a launch. Multiplication and addition are always fused, because Triton's default changes in 3.10."""
     return {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def power(count: int, least: int = 1) -> int:
-    """The smallest power of two that is at least ``count`` and ``least``; blocks have such sizes."""
+    """The smallest power of two that is at least ``count`` and ``least``; Triton's blocks need such sizes."""
     return max(least, 1 << max(count - 1, 0).bit_length())
 
 
 def blocks(count: int, block: int) -> int:
-    """Blocks that cover ``count``, at least one."""
+    """Number of blocks that cover ``count``, at least one."""
     return max(1, -(-count // block))
 
 
 def split(count: int, block: int, programs: int, device: torch.device) -> int:
-    """In how many parts to split rows of ``count`` tokens when there are ``programs`` of them. Twice as many programs
-    as multiprocessors keep a GPU busy; more would only lengthen the merge."""
+    """Number of parts into which to split each of ``programs`` rows of ``count`` tokens. Twice as many programs as
+    multiprocessors keep a GPU busy; more would only make the merge longer."""
     return min(MOST_SPLITS, blocks(count, block), blocks(2 * processors(device), programs))
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; some for the interpreter, so that it splits rows too."""
+    """Number of multiprocessors of a GPU; 4 for the interpreter, so that it also splits rows."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def outer(*tensors: Tensor, axes: int = 2) -> tuple[int, tuple[tuple[int, ...], ...]]:
-    """A unit and, for each of the tensors, the strides of its first ``axes`` axes in that unit.
+    """A unit in elements and, for each tensor, the strides of its first ``axes`` axes in this unit.
 
-    Those strides grow with a context, so kernels must not be compiled for their values; yet wide loads need to know
-    that rows begin at multiples of 16. So it is the unit that a kernel is compiled for: 16 elements where the stride of
-    the next axis, which no length changes, is a multiple of 16 and the outer ones are too, else 1.
+    These strides grow with the context, so kernels must not be compiled for their values. Wide loads, however, need to
+    know at compile time that rows begin at multiples of 16 elements. Kernels are therefore compiled for the unit: it is
+    16 if these strides and that of the next axis are multiples of 16, otherwise 1.
 
-    A kernel takes each stride as an argument of its own, named in ``do_not_specialize``: what a tuple holds Triton
-    specialises whatever it is told.
+    A kernel takes each stride as a separate argument that is named in ``do_not_specialize``, because Triton always
+    specialises the members of a tuple.
     """
     strides = [x.stride()[: axes + 1] for x in tensors]
     unit = 16 if all(number % 16 == 0 for row in strides for number in row) else 1
@@ -142,16 +147,16 @@ def outer(*tensors: Tensor, axes: int = 2) -> tuple[int, tuple[tuple[int, ...], 
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` from the host on ``device``, without waiting for work under way there.
+    """A copy of the host tensor ``x`` on ``device``, made without waiting for the work of the device.
 
-    The page-locked block may be freed before the copy has read it: ``to`` leaves an event of the copy's stream with
-    torch's allocator of such memory, which gives the block to nobody before that has passed. The allocator knows
-    nothing of kernels that read a block by its address; for them the tensor must be kept. Of ``x`` that is page-locked
-    already no block is made.
+    The page-locked block that this uses may be freed before the copy has read it: ``to`` records an event with torch's
+    allocator, which does not reuse the block before the event has passed. The allocator does not know about kernels
+    that read a block by its address; for these the tensor must be held. If ``x`` is already page-locked, no block is
+    made.
     """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x``, copied only where its last axis is not contiguous; kernels take every other stride."""
+    """``x``, or a contiguous copy if its last axis is not contiguous; kernels support any other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -24,7 +24,7 @@ def mixed(word: tl.tensor) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["tokens", "low", "high"])
 def fill_noise(noise: tl.tensor, tokens: tl.tensor, low: tl.tensor, high: tl.tensor, block: tl.constexpr) -> None:
-    """A block of the noise int32 ``[H, S]`` of one head, from the two words of a seed."""
+    """Write a block of the random numbers int32 ``[H, S]`` of one head, from the two words of a seed."""
     head, n = tl.program_id(1), tl.program_id(0) * block + tl.arange(0, block)
     start = mixed(head.to(tl.uint32, bitcast=True) + tl.full([], 0x9E3779B9, tl.uint32))
     first = mixed(start ^ low.to(tl.uint32, bitcast=True))

@@ -1,4 +1,4 @@
-"""Triton: copies of rows, also straight from pinned host memory."""
+"""Triton: copies of rows, also directly from page-locked host memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pqbench.kernels.gpu.launch import blocks, on, options, outer, power, rows_of
 
-_TILE = 4096  # bytes that one program has on the way at once: two loads of 16 for each of its threads
+_TILE = 4096  # bytes that one program loads at once: two loads of 16 bytes for each of its threads
 
 
 @triton.jit(do_not_specialize=["count", "source_batch", "source_head", "target_batch", "target_head"])
@@ -33,8 +33,8 @@ def copy_rows(
     block_n: tl.constexpr,
     block_w: tl.constexpr,
 ) -> None:
-    """Rows ``indices`` ``[B*H, n]`` of ``source`` ``[B, H, S, width]``, or the first n, into ``target``
-    ``[B, H, n, width]``."""
+    """Copy rows ``indices`` ``[B*H, n]`` of ``source`` ``[B, H, S, width]``, or its first n rows unless ``given``, into
+    ``target`` ``[B, H, n, width]``."""
     pair = tl.program_id(1)
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     rows = n
@@ -52,17 +52,16 @@ def copy_rows(
 def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
     """See :func:`pqbench.kernels.reference.gather`.
 
-    ``source`` or ``target`` may be page-locked host memory: the launcher asks the driver for the address under which
-    the GPU sees it, and rows cross the link straight from where they are. The kernel runs on the current stream;
-    whoever reuses or frees host memory must wait for it first, see :mod:`pqbench.store.link.held`. ``indices`` are on
-    the GPU or page-locked as well.
+    ``source`` or ``target`` may be page-locked host memory: the launcher asks the driver for its address on the GPU,
+    and rows cross the link directly. The kernel runs on the current stream. Host memory may be reused or freed only
+    after the kernel is done, see :mod:`pqbench.store.link.held`. ``indices`` are on the GPU or page-locked as well.
     """
     _copy(source, indices.contiguous(), target)
 
 
 def copy(source: Tensor, target: Tensor) -> None:
-    """See :func:`pqbench.kernels.reference.rows.copy`. Rows ``[B, H, n, ...]``, each of them in one piece, take one
-    launch."""
+    """See :func:`pqbench.kernels.reference.rows.copy`. Tensors ``[B, H, n, ...]`` with contiguous rows are copied by
+    one launch, others by torch."""
     if source.ndim < 4 or source.dtype != target.dtype or not (_packed(source) and _packed(target)):
         target.copy_(source, non_blocking=True)
     elif source.numel():
@@ -70,7 +69,7 @@ def copy(source: Tensor, target: Tensor) -> None:
 
 
 def _copy(source: Tensor, indices: Tensor | None, target: Tensor) -> None:
-    """Copy the rows given, or all."""
+    """Copy the rows ``indices``, or all rows if that is None."""
     if source.ndim == 3:
         source, target = source[..., None], target[..., None]
     if source.ndim > 4 and not (_packed(source) and _packed(target)):
@@ -101,18 +100,19 @@ def _copy(source: Tensor, indices: Tensor | None, target: Tensor) -> None:
 
 
 def tile(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """How rows of ``width`` numbers are copied: ``block_n`` by one program, ``block_w`` numbers of them at a time."""
+    """Sizes for copying rows of ``width`` numbers: one program copies ``block_n`` rows, ``block_w`` numbers of each at
+    a time."""
     block_w = min(power(width), _TILE // dtype.itemsize)
     return {"width": width, "block_n": _TILE // (block_w * dtype.itemsize), "block_w": block_w}
 
 
 def _step(rows: Tensor) -> int:
-    """Elements between the numbers of a row."""
+    """Stride between the numbers of a row, in elements."""
     return rows.stride(3) if rows.ndim == 4 else 1
 
 
 def _packed(rows: Tensor) -> bool:
-    """Whether each row ``[B, H, S, ...]`` lies in one piece."""
+    """Whether each row of ``[B, H, S, ...]`` is contiguous."""
     expected = 1
     for size, stride in zip(reversed(rows.shape[3:]), reversed(rows.stride()[3:]), strict=True):
         if size != 1 and stride != expected:

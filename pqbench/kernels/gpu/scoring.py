@@ -1,11 +1,12 @@
-"""Triton: the attention every token would receive, from PQ codes or from the keys themselves.
+"""Triton: the attention that each token would receive, from codes or from the keys themselves.
 
-Two launches. The first writes the logits of a part of the tokens to scratch ``[B*H, S, L]`` (L query heads of the
-group, padded to a power of two) with their log-sum-exp; the second sums probabilities over the group. Products of
-tables of exponentials would save the logits, but underflow where no token reaches the maximum of every sub-space.
+There are two launches. In the first, each program writes the logits of a part of the tokens to a scratch tensor
+``[B*H, S, L]``, where L is the size of the query group padded to a power of two, and their log-sum-exp. The second
+sums probabilities over the query group. Products of tables of exponentials would need no logits, but they underflow if
+no token is near the maximum of every sub-space.
 
-Look-up tables of codes (:mod:`pqbench.kernels.gpu.tables`) are made by every program for itself. That saves a launch,
-and a codebook is small enough to be read from the cache of the GPU once per multiprocessor.
+Every program computes its own look-up tables of codes (:mod:`pqbench.kernels.gpu.tables`). This saves a launch, and a
+codebook is small enough to be read from the cache of the GPU.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from pqbench.kernels.gpu.tables import fill_tables
 from pqbench.kernels.gpu.top_k import ordered
 from pqbench.kernels.number import Number
 
-_LOGITS = 8192  # of a tile of tokens by look-up
-UNIT = 4096  # tokens; the second launch and those behind it split a row by these
+_LOGITS = 8192  # logits of a tile of tokens
+UNIT = 4096  # tokens; the second launch and the following ones split a row into units of this size
 
 
 @triton.jit
 def fold(top: tl.tensor, total: tl.tensor, score: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Running maximum and sum of exponentials ``[L]`` after more logits ``[n, L]``, -inf where there is no token."""
+    """Running maximum and sum of exponentials ``[L]``, updated with logits ``[n, L]``, which are -inf for missing
+    tokens."""
     above = tl.maximum(top, tl.max(score, 0))
-    base = tl.where(above == float("-inf"), 0.0, above)  # nothing above -inf yet: avoid inf - inf
+    base = tl.where(above == float("-inf"), 0.0, above)  # avoids inf - inf before the first token
     total = total * tl.exp(top - base) + tl.sum(tl.exp(score - base[None, :]), 0)
     return above, total
 
@@ -38,7 +40,7 @@ def fold(top: tl.tensor, total: tl.tensor, score: tl.tensor) -> tuple[tl.tensor,
 def merged(
     part_lse: tl.tensor, parts: tl.tensor, group: tl.constexpr, lanes: tl.constexpr, most: tl.constexpr
 ) -> tl.tensor:
-    """Log-sum-exp ``[L]`` of a row from those of its parts ``[parts, L]``."""
+    """Log-sum-exp ``[L]`` of a row, from the log-sum-exps ``[parts, L]`` of its parts."""
     g, part = tl.arange(0, lanes), tl.arange(0, most)
     held = (part < parts)[:, None] & (g < group)[None, :]
     lse = tl.load(part_lse + part[:, None] * lanes + g[None, :], mask=held, other=float("-inf"))
@@ -74,9 +76,10 @@ def score_codes(
     block_w: tl.constexpr,
     block_n: tl.constexpr,
 ) -> None:
-    """Logits ``scores`` ``[B*H, S, L]`` of one part of the tokens by table look-up of uint8 codes ``[B, H, S, m]``,
-    with their log-sum-exp ``[B*H, pieces, L]``. Of the ``given`` S tokens the first ``count`` count, and none where
-    ``only`` ``[B*H]`` is 0. ``tables`` are scratch ``[B*H, pieces, m, K, L]``; ``counters`` ``[B*H]`` are set to 0."""
+    """Logits ``scores`` ``[B*H, S, L]`` of one part of the tokens, by table look-up of codes uint8 ``[B, H, S, m]``,
+    and their log-sum-exp ``part_lse`` ``[B*H, pieces, L]``. Only the first ``count`` of the ``given`` S tokens are
+    scored, and none of a head whose ``only`` ``[B*H]`` is 0. ``tables`` ``[B*H, pieces, m, K, L]`` is scratch memory;
+    ``counters`` ``[B*H]`` are set to 0."""
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, lanes), tl.arange(0, block_n)
     here = pair * tl.num_programs(1) + number
@@ -89,7 +92,7 @@ def score_codes(
         query = rows_of(q, q_strides, pair, heads, 1)
         book = codebook + pair * parts * clusters * width
         fill_tables(query, book, own, q_strides[2], scaling, clusters, parts, group, width, lanes, block_k, block_w)
-        tl.debug_barrier()  # threads look up what others of their program have written
+        tl.debug_barrier()  # threads read what other threads of their program have written
     top, total = tl.full([lanes], float("-inf"), tl.float32), tl.zeros([lanes], tl.float32)
     for start in range(first, stop, block_n):
         n = start + lane
@@ -97,7 +100,7 @@ def score_codes(
         score = tl.zeros([block_n, lanes], tl.float32)
         for part in tl.static_range(parts):
             code = tl.load(first_code + n.to(tl.int64) * code_row + part, mask=seen, other=0).to(tl.int32)
-            entry = (part * clusters + code)[:, None] * lanes + g[None, :]  # one vector per token: the group is inner
+            entry = (part * clusters + code)[:, None] * lanes + g[None, :]  # one vector per token
             score += tl.load(own + entry, mask=seen[:, None], other=0.0)
         tl.store(scores + (pair * given + n)[:, None] * lanes + g[None, :], score, mask=seen[:, None])
         top, total = fold(top, total, tl.where(seen[:, None], score, float("-inf")))
@@ -107,7 +110,7 @@ def score_codes(
 
 @triton.jit
 def awake(count: tl.tensor, only: tl.tensor, pair: tl.tensor) -> tl.tensor:
-    """``count``, or 0 where the pair is not set in ``only``, which may be None."""
+    """``count``, or 0 if ``only`` is given and is 0 for this pair of sequence and head."""
     if only is not None:
         count = tl.where(tl.load(only + pair) != 0, count, 0)
     return count
@@ -135,7 +138,8 @@ def score_keys(
     block_g: tl.constexpr,
     block_n: tl.constexpr,
 ) -> None:
-    """The same from keys ``[B, H, S, D]``."""
+    """Logits ``scores`` ``[B*H, S, L]`` of one part of the tokens from keys ``[B, H, S, D]``, and their log-sum-exp
+    ``part_lse`` ``[B*H, pieces, L]``."""
     pair, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, lane = tl.arange(0, block_g), tl.arange(0, block_n)
     queries = rows_of(q, q_strides, pair, heads, 1) + g * q_strides[2]
@@ -155,14 +159,15 @@ def score_keys(
 
 @triton.jit
 def bin_of(key: tl.tensor, count: tl.tensor, lanes: tl.constexpr) -> tl.tensor:
-    """One of 256 bins, in the order of the keys (:func:`ordered`) of probabilities that are summed over a group.
+    """The bin, 0 to 255, of a probability that was summed over a query group, given by its key (:func:`ordered`). Bins
+    have the order of the probabilities.
 
-    What is wanted are mostly scores around the mean, which is G / ``count``. Bins from 2**12 times the mean down to
-    2**-12 times are an eighth of a power of two wide; those below, two powers. Above are few scores, by Markov's
-    inequality less than count / 2**12, and they share the last bin."""
-    bits = (key >> 20).to(tl.int32) & 2047  # probabilities have no sign: exponent and three bits of the fraction
+    The threshold of a selection is mostly near the mean, which is G / ``count``. Bins between 2**-12 and 2**12 times
+    the mean are therefore narrow: there are eight per power of two. Below, a bin covers two powers of two. Above, all
+    probabilities share the last bin; by Markov's inequality these are fewer than count / 2**12."""
+    bits = (key >> 20).to(tl.int32) & 2047  # exponent and three bits of the fraction; the sign is 0
     mean = (127 + 12) * 8 + 127 * 8 - (count.to(tl.float32).to(tl.int32, bitcast=True) >> 20)
-    for power in tl.static_range(8):  # the logarithm of the padded group
+    for power in tl.static_range(8):  # adds the logarithm of the padded group
         if (1 << power) < lanes:
             mean += 8
     below = tl.maximum(mean - bits, 0)
@@ -185,9 +190,9 @@ def sum_group(
     unit: tl.constexpr,
     block_n: tl.constexpr,
 ) -> None:
-    """Probabilities summed over the group, ``sums`` ``[B*H, S]``, from logits ``[B*H, S, L]`` and the log-sum-exps of
-    their ``parts``; and how many of them fall into each bin, ``[B*H, pieces, 256]``, where that is wanted. ``given``,
-    ``count`` and ``only`` as in :func:`score_codes`."""
+    """Probabilities summed over the query group, ``sums`` ``[B*H, S]``, from logits ``[B*H, S, L]`` and the
+    log-sum-exps of their ``parts``. Unless ``histograms`` ``[B*H, pieces, 256]`` is None, the numbers of sums in each
+    bin are written there. ``given``, ``count`` and ``only`` as in :func:`score_codes`."""
     pair, g = tl.program_id(0).to(tl.int64), tl.arange(0, lanes)
     whole = merged(part_lse + pair * parts * lanes, parts, group, lanes, most)  # [L]
     count = read(count)
@@ -216,13 +221,17 @@ def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float)
 def scan(
     q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, count: Number, only: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[B, H, S, L]`` of the first ``count`` codes ``[B, H, S, m]`` of heads that ``only`` ``[B, H]`` sets, or
-    all; their log-sum-exps by part ``[B, H, pieces, L]``; and a zero for every head ``[B, H]``."""
+    """Score the first ``count`` of the codes ``[B, H, S, m]``, for the heads that are set in ``only`` ``[B, H]`` or for
+    all.
+
+    Returns:
+        logits ``[B, H, S, L]``, the log-sum-exps of their parts ``[B, H, pieces, L]``, and int32 zeros ``[B, H]``.
+    """
     q, codes, codebook = launch.dense_rows(q), launch.dense_rows(codes), codebook.contiguous()
     batch, heads, group, _ = q.shape
     parts, clusters, width = codebook.shape[2:]
     lanes, given, block_w = launch.power(group), codes.shape[2], launch.power(width)
-    pieces = max(1, min(launch.MOST_SPLITS, launch.processors(q.device) // (batch * heads)))  # one on a multiprocessor
+    pieces = max(1, min(launch.MOST_SPLITS, launch.processors(q.device) // (batch * heads)))  # one per multiprocessor
     scores = q.new_empty(batch, heads, given, lanes, dtype=torch.float32)
     part_lse = q.new_empty(batch, heads, pieces, lanes, dtype=torch.float32)
     tables = q.new_empty(batch, heads, pieces, parts * clusters * lanes, dtype=torch.float32)
@@ -298,8 +307,8 @@ def sum_over_group(
     only: Tensor | None = None,
     histograms: Tensor | None = None,
 ) -> Tensor:
-    """Sum probabilities over the group: ``[B, H, S]``; and fill ``histograms`` ``[B, H, pieces, 256]`` if they are
-    given, of as many pieces as :func:`pieces_for` says."""
+    """Probabilities summed over the query group, ``[B, H, S]``. If ``histograms`` ``[B, H, pieces, 256]`` are given,
+    with as many pieces as :func:`pieces_for` returns, they are filled as in :func:`sum_group`."""
     batch, heads, given, lanes = scores.shape
     sums = q.new_empty(batch, heads, given, dtype=torch.float32)
     with launch.on(q):
@@ -323,6 +332,7 @@ def sum_over_group(
 
 
 def pieces_for(rows: int, device: torch.device) -> int:
-    """Pieces of a row behind the first launch: a power of two, whatever the number of tokens."""
+    """Number of pieces of a row in the launches after the first one: a power of two that does not depend on the number
+    of tokens."""
     wanted = min(launch.MOST_SPLITS, max(1, 2 * launch.processors(device) // rows))
     return 1 << (wanted.bit_length() - 1)

@@ -1,13 +1,15 @@
-"""Triton: the selection of a step in three launches, none of which waits for another on the GPU or for the host.
+"""Triton: the selection of a step in three launches, without waiting for the host.
 
-1. Look-up tables, a scan of the codes, and log-sum-exps by part (:func:`pqbench.kernels.gpu.scoring.scan`).
-2. Probabilities summed over the group, and how many fall into each of 256 bins, by piece of a row.
-3. Every piece adds up the histograms of its row and so knows the bin on the edge of the selection, and how many tokens
-   the pieces before it hold from that bin up. It writes its own such tokens behind theirs, in order. Whichever piece of
-   a row is done last finds the exact threshold among the tokens of the edge bin, and writes what is chosen.
+1. Look-up tables, a scan of the codes, and the log-sum-exps of parts (:func:`pqbench.kernels.gpu.scoring.scan`).
+2. Probabilities summed over the query group, and for each piece of a row a histogram of them with 256 bins.
+3. Each piece adds up the histograms of its row. This gives the edge bin, which contains the threshold of the selection,
+   and the number of tokens in this bin or higher ones in the pieces before. The piece writes its own such tokens after
+   those of the pieces before. The piece of a row that finishes last finds the exact threshold among the tokens of the
+   edge bin and writes the selected tokens.
 
-The last piece goes through little more than the selected tokens, unless many share one bin: of a context of equal
-tokens it goes through all, which takes longer and is as exact. Nothing is rounded, and ties go to the lower index.
+The last piece reads little more than the selected tokens, unless many tokens are in the edge bin. If all tokens of a
+context are equal, it reads all of them, which takes longer. The result is always exact; of equal probabilities, the
+lower index is taken.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from pqbench.kernels.reference.select import check_room
 def threshold_of(
     keys: tl.tensor, count: tl.tensor, wanted: tl.tensor, block: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The key of the ``wanted``-th largest of ``count`` keys, a byte at a time, and how many that equal it are
-    wanted."""
+    """The ``wanted``-th largest of ``count`` keys, found one byte at a time, and how many of the keys that are equal to
+    it are wanted."""
     prefix = tl.full([], 0, tl.int32)
     for step in tl.static_range(4):
         histogram = tl.zeros([256], tl.int32)
@@ -64,10 +66,10 @@ def collect(
     most: tl.constexpr,
     unit: tl.constexpr,
 ) -> None:
-    """Sinks, the best of the middle and the window of one row, ``indices`` ``[B*H, room]``; one program for each of its
-    pieces. ``sums`` ``[B*H, S]`` and ``histograms`` ``[B*H, pieces, 256]`` are those of
-    :func:`pqbench.kernels.gpu.scoring.sum_group`, ``counters`` ``[B*H]`` begin with 0. ``lists`` ``[3, B*H, S]`` are
-    scratch: the tokens from the edge bin up, their keys, and the keys of those in the edge bin."""
+    """The selection ``indices`` ``[B*H, room]`` of one row: sinks, the best middle tokens, and the window. There is one
+    program for each piece of a row. ``sums`` ``[B*H, S]`` and ``histograms`` ``[B*H, pieces, 256]`` come from
+    :func:`pqbench.kernels.gpu.scoring.sum_group`; ``counters`` ``[B*H]`` are 0 before. ``lists`` ``[3, B*H, S]`` is
+    scratch memory for the tokens in the edge bin and higher bins, their keys, and the keys in the edge bin."""
     pair, number, pieces = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     sink, length, middle = read(sink), read(length), read(middle)
     wanted, lane = tl.minimum(read(top_k), middle), tl.arange(0, unit)
@@ -85,7 +87,7 @@ def collect(
     whole = tl.sum(held, 0)
     edge, ties = cut(whole, wanted)
     part, every = tl.arange(0, most)[:, None], tl.arange(0, 256)[None, :]
-    kept = tl.sum(tl.sum(tl.where((part < number) & (every >= edge), held, 0), 1), 0)  # by the pieces before
+    kept = tl.sum(tl.sum(tl.where((part < number) & (every >= edge), held, 0), 1), 0)  # in the pieces before
     level = tl.sum(tl.sum(tl.where((part < number) & (every == edge), held, 0), 1), 0)
     first, stop = share(count, unit)
     for start in range(first, stop, unit):
@@ -102,7 +104,7 @@ def collect(
         size = tl.sum(both, 0)
         kept += size & 65535
         level += size >> 16
-    tl.debug_barrier()  # all threads have written before one of them says so
+    tl.debug_barrier()  # all threads have written before the counter is increased
     if tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu") == pieces - 1:
         level = tl.sum(tl.where(tl.arange(0, 256) == edge, whole, 0), 0)
         threshold, equal = threshold_of(levels, level, ties, unit)
@@ -130,7 +132,7 @@ def pq_select(
     only: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`pqbench.kernels.reference.pq_select` and the module's docstring."""
+    """See :func:`pqbench.kernels.reference.pq_select` and the docstring of the module."""
     check_room(codes, sink, top_k, length, middle, room, only, out)
     batch, heads, given, _ = codes.shape
     indices = q.new_empty(batch, heads, room, dtype=torch.int64) if out is None else out
@@ -140,7 +142,7 @@ def pq_select(
     histograms = q.new_empty(batch, heads, pieces, 256, dtype=torch.int32)
     sums = sum_over_group(q, scores, part_lse, middle, chosen, histograms)
     lanes = scores.shape[3]
-    # Logits have served once they are summed: where there are enough of them, the lists take their place.
+    # Logits are not needed after they were summed, so their memory is used for the lists if it is large enough.
     lists = scores.view(torch.int32) if lanes >= 3 else q.new_empty(3, batch, heads, given, dtype=torch.int32)
     with launch.on(q):
         collect[(batch * heads, pieces)](

@@ -1,4 +1,4 @@
-"""Triton: look-up tables of products of centroids with queries, made by one launch or by each program for itself."""
+"""Triton: look-up tables of products of centroids with queries, computed by a launch or inside another kernel."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def look_up_tables(
     block_k: tl.constexpr,
     block_w: tl.constexpr,
 ) -> None:
-    """Scaled products of every centroid with its part of every query head: ``tables`` ``[B*H, m, K, L]``, from a
-    codebook ``[B*H, m, K, D/m]``. One program per sub-space and block of centroids."""
+    """Scaled products ``tables`` ``[B*H, m, K, L]`` of the centroids of a codebook ``[B*H, m, K, D/m]`` with the same
+    sub-space of every query head. There is one program per sub-space and block of centroids."""
     problem = tl.program_id(0)
     pair, part = problem // parts, problem % parts
     sequence, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -56,8 +56,8 @@ def fill_tables(
     block_k: tl.constexpr,
     block_w: tl.constexpr,
 ) -> tl.tensor:
-    """Scaled products of the centroids of one head ``[m, K, D/m]`` with its queries, ``row`` elements apart:
-    ``tables`` ``[m, K, L]``, zero for padding. Returns how many there are."""
+    """Scaled products ``tables`` ``[m, K, L]`` of the centroids ``[m, K, D/m]`` of one head with its queries, which are
+    ``row`` elements apart; zero for padding. Returns the number m * K of table rows."""
     k, w = tl.arange(0, block_k), tl.arange(0, block_w)
     for part in tl.static_range(parts):
         for start in range(0, clusters, block_k):

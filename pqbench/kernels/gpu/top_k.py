@@ -1,9 +1,10 @@
-"""Triton: the rows with the largest scores.
+"""Triton: the indices of the largest scores.
 
-:func:`top_k` is a radix select on bits whose order is that of the scores, eight at a time: histogram, find the byte of
-the threshold, go on with the scores that share it. A row of few scores is one program and one launch; a longer one is
-split, each part with histograms of its own, so that parts know where to write without atomics. torch.topk would need a
-repair of the ties, and finding the chosen rows' number by nonzero() would wait for the GPU.
+:func:`top_k` is a radix select on integers (keys) that have the order of the scores, one byte at a time: it makes a
+histogram, finds the byte of the threshold, and continues with the scores that share this byte. A short row takes one
+program and one launch. A longer row is split into parts with their own histograms, so that each part knows where to
+write without atomic operations. torch.topk does not define which of equal scores it takes, and nonzero() would wait for
+the GPU.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 from pqbench.kernels.gpu import launch
 from pqbench.kernels.gpu.launch import MOST_SPLITS, blocks, dense_rows, on, options, power, share
 
-_WHOLE = 4096  # scores that one program holds
-_CHUNK = 4096  # scores of a tile where a row is split
+_WHOLE = 4096  # most scores that one program holds
+_CHUNK = 4096  # scores of a tile of a row that is split
 
 
 @triton.jit
 def ordered(score: tl.tensor) -> tl.tensor:
-    """uint32 in the order of float32 scores: both zeros are one number, NaN is infinity."""
+    """Key uint32 with the same order as float32 scores; -0 equals 0, and NaN equals infinity."""
     score = tl.where(score == 0.0, 0.0, score)
     score = tl.where(score == score, score, float("inf"))
     bits = score.to(tl.int32, bitcast=True)
@@ -31,7 +32,7 @@ def ordered(score: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def cut(histogram: tl.tensor, wanted: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The bin in which the ``wanted``-th largest falls, given how often each occurs ``[256]``, and how many of that bin
+    """The bin that contains the ``wanted``-th largest entry of a histogram ``[256]``, and how many entries of this bin
     are wanted."""
     every = tl.arange(0, 256)
     above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # scores in larger bins
@@ -43,7 +44,7 @@ def cut(histogram: tl.tensor, wanted: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 def top_of_row(
     scores: tl.tensor, indices: tl.tensor, stride: tl.tensor, total: tl.tensor, count: tl.tensor, block: tl.constexpr
 ) -> None:
-    """Indices ``[R, k]`` of the largest of one row of scores, held in registers."""
+    """Indices ``[R, k]`` of the largest scores of one row, which is held in registers."""
     row, n = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     key = ordered(tl.load(scores + row * stride + n, mask=n < total, other=float("-inf")))
     same, larger, wanted = n < total, n < 0, count
@@ -58,7 +59,7 @@ def top_of_row(
 
 @triton.jit
 def parts_of(counts: tl.tensor, parts: tl.tensor, most: tl.constexpr) -> tl.tensor:
-    """Histograms ``[most, 256]`` of all parts of a row, zero where there is no part."""
+    """Histograms ``[most, 256]`` of all parts of a row; zero for missing parts."""
     part, every = tl.arange(0, most)[:, None], tl.arange(0, 256)[None, :]
     return tl.load(counts + part * 256 + every, mask=part < parts, other=0)
 
@@ -73,8 +74,9 @@ def advance(
     step: tl.constexpr,
     most: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The first ``step`` bytes of the threshold, how many scores that begin with them are wanted, and the histograms of
-    the last of these bytes by part, from the state one byte before and the histograms ``[4, R, parts, 256]``."""
+    """Find the first ``step`` bytes of the threshold from the state of the previous step and the histograms
+    ``[4, R, parts, 256]``. Returns these bytes, how many of the scores that begin with them are wanted, and the
+    histograms of the last of these bytes by part."""
     held = parts_of(histograms + ((step - 1) * rows + row) * parts * 256, parts, most)
     before = state + ((step - 1) * rows + row) * 2
     chosen, wanted = cut(tl.sum(held, 0), tl.load(before + 1))
@@ -96,9 +98,9 @@ def count_bytes(
     most: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """How often each value of byte ``step`` occurs in one part of a row, among the scores that share the bytes before
-    with the threshold. ``state`` ``[4, R, 2]`` holds these bytes and the number wanted, ``larger`` ``[R, parts]`` the
-    scores of a part known to be above the threshold."""
+    """Count how often each value of byte ``step`` occurs in one part of a row, among the scores whose previous bytes
+    are those of the threshold. ``state`` ``[4, R, 2]`` holds these bytes and the number of scores wanted; ``larger``
+    ``[R, parts]`` holds how many scores of a part are known to be above the threshold."""
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     byte = tl.arange(0, 256)
     here = row * parts + number
@@ -118,7 +120,7 @@ def count_bytes(
         histogram += tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=same)
     tl.store(histograms + ((step * rows + row) * parts + number) * 256 + byte, histogram)
     tl.store(larger + here, above)
-    if number == 0:  # every part computes the same
+    if number == 0:  # every part computes the same state
         tl.store(state + (step * rows + row) * 2, prefix)
         tl.store(state + (step * rows + row) * 2 + 1, wanted)
 
@@ -138,12 +140,12 @@ def write_top(
     most: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Write the chosen indices of one part of a row behind those of the parts before it."""
+    """Write the selected indices of one part of a row after those of the parts before it."""
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part, byte = tl.arange(0, most), tl.arange(0, 256)[None, :]
     prefix, wanted, held = advance(histograms, state, row, parts, rows, 4, most)
     threshold = prefix.to(tl.uint32, bitcast=True)
-    held = tl.where((part < number)[:, None], held, 0)  # of the parts before
+    held = tl.where((part < number)[:, None], held, 0)  # only the parts before
     above = tl.sum(tl.load(larger + row * parts + part, mask=part < number, other=0), 0)
     above += tl.sum(tl.sum(tl.where(byte > (prefix & 255), held, 0), 1), 0)
     tied = tl.sum(tl.sum(tl.where(byte == (prefix & 255), held, 0), 1), 0)
@@ -159,8 +161,9 @@ def write_top(
 def placed(
     key: tl.tensor, seen: tl.tensor, threshold: tl.tensor, ties: tl.tensor, above: tl.tensor, tied: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Where each of the keys of a tile goes, and which are chosen: those above the threshold, and of those that equal
-    it the first ``ties``. ``above`` and ``tied`` count those of earlier tiles; they come back with this tile's."""
+    """The place of each key of a tile in the result, and which keys are selected: those above the threshold, and the
+    first ``ties`` of those equal to it. ``above`` and ``tied`` are the numbers of keys above and equal in earlier
+    tiles; they are returned with the numbers of this tile added."""
     level, over = seen & (key == threshold), seen & (key > threshold)
     both = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)  # a tile has fewer than 2**16 keys
     rank = tied + (both >> 16)
@@ -187,7 +190,7 @@ def top_k(scores: Tensor, count: int) -> Tensor:
 
 
 def _split_top_k(scores: Tensor, indices: Tensor, count: int) -> None:
-    """Rows longer than one program holds."""
+    """:func:`top_k` for rows ``[R, S]`` that are longer than one program holds."""
     rows, total = scores.shape
     wanted = min(MOST_SPLITS, blocks(2 * launch.processors(scores.device), rows))
     parts = min(wanted, blocks(total, _CHUNK))
@@ -195,7 +198,7 @@ def _split_top_k(scores: Tensor, indices: Tensor, count: int) -> None:
     state = torch.empty(4, rows, 2, dtype=torch.int32, device=scores.device)
     larger = torch.empty(rows, parts, dtype=torch.int32, device=scores.device)
     shape = (scores.stride(0), total, count, parts, rows)
-    sizes = {"most": power(wanted), "block": _CHUNK, **options(8)}  # for the most parts a row can have: compiled once
+    sizes = {"most": power(wanted), "block": _CHUNK, **options(8)}  # one compilation for any number of parts
     for step in range(4):
         count_bytes[(rows, parts)](scores, histograms, state, larger, *shape, step=step, **sizes)
     write_top[(rows, parts)](scores, indices, histograms, state, larger, *shape, **sizes)

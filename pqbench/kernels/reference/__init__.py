@@ -1,5 +1,5 @@
-"""The definition of every kernel in plain torch: the operations of :class:`pqbench.kernels.backend.Kernels`, and the
-parts that they are made of. The other backends are tested against these.
+"""The reference backend: the operations of :class:`pqbench.kernels.backend.Kernels` in plain torch, and their parts. It
+defines all results; the other backends are tested against it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which blocks of a context a cache holds, in plain torch; other backends are tested against this."""
+"""The policy of the block cache: which blocks enter and leave, in plain torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pqbench.kernels.number import Number
 
 
 class Residency(NamedTuple):
-    """What a cache of C slots per owner holds, int64 all.
+    """What a cache of C slots per owner holds; all tensors are int64.
+
+    A block is promoted in each step in which it is among the blocks that were asked for most.
 
     Attributes:
-        where: which slot each block is in, ``[owners, blocks]``, -1 where in none.
-        held: which block each slot holds, ``[owners, C]``, -1 for none.
-        uses: in how many steps it was promoted since it entered, ``[owners, C]``.
-        since: when it was promoted last, ``[owners, C]``; larger is later.
-        clock: ``[owners]``, numbers promotions.
+        where: ``[owners, blocks]``, the slot of each block; -1 for none.
+        held: ``[owners, C]``, the block in each slot; -1 for none.
+        uses: ``[owners, C]``, how often the block in a slot was promoted since it entered.
+        since: ``[owners, C]``, time of its last promotion; larger is later.
+        clock: ``[owners]``, the current time, which counts promotions.
     """
 
     where: Tensor
@@ -29,7 +31,7 @@ class Residency(NamedTuple):
 
     @classmethod
     def empty(cls, owners: int, slots: int, device: torch.device) -> Residency:
-        """A cache that holds nothing, of a context without blocks."""
+        """An empty cache, for a context without blocks."""
         number = torch.zeros(owners, slots, dtype=torch.int64, device=device)
         nothing, none = torch.full_like(number, -1), number.new_empty(owners, 0)
         return cls(none, nothing, number, number.clone(), number.new_zeros(owners))
@@ -38,17 +40,23 @@ class Residency(NamedTuple):
 def admit_blocks(
     counts: Tensor, complete: Number, admit: int, frequent: bool, residency: Residency, tally: Tensor
 ) -> Tensor:
-    """Let in the blocks most asked for: one step of a cache.
+    """One step of a block cache: the blocks that were asked for most enter.
 
-    Wanted are the ``admit`` blocks of largest ``counts`` ``[owners, blocks]`` among the first ``complete``, ties to the
-    earlier, without those nobody asked for; at most as many as there are slots. They are promoted, the most wanted
-    last. Those absent enter, the most wanted first, each into the slot of the resident that is not wanted and has the
-    fewest promotions (with ``frequent``; otherwise that is not looked at), among equals the one promoted longest ago;
-    when as many have left as must, into the free slots, the first one first. ``residency`` is brought up to date,
-    ``counts`` are set to zero, and to ``tally`` ``[1]`` is added how many entered.
+    1. Among the first ``complete`` blocks, the ``admit`` blocks with the largest positive ``counts``
+       ``[owners, blocks]`` are wanted, but at most C; of equal counts, the earlier block comes first.
+    2. Wanted blocks are promoted, the most wanted one last.
+    3. If the free slots are too few for the wanted blocks that are not in the cache, other blocks leave: those that are
+       not wanted and have the fewest promotions (only with ``frequent``), and among these the ones whose last promotion
+       is oldest.
+    4. Wanted blocks that are not in the cache enter, the most wanted one first: into the slots of the blocks that
+       leave, in the order above, and then into the free slots, lowest first.
+
+    ``residency`` is updated, ``counts`` are set to zero, and the number of blocks that entered is added to ``tally``
+    ``[1]``.
 
     Returns:
-        int64 ``[owners, min(admit, C), 2]``: which block entered which slot, by rank of the block; -1 where none did.
+        int64 ``[owners, min(admit, C), 2]``: block and slot of each block that entered, by its rank among the wanted
+        blocks; -1 for a rank whose block did not enter.
     """
     owners, capacity = residency.held.shape
     most = min(admit, capacity)
@@ -74,7 +82,7 @@ def _step(
     since: Tensor,
     clock: Tensor,
 ) -> dict[int, int]:
-    """One owner's step; returns the slot that each rank entered."""
+    """The step of one owner. Returns the slot that the block of each rank entered."""
     present = {int(block): slot for slot, block in enumerate(held) if block >= 0}
     absent = [rank for rank, block in enumerate(wanted) if block not in present]
     free = [slot for slot in range(len(held)) if held[slot] < 0]

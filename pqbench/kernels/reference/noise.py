@@ -1,4 +1,4 @@
-"""Random numbers that are a hash of a seed, a head and a token: every backend computes the same numbers."""
+"""Random numbers computed as a hash of seed, head and token, so that every backend computes the same numbers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-LEAST = -(2**31)  # below all noise
+LEAST = -(2**31)  # smaller than all random numbers
 
 
 def noise(heads: int, tokens: int, seed: int, device: torch.device) -> Tensor:
-    """Int32 ``[H, S]`` above :data:`LEAST`, uniform, and all different in a head (up to that bound).
+    """Uniform random numbers int32 ``[H, S]`` above :data:`LEAST`. The numbers of one head are all different, except
+    that the lowest one may occur twice.
 
-    Two rounds of a 32-bit integer hash (xor-shift and multiplication, constants by C. Wellons, "lowbias32"), each a
-    permutation of all words, with two words of a head's own between them: no head's numbers are another's, shifted.
+    They are two rounds of a 32-bit integer hash (xor-shift and multiplication, constants of "lowbias32" by C. Wellons),
+    each a permutation of all 32-bit words. Two words that depend on the head are mixed in between, so that the numbers
+    of one head are not a shifted copy of another's.
 
     Args:
+        heads: H.
+        tokens: S.
         seed: from 0 to 2**63 - 1.
+        device: where the numbers are computed.
     """
     head = torch.arange(heads, dtype=torch.int64, device=device)[:, None]
     first = _mixed(_mixed(head + 0x9E3779B9) ^ (seed & _WORD))

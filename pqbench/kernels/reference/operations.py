@@ -1,7 +1,7 @@
-"""The definition of every kernel in plain torch; other backends are tested against these.
+"""Attention, codebooks and selection in plain torch. These functions define the results of all backends.
 
 Shapes: B sequences, H KV heads, G query heads per KV head, S tokens, D head dimension, m sub-spaces of D/m dimensions,
-K = 2**b centroids. Arithmetic is float32 whatever the storage type.
+K = 2**b centroids. Arithmetic is float32 for every storage type.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ CODE = torch.uint8  # one byte per code; K <= 256
 
 
 def rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """Turn ``x`` ``[..., D]`` by ``positions`` ``[...]`` rotary positions (RoFormer, arXiv 2104.09864; half layout).
+    """Rotate ``x`` ``[..., D]`` by ``positions`` ``[...]``, as rotary embedding does (RoFormer, arXiv 2104.09864; half
+    layout). ``inverse_frequencies`` ``[D_rotary / 2]`` are in radians per position.
 
-    Rotations add up, so turning a rotated key by a difference renumbers it, and by minus its position un-rotates it.
-    With partial rotary embedding only the first ``2 * len(inverse_frequencies)`` dimensions turn.
+    Rotations add up: rotating an embedded key by a difference of positions moves it to another position, and rotating
+    it by minus its position removes the embedding. With partial rotary embedding only the first
+    ``2 * len(inverse_frequencies)`` dimensions are rotated.
     """
     half = inverse_frequencies.shape[0]
     angles = positions[..., None].float() * inverse_frequencies.float()  # [..., half]
@@ -33,7 +35,8 @@ def rotate(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
 
 
 def assign(points: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid (Euclidean, lowest index on ties) of points ``[P, N, d]`` in ``[P, K, d]``: int64 ``[P, N]``."""
+    """Codes int64 ``[P, N]``: the nearest of the centroids ``[P, K, d]`` for points ``[P, N, d]``, by Euclidean
+    distance. Of equally near ones, the lowest index is taken."""
     problems, count, _ = points.shape
     half_norms = centroids.float().square().sum(-1).mul(-0.5)[:, None, :]  # [P, 1, K]
     flipped = centroids.float().transpose(1, 2)  # [P, d, K]
@@ -46,7 +49,8 @@ def assign(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def update(points: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    """Mean of the points of each cluster, ``[P, K, d]``; an empty cluster keeps its centroid."""
+    """New centroids ``[P, K, d]``: the mean of the points ``[P, N, d]`` with each code ``[P, N]``. An empty cluster
+    keeps its centroid."""
     problems, clusters, dimension = centroids.shape
     flat = (codes + clusters * torch.arange(problems, device=codes.device)[:, None]).reshape(-1)  # [P * N]
     sums = torch.zeros(problems * clusters, dimension, device=points.device)
@@ -61,10 +65,10 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm on P independent problems, points ``[P, N, d]`` with N >= K.
 
-    Initial centroids are K points drawn without replacement, the same rows for every problem (released PQCache code);
-    the draw depends on ``seed`` and N alone. With ``sample`` < N the iterations run on that many rows of the same draw,
-    and one more runs on all points. A problem stops early once at most a share ``tolerance`` of its points changes
-    cluster. An empty cluster keeps its centroid.
+    Initial centroids are K points drawn without replacement, the same rows for every problem (as in the released
+    PQCache code); the draw depends only on ``seed`` and N. If ``sample`` < N, the iterations run on the first
+    ``sample`` rows of the draw, and one more runs on all points. A problem stops early once at most a share
+    ``tolerance`` of its points changes cluster. An empty cluster keeps its centroid.
 
     Returns:
         centroids ``[P, K, d]`` float32 and codes ``[P, N]`` int64, the nearest of those centroids.
@@ -79,12 +83,13 @@ def kmeans(
 
 
 def draw(count: int, seed: int) -> Tensor:
-    """The order in which K-Means draws its rows: a permutation ``[count]``."""
+    """The order in which K-Means draws rows: a random permutation ``[count]`` on the CPU."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def lloyd(points: Tensor, centroids: Tensor, iterations: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
-    """At most ``iterations`` steps of Lloyd's algorithm from given centroids; see :func:`kmeans`."""
+    """At most ``iterations`` steps of Lloyd's algorithm on points ``[P, N, d]`` from given centroids ``[P, K, d]``;
+    returns as :func:`kmeans`."""
     codes = assign(points, centroids)
     going = torch.ones(len(points), 1, dtype=torch.bool, device=points.device)
     for _ in range(iterations):
@@ -106,7 +111,7 @@ def train_codebook(
     sample: int | None = None,
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Product quantiser of keys ``[B, H, S, D]``: :func:`kmeans` per sequence, head and sub-space.
+    """Codebook of keys ``[B, H, S, D]``: :func:`kmeans` with ``clusters`` centroids per sequence, head and sub-space.
 
     Returns:
         codebook float32 ``[B, H, m, K, D/m]`` and codes uint8 ``[B, H, S, m]``.
@@ -118,21 +123,22 @@ def train_codebook(
 
 
 def subspaces(x: Tensor, parts: int) -> Tensor:
-    """``[B, H, S, D]`` as P = B*H*m problems ``[P, S, D/m]``."""
+    """Vectors ``[B, H, S, D]`` as P = B*H*m problems ``[P, S, D/m]``, where m is ``parts``."""
     batch, heads, count, dimension = x.shape
     split = x.reshape(batch, heads, count, parts, dimension // parts)
     return split.transpose(2, 3).reshape(batch * heads * parts, count, dimension // parts)
 
 
 def encode(keys: Tensor, codebook: Tensor) -> Tensor:
-    """PQ codes uint8 ``[B, H, S, m]`` of keys ``[B, H, S, D]`` in a codebook ``[B, H, m, K, D/m]`` (K <= 256)."""
+    """Codes uint8 ``[B, H, S, m]`` of keys ``[B, H, S, D]`` in a codebook ``[B, H, m, K, D/m]``, K <= 256."""
     batch, heads, parts, clusters, width = codebook.shape
     codes = assign(subspaces(keys, parts), codebook.reshape(-1, clusters, width))  # [B*H*m, S]
     return codes.view(batch, heads, parts, -1).transpose(2, 3).to(CODE)
 
 
 def pq_scores(q: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
-    """q . reconstruct(key) for q ``[B, H, G, D]`` and codes ``[B, H, S, m]``, by table look-up: ``[B, H, G, S]``."""
+    """Approximate q.k ``[B, H, G, S]`` of q ``[B, H, G, D]`` with keys given by codes ``[B, H, S, m]``, by table
+    look-up."""
     batch, heads, group, _ = q.shape
     parts, width = codebook.shape[2], codebook.shape[4]
     blocks = q.float().view(batch, heads, group, parts, width)
@@ -142,13 +148,13 @@ def pq_scores(q: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
 
 
 def group_probabilities(scores: Tensor) -> Tensor:
-    """Softmax of scores ``[B, H, G, S]`` per query head, summed over the group: ``[B, H, S]``."""
+    """Softmax of scores ``[B, H, G, S]`` per query head, summed over the query group: ``[B, H, S]``."""
     return scores.float().softmax(-1).sum(2)
 
 
 def pq_probabilities(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> Tensor:
-    """Approximate attention each token would receive: softmax of :func:`pq_scores` per query head, summed over the
-    group. Float32 ``[B, H, S]``."""
+    """Approximate attention that each token would receive, float32 ``[B, H, S]``: softmax of :func:`pq_scores` per
+    query head, summed over the query group."""
     return group_probabilities(pq_scores(q, codebook, codes) * scaling)
 
 
@@ -165,18 +171,22 @@ def pq_select(
     only: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Indices int64 ``[B, H, room]`` that a step attends to, of a context of ``length`` tokens.
+    """Indices int64 ``[B, H, room]`` of the tokens that a step attends to, in a context of ``length`` tokens.
 
-    A row holds the sinks 0 to sink - 1, then the min(top_k, middle) tokens of the middle with the largest
-    :func:`pq_probabilities`, ascending, ties to the lower index, then the window sink + middle to length - 1. What lies
-    behind these in a row is undefined.
+    For each head they are the sinks 0 to sink - 1, then the min(top_k, middle) tokens of the middle with the largest
+    :func:`pq_probabilities` in ascending order (of equal ones, the lower index is taken), then the window sink + middle
+    to length - 1. All further entries are undefined.
 
     Args:
         q: ``[B, H, G, D]``.
         codebook: ``[B, H, m, K, D/m]``.
-        codes: uint8 ``[B, H, C, m]``, of which the first ``middle`` count: those of tokens sink to sink + middle - 1.
-        only: bool or uint8 ``[B, H]``; heads that are not set keep the middle part that they have in ``out``.
-        out: a buffer to write into, int64 ``[B, H, room]``.
+        codes: uint8 ``[B, H, C, m]``; the first ``middle`` of them belong to tokens sink to sink + middle - 1, the
+            others are ignored.
+        scaling: factor on q.k before the softmax.
+        sink, top_k, length, middle: numbers of tokens.
+        room: size of the result per head.
+        only: bool or uint8 ``[B, H]``; heads that are not set keep their middle tokens of ``out``. None sets all.
+        out: int64 ``[B, H, room]`` to write into; None for a new tensor.
 
     Raises:
         ValueError: see :func:`pqbench.kernels.reference.select.check_room`.
@@ -191,14 +201,15 @@ def _best_of_codes(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float, w
 
 
 def exact_probabilities(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """The same from the keys ``[B, H, S, D]`` themselves: float32 ``[B, H, S]``."""
+    """Exact attention that each of the keys ``[B, H, S, D]`` would receive from q ``[B, H, G, D]``, summed over the
+    query group: float32 ``[B, H, S]``."""
     return group_probabilities(q.float() @ keys.float().transpose(2, 3) * scaling)
 
 
 def top_k(scores: Tensor, count: int) -> Tensor:
-    """Indices ``[..., k]`` of the ``count`` largest of ``[..., S]``, in ascending order; all if S is less.
+    """Indices ``[..., k]`` of the ``count`` largest scores ``[..., S]``, in ascending order; all if S is smaller.
 
-    Ties at the boundary go to the lower index. NaN counts as larger than everything.
+    Of equal scores, the lower index is taken. NaN counts as infinity.
     """
     total = scores.shape[-1]
     if count >= total:
@@ -223,14 +234,22 @@ def attention(
     log_weights: Tensor | None = None,
     count: Number | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Exact attention of q ``[B, H, G, D]`` over rows ``indices`` ``[B, H, n]`` of keys and values ``[B, H, S, D]``, or
-    over all of them. ``visible`` ``[B, H, G, n]`` hides rows from query heads; one row at least must be visible.
-    ``log_weights`` ``[B, H, G, n]`` float32 are added to the logits: a row then stands for so many. Only the first
-    ``count`` of the n rows count, at least one; those behind may hold anything, and their probabilities are 0.
+    """Exact attention of one query per head.
+
+    Args:
+        q: ``[B, H, G, D]``.
+        keys, values: ``[B, H, S, D]``.
+        scaling: factor on q.k before the softmax.
+        indices: ``[B, H, n]``, the rows to attend to; None for all, n = S.
+        visible: bool ``[B, H, G, n]``, which query head sees which row, at least one; None if all rows are visible.
+        need_weights: return the probabilities.
+        log_weights: float32 ``[B, H, G, n]``, added to the logits: log of the number of tokens that a row represents.
+        count: attend only to the first ``count`` of the n rows, at least one. The others may hold anything; their
+            probabilities are 0.
 
     Returns:
-        output ``[B, H, G, D]`` in q's type, log-sum-exp of the logits ``[B, H, G]`` float32, and probabilities
-        ``[B, H, G, n]`` float32 when wanted.
+        output ``[B, H, G, D]`` in q's type, log-sum-exp of the logits, float32 ``[B, H, G]``, and probabilities,
+        float32 ``[B, H, G, n]``, or None without ``need_weights``.
     """
     given = keys.shape[2] if indices is None else indices.shape[2]
     used = given if count is None else min(given, int(count))
@@ -251,26 +270,28 @@ def attention(
 
 
 def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scaling: float, count: Number | None = None) -> Tensor:
-    """Attention of one query per head over all rows, or the first ``count``, KV heads never repeated:
-    ``[B, H, G, D]``."""
+    """Attention of one query per head, q ``[B, H, G, D]``, over all rows or the first ``count``: ``[B, H, G, D]``. KV
+    heads are not repeated."""
     if count is not None:
         keys, values = keys[:, :, : int(count)], values[:, :, : int(count)]
     return functional.scaled_dot_product_attention(q, keys, values, scale=scaling)
 
 
 def merge(output: Tensor, lse: Tensor, value: Tensor, log_weight: Tensor) -> Tensor:
-    """Output over the union of two disjoint sets of tokens, the second with mean value ``value`` and log-sum-exp
-    ``log_weight``; all ``[B, H, G, D]`` and ``[B, H, G]``."""
+    """Attention output over the union of two disjoint sets of tokens: the first has ``output`` ``[B, H, G, D]`` and
+    log-sum-exp ``lse`` ``[B, H, G]``, the second has mean value ``value`` and log-sum-exp ``log_weight``."""
     share = torch.sigmoid(log_weight - lse)[..., None]  # weight of the second set
     return (output.float() * (1 - share) + value.float() * share).to(output.dtype)
 
 
 def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None, rows: int = 128) -> Tensor:
-    """Attention each key received: sums over queries and group of causal softmax probabilities (H2O, arXiv 2306.14048).
+    """Attention that each key received, float32 ``[B, H, S]``: causal softmax probabilities, summed over queries and
+    query group (H2O, arXiv 2306.14048).
 
-    q ``[B, H, G, n, D]`` holds the last n queries of keys ``[B, H, S, D]``. Rows are taken ``rows`` at a time, each
-    with its complete softmax, so no S x S matrix exists and chunked prefill adds up exactly. With ``band`` a query
-    sees only its last ``band`` keys. Returns float32 ``[B, H, S]``: half precision would saturate on sink columns.
+    q ``[B, H, G, n, D]`` are the queries of the last n of the keys ``[B, H, S, D]``. They are processed ``rows`` at a
+    time, each with its complete softmax, so that there is never an S x S matrix, and the sums of the chunks of a
+    prefill add up exactly. With ``band``, a query sees only the last ``band`` keys up to its own. The result is float32
+    because half precision would saturate in the columns of sinks.
     """
     batch, heads, group, count, dimension = q.shape
     total = keys.shape[2]
@@ -289,7 +310,7 @@ def column_sums(q: Tensor, keys: Tensor, scaling: float, band: int | None = None
 
 
 def _hide(logits: Tensor, band: int | None) -> None:
-    """Set to -inf what row i of the last c queries ``[..., c, e]`` may not see: the future, or beyond the band."""
+    """Set logits ``[..., c, e]`` of the last c queries to -inf for keys in the future and for keys before the band."""
     size, total = logits.shape[-2:]
     future = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., total - size :].masked_fill_(future, float("-inf"))
@@ -305,9 +326,9 @@ def gather(source: Tensor, indices: Tensor, target: Tensor) -> None:
 
 
 def warm_up() -> float:
-    """Nothing to compile."""
+    """Does nothing, because nothing is compiled. Returns 0."""
     return 0.0
 
 
 def use_threads(count: int) -> None:
-    """Threads of this backend in the calling thread; torch has its own setting."""
+    """Does nothing, because torch has its own setting."""

@@ -1,4 +1,4 @@
-"""Where selected tokens lie on the device, in plain torch; other backends are tested against this."""
+"""Writing, finding and fetching rows of tokens, in plain torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pqbench.kernels.number import Number
 
 
 class Found(NamedTuple):
-    """Where tokens lie in a table of rows.
+    """The rows of tokens in a table.
 
     Attributes:
-        slots: row of each, ``[B, H, n]``, -1 where a token is missing.
-        missing: which are missing, places ``[M]`` among the B * H * n, ascending.
-        counts: how many tokens of each block were asked for that lie outside the regions that are always there,
-            ``[owners, blocks]``; None without blocks.
+        slots: ``[B, H, n]``, the row of each token; -1 if it is missing.
+        missing: ``[M]``, places of the missing tokens among the B * H * n, ascending.
+        counts: ``[owners, blocks]``, how many tokens of each block were asked for, without those that are sinks or in
+            the ring; None without a block cache.
     """
 
     slots: Tensor
@@ -26,7 +26,7 @@ class Found(NamedTuple):
 
     @property
     def asked(self) -> int:
-        """How many tokens lie outside those regions, all blocks together."""
+        """Number of tokens that are neither sinks nor in the ring."""
         return len(self.missing) if self.counts is None else int(self.counts.sum())
 
 
@@ -39,12 +39,12 @@ def append_rows(
     local: Tensor | None = None,
     sinks: int = 0,
 ) -> None:
-    """Write keys and values ``[B, H, n, D]`` of tokens from ``at`` on into ``key_rows`` and ``value_rows``
-    ``[B, H, S, D]``, whose last axis is dense: token t goes to row t.
+    """Write keys and values ``[B, H, n, D]`` of the tokens from ``at`` on into ``key_rows`` and ``value_rows``
+    ``[B, H, S, D]``, whose last axis is dense. Token t is written to row t.
 
-    With ``local`` the S rows are a ring, and token t goes to row t % S of it; n is at most S. The ring begins at row
-    ``sinks`` of each head, and ``local`` ``[P]``, which says in which row of every head a token lies, is brought up to
-    date: token t lies in row ``sinks`` + t % S, and token t - S, unless it is one of the ``sinks`` first, in none (-1).
+    With ``local``, the S rows are a ring, n is at most S, and token t is written to row t % S. The ring begins at row
+    ``sinks`` of each head. ``local`` ``[P]`` holds the row of each token, the same for all heads, and is updated: token
+    t is in row ``sinks`` + t % S, and token t - S is in no row (-1), unless it is one of the first ``sinks`` tokens.
     """
     first, count, size = int(at), keys.shape[2], key_rows.shape[2]
     if local is None:
@@ -63,12 +63,17 @@ def find_rows(
 ) -> Found:
     """Find tokens ``indices`` ``[B, H, n]`` in a table in which every head has ``resident`` rows, head after head.
 
-    ``local`` ``[P]`` says in which row of every head a token lies, or -1. Tokens come in blocks of ``block``; some of
-    these are in slots, from row ``first`` of a head on. ``where`` ``[owners, blocks]`` says in which, or -1; an owner
-    is as many heads as there are for each.
+    Args:
+        indices: the tokens.
+        local: ``[P]``, the row of each token, the same for all heads; -1 for none.
+        resident: rows per head.
+        where: ``[owners, blocks]``, the slot of each cached block, or -1; None without a block cache. All owners have
+            equally many heads.
+        block: tokens of a block.
+        first: row of a head at which the first slot begins.
 
     Raises:
-        IndexError: a token beyond the P.
+        IndexError: a token is not below P.
     """
     batch, heads, _ = indices.shape
     rows = local.take(indices)
@@ -88,11 +93,13 @@ def find_rows(
 
 
 class HostTokens(NamedTuple):
-    """Rows of tokens ``start`` to ``stop`` in host memory, which kernels on a GPU read where it is page-locked.
+    """Rows of tokens ``start`` to ``stop`` in host memory; if it is page-locked, kernels on a GPU read it directly.
 
     Attributes:
-        rows: ``[B, H, S, 2, D]``, dense; its first row is that of token ``start``.
-        more: ``[B, H, E, 2, D]``, dense; rows of the tokens from ``middle`` on, which ``rows`` does not hold.
+        start, stop: first and one-past-last token.
+        rows: ``[B, H, S, 2, D]``, dense; rows of the tokens from ``start`` on.
+        middle: first token that is in ``more``.
+        more: ``[B, H, E, 2, D]``, dense; rows of the tokens from ``middle`` on.
     """
 
     start: int
@@ -103,8 +110,8 @@ class HostTokens(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks of ``size`` tokens that a table holds; see :func:`find_rows` for ``where`` and ``first``. To ``counts``
-    ``[owners, blocks]`` is added how many tokens of each block were asked for."""
+    """Cached blocks of ``size`` tokens in a table; see :func:`find_rows` for ``where`` and ``first``. The number of
+    tokens of each block that a step asks for is added to ``counts`` ``[owners, blocks]``."""
 
     where: Tensor
     size: int
@@ -123,15 +130,15 @@ def fetch_rows(
     blocks: Blocks | None = None,
     count: Number | None = None,
 ) -> Tensor:
-    """Where tokens ``indices`` ``[B, H, n]`` are in a table ``[R, 2, D]``, ``[B, H, n]``, after those it does not hold
-    have been copied there: each place among the B * H * n has a row of its own, from row ``staging`` on, used or not.
+    """Rows ``[B, H, n]`` of tokens ``indices`` ``[B, H, n]`` in a table ``[R, 2, D]``, after copying the missing ones
+    from the host. Each of the B * H * n places has its own row, from row ``staging`` on, for a missing token.
 
-    Tokens are found as by :func:`find_rows`. Only those among the ``tokens`` given are copied and counted: to ``tally``
-    ``[2]`` are added the rows copied, and the rows that ``local`` does not hold. Of the n only the first ``count``
-    matter (None: all); the others have a place and are not read.
+    Tokens are found as by :func:`find_rows`. Only tokens of ``tokens`` are copied and counted: the number of rows
+    copied and the number of rows that are not in ``local`` are added to ``tally`` ``[2]``. Only the first ``count`` of
+    the n tokens are needed (None for all); the others are not read.
 
     Raises:
-        IndexError: a token beyond those that ``local`` knows; on a GPU nothing is copied for it.
+        IndexError: a token is outside of ``local``. The GPU backend copies nothing for it instead.
     """
     batch, heads, number = indices.shape
     counted = torch.arange(number, device=indices.device) < (number if count is None else int(count))
@@ -155,14 +162,14 @@ def fetch_rows(
 
 
 def vacate_rows(indices: Tensor, slots: Tensor, table: Tensor, resident: int, staging: int, blocks: Blocks) -> None:
-    """After blocks have come and gone: rows that ``slots`` ``[B, H, n]`` of tokens ``indices`` say are in a block which
-    is not there any more are copied to their places from row ``staging`` on, see :func:`fetch_rows`, and ``slots`` are
-    brought up to date. For tables whose blocks are about to be overwritten."""
+    """Save rows of blocks that have left the cache, before these are overwritten. ``slots`` ``[B, H, n]`` are the rows
+    of tokens ``indices`` ``[B, H, n]`` from :func:`fetch_rows`. A row in a block that is not in the cache any more is
+    copied to its place from row ``staging`` on, and ``slots`` is updated."""
     batch, heads, number = indices.shape
     owners, every = blocks.where.shape
     pair = torch.arange(batch * heads, device=indices.device).view(batch, heads, 1)
     place = staging + torch.arange(batch * heads * number, device=indices.device).view(batch, heads, number)
-    row = slots - pair * resident - blocks.first  # in the blocks
+    row = slots - pair * resident - blocks.first  # row within the cached blocks
     cached = (slots < staging) & (row >= 0)
     entries = torch.where(cached, indices // blocks.size + pair // (batch * heads // owners) * every, 0)
     left = cached & (blocks.where.take(entries) != row // blocks.size)
@@ -171,8 +178,9 @@ def vacate_rows(indices: Tensor, slots: Tensor, table: Tensor, resident: int, st
 
 
 def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int, blocks: Blocks) -> None:
-    """Copy blocks ``moves`` int64 ``[owners, A, 2]``, each a block and the slot it goes to, or -1 for none, into a
-    table ``[R, 2, D]``: those of their tokens that are among the ``tokens`` given, for every head of the owner."""
+    """Copy blocks from the host into a table ``[R, 2, D]``, for every head of the owner. ``moves`` int64
+    ``[owners, A, 2]`` holds blocks and the slots that they are copied to; -1 for none. Only those of their tokens are
+    copied that are in ``tokens``."""
     pairs = tokens.rows.shape[0] * tokens.rows.shape[1]
     shared, size = pairs // len(moves), blocks.size
     for owner, made in enumerate(moves.tolist()):
@@ -187,5 +195,5 @@ def copy_blocks(moves: Tensor, tokens: HostTokens, table: Tensor, resident: int,
 
 
 def copy(source: Tensor, target: Tensor) -> None:
-    """Copy between tensors of one shape, whatever their strides, on the device or in page-locked host memory."""
+    """Copy between tensors of equal shape and any strides, on the device or in page-locked host memory."""
     target.copy_(source, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a selection in one call consists of besides scores and their largest: its checks, and its row."""
+"""Parts of :func:`pqbench.kernels.reference.pq_select`: the check of its arguments, and the layout of its result."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def check_room(
     only: Tensor | None,
     out: Tensor | None,
 ) -> None:
-    """Refuse a selection that cannot be. Numbers that live on a device are not read: who passes them vouches for them.
+    """Check the arguments of a selection. Numbers on a device are not read; the caller must ensure that they are valid.
 
     Raises:
-        ValueError: ``room`` is too small, ``codes`` are too few, the middle is not inside the context, ``only`` comes
-            without ``out``, or ``out`` has another shape or type than ``[B, H, room]`` int64.
+        ValueError: ``room`` is too small, there are too few ``codes``, the middle is not inside the context, ``only``
+            is given without ``out``, or ``out`` is not int64 ``[B, H, room]``.
     """
     if only is not None and out is None:
         raise ValueError("only= keeps what out= holds for the other heads: pass out as well")
@@ -41,8 +41,8 @@ def check_room(
 def lay_out(
     top: Tensor, sink: int, length: int, middle: int, room: int, only: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """A row ``[B, H, room]``: sinks, then ``top`` ``[B, H, k]`` of the middle moved behind them, then the window. See
-    :func:`pqbench.kernels.reference.pq_select` for ``only`` and ``out``."""
+    """The selection ``[B, H, room]``: sinks, then ``top`` ``[B, H, k]`` plus ``sink``, then the window. ``top`` are
+    indices within the middle. See :func:`pqbench.kernels.reference.pq_select` for ``only`` and ``out``."""
     batch, heads, count = top.shape
     indices = top.new_empty(batch, heads, room) if out is None else out
     window = length - sink - middle

@@ -1,9 +1,10 @@
-"""Which blocks of the middle stay on the device: the cache of PQCache (arXiv 2407.12820), least frequently or least
-recently used blocks leaving first.
+"""The block cache of PQCache (arXiv 2407.12820): which blocks of the middle are on the device. The least frequently or
+least recently used blocks leave first.
 
-Differs from the released code: only blocks whose tokens are all on the host are admitted, the blocks of one step never
-evict each other, and every store starts with an empty cache. The blocks that enter and leave are chosen on the
-device that holds the counts, by :func:`pqbench.kernels.reference.blocks.admit_blocks`.
+Differs from the released code: only blocks whose tokens are all on the host may enter, the blocks of one step never
+evict each other, and every store starts with an empty cache. The kernel
+:func:`pqbench.kernels.reference.blocks.admit_blocks` decides which blocks enter and leave, on the device that holds
+their counts.
 """
 
 from __future__ import annotations
@@ -24,8 +25,15 @@ POLICIES = ("lfu", "lru")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """``tokens`` per KV head are kept in blocks of ``block``; in a step the ``admit`` most wanted blocks are let in.
-    With ``per_head`` each KV head has blocks of its own; otherwise the heads of a sequence share them."""
+    """Options of a block cache.
+
+    Attributes:
+        tokens: tokens that the cache holds per KV head.
+        block: tokens of a block.
+        policy: lfu or lru.
+        admit: in each step, at most this many of the blocks with the most requests enter.
+        per_head: each KV head has its own blocks; otherwise the KV heads of a sequence share them.
+    """
 
     tokens: int
     block: int = 128
@@ -35,8 +43,8 @@ class CacheOptions:
 
 
 class Admission(NamedTuple):
-    """A block to be copied to the device: for heads ``first`` to ``stop`` (counted over all sequences), tokens from
-    ``start`` on, to cache rows from ``row`` on."""
+    """A block to copy to the device: its tokens from ``start`` on, for heads ``first`` to ``stop`` (counted over all
+    sequences), to the cache rows from ``row`` on."""
 
     first: int
     stop: int
@@ -45,30 +53,30 @@ class Admission(NamedTuple):
 
 
 class BlockCache:
-    """Where the cached tokens of one layer lie, in rows of a cache of :attr:`rows` rows per head.
+    """Knows which blocks of one layer are in which slots of the cache, which has :attr:`rows` rows per head.
 
-    An owner has blocks of its own: it is a sequence, or with ``per_head`` one KV head of a sequence.
+    An owner is what has its own set of cached blocks: a sequence, or with ``per_head`` one KV head of a sequence.
     """
 
     def __init__(self, options: CacheOptions, batch: int, heads: int, device: torch.device, kernels: Kernels) -> None:
         self.options = options
-        self.slots = options.tokens // options.block  # per owner
-        self._shared = 1 if options.per_head else heads  # heads of an owner
+        self.slots = options.tokens // options.block  # slots per owner
+        self._shared = 1 if options.per_head else heads  # heads per owner
         self._kernels = kernels
         self._residency = Residency.empty(batch * heads // self._shared, self.slots, device)
 
     @property
     def rows(self) -> int:
-        """Rows per head."""
+        """Rows of the cache per head."""
         return self.slots * self.options.block
 
     @property
     def fixed(self) -> list[Tensor]:
-        """Buffers that a captured step reads and writes where they are."""
+        """Buffers that a captured step uses and that therefore must not move."""
         return [part for part in self._residency if isinstance(part, Tensor)]
 
     def table(self, length: int) -> Tensor:
-        """Which slot each block of a context of ``length`` tokens is in, ``[owners, blocks]``, -1 where in none."""
+        """The slot of each block of a context of ``length`` tokens, ``[owners, blocks]``; -1 for none."""
         where, size = self._residency.where, self.options.block
         blocks = where.shape[1]
         if blocks * size < length:
@@ -77,12 +85,12 @@ class BlockCache:
         return self._residency.where
 
     def step(self, counts: Tensor, complete: Number, tally: Tensor) -> Tensor:
-        """Account for how many tokens of each block one step asked for, ``[owners, blocks]``, and let blocks in. Only
-        the first ``complete`` blocks qualify; ties go to the earlier block. ``counts`` are zero afterwards, ``tally``
-        ``[1]`` counts the blocks let in.
+        """Update the cache after a step that asked for ``counts`` ``[owners, blocks]`` tokens of each block. Only the
+        first ``complete`` blocks may enter; of equal counts, the earlier block enters. Afterwards ``counts`` are zero,
+        and the number of blocks that entered has been added to ``tally`` ``[1]``.
 
         Returns:
-            int64 ``[owners, A, 2]``: which block entered which slot, -1 for none.
+            int64 ``[owners, A, 2]``: each block that entered and its slot; -1 for none.
         """
         options = self.options
         return self._kernels.admit_blocks(
@@ -90,7 +98,7 @@ class BlockCache:
         )
 
     def admissions(self, moves: Tensor) -> list[Admission]:
-        """The blocks that must be copied after a step."""
+        """The blocks to copy after a step, from the result of :meth:`step`."""
         size, heads = self.options.block, self._shared
         return [
             Admission(owner * heads, (owner + 1) * heads, block * size, slot * size)

@@ -1,4 +1,4 @@
-"""Finding rows where the device also holds the blocks that selections ask for most (PQCache, arXiv 2407.12820)."""
+"""Finds rows when there is a block cache, which holds the blocks that selections use most (arXiv 2407.12820)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pqbench.store.link.base import Copy, Direction, Transfer
 
 
 class CachedFinder(Finder):
-    """Blocks that one step lets in are copied in the background, after the rows that the step itself misses, and they
-    are waited for at the start of the next step. So the speed of a link does not decide which rows are hits."""
+    """A finder with a block cache. Blocks that enter in a step are copied in the background, after the rows that this
+    step needs. The next step waits for them when it starts, so that hits do not depend on the speed of the link."""
 
     def __init__(self, holdings: Holdings, cache: BlockCache) -> None:
         super().__init__(holdings)
@@ -25,7 +25,7 @@ class CachedFinder(Finder):
         self._entering: list[Transfer] = []
         self._asked = self._hits = self._admitted = 0
         device = holdings.device
-        self._entered = torch.zeros(1, dtype=torch.int64, device=device)  # nobody reads it: the bytes say more
+        self._entered = torch.zeros(1, dtype=torch.int64, device=device)  # never read; bytes are counted instead
         self._complete = torch.zeros(1, dtype=torch.int32, device=device)  # blocks on the host, for a captured graph
 
     @property
@@ -80,7 +80,7 @@ class CachedFinder(Finder):
         asked, sent = found.asked, self._holdings.outbox.sent
         admitted = cache.admissions(cache.step(found.counts, sent // cache.options.block, self._entered))
         leaving = missing[:0]
-        if admitted:  # a row whose block leaves now, for one that is copied over it, moves out of the way first
+        if admitted:  # a row that this step needs is saved before a new block overwrites it
             gone = (self._find(indices).slots != slots) & (slots >= 0)
             leaving = gone.view(-1).nonzero().view(-1)
         place = pool.stage(len(missing) + len(leaving))
@@ -95,7 +95,7 @@ class CachedFinder(Finder):
         self._hits += asked - len(missing)
 
     def _admit(self, admitted: Sequence[Admission]) -> None:
-        """Start to copy blocks in; all their tokens have been sent to the host."""
+        """Start to copy blocks into the cache. All their tokens have been sent to the host before."""
         if not admitted:
             return
         held, pool = self._holdings, self._holdings.pool

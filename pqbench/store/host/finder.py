@@ -1,4 +1,4 @@
-"""Which rows of the pool hold the tokens of a selection; tokens that it does not hold are brought there first."""
+"""Finds the rows of the pool that hold the tokens of a selection, after fetching the missing ones from the host."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pqbench.store.link.base import Direction
 
 
 class Finder:
-    """Finds and brings rows for the steps of one store, without a cache of blocks."""
+    """Finds and fetches rows for the steps of one store, without a block cache."""
 
     def __init__(self, holdings: Holdings) -> None:
         self._holdings = holdings
-        self._ahead: tuple[Tensor, Number] | None = None  # table rows of the tokens asked for ahead, and how many
+        self._ahead: tuple[Tensor, Number] | None = None  # table rows of tokens fetched ahead, and their number
 
     @property
     def bytes_admitted(self) -> int:
-        """Bytes of the blocks that a cache has let in."""
+        """Bytes of the blocks that entered the block cache."""
         return 0
 
     @property
     def admitted_directly(self) -> int:
-        """Those of them that kernels have copied, which no transfer of the link has counted."""
+        """The part of :attr:`bytes_admitted` that kernels copied and that no transfer of the link counted."""
         return 0
 
     @property
@@ -39,12 +39,12 @@ class Finder:
         return 0
 
     def arrive(self) -> None:
-        """Wait for whatever is on its way into the pool."""
+        """Wait for all transfers into the pool."""
 
     def prepare(self) -> None:
-        """Do the host's part before a step that may be captured."""
+        """Called before each step: do what the host cannot do inside a captured step."""
         if self._holdings.extent.number is not None:
-            self.arrive()  # nobody waits inside a graph
+            self.arrive()  # a graph cannot wait for transfers
 
     def find(self, indices: Tensor, count: Number | None, anew: Tensor | None) -> Tensor:
         """Rows of the pool's table that hold tokens ``[B, H, n]``; see :meth:`pqbench.store.base.Store.fetch`."""
@@ -54,29 +54,29 @@ class Finder:
         return self._completed(indices, count, anew, *ahead)
 
     def ask_ahead(self, rows: Tensor, count: Number) -> None:
-        """See :meth:`pqbench.method.KV.fetch_ahead`. Tokens that the ring no longer holds are on the host already, so
-        that there is nothing to wait for."""
+        """See :meth:`pqbench.method.KV.fetch_ahead`. Nothing has to wait, because all tokens that are not in the ring
+        are on the host."""
         held = self._holdings
         direct, pool = held.direct, held.pool
-        roomy = rows.numel() <= pool.staged  # a table that must grow would move while the step before works on it
+        roomy = rows.numel() <= pool.staged  # otherwise the table would move while the previous step uses it
         if direct is not None and roomy and pool.ring and held.cache is None:
             self._ahead = direct.fetch(rows, held.most, count), count
 
     def forget_ahead(self) -> None:
-        """The pool is laid out anew, and rows that were brought ahead do not move along."""
+        """Called when the pool changes its layout: rows that were fetched ahead are lost."""
         self._ahead = None
 
     def _completed(self, indices: Tensor, count: Number | None, anew: Tensor, ahead: Tensor, asked: Number) -> Tensor:
-        """:meth:`_slots` where the first ``asked`` tokens of every head that is not ``anew`` have been brought to the
-        rows ``ahead``. The token whose place in the ring the newest token has taken since is asked for again."""
+        """As :meth:`_slots`, when the first ``asked`` tokens of every head that is not ``anew`` were fetched ahead, to
+        rows ``ahead``. A token whose place in the ring was taken by the newest token is fetched again."""
         extent = self._holdings.extent
-        newest = extent.length - 1 if extent.number is None else extent.number.long()  # which is on the device
+        newest = extent.length - 1 if extent.number is None else extent.number.long()  # the newest token is in the ring
         places = torch.arange(indices.shape[2], device=indices.device)
         kept = ~anew[:, :, None] & (places < asked) & (indices != newest - self._holdings.pool.ring)
         return torch.where(kept, ahead, self._slots(torch.where(kept, newest, indices), count))
 
     def _slots(self, indices: Tensor, count: Number | None) -> Tensor:
-        """Rows of the pool's table that hold tokens ``[B, H, n]``; those it does not hold are brought there first."""
+        """Rows of the pool's table that hold tokens ``[B, H, n]``, after fetching those that it does not hold."""
         held, direct = self._holdings, self._holdings.direct
         if direct is not None:
             held.outbox.land(held.pool.low)
@@ -87,12 +87,12 @@ class Finder:
         return found.slots
 
     def _find(self, indices: Tensor) -> Found:
-        """Where the pool holds tokens ``[B, H, n]``."""
+        """Find tokens ``[B, H, n]`` in the pool."""
         held, pool = self._holdings, self._holdings.pool
         return held.kernels.find_rows(indices, pool.local[: held.extent.length], pool.resident)
 
     def _bring(self, indices: Tensor, found: Found) -> None:
-        """Bring the tokens ``[B, H, n]`` that the pool does not hold to the device, and note where they are."""
+        """Fetch those of the tokens ``[B, H, n]`` that the pool does not hold, and enter their rows in ``found``."""
         place = self._holdings.pool.stage(len(found.missing))
         found.slots.put_(found.missing, self._request(indices, found.missing, place))
 

@@ -1,4 +1,4 @@
-"""Where the rows of one host store lie, and copies of them on the device; the parts of the store share this."""
+"""The rows of one host store: on the host, and copies on the device. The parts of the store share this object."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Holdings:
 
     Attributes:
         prompt: rows of the prompt on the host, which several stores may share.
-        order: ``[B, H, prompt]``, the position of each row of an arranged prompt; None for their own order.
+        order: ``[B, H, prompt]``, the position of each row of an arranged prompt; None for the order of positions.
         extent: rows held.
-        reserved: rows that the store was asked to have room for.
+        reserved: number of rows that the store was asked to make room for.
         kernels: the kernels that find, write and fetch rows.
-        cache: blocks that lie on the device as well; None for no cache.
-        host, outbox, by_kernels: made anew when the prompt is arranged.
+        cache: the block cache; None for no cache.
+        host, outbox, by_kernels: rows on the host, new tokens on their way there, and fetching by kernels. They are
+            replaced when the prompt is arranged.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Holdings:
         self.attach(prompt)
 
     def attach(self, prompt: HostPrompt, order: Tensor | None = None) -> None:
-        """Go on with these rows of the prompt on the host, which lie in this order."""
+        """Use these rows of the prompt on the host from now on; ``order`` as in the attribute."""
         self.prompt, self.order = prompt, order
         self.host = HostRows(prompt, self._reserve)
         self.outbox = Outbox(self.host, self.pool, self.extent.length, self.traffic)
@@ -60,19 +61,19 @@ class Holdings:
 
     @property
     def direct(self) -> DirectRows | None:
-        """Where kernels bring rows; None where the link does. In a captured step kernels do so over any link, because
-        no thread of a link is part of the step."""
+        """The object that fetches rows by kernels; None if the link fetches them. In a captured step kernels always
+        fetch them, because the threads of a link cannot be part of a graph."""
         return self.by_kernels if self.link.direct or self.extent.number is not None else None
 
     @property
     def counted(self) -> tuple[int, int, int]:
-        """What kernels have counted, see :meth:`DirectRows.counted`."""
+        """The counts of the kernels, see :meth:`DirectRows.counted`; zeros if the link fetches rows."""
         direct = self.direct
         return (0, 0, 0) if direct is None else direct.counted()
 
     @property
     def most(self) -> int:
-        """How many tokens a selection may name: those held; in a captured step those that may ever be held."""
+        """Upper bound of the tokens that a selection may name: those held, or in a captured step those reserved."""
         return self.extent.length if self.extent.number is None else self.reserved
 
     @property
@@ -86,8 +87,8 @@ class Holdings:
         return self.prompt.rows[:, :, :1].nbytes
 
     def half(self, start: int, stop: int, part: slice) -> Tensor:
-        """Keys or values of tokens ``start`` to ``stop`` on the device, ``[B, H, n, D]``: a view where the prefill's
-        tensors or the ring hold them in one piece."""
+        """Keys or values of tokens ``start`` to ``stop`` on the device, ``[B, H, n, D]``. This is a view if the tensors
+        of the prefill or the ring hold them in one piece."""
         near = self.prompt.near
         if near is not None and stop <= self.prompt.length and self.order is None:
             return near[part.start][:, :, start:stop]
@@ -105,10 +106,10 @@ class Holdings:
         return rows
 
     def read(self, start: int, stop: int, target: Tensor, part: slice) -> None:
-        """Copy ``part`` of tokens ``start`` to ``stop`` into ``target`` on the device, from wherever they are."""
+        """Copy ``part`` of tokens ``start`` to ``stop`` into ``target`` on the device, from the device or the host."""
         pool = self.pool
         ring = max(start, min(pool.low, stop))  # tokens from here on are in the ring
-        host = max(start, min(pool.sinks, ring))  # tokens from here to there are on the host
+        host = max(start, min(pool.sinks, ring))  # tokens from here to the ring are on the host
         if host < ring:
             self.outbox.land(ring)
             copies = [

@@ -1,4 +1,4 @@
-"""What an evicting method keeps of a prompt that lies on the host: a device store of some of its rows."""
+"""A device store with the rows that an evicting method keeps of a prompt on the host."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pqbench.store.link.base import Direction
 
 
 class KeptRows(DeviceStore):
-    """Rows that were chosen from more; owns its memory."""
+    """A device store of kept rows; it shares no memory."""
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int, moved: int | None = None) -> None:
-        """Keys and values ``[B, H, n, D]`` at positions ``[B, H, n]``, of ``seen`` tokens. ``moved`` bytes of them came
-        over a link; None for all."""
+        """Keys and values ``[B, H, n, D]`` at positions ``[B, H, n]`` of a context of ``seen`` tokens. ``moved`` is the
+        number of bytes that crossed a link; None for all."""
         rows = GrowingBuffer(keys), GrowingBuffer(values)
         super().__init__(*rows, positions=GrowingBuffer(positions), seen=seen)
         self.usage.opening_bytes = keys.nbytes + values.nbytes if moved is None else moved
 
     @classmethod
     def fetched(cls, host: HostRows, indices: Tensor, seen: int) -> KeptRows:
-        """Rows ``indices`` ``[B, H, n]`` of ``seen`` tokens on the host, brought over the link."""
+        """Fetch rows ``indices`` ``[B, H, n]`` of ``seen`` tokens on the host over the link."""
         batch, heads, halves, width = host.shape
         count = indices.shape[2]
         owners = torch.arange(batch * heads, device=indices.device).repeat_interleave(count)

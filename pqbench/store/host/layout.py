@@ -1,4 +1,4 @@
-"""How large the regions of the pool are: room on the device for what a context's budget always attends to."""
+"""Sizes of the regions of the pool: the device has room for the sinks and the window of the budget."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pqbench.store.host.holdings import Holdings
 
 
 class Layout:
-    """Lays the pool out for sinks and window, and again when they have outgrown it."""
+    """Sets the sizes of the pool's regions, and enlarges them when sinks or window have grown."""
 
     def __init__(
         self, holdings: Holdings, finder: Finder, usage: Usage, split: Callable[[int], Split | None], margin: int
     ) -> None:
-        """``split`` gives the budget at a context length; the ring holds ``margin`` tokens beyond the window. Bytes of
-        the first layout are opening bytes of ``usage``."""
+        """``split`` returns the budget's split at a context length. The ring holds ``margin`` tokens beyond the window.
+        Bytes that the first layout moves are opening bytes of ``usage``."""
         self._holdings, self._finder, self._usage, self._split, self.margin = holdings, finder, usage, split, margin
 
     def open(self) -> None:
-        """Have a pool that has been laid out at least once."""
+        """Set up the pool if that was not done yet."""
         if not self._holdings.pool.ring:
             self.fit(self._holdings.extent.length)
 
     def fit(self, context: int) -> None:
-        """Make the pool hold what a context of this length wants on the device."""
+        """Make the pool large enough for the sinks and the window of a context of this length."""
         held, pool = self._holdings, self._holdings.pool
         length, traffic = held.extent.length, held.traffic
         split = self._split(max(context, held.reserved))
@@ -37,7 +37,7 @@ class Layout:
         opening, before = not pool.ring, traffic.to_device
         held.outbox.land(held.outbox.sent)
         self._finder.arrive()
-        spare = 0 if opening else 8 + window // 8  # a window that has grown will grow again
+        spare = 0 if opening else 8 + window // 8  # a window that has grown once will grow again
         if opening and split is not None:
             pool.staged = held.heads * split.top_k
         low = max(0, min(pool.low, length - window))

@@ -9,8 +9,9 @@ from pqbench.store.link.base import Copy, Direction, Transfer
 
 
 class Outbox:
-    """Copies tokens out of the ring in batches, beside the computation. ``sent`` tokens are on the host or on their way
-    there; a slot of the ring is free, and a row on the host holds its token, once :meth:`land` has been called."""
+    """Copies tokens from the ring to the host in batches, beside the computation. The first ``sent`` tokens are on the
+    host or on their way there. Only after :meth:`land` may their slots of the ring be overwritten and their rows on the
+    host be read by the device."""
 
     def __init__(self, host: HostRows, pool: Pool, sent: int, traffic: Traffic) -> None:
         self.host, self._pool, self._traffic = host, pool, traffic
@@ -18,7 +19,7 @@ class Outbox:
         self._leaving: list[Transfer] = []
 
     def send(self, stop: int) -> None:
-        """Start to copy the tokens before ``stop`` that have not been sent yet; the ring holds them."""
+        """Start to copy all tokens before ``stop`` that were not sent yet; they are in the ring."""
         if stop <= self.sent:
             return
         self.land(self.sent)
@@ -31,15 +32,15 @@ class Outbox:
         self.sent = stop
 
     def land(self, stop: int) -> None:
-        """Have the tokens before ``stop``, of those sent, on the host before what is done next: at once where the CPU
-        does it, else in the order of the device's work."""
+        """Ensure that sent tokens before ``stop`` are on the host before the work that follows. If the device does this
+        work, it is queued after the transfers; if the CPU does it, this waits."""
         if stop > self._landed:
             for transfer in self._leaving:
                 transfer.order()
-            self._leaving, self._landed = self._leaving[-1:], self.sent  # the last one is there when all are
+            self._leaving, self._landed = self._leaving[-1:], self.sent  # when the last one is done, all are
 
     def export(self, stop: int) -> None:
-        """Have the tokens before ``stop`` on the host, where the CPU may read them."""
+        """Send all tokens before ``stop``, and wait until the CPU may read them on the host."""
         self.send(stop)
         if stop > self._readable:
             self.land(self.sent)

@@ -1,4 +1,4 @@
-"""Keys and values of one layer in host memory: the prompt's, shared by stores, and what each store adds."""
+"""Keys and values of one layer in host memory: those of the prompt, which stores share, and those that a store adds."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pqbench.kernels.pages import empty_rows
 from pqbench.kernels.reference.rows import HostTokens
 from pqbench.store.link.base import Copy, Direction, Link, Transfer, poison
 
-_CHUNK = 1024  # rows of the smallest chunk a store adds
-_SHARE = 8  # one of so many parts of the rows held is added where that is more
+_CHUNK = 1024  # a chunk that a store adds has at least so many rows
+_SHARE = 8  # a chunk that a store adds has at least 1 / 8 of the rows held
 
 
 def host_buffer(batch: int, heads: int, count: int, width: int, dtype: torch.dtype, link: Link) -> Tensor:
-    """Memory ``[B, H, count, 2, D]`` on the host, page-locked where the link needs it, all NaN when it debugs."""
+    """Memory ``[B, H, count, 2, D]`` on the host; page-locked if the link needs it, filled with NaN if it debugs."""
     shape = (batch, heads, count, 2, width)
     buffer = page_locked(shape, dtype) if link.pinned else empty_rows(shape, dtype, torch.device("cpu"))
     return poison(buffer) if link.debug else buffer
 
 
 def page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that a device reads by itself.
+    """Host memory that a device can read directly.
 
     Raises:
-        ConfigError: the driver gives no more of it.
+        ConfigError: the driver cannot provide that much.
     """
     try:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
@@ -43,9 +43,9 @@ def page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class HostPrompt:
-    """A prompt of one layer and one group of sequences on the host, copied there as it is computed.
+    """The prompt of one layer and one cohort on the host, copied there as it is computed.
 
-    Key and value of a token lie side by side, so that a row is one copy. Stores read from it and never write.
+    Key and value of a token are adjacent, so that fetching a row is one copy. Stores only read it.
     """
 
     def __init__(self, capacity: int, like: Tensor, link: Link) -> None:
@@ -55,14 +55,14 @@ class HostPrompt:
         self.device = like.device
         self.link = link
         self.length = 0
-        # Keys and values [B, H, S, D] where prefill left them, while an index is made of them. Only a GPU's: a host has
-        # them twice for nothing.
+        # Keys and values [B, H, S, D] on the GPU, held while an index is built from them. None for a model on the CPU,
+        # where a second copy would be of no use.
         self.near: tuple[Tensor, Tensor] | None = None
         self._transfers: list[Transfer] = []
 
     @classmethod
     def offload(cls, link: Link, keys: Tensor, values: Tensor) -> HostPrompt:
-        """Start copying a whole prompt ``[B, H, S, D]``."""
+        """Start to copy a whole prompt, keys and values ``[B, H, S, D]``, to the host."""
         prompt = cls(keys.shape[2], keys, link)
         prompt.extend(keys, values)
         if link.pinned:
@@ -70,7 +70,7 @@ class HostPrompt:
         return prompt
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
-        """Start copying the next tokens ``[B, H, n, D]``; they must not be overwritten before :meth:`wait`.
+        """Start to copy the next tokens ``[B, H, n, D]``; they must not be overwritten before :meth:`wait`.
 
         Raises:
             ValueError: more tokens than there is room for.
@@ -79,7 +79,7 @@ class HostPrompt:
         if stop > self.rows.shape[2]:
             raise ValueError(f"a prompt of {stop} tokens does not fit into {self.rows.shape[2]} rows")
         target = self.rows[:, :, self.length : stop]
-        if self.link.pinned:  # a device copies dense rows: key and value are brought together there
+        if self.link.pinned:  # a device copies dense rows, so keys and values are stacked first
             copies = [Copy(torch.stack([keys, values], 3), target)]
         else:
             copies = [Copy(keys, target[..., 0, :]), Copy(values, target[..., 1, :])]
@@ -87,12 +87,12 @@ class HostPrompt:
         self.length = stop
 
     def arranged(self, indices: Tensor) -> HostPrompt:
-        """A copy whose rows lie in the order of ``indices`` ``[B, H, length]``."""
+        """A copy of the prompt whose rows are in the order of ``indices`` ``[B, H, length]``."""
         self.wait()
         batch, heads, _, _, width = self.rows.shape
         prompt = HostPrompt(self.length, self.rows.new_empty(batch, heads, 0, width, device=self.device), self.link)
         copy = Copy(self.rows, prompt.rows, indices.to(self.rows.device))
-        if self.link.direct:  # a kernel is faster, though rows cross the link both ways
+        if self.link.direct:  # a kernel is faster, although rows cross the link twice
             self.link.submit([copy], Direction.TO_HOST, "arranged rows", urgent=True).wait()
         else:
             copy.run()
@@ -100,7 +100,7 @@ class HostPrompt:
         return prompt
 
     def wait(self) -> None:
-        """Return when all rows are there."""
+        """Wait until all rows are on the host."""
         for transfer in self._transfers:
             transfer.wait()
         self._transfers = []
@@ -113,7 +113,7 @@ class HostPrompt:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens in one chunk: rows ``[B, H, n, 2, D]`` of tokens ``start`` to ``start + n``."""
+    """Consecutive tokens of one chunk: rows ``[B, H, n, 2, D]`` of tokens ``start`` to ``start + n``."""
 
     start: int
     rows: Tensor
@@ -125,14 +125,14 @@ class Piece:
 
 
 class HostRows:
-    """All rows of one store by token position, in chunks: rows never move, so transfers may point at them. The first
-    chunk is the prompt, the second has the room that was reserved, more are added where that does not suffice.
+    """All rows of one store, ordered by token position, in chunks. Rows never move, so that transfers may refer to
+    them. The first chunk is the prompt, the second is the reserved memory; more chunks are added when it is full.
 
-    Kernels may read the chunks by themselves; when the store is gone, the link holds them until those are done.
+    Kernels may read the chunks directly. After the store is deleted, the link keeps the memory until they are done.
     """
 
     def __init__(self, prompt: HostPrompt, reserve: int = 0) -> None:
-        """``reserve`` tokens behind the prompt get memory now."""
+        """Memory for ``reserve`` tokens after the prompt is taken now."""
         self._chunks = [Piece(0, prompt.rows[:, :, : prompt.length])]
         self._prompt = prompt
         self.link, self.device, self.dtype = prompt.link, prompt.device, prompt.rows.dtype
@@ -145,12 +145,12 @@ class HostRows:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """B, H, 2 and D."""
+        """Shape of one row of every head: B, H, 2 and D."""
         batch, heads, _, halves, width = self._prompt.rows.shape
         return batch, heads, halves, width
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """Tokens ``start`` to ``stop``, chunk by chunk; memory is added where they are new."""
+        """Tokens ``start`` to ``stop``, chunk by chunk. Memory is added if ``stop`` is beyond the last chunk."""
         self._prompt.wait()
         if self._chunks[-1].stop < stop:
             self.reserve(max(stop, self._chunks[-1].stop + max(_CHUNK, self._chunks[-1].stop // _SHARE)))
@@ -160,7 +160,7 @@ class HostRows:
                 yield Piece(first, chunk.rows[:, :, first - chunk.start : last - chunk.start])
 
     def reserve(self, rows: int) -> None:
-        """Have memory for ``rows`` tokens in all."""
+        """Make sure that there is memory for ``rows`` tokens in all."""
         held = self._chunks[-1].stop
         if rows > held:
             batch, heads, _, _, width = self._prompt.rows.shape
@@ -170,7 +170,7 @@ class HostRows:
             self._tokens = []
 
     def tokens(self) -> list[HostTokens]:
-        """All rows for kernels that read them where they lie, two chunks at a time."""
+        """All rows, two chunks at a time, for kernels that read them directly."""
         if not self._tokens:
             self._prompt.wait()
             for first in range(0, len(self._chunks), 2):
@@ -182,11 +182,12 @@ class HostRows:
         return self._tokens
 
     def gather(self, heads: Tensor, positions: Tensor, target: Tensor) -> tuple[list[Copy], Tensor | None]:
-        """How to bring N rows, of heads ``[N]`` (counted over all sequences) and positions ``[N]``, to ``target``
-        ``[N, 2, D]``.
+        """The copies that bring N rows to ``target`` ``[N, 2, D]``: those of heads ``[N]`` (counted over all sequences)
+        at positions ``[N]``.
 
         Returns:
-            the copies, and which of the N rows each row of the target will hold, ``[N]``; None for their own order.
+            the copies, and for each row of the target which of the N rows it will hold, ``[N]``; None if they are in
+            order.
         """
         self._prompt.wait()
         if len(self._chunks) == 1:
@@ -202,7 +203,8 @@ class HostRows:
         return copies, torch.cat(order)
 
     def _part(self, chunk: Piece, heads: Tensor, positions: Tensor, target: Tensor) -> Copy:
-        """One chunk's share, as rows of a flat table: heads need not be asked for equally many rows."""
+        """The copy of rows of one chunk, which is addressed as a flat table, so that heads may need different numbers
+        of rows."""
         whole = self._prompt.rows if chunk.start == 0 else chunk.rows
         flat = heads * whole.shape[2] + (positions - chunk.start)
         return Copy(whole.flatten(0, 2)[None, None], target[None, None], flat[None, None])

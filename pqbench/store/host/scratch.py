@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """Room that the layers of a model share: each overwrites what the one before it fetched and has attended to."""
+    """A buffer that the layers of a model share: each layer overwrites the rows that the previous one is done with."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None  # flat
@@ -16,7 +16,7 @@ class Scratch:
         batch, heads, _, _, width = like.shape
         needed = batch * heads * count * 2 * width
         if self._buffer is None or self._buffer.dtype != like.dtype or len(self._buffer) < needed:
-            self._buffer = None  # gone before its successor is made
+            self._buffer = None  # freed before the larger one is made
             self._buffer = like.new_empty(needed + needed // 8)
         return self._buffer[:needed].view(batch, heads, count, 2, width)
 

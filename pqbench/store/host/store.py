@@ -1,4 +1,5 @@
-"""KV in host memory; sinks and the newest tokens on the device (arXiv 2407.12820)."""
+"""The store of the host tier: keys and values in host memory, sinks and newest tokens also on the device (arXiv
+2407.12820)."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ from pqbench.store.link.base import Arriving, Copy, Direction
 
 class HostStore(Store):
     """Every token has a row on the host, numbered by position unless :meth:`arrange` was called. The device holds
-    copies of the sinks and of the newest tokens, which form a ring. Other tokens of a selection are fetched into a
-    staging area.
+    copies of the sinks and, in a ring, of the newest tokens. Other tokens of a selection are fetched into a staging
+    area.
 
-    New tokens go to the ring and from there to the host, in batches and in the background. A ring slot is overwritten
-    only after the copy of its token has been waited for, and a host row is read only after the copy into it has. Keys
-    and values of the newest tokens are views of the ring, valid until the next append.
+    New tokens are written to the ring and copied from there to the host, in batches and in the background. A slot of
+    the ring is overwritten only after the copy of its token is done, and a row on the host is read only after the copy
+    into it is done. Keys and values of the newest tokens are views of the ring, valid until the next append.
     """
 
     def __init__(
@@ -48,21 +49,22 @@ class HostStore(Store):
     ) -> None:
         """
         Args:
-            prompt: rows of the whole prompt, shared with other stores; none of them writes there.
-            split: the budget at a context length, None where there is none. It only says what is worth keeping on the
-                device; any row can be fetched at any time.
-            margin: tokens the ring holds beyond the window, at least 2; half as many are copied to the host at a time.
-            overlap: False waits for every transfer at once, for the same results.
-            scratch: where whole contexts are fetched to; layers that run one after another can share it.
-            cache: blocks that the device holds as well; None for none.
-            backend: which kernels find rows.
-            reserve: tokens behind the prompt that have memory on the host from the start.
+            prompt: rows of the whole prompt, shared with other stores; no store writes there.
+            split: returns the budget's split at a context length, or None for all tokens. It only determines which
+                rows are kept on the device; any row can be fetched at any time.
+            margin: tokens that the ring holds beyond the window, at least 2; half as many are copied to the host at a
+                time.
+            overlap: run transfers in the background; False waits for each at once, with the same results.
+            scratch: buffer for whole contexts, which layers that run one after another can share.
+            cache: options of the block cache; None for no cache.
+            backend: name of the backend that finds rows.
+            reserve: tokens after the prompt for which host memory is taken at the start.
         """
         found = kernels(prompt.device, backend)
         blocks = None
         if cache is not None:
             blocks = BlockCache(cache, prompt.rows.shape[0], prompt.rows.shape[1], prompt.device, found)
-            blocks.table(prompt.length + reserve)  # so that neither it nor its kernel changes while decoding
+            blocks.table(prompt.length + reserve)  # large enough from the start, so that it does not move
         self._holdings = held = Holdings(prompt, overlap, found, blocks, reserve)
         self._finder = Finder(held) if blocks is None else CachedFinder(held, blocks)
         self._scratch = Scratch() if scratch is None else scratch
@@ -85,8 +87,8 @@ class HostStore(Store):
         return self._holdings.half(start, self.length if stop is None else stop, VALUES)
 
     def stored_keys(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Keys ``[B, H, n, D]`` where they lie on the host, a view where one chunk holds them all. Keys of a model on a
-        GPU are read on the GPU, which builds an index of them in a small part of the time that the host takes."""
+        """Keys ``[B, H, n, D]`` on the host, a view if one chunk holds them all. For a model on a GPU, they are brought
+        to the GPU, which builds an index from them much faster than the host."""
         held, stop = self._holdings, self.length if stop is None else stop
         if held.link.pinned:
             return self.keys(start, stop)
@@ -113,8 +115,12 @@ class HostStore(Store):
     def fetch(
         self, indices: Tensor | None, count: Number | None = None, anew: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See :meth:`Store.fetch`. The rows are those of the pool, the same for every head. None moves all rows that
-        neither sinks nor ring hold into a buffer, in the order of positions."""
+        """See :meth:`Store.fetch`. For a selection, keys and values are those of the whole pool, the same for every
+        head. For None, all rows are copied into the scratch buffer in the order of positions.
+
+        Raises:
+            RuntimeError: ``indices`` is None in a captured step, where the number of rows is not fixed.
+        """
         held = self._holdings
         self._layout.open()
         self._finder.arrive()
@@ -124,14 +130,14 @@ class HostStore(Store):
             rows = self._scratch.rows(held.pool.rows, self.length)
             held.read(0, self.length, rows, BOTH)
             return rows[..., 0, :], rows[..., 1, :], None
-        slots = self._finder.find(indices, count, anew)  # before the halves: a table that must grow moves
+        slots = self._finder.find(indices, count, anew)  # before pool.halves, because the table may move
         return *held.pool.halves, slots
 
     def fetch_ahead(self, rows: Tensor, count: Number) -> None:
         self._finder.ask_ahead(rows, count)
 
     def keep(self, indices: Tensor) -> KeptRows:
-        """Fetch rows ``[B, H, n]`` over the link; their bytes open the new store."""
+        """See :meth:`Store.keep`. Rows are fetched over the link; their bytes are opening bytes of the new store."""
         held = self._holdings
         near = held.prompt.near
         if near is not None and held.order is None:
@@ -141,8 +147,12 @@ class HostStore(Store):
         return KeptRows.fetched(held.host, indices, self.length)
 
     def arrange(self, indices: Tensor) -> HostStore:
-        """See :meth:`Store.arrange`. The rows are copied within host memory, where the prompt's own rows stay for the
-        stores that share them."""
+        """See :meth:`Store.arrange`. The rows are copied within host memory; the original rows stay for other stores of
+        the prompt.
+
+        Raises:
+            RuntimeError: the first step has begun.
+        """
         held = self._holdings
         if held.pool.ring or self.length > held.prompt.length:
             raise RuntimeError("arrange() after the first step: rows already have copies on the device")
@@ -150,7 +160,7 @@ class HostStore(Store):
         return self
 
     def settle(self) -> None:
-        """Copy out all tokens that are not on the host yet, and wait for every transfer."""
+        """Copy all tokens that are not on the host yet to the host, and wait for every transfer."""
         held = self._holdings
         held.prompt.wait()
         held.outbox.export(self.length)

@@ -1,4 +1,4 @@
-"""What one store moves over a link."""
+"""The transfers of one store over a link."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class Traffic:
     """Starts a store's transfers and counts their bytes, ``to_device`` and ``to_host``."""
 
     def __init__(self, link: Link, overlap: bool) -> None:
-        """Without ``overlap`` every transfer is waited for at once."""
+        """Without ``overlap``, each transfer is waited for at once."""
         self.link, self._overlap = link, overlap
         self.to_device = self.to_host = 0
 
     def move(self, copies: Sequence[Copy], direction: Direction, name: str, urgent: bool = False) -> Transfer:
-        """Start a transfer; an urgent one is waited for."""
+        """Start a transfer called ``name``; wait for it if it is urgent."""
         size = sum(copy.nbytes for copy in copies)
         if direction is Direction.TO_HOST:
             self.to_host += size

@@ -1,4 +1,4 @@
-"""The bytes of a host store."""
+"""Bytes of a host store."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pqbench.store.host.scratch import Scratch
 
 
 class HostUsage(Usage):
-    """Adds up what transfers and kernels have moved."""
+    """Adds the bytes that transfers moved to those that kernels moved."""
 
     def __init__(self, holdings: Holdings, finder: Finder, scratch: Scratch | None) -> None:
-        """``scratch`` is the buffer for whole contexts where the store does not share it."""
+        """``scratch`` is the store's buffer for whole contexts; None if it is shared with other stores."""
         super().__init__()
         self._holdings, self._finder, self._scratch = holdings, finder, scratch
 
@@ -40,7 +40,7 @@ class HostUsage(Usage):
 
     @property
     def device_bytes(self) -> int:
-        """The pool with cache and staging area, and the buffer for whole contexts unless it is shared."""
+        """Bytes of the pool with cached blocks and staging area, and of the scratch buffer unless it is shared."""
         return self._holdings.pool.table.nbytes + (0 if self._scratch is None else self._scratch.nbytes)
 
     @property

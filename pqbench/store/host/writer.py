@@ -1,4 +1,4 @@
-"""New tokens of a host store: into the ring on the device, and from there to the host in batches."""
+"""Writes new tokens of a host store to the ring on the device, and sends them to the host in batches."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pqbench.store.host.layout import Layout
 
 
 class HostWriter(Writer):
-    """A slot of the ring is overwritten only after the copy of its token to the host has been waited for."""
+    """The writer of a host store. A slot of the ring is overwritten only after its token was copied to the host."""
 
     def __init__(self, holdings: Holdings, layout: Layout, finder: Finder) -> None:
         super().__init__(holdings.extent)
         self._holdings, self._layout, self._finder = holdings, layout, finder
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """See :meth:`Writer.append`; tokens are added one by one, so that any number can be sent on the way."""
+        """See :meth:`Writer.append`. Tokens are added one by one, so that there may be more than fit into the ring."""
         for step in range(keys.shape[2]):
             super().append(keys[:, :, step : step + 1], values[:, :, step : step + 1])
 
     def prepare(self, count: int) -> None:
-        """See :meth:`Writer.prepare`; ``count`` is at most half a margin."""
+        """See :meth:`Writer.prepare`; ``count`` is at most half of the margin."""
         held, length = self._holdings, self.extent.length + count
         self._layout.fit(length)
-        held.outbox.land(length - held.pool.ring)  # the tokens whose slots are overwritten
+        held.outbox.land(length - held.pool.ring)  # tokens whose slots will be overwritten
         held.pool.cover(length)
         self._finder.prepare()
 
@@ -46,7 +46,7 @@ class HostWriter(Writer):
             held.outbox.send(extent.length)
 
     def reserve(self, rows: int) -> None:
-        """See :meth:`Writer.reserve`. The regions on the device are laid out for the largest window from the start."""
+        """See :meth:`Writer.reserve`. The regions on the device are made for the largest window from the start."""
         held = self._holdings
         held.reserved = max(held.reserved, rows)
         held.host.reserve(rows)

@@ -1,8 +1,8 @@
-"""The link between host memory and the accelerator: what can be asked of it, and how ordering errors become visible.
+"""The link between host memory and the accelerator: its interface, and a debug mode that detects ordering errors.
 
-Transfers are asynchronous. Until :meth:`Transfer.wait` has returned, the target holds nothing that may be read and the
-source may not be overwritten. Transfers in one direction run in the order in which they were submitted; between the two
-directions there is no order but that of waits.
+Transfers are asynchronous. Until :meth:`Transfer.wait` has returned, the target must not be read and the source must
+not be overwritten. Transfers in one direction run in the order in which they were submitted; transfers in different
+directions are ordered only by waits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pqbench.kernels.buffers import gather_rows
 
 
 class OrderingError(RuntimeError):
-    """A buffer was touched while a transfer on it was under way, or a transfer was never waited for."""
+    """A buffer was used while a transfer on it was running, or a transfer was never waited for."""
 
 
 class Direction(Enum):
-    """Which way bytes go."""
+    """Direction of a transfer."""
 
     TO_HOST = "to host"
     TO_DEVICE = "to device"
@@ -33,8 +33,8 @@ class Direction(Enum):
 
 @dataclass(frozen=True)
 class Copy:
-    """Copies ``source`` into ``target`` of the same shape, with any strides. With ``rows`` ``[B, H, n]``, those
-    rows of a source ``[B, H, S, ...]`` go into a target ``[B, H, n, ...]``."""
+    """Copies ``source`` into ``target`` of the same shape, with any strides. With ``rows`` ``[B, H, n]``, copies these
+    rows of a source ``[B, H, S, ...]`` into a target ``[B, H, n, ...]``."""
 
     source: Tensor
     target: Tensor
@@ -46,11 +46,11 @@ class Copy:
         return self.target.numel() * self.target.element_size()
 
     def read(self) -> Tensor:
-        """The bytes that the target will hold."""
+        """The tensor that the target will hold."""
         return self.source if self.rows is None else gather_rows(self.source, self.rows.to(self.source.device))
 
     def run(self) -> None:
-        """Move the bytes in the calling thread; both tensors lie in host memory."""
+        """Copy in the calling thread; both tensors are in host memory."""
         if self.rows is None or not (self.source.is_contiguous() and self.target.is_contiguous()):
             self.target.copy_(self.read())
             return
@@ -58,12 +58,17 @@ class Copy:
         rows = self.rows.flatten(0, 1)
         if heads > 1:
             rows = rows + torch.arange(0, heads * size, size)[:, None]
-        # One pass: rows go straight to where they belong.
+        # Writes rows directly to the target, without an intermediate tensor.
         torch.index_select(self.source.flatten(0, 2), 0, rows.flatten(), out=self.target.flatten(0, 2))
 
 
 class Meters:
-    """Sums over a link's life, from any thread; ``seconds_waited`` is the time callers were blocked in waits."""
+    """Sums over the lifetime of a link, usable from any thread.
+
+    Attributes:
+        bytes: bytes moved in each direction.
+        seconds_waited: seconds that callers were blocked in waits.
+    """
 
     def __init__(self) -> None:
         self.bytes = dict.fromkeys(Direction, 0)
@@ -81,18 +86,18 @@ class Meters:
         return self.bytes[Direction.TO_DEVICE]
 
     def count(self, size: int, direction: Direction) -> None:
-        """Add a transfer of ``size`` bytes."""
+        """Count a transfer of ``size`` bytes."""
         with self._lock:
             self.bytes[direction] += size
 
     def waited(self, seconds: float) -> None:
-        """Add a wait."""
+        """Count a wait of ``seconds``."""
         with self._lock:
             self.seconds_waited += seconds
 
 
 class Transfer(ABC):
-    """Bytes under way; ``name`` is what an error calls it."""
+    """A transfer that was started; errors call it by its ``name``."""
 
     name = "copy"
 
@@ -102,21 +107,21 @@ class Transfer(ABC):
     @property
     @abstractmethod
     def done(self) -> bool:
-        """Whether a wait would return at once."""
+        """Whether :meth:`wait` would return at once."""
 
     def wait(self) -> None:
-        """Return when the target may be read and the source overwritten; any number of times.
+        """Return when the target may be read and the source overwritten. May be called several times.
 
         Raises:
-            OrderingError: with ``debug``, a buffer was touched too early.
+            OrderingError: with ``debug``, a buffer was used too early.
         """
         began = time.perf_counter()
         self._finish()
         self._meters.waited(time.perf_counter() - began)
 
     def order(self) -> None:
-        """Have what is queued on the device from now on come after this transfer, without waiting for it where the
-        device itself can; the host may not yet touch what :meth:`wait` speaks of."""
+        """Order all work that is queued on the device from now on after this transfer. The host does not wait if the
+        device can; it may then use the buffers only after :meth:`wait`."""
         self.wait()
 
     @abstractmethod
@@ -125,30 +130,30 @@ class Transfer(ABC):
 
 @dataclass(frozen=True)
 class Arriving:
-    """A tensor on its way: satisfies :class:`pqbench.method.Arrival`."""
+    """A tensor that a transfer brings to the device; implements :class:`pqbench.method.Arrival`."""
 
     transfer: Transfer
     rows: Tensor
 
     def wait(self) -> Tensor:
-        """The tensor, complete."""
+        """Wait for the transfer, and return the tensor."""
         self.transfer.wait()
         return self.rows
 
 
 class Link(ABC):
-    """Moves rows both ways and counts the bytes. Use as a context manager, or :meth:`close` it.
+    """Moves rows in both directions and counts their bytes. Use it as a context manager, or :meth:`close` it.
 
-    With ``debug`` a target is filled with NaN when a transfer is submitted and receives its bytes in ``wait``, the
-    latest moment an honest link may take; a source that changed in between, or a target somebody wrote to, raises
-    :class:`OrderingError`. Reading too early thus reads NaN, every time.
+    With ``debug``, the target of a transfer is filled with NaN when the transfer is submitted, and receives its bytes
+    in ``wait``, the latest moment that is allowed. Code that reads too early therefore always reads NaN. If the source
+    changed or the target was written to before the wait, :class:`OrderingError` is raised.
 
     Attributes:
-        label: for tables.
-        emulated: whether time on this link is a model's.
+        label: name of the link in tables.
+        emulated: whether transfers take the time of a modelled link.
         pinned: whether host buffers must be page-locked.
-        direct: whether kernels of the device read and write rows in host memory themselves. Whoever launches one calls
-            :meth:`reads`, and hands host buffers that it is done with to :meth:`release`.
+        direct: whether kernels of the device read and write rows in host memory directly. The caller that launches such
+            a kernel calls :meth:`reads`, and passes host buffers that it no longer needs to :meth:`release`.
     """
 
     label: str = "?"
@@ -159,26 +164,26 @@ class Link(ABC):
     def __init__(self, debug: bool = False) -> None:
         self.debug = debug
         self.meters = Meters()
-        self._unwaited: set[Transfer] = set()  # kept alive until somebody waits for them
+        self._unwaited: set[Transfer] = set()  # kept alive until they are waited for
 
     def to_host(self, source: Tensor, target: Tensor, name: str = "copy") -> Transfer:
-        """Start copying a device tensor to the host."""
+        """Start to copy a device tensor to the host."""
         return self.submit([Copy(source, target)], Direction.TO_HOST, name)
 
     def to_device(self, source: Tensor, target: Tensor, name: str = "copy") -> Transfer:
-        """Start copying a host tensor to the device."""
+        """Start to copy a host tensor to the device."""
         return self.submit([Copy(source, target)], Direction.TO_DEVICE, name)
 
     def gather(self, source: Tensor, indices: Tensor, target: Tensor, name: str = "gather") -> Transfer:
-        """Start bringing rows ``indices`` ``[B, H, n]`` of a host tensor ``[B, H, S, ...]`` into a device buffer
+        """Start to copy rows ``indices`` ``[B, H, n]`` of a host tensor ``[B, H, S, ...]`` into a device buffer
         ``[B, H, n, ...]``."""
         return self.submit([Copy(source, target, indices)], Direction.TO_DEVICE, name)
 
     def submit(
         self, copies: Sequence[Copy], direction: Direction, name: str = "copy", *, urgent: bool = False
     ) -> Transfer:
-        """Start several copies as one transfer; ``name`` is what an error calls it. ``urgent`` says that the caller
-        waits right away, so that nothing is done to run beside it."""
+        """Start several copies as one transfer, which errors call ``name``. ``urgent`` means that the caller will wait
+        at once, so that the transfer need not run in the background."""
         size = sum(copy.nbytes for copy in copies)
         self.meters.count(size, direction)
         if not self.debug:
@@ -190,19 +195,19 @@ class Link(ABC):
         self, work: Callable[[], None], direction: Direction, name: str = "copy", uses: Sequence[Tensor] = ()
     ) -> Transfer:
         """Run kernels of the caller as a transfer, beside the work that follows. ``uses`` are the tensors that they
-        read or write. This link does not count their bytes. With ``debug`` the work is done in the wait."""
+        read or write. The link does not count their bytes. With ``debug``, they run in the wait."""
         if self.debug:
             return DeferredTransfer(work, f"{name} {direction.value}", self._unwaited)
         return self._launch(work, direction, uses)
 
-    def reads(self) -> None:  # noqa: B027 - without a device that reads by itself, nothing is under way unnoticed
-        """Kernels on the current stream read host buffers by themselves."""
+    def reads(self) -> None:  # noqa: B027 - only needed where kernels read host memory directly
+        """Tell the link that kernels on the current stream read host buffers directly."""
 
     def release(self, buffers: Sequence[Tensor]) -> None:  # noqa: B027
-        """Let go of host buffers once all kernels have read them that were launched so far."""
+        """Free host buffers after all kernels that were launched so far are done."""
 
     def close(self) -> None:
-        """End the link.
+        """Close the link.
 
         Raises:
             OrderingError: with ``debug``, transfers were submitted and never waited for.
@@ -218,26 +223,26 @@ class Link(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
-            self._unwaited.clear()  # the error under way explains them
+            self._unwaited.clear()  # the current error explains them
         self.close()
 
     @abstractmethod
     def _start(self, copies: Sequence[Copy], direction: Direction, size: int, urgent: bool) -> Transfer:
-        """Begin to move ``size`` bytes. With debug there are no copies to make here; the transfer only takes its
+        """Start a transfer of ``size`` bytes. With ``debug``, ``copies`` is empty and the transfer only takes the
         time."""
 
     @abstractmethod
     def _launch(self, work: Callable[[], None], direction: Direction, uses: Sequence[Tensor]) -> Transfer:
-        """Begin a transfer that kernels do."""
+        """Start a transfer that kernels of the caller do."""
 
 
 class GuardedTransfer(Transfer):
-    """A transfer that delivers as late as it may and notices who touched its buffers before."""
+    """A transfer that delivers its bytes in the wait, as late as allowed, and detects earlier use of its buffers."""
 
     def __init__(self, inner: Transfer, copies: Sequence[Copy], name: str, unwaited: set[Transfer]) -> None:
         super().__init__(Meters())  # the inner transfer counts
         self._inner, self._copies, self.name, self._unwaited = inner, copies, name, unwaited
-        with torch.inference_mode():  # the tensors of a generation are inference tensors, and may be settled outside
+        with torch.inference_mode():  # inference tensors may also be used outside of inference mode
             self._held = [copy.read().clone() for copy in copies]
             for copy in copies:
                 poison(copy.target)
@@ -261,7 +266,7 @@ class GuardedTransfer(Transfer):
 
 
 class DeferredTransfer(Transfer):
-    """Work that is done only in the wait, which is as late as possible."""
+    """Work that is done in the wait, as late as possible."""
 
     def __init__(self, work: Callable[[], None], name: str, unwaited: set[Transfer]) -> None:
         super().__init__(Meters())
@@ -282,7 +287,7 @@ class DeferredTransfer(Transfer):
 
 
 def poison(rows: Tensor) -> Tensor:
-    """Fill with NaN, or the largest integer, and return it."""
+    """Fill a tensor with NaN, or with the largest integer, and return it."""
     return rows.fill_(float("nan") if rows.is_floating_point() else torch.iinfo(rows.dtype).max)
 
 

@@ -1,7 +1,4 @@
-"""A link to a CUDA device: a stream per direction, ordered by events.
-
-This module was written without such a device at hand. Comments say what each step relies on.
-"""
+"""A link to a CUDA device: one stream per direction, ordered by events."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from pqbench.kernels.buffers import gather_rows
 from pqbench.store.link.base import Copy, Direction, Link, Meters, Transfer
 from pqbench.store.link.held import Held
 
-_PIECE = 1 << 18  # bytes; a copy of less costs more to launch than to do
+_PIECE = 1 << 18  # bytes; launching a smaller copy takes longer than the copy itself
 
 
 class CudaTransfer(Transfer):
-    """Done when its event has passed. A wait for bytes on the device orders the current stream and returns at once. A
-    wait for bytes on the host blocks the caller, because host code is about to read them."""
+    """A transfer that is done when its event has passed. Waiting for bytes on the device makes the current stream wait
+    and returns at once. Waiting for bytes on the host blocks the caller, because host code will read them."""
 
     def __init__(self, meters: Meters, event: Any, direction: Direction, device: torch.device, direct: bool) -> None:
         super().__init__(meters)
@@ -35,7 +32,7 @@ class CudaTransfer(Transfer):
     def order(self) -> None:
         if self._direct:
             torch.cuda.current_stream(self._device).wait_event(self._event)
-        else:  # the CPU gathers rows
+        else:  # the CPU gathers rows, so it must wait itself
             self.wait()
 
     def _finish(self) -> None:
@@ -46,18 +43,17 @@ class CudaTransfer(Transfer):
 
 
 class CudaLink(Link):
-    """Page-locked host rows and a side stream per direction.
+    """Page-locked host rows, and one side stream per direction.
 
-    Where there are kernels for the device, they read and write page-locked memory by themselves: selected rows, and
-    whatever is cut into small pieces. Otherwise the CPU gathers rows into a page-locked buffer, which is then
-    copied.
+    If the GPU backend is available, its kernels read and write page-locked memory directly, for selected rows and for
+    copies that consist of small pieces. Otherwise the CPU gathers rows into a page-locked buffer, which is then copied.
 
-    Host memory of a transfer is held until its event has passed, since torch does not know of kernels that read it.
-    Kernels launched elsewhere are known by their streams (:meth:`reads`): buffers that are released are held until
-    those streams have done what they have been given. :meth:`close` waits for that.
+    Host memory of a transfer is held until the event of the transfer has passed, because torch does not know which
+    kernels read it. Other code that launches such kernels calls :meth:`reads`; buffers that it releases are held until
+    its streams have finished their work so far. :meth:`close` waits for that.
 
     Raises:
-        ConfigError: no CUDA device.
+        ConfigError: there is no CUDA device.
     """
 
     label = "cuda"
@@ -99,15 +95,15 @@ class CudaLink(Link):
         return self._queue(work, direction, uses)
 
     def _queue(self, work: Callable[[], None], direction: Direction, buffers: Sequence[Tensor]) -> Transfer:
-        """Do something on the stream of a direction."""
+        """Queue ``work`` on the stream of a direction; ``buffers`` are the tensors that it uses."""
         stream = self._streams[direction]
-        # After all that is queued: what writes the source, and what still reads the target.
+        # Runs after the queued work that writes the source or still reads the target.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             work()
             for tensor in buffers:
                 if tensor.is_cuda:
-                    tensor.record_stream(stream)  # its memory is not reused before this stream is through
+                    tensor.record_stream(stream)  # so that its memory is not reused before this stream is done
             event = torch.cuda.Event()
             event.record(stream)
         if buffers:
@@ -122,12 +118,12 @@ class CudaLink(Link):
             self._backend.gather(copy.source, copy.rows.to(self._device), copy.target)
         else:
             rows = gather_rows(copy.source, copy.rows.cpu())
-            _copy(rows.pin_memory(), copy.target, None)  # freed pinned blocks wait for copies in the host allocator
+            _copy(rows.pin_memory(), copy.target, None)  # torch frees pinned memory only after its copies
 
 
 def _copy(source: Tensor, target: Tensor, backend: Kernels | None) -> None:
-    """Queue a copy. One of strided tensors would go through pageable memory and block: it is cut into dense pieces, and
-    where these are small, a kernel copies them all."""
+    """Queue a copy. Torch would copy strided tensors through pageable memory and block. They are therefore copied in
+    dense pieces, or by one kernel if these pieces are small."""
     if source.dim() <= 1 or (source.is_contiguous() and target.is_contiguous()):
         target.copy_(source, non_blocking=True)
         return
@@ -140,7 +136,7 @@ def _copy(source: Tensor, target: Tensor, backend: Kernels | None) -> None:
 
 
 def _dense_bytes(*tensors: Tensor) -> int:
-    """Bytes of the largest pieces that are dense in all of these tensors of one shape."""
+    """Bytes of the largest pieces that are dense in all of these tensors, which have equal shapes."""
     size = 1
     for axis in reversed(range(tensors[0].dim())):
         if any(tensor.shape[axis] > 1 and tensor.stride(axis) != size for tensor in tensors):
@@ -150,7 +146,7 @@ def _dense_bytes(*tensors: Tensor) -> int:
 
 
 def _kernels(device: torch.device, backend: str) -> Kernels | None:
-    """The kernels that read page-locked memory from the device; None where there are no such kernels."""
+    """The kernels that read page-locked memory from the device; None if there are none."""
     if backend not in ("auto", "gpu"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""A link that takes the time a PCIe link would: bandwidth and latency, one queue per direction."""
+"""A link that takes the time of a PCIe link with a given bandwidth and latency, with one queue per direction."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pqbench.store.link.local import Lane, LocalLink, Task
 
 @dataclass(frozen=True)
 class Speed:
-    """What a transfer costs: ``latency`` seconds, then ``bandwidth`` bytes per second."""
+    """Speed of a link: a transfer takes ``latency`` seconds, and then moves ``bandwidth`` bytes per second."""
 
     name: str
     bandwidth: float
     latency: float
 
     def seconds(self, size: int) -> float:
-        """Duration of a transfer of ``size`` bytes."""
+        """Seconds that a transfer of ``size`` bytes takes."""
         return self.latency + size / self.bandwidth
 
 
-# What copies of several MB reach on such slots, about 78 % of the line rate; latency is that of one asynchronous copy.
+# Bandwidth of copies of several MB, about 78 % of the line rate; latency of one asynchronous copy.
 PRESETS: Mapping[str, Speed] = MappingProxyType(
     {
         "pcie3": Speed("PCIe 3.0 x16", 12.3e9, 10e-6),
@@ -35,15 +35,15 @@ PRESETS: Mapping[str, Speed] = MappingProxyType(
         "pcie5": Speed("PCIe 5.0 x16", 49.2e9, 10e-6),
     }
 )
-_LATE = 1e-3  # seconds; being kept longer than this is the machine's doing, not the sleep's
+_LATE = 1e-3  # seconds; a longer delay comes from a busy machine, not from the sleep
 _NUMBERS = re.compile(r"([0-9]*\.?[0-9]+)\s*GB/s(?:\s*\+\s*([0-9]*\.?[0-9]+)\s*us)?")
 
 
 def speed(name: str) -> Speed:
-    """A preset, or the numbers in a name such as ``20GB/s`` or ``20GB/s+5us`` (latency 10 us unless given).
+    """The speed of a preset, or of a name such as ``20GB/s`` or ``20GB/s+5us`` (the default latency is 10 us).
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the name is neither of these.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -56,28 +56,28 @@ def speed(name: str) -> Speed:
 
 
 class Clock:
-    """When transfers of each direction end.
+    """Computes when transfers of each direction end.
 
-    A sleep ends some 60 us late. A caller that was kept too long submits its next transfer too late by the same
-    time. That transfer is therefore treated as if it had been submitted earlier by this time, so that the error
-    never adds up.
+    A sleep ends about 60 us late, and the caller then submits its next transfer late by the same time. That transfer is
+    therefore treated as if it had been submitted earlier by this time, so that the errors do not add up.
     """
 
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
         self._free = dict.fromkeys(Direction, 0.0)  # when the last transfer of a direction ends
-        self._late = 0.0  # seconds by which the caller runs behind an ideal one
+        self._late = 0.0  # seconds by which the caller is late
         self._lock = threading.Lock()
 
     def book(self, direction: Direction, size: int) -> float:
-        """Queue a transfer; returns when it ends, in seconds of ``time.perf_counter``."""
+        """Queue a transfer of ``size`` bytes. Returns its end in seconds of ``time.perf_counter``."""
         with self._lock:
             start = max(time.perf_counter() - self._late, self._free[direction])
             self._free[direction] = start + self.speed.seconds(size)
             return self._free[direction]
 
     def sleep_until(self, end: float, entered: float, moved: float) -> None:
-        """Keep a caller who came at ``entered`` until ``end``; the bytes themselves had arrived at ``moved``."""
+        """Block a caller that began to wait at ``entered`` until ``end``; the real copy was done at ``moved``. All
+        three are in seconds of ``time.perf_counter``."""
         left = end - time.perf_counter()
         if left > 0:
             time.sleep(left)
@@ -88,7 +88,7 @@ class Clock:
 
 
 class EmulatedTransfer(Transfer):
-    """Done when the bytes have moved and the time is up."""
+    """A transfer that is done when the bytes were copied and the modelled time has passed."""
 
     def __init__(self, meters: Meters, lane: Lane, task: Task, clock: Clock, end: float) -> None:
         super().__init__(meters)
@@ -105,8 +105,8 @@ class EmulatedTransfer(Transfer):
 
 
 class EmulatedLink(LocalLink):
-    """Local copies that take at least the time of a slower link. Bytes really move; where memory is slower than the
-    modelled link, a transfer takes the time of the memory."""
+    """Local copies that take at least the time of the modelled link. The bytes are really copied; if memory is slower
+    than the modelled link, a transfer takes the time of the copy."""
 
     emulated = True
 

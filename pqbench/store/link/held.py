@@ -1,7 +1,7 @@
-"""Host memory that a device still reads or writes.
+"""Holds host memory that a device still reads or writes.
 
-Torch reuses page-locked memory once nobody holds it and the copies it knows of have passed. It cannot know that a
-kernel reads such memory, so whoever launched the kernel must hold the memory until the kernel is done.
+Torch reuses page-locked memory when no tensor refers to it and torch's own copies are done. It does not know that a
+kernel reads such memory, so the code that launched the kernel must hold the memory until the kernel is done.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from torch import Tensor
 
 
 class Mark(Protocol):
-    """A place in the work of a device; a CUDA event is one."""
+    """A point in the queue of a device, such as a CUDA event."""
 
     def query(self) -> bool:
-        """Whether all work before it is done."""
+        """Whether all work before this point is done."""
 
     def synchronize(self) -> None:
-        """Wait for that."""
+        """Wait until all work before this point is done."""
 
 
 class Held:
-    """Buffers, each held until all its marks have been passed, from any thread."""
+    """Buffers that are held until all their marks have passed; usable from any thread."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Sequence[Mark], Sequence[Tensor]]] = deque()
 
     def hold(self, buffers: Sequence[Tensor], marks: Sequence[Mark]) -> None:
-        """Hold ``buffers`` until ``marks`` are passed, and let go what need not be held any more."""
+        """Hold ``buffers`` until ``marks`` have passed, and free buffers whose marks have passed."""
         self._waiting.append((marks, buffers))
         for _ in range(len(self._waiting)):
             try:
                 entry = self._waiting.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # another thread has emptied it
                 return
             if not all(mark.query() for mark in entry[0]):
                 self._waiting.append(entry)
@@ -44,7 +44,7 @@ class Held:
         return len(self._waiting)
 
     def drain(self) -> None:
-        """Wait for all marks, and let everything go."""
+        """Wait for all marks, and free all buffers."""
         while self._waiting:
             marks, _ = self._waiting.popleft()
             for mark in marks:

@@ -1,4 +1,4 @@
-"""A link between two regions of host memory: one background thread per direction, beside the caller."""
+"""A link between two regions of host memory, with one background thread per direction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pqbench.store.link.base import Copy, Direction, Link, Meters, Transfer
 
 
 class Task:
-    """Work of a lane; an exception is kept for whoever waits."""
+    """A piece of work for a lane; its exception is stored and raised in the thread that waits."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -34,11 +34,11 @@ class Task:
 
 
 class Lane:
-    """A queue that runs one task at a time, in order, on a thread of its own.
+    """A queue that runs one task at a time, in order, on its own thread.
 
-    A caller that waits runs the tasks that nobody has begun, its own task last. So a wait right after a submit
-    costs no change of thread, and a worker that has died cannot make anyone wait for ever. Work alone wakes the
-    lane's thread, the end of a task alone a caller.
+    A caller that waits runs the queued tasks itself, up to its own. A wait right after a submit therefore needs no
+    change of thread, and a dead worker thread cannot block a caller for ever. The lane's thread is woken only by new
+    work, a caller only by the end of a task.
     """
 
     def __init__(self, name: str) -> None:
@@ -51,7 +51,7 @@ class Lane:
         self._worker: threading.Thread | None = None
 
     def put(self, task: Task, urgent: bool = False) -> None:
-        """Queue a task; an urgent one is left to its caller, who waits at once, and to a thread that is awake."""
+        """Queue a task. An urgent task does not wake the thread, because the caller will wait at once and run it."""
         with self._lock:
             if self._worker is None or self._closed:
                 self._closed = False
@@ -62,7 +62,7 @@ class Lane:
                 self._work_left.notify()
 
     def wait(self, task: Task) -> None:
-        """Return when a queued task is done; raises what it raised."""
+        """Return when a queued task is done. Raises the exception of the task, if there was one."""
         if not task.done:
             with self._lock:
                 while not task.done:
@@ -71,7 +71,7 @@ class Lane:
             raise task.error
 
     def close(self) -> None:
-        """Let the thread end once the queue is empty."""
+        """Let the thread end when the queue is empty."""
         with self._lock:
             self._closed = True
             self._work_left.notify()
@@ -83,7 +83,7 @@ class Lane:
                 self._step(self._work_left)
 
     def _step(self, change: threading.Condition) -> None:
-        """With the lock held: run the next task if none is running, else wait for a change."""
+        """Run the next task if none is running, otherwise wait for a change. The caller holds the lock."""
         if self._busy or not self._queue:
             change.wait()
             return
@@ -101,7 +101,7 @@ class Lane:
 
 
 class LocalTransfer(Transfer):
-    """A task in a lane."""
+    """A transfer that is a task in a lane."""
 
     def __init__(self, meters: Meters, lane: Lane, task: Task) -> None:
         super().__init__(meters)
@@ -116,7 +116,7 @@ class LocalTransfer(Transfer):
 
 
 class LocalLink(Link):
-    """Copies in background threads. They run beside the caller because torch releases the interpreter lock."""
+    """Copies in background threads. They run beside the caller because torch releases the interpreter lock (GIL)."""
 
     label = "local"
 
