@@ -40,7 +40,7 @@ _EVERYTHING = (None, "all", "-", "100 %")  # budgets that leave nothing out by d
 
 
 def budget_of(record: Mapping[str, Any]) -> Any:
-    """The budget of a record as text for tables. It is marked ``(varies)`` if the method by design does not keep to it."""
+    """The budget of a record as text for tables, with ``(varies)`` if the method by design does not keep to it."""
     return f"{record.get('budget')} (varies)" if record.get("beyond_budget") else record.get("budget")
 
 

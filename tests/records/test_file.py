@@ -1,4 +1,4 @@
-"""Records survive kills, other processes, hand edits and odd content."""
+"""Records survive kills, other processes, manual edits and unusual content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes two runs the same: moving code or editing a comment changes no key, editing a method's code does."""
+"""When two runs are the same: moving code or editing a comment changes no key, editing the code of a method does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mine:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of methods of a user: one module, and a helper that it imports."""
+    """A user's package of methods: one module, and a helper that it imports."""
     folder = tmp_path / "own_methods"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
