@@ -19,7 +19,6 @@ from methods.sparq import SparQ
 from pqbench.__main__ import main
 from pqbench.config.compose import check_yamls, explain
 from pqbench.errors import BudgetError, ConfigError, DataError
-from pqbench.records.classes import conf_folder
 from pqbench.records.file import Record, RecordFile, parse, read_all
 from pqbench.support.loading import load_model
 
@@ -135,17 +134,6 @@ def test_bad_input_is_one_line(command: Command, tmp_path: Path, overrides: list
     assert [word for word in words if word not in outcome.errors[0]] == []
     assert "Traceback" not in outcome.out
     assert measured(tmp_path) == {}
-
-
-def test_a_yaml_without_content_that_is_asked_for_is_not_left_out(command: Command) -> None:
-    path = conf_folder() / "method" / "empty_of_a_test.yaml"
-    path.write_text("")
-    try:
-        outcome = command("method=[full,empty_of_a_test]")
-    finally:
-        path.unlink()
-    assert outcome.code == 1
-    assert "empty_of_a_test.yaml: its first line must be `# @package methods.empty_of_a_test`" in outcome.errors[-1]
 
 
 def test_bad_input_loses_nothing_measured(command: Command, tmp_path: Path) -> None:
