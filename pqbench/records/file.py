@@ -1,6 +1,7 @@
-"""Append-only results: one JSON object a line, one folder per configuration, named by a hash of all that can change it.
+"""Append-only records: one JSON object per line, and one folder per configuration, named by a hash of its settings.
 
-Several processes may write to one folder: every write holds the lock ``records.jsonl.lock``. Reading takes none.
+Several processes may write to one folder, because every write holds the lock ``records.jsonl.lock``. Reading needs no
+lock.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from pqbench.records.stamp import Stamp
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the record format; part of every key, so that formats never mix in one file
+VERSION = 2  # version of the record format; part of every key, so that no file mixes formats
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
 TAIL = 256  # bytes before the offset that are compared to see whether a file is still the same
-FINISHED = ("ok", "refused")  # statuses that are no failure; refused: this machine lacks what was to be measured
+FINISHED = ("ok", "refused")  # statuses that are not failures; refused: this machine cannot run what was to be measured
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
-    """Twelve hex digits that name a configuration; equal for equal settings in any order, wherever classes lie."""
+    """Twelve hex digits that identify a configuration. They depend neither on the order of the settings nor on the
+    modules of classes."""
     text = json.dumps({"version": VERSION, **class_names(settings)}, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -45,9 +47,9 @@ def run_key(settings: Mapping[str, Any]) -> str:
 class RecordFile:
     """The records of one method on one benchmark and model, at ``root/<benchmark>/<model>/<method>-<key>/``.
 
-    Beside ``records.jsonl`` lie ``config.yaml``, the settings behind the key, written once; and ``environment.json``, a
-    list: the environment of the first run, then an entry for each later run whose environment was another. ``run.json``
-    is the folder's :class:`Stamp`. ``planned`` is how many samples the job at work wants here, None until it knows.
+    The folder also holds ``config.yaml``, the settings behind the key, written once, ``environment.json``, a list of
+    all different environments in which the run was measured, oldest first, and ``run.json``, the :class:`Stamp` of the
+    folder. ``planned`` is the number of samples that the present job wants here; None until it is known.
     """
 
     folder: Path
@@ -55,12 +57,12 @@ class RecordFile:
     _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _offset: int = field(default=0, init=False, repr=False)
     _inode: int = field(default=-1, init=False, repr=False)
-    _tail: bytes = field(default=b"", init=False, repr=False)  # what the file held just before the offset
-    _token: str | None = field(default=None, init=False, repr=False)  # of the folder that was made ready
+    _tail: bytes = field(default=b"", init=False, repr=False)  # the last bytes of the file before the offset
+    _token: str | None = field(default=None, init=False, repr=False)  # of the folder that create() prepared
 
     @classmethod
     def create(cls, root: Path, benchmark: str, model: str, method: str, settings: Mapping[str, Any]) -> RecordFile:
-        """The file for these settings, its folder made ready.
+        """The file for these settings. Its folder is created if it is missing.
 
         Raises:
             DataError: the results folder cannot be written.
@@ -75,7 +77,7 @@ class RecordFile:
                     tell_of_older(file.folder, settings)
                     write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
                 file._note_environment()
-                file.path.open("ab").close()  # better refused now than after the first measurement
+                file.path.open("ab").close()  # fail now rather than after the first measurement
                 stamp = Stamp.now(Stamp.of(file.folder))
                 write_atomically(file.folder / STAMP, stamp.encode())
                 file._token = stamp.token
@@ -94,13 +96,13 @@ class RecordFile:
         return key_of(self.folder)
 
     def lock(self) -> FileLock:
-        """What a process must hold while it writes to this folder."""
+        """The lock that a process must hold while it writes to this folder."""
         return FileLock(f"{self.path}.lock")
 
     def read(self) -> list[Record]:
         """The newest record of every sample, in the order samples first appeared.
 
-        Broken lines and records of another format version are counted and left out.
+        Broken lines and records of another format version are left out. A warning counts them.
         """
         newest, foreign = newest_of(read_lines(self.path))
         if foreign:
@@ -108,13 +110,13 @@ class RecordFile:
         return newest
 
     def count(self) -> int:
-        """Samples that have a record. Says nothing of broken lines: :meth:`read` does."""
+        """Number of samples that have a record. It does not warn of broken lines, as :meth:`read` does."""
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
 
     def outcomes(self) -> dict[str, str | None]:
-        """What went wrong with each sample that has a record; None when nothing did. A failure of other code
-        than this is none: the sample runs again."""
+        """The error of each sample that has a record; None if the sample did not fail. Failures of other versions of
+        the code are left out, so that these samples run again."""
         return {
             record["sample_id"]: None if record["status"] in FINISHED else str(record.get("error"))
             for record in self.read()
@@ -122,11 +124,11 @@ class RecordFile:
         }
 
     def outcome(self, sample_id: str) -> tuple[bool, str | None]:
-        """Whether a sample has a record by now, whoever wrote it, and what went wrong with it: see :meth:`outcomes`.
+        """Whether a sample has a record now, also one of another process, and its error as in :meth:`outcomes`.
 
         Raises:
-            DataError: the folder cannot be written, which taking its lock needs; or what this process has seen in it
-                was deleted.
+            DataError: the folder cannot be written, which is needed to take its lock; or records that this process has
+                seen were deleted.
         """
         self._check_folder()
         try:
@@ -139,8 +141,8 @@ class RecordFile:
         return finished or (status is not None and code == harness_code()), None if finished else error_text
 
     def append(self, record: Record) -> bool:
-        """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has
-        finished the sample meanwhile, or it failed again in the same way.
+        """Write one line durably. If the record says nothing new, nothing is written and the result is False. This is
+        the case when another process has finished the sample since then, or when it failed again in the same way.
 
         Raises:
             DataError: the file cannot be written, the disk is full, or what this process has seen in the file was
@@ -159,7 +161,7 @@ class RecordFile:
                 if known and (known[0] == "ok" or known == _outcome(record)):
                     return False
                 with self.path.open("ab") as file:
-                    file.truncate(self._offset)  # what follows is a line cut by a kill: all writers hold the lock
+                    file.truncate(self._offset)  # remove a line that was cut by a kill
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
@@ -172,8 +174,8 @@ class RecordFile:
         return True
 
     def _check_folder(self) -> None:
-        """Raises DataError when the folder was deleted or replaced since it was made ready: what is written now would
-        lie there without its configuration, and what was written is gone."""
+        """Raises DataError when the folder was deleted or replaced after it was prepared. Earlier records are then
+        gone, and a new record would lie in a folder without its configuration."""
         if self._token is None:
             return
         stamp = Stamp.of(self.folder)
@@ -181,11 +183,12 @@ class RecordFile:
             raise _deleted(self.folder, len(self._written))
 
     def _catch_up(self, due: str) -> None:
-        """Read what the file gained since this object last looked, and all of it at first or when it is not the same
-        file any more. Call with the lock held.
+        """Read the lines that were added to the file since the last call. The first call reads all lines, and so does a
+        call after the file was rewritten. The caller must hold the lock.
 
         Args:
-            due: the sample that is asked about. Where its record is gone, it is measured again, so nothing is lost.
+            due: the sample that the caller asks about. If its record is gone, the sample is measured again, so that
+                nothing is lost.
 
         Raises:
             DataError: records of other samples are gone.
@@ -202,7 +205,7 @@ class RecordFile:
             file.seek(start)
             data = file.read()
             whole, newline, rest = data.rpartition(b"\n")
-            if parse(rest):  # a whole record that lacks only its newline, as some editors leave it
+            if parse(rest):  # a whole record that lacks only its newline, which some editors remove
                 file.write(b"\n")
                 whole, newline = data, b"\n"
         records = [record for record in map(parse, whole.split(b"\n")) if record and record.get("version") == VERSION]
@@ -227,7 +230,7 @@ class RecordFile:
             return
         if known:
             changes = "; ".join(differences(known[-1], present))
-            log.warning("%s: this run goes on in another environment: %s", path, changes)
+            log.warning("%s: this run continues in another environment: %s", path, changes)
         write_atomically(path, json.dumps([*known, present], indent=1).encode())
 
 
@@ -237,7 +240,7 @@ def encode(record: Record) -> bytes:
 
 
 def parse(line: bytes) -> Record | None:
-    """The record on a line, None when it is none."""
+    """The record on a line; None if the line is not a record."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -248,7 +251,7 @@ def parse(line: bytes) -> Record | None:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """Records of a jsonl file, broken lines skipped with one warning that counts them.
+    """Records of a jsonl file. Broken lines are skipped, and one warning counts them.
 
     Raises:
         DataError: the file cannot be read.
@@ -270,13 +273,13 @@ def read_lines(path: Path) -> Iterator[Record]:
 
 
 def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | None = None) -> list[Record]:
-    """Every record under a results folder, but no record of another format version, and none of older code whose
-    sample was measured again: see :func:`measured_again`. What is left out is counted in one warning each.
+    """Every record under a results folder. Records of another format version are left out with one warning. So are
+    records of older code whose sample was measured again: see :func:`measured_again`.
 
     Args:
         root: the results folder.
-        all_code: keep the records of older code too; their method says so.
-        folders: the run folders under ``root``, where the caller has read them already.
+        all_code: keep the records of older code, and mark their method as such.
+        folders: the run folders under ``root``, if the caller has already read them.
 
     Raises:
         DataError: the folder does not exist, or a file in it cannot be read.
@@ -301,7 +304,7 @@ def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | 
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content at once: a reader or a kill never meets half of it."""
+    """Replace a file's content in one step, so that a reader never sees half of it, not even after a kill."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -316,7 +319,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def plain_json(value: Any) -> Any:
-    """``value`` in JSON's types: non-finite numbers as null, numpy and torch scalars as numbers, the rest as text."""
+    """``value`` in JSON's types. Non-finite numbers become null, numpy and torch scalars become numbers, and other
+    objects become text."""
     if isinstance(value, Mapping):
         return {str(name): plain_json(member) for name, member in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -335,7 +339,7 @@ def plain_name(text: str) -> str:
 
 
 def unwritable(folder: Path, error: OSError) -> DataError:
-    """The error of a results folder that does not take what is to be written."""
+    """The error for a results folder that cannot be written."""
     return DataError(
         f"cannot write results to {folder}: {error.strerror or error}; set results=FOLDER to one you may write"
     )
@@ -354,7 +358,7 @@ def _outcome(record: Record) -> tuple[str, Any]:
 
 
 def newest_of(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
-    """The newest record of every sample, and the versions of those that are of another format."""
+    """The newest record of every sample, and the format versions of the records that have another format."""
     newest: dict[str, Record] = {}
     foreign = []
     for record in lines:

@@ -1,4 +1,5 @@
-"""Run folders, which hold records, settings and environments; and which records were measured again with other code."""
+"""Run folders, which hold records, settings and environments, and the search for records that were measured again with
+other code."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from pqbench.records.stamp import last_started
 
 log = logging.getLogger(__name__)
 
-CONFIG_LIMIT = 1 << 20  # bytes; ours have about two thousand
+CONFIG_LIMIT = 1 << 20  # largest size in bytes of a configuration that is read; ours have about two thousand
 _WORTH = {"ok": 2, "refused": 1}  # of a record by its status; a failure is worth 0
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both accept the same files; the C loader is ten times as fast
 
 
 def key_of(folder: Path) -> str:
@@ -31,7 +32,7 @@ def run_folders(root: Path) -> list[Path]:
     """The folders under ``root`` that hold records, in alphabetical order.
 
     Raises:
-        DataError: ``root`` is no folder.
+        DataError: ``root`` is not a folder.
     """
     if not root.is_dir():
         raise DataError(f"no results folder {root}: run `python -m pqbench` first, or name another folder")
@@ -40,7 +41,7 @@ def run_folders(root: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, with the settings behind its key; these are empty where they cannot be read."""
+    """The folder of one run, with the settings behind its key. The settings are empty if they cannot be read."""
 
     path: Path
     settings: dict[str, Any]
@@ -57,10 +58,10 @@ class RunFolder:
 
 
 def read_folders(root: Path) -> list[RunFolder]:
-    """Every run folder under ``root``, each configuration read once.
+    """Every run folder under ``root``, with its configuration.
 
     Raises:
-        DataError: ``root`` is no folder.
+        DataError: ``root`` is not a folder.
     """
     return [RunFolder(path, settings_of(path)) for path in run_folders(root)]
 
@@ -76,14 +77,13 @@ def environments(path: Path) -> list[dict[str, Any]]:
 
 
 def measured_again(folders: Sequence[RunFolder], records: Sequence[Sequence[Mapping[str, Any]]]) -> list[set[str]]:
-    """The samples of each folder that were measured again with other code of the method, or by another version of
-    pqbench: another folder has the same settings, its run was started later, and its record of the sample is worth at
-    least as much. A measurement is worth more than a refusal, and that more than a failure, so that no folder hides
-    what it has not measured itself.
+    """The samples of each folder that were measured again with other code of the method or by another version of
+    pqbench. That is the case if another folder has the same settings, its run was started later, and its record of the
+    sample is worth at least as much: a measurement is worth more than a refusal, and a refusal more than a failure.
 
     Args:
         folders: the folders to compare.
-        records: of each folder, the newest record of every sample.
+        records: for each folder, the newest record of every sample.
     """
     runs: dict[str, list[int]] = {}
     for i, folder in enumerate(folders):
@@ -111,12 +111,12 @@ def measured_again(folders: Sequence[RunFolder], records: Sequence[Sequence[Mapp
 
 
 def tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Say that a new run repeats an old one, and why."""
+    """Warn when a new run repeats an old run, and say why."""
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/records.jsonl")):
         known = settings_of(path.parent)
         if path.parent != folder and known and _bare(known) == _bare(settings):
             reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
-            log.warning("%s: measured %s; this run measures anew in %s", path.parent, reason, folder.name)
+            log.warning("%s: measured %s; this run measures again in %s", path.parent, reason, folder.name)
 
 
 def _bare(settings: Mapping[str, Any]) -> Any:
@@ -125,7 +125,7 @@ def _bare(settings: Mapping[str, Any]) -> Any:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """The settings of a run; empty when its configuration is absent, damaged, far too large, or none."""
+    """The settings of a run; empty if its configuration is absent, damaged, far too large, or has no settings."""
     path = folder / "config.yaml"
     try:
         if path.stat().st_size > CONFIG_LIMIT:

@@ -1,6 +1,6 @@
-"""What makes two runs the same: class names and settings, and the source of the method; never a module's path.
+"""What makes two runs the same: class names, settings and the source of the method, but never the path of a module.
 
-A file that moves loses no result. A method whose code was edited gets records of its own; the older ones remain.
+Moving a file therefore loses no results. A method whose code was edited gets new records, and the older ones remain.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-OWN = __name__.partition(".")[0]  # the harness, whose code is no method's
-INSTALLED = ("site-packages", "dist-packages")  # what lies in such a folder belongs to many packages
+OWN = __name__.partition(".")[0]  # the harness, whose code does not count as code of a method
+INSTALLED = ("site-packages", "dist-packages")  # folders in which unrelated packages lie side by side
 
 
 def class_names(settings: Any) -> Any:
@@ -29,15 +29,15 @@ def class_names(settings: Any) -> Any:
 
 
 def class_name(target: Any) -> str:
-    """The class that a ``_target_`` names: ``Name`` for ``package.module.Name``, and for its constructor
+    """The class that a ``_target_`` names: ``Name`` for ``package.module.Name`` and also for its constructor
     ``package.module.Name.preset``."""
     names = str(target).split(".")
     return next((name for name in reversed(names) if name[:1].isupper()), names[-1])
 
 
 def method_code(method: Any) -> str:
-    """Twelve hex digits of the source behind a method, behind its base classes outside the harness, and behind the
-    methods that are its fields."""
+    """Twelve hex digits that depend on the source of a method, of its base classes outside the harness, and of the
+    methods in its fields."""
     own = type(method).__module__
     modules = dict.fromkeys(base.__module__ for base in type(method).__mro__)
     reached = {own, *_sources(own)}
@@ -50,22 +50,23 @@ def method_code(method: Any) -> str:
 
 @cache
 def harness_code() -> str:
-    """Twelve hex digits of the source of the whole harness: what a failure is a failure of."""
+    """Twelve hex digits that depend on the source of the whole harness. Records of failures hold them."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return _digest([_plain(ast.parse(path.read_text(encoding="utf-8"))) for path in files])
 
 
 @cache
 def source_code(module: str) -> str:
-    """Twelve hex digits of a module's source and of the modules beside it that it imports, directly or not: those of
-    the same package or, for a module that is in no package, those in the same folder. Comments, docstrings, layout and
-    the places of imported modules do not count. ``unknown`` where there is no source file."""
+    """Twelve hex digits that depend on the source of a module and of the modules that it imports, directly or
+    indirectly, from the same package. For a module that is in no package they are those in the same folder. Comments,
+    docstrings, layout and the places of imported modules do not count. The result is ``unknown`` if there is no source
+    file."""
     found = _sources(module)
     return _digest(sorted(found.values())) if found else "unknown"
 
 
 def _sources(module: str) -> dict[str, str]:
-    """What :func:`source_code` makes its digits of: plain source by module; empty where there is no source file."""
+    """The plain source of all modules that :func:`source_code` takes, by name; empty if there is no source file."""
     found = getattr(sys.modules.get(module), "__file__", None)
     if found is None or not Path(found).is_file():
         return {}
@@ -116,20 +117,20 @@ def _imported(tree: ast.Module, package: str) -> Iterator[str]:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes docstrings and imports out of a tree, and keeps the names that were imported, but not from where."""
+    """Removes docstrings and imports from a tree, and collects the imported names without their modules."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
 
     def visit_imports(self, node: ast.Import | ast.ImportFrom) -> ast.AST:
-        """A statement that does nothing instead of an import."""
+        """Replace an import by a statement that does nothing."""
         self.names |= {f"{alias.name.rpartition('.')[2]} as {alias.asname or alias.name}" for alias in node.names}
         return ast.Pass()
 
     visit_Import = visit_ImportFrom = visit_imports  # noqa: N815 - the names that ast calls
 
     def visit_documented(self, node: ast.AST) -> ast.AST:
-        """A module, class or function without its docstring."""
+        """Remove the docstring of a module, class or function."""
         if ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
             node.body[:1] = [ast.Pass()]  # type: ignore[attr-defined]
         return self.generic_visit(node)
@@ -138,7 +139,7 @@ class _Bare(ast.NodeTransformer):
 
 
 def _plain(tree: ast.Module) -> str:
-    """Source text without comments, docstrings, layout and the places from where names are imported."""
+    """Source text without comments, docstrings, layout and the modules from which names are imported."""
     bare = _Bare()
     lines = ast.unparse(bare.visit(tree)).splitlines()
     return "\n".join([*sorted(bare.names), *(line for line in lines if line.strip() != "pass")])
