@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.clock import Clock, HostClock, Spans
 from pqbench.engine.contract import Contract
 from pqbench.engine.meter import Meter
@@ -48,6 +49,7 @@ class Observer:
         """Seconds that :meth:`observe` took so far. Waits for the device."""
         return self._spans.total
 
+    @outlives_exit
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         """Show the state the cohort's part of a block: q ``[B, H, G, n, D]`` of all sequences, and all keys and values
         ``[B, H, S, D]`` so far."""
@@ -59,6 +61,7 @@ class Observer:
         with self._spans:
             self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
 
+    @outlives_exit
     def answer(self, q: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
         """Write the method's own attention of the cohort's part of a block into ``output`` ``[B, H, G, n, D]``. The
         other arguments are those of :meth:`observe`. Padding is left as it is."""
@@ -110,8 +113,34 @@ class Cohort:
         self.meter.begin()
         with self.meter.phase("append"):
             self.store.append(keys, values)
-            self.state.append(self.store)
+            self.update()
 
+    @outlives_exit
+    def update(self) -> None:
+        """Tell the method that the token of the step was stored."""
+        self.state.append(self.store)
+
+    @outlives_exit
+    def prefetch(self) -> None:
+        """Let the method ask for what it will need, since the layer before starts its step."""
+        self.state.prefetch(self.store)
+
+    @outlives_exit
+    def select(self, q: Tensor) -> Selection:
+        """The method's selection for the query ``[B, H, G, D]``."""
+        return self.state.select(q, self.store)
+
+    @outlives_exit
+    def reserve(self, rows: int) -> bool:
+        """See :meth:`pqbench.method.LayerState.reserve`."""
+        return self.state.reserve(self.store, rows)
+
+    @outlives_exit
+    def plan(self) -> Plan:
+        """The method's part of the captured step that follows, on the host."""
+        return self.state.plan(self.store, self.store.length + 1)
+
+    @outlives_exit
     def attend(self, q: Tensor) -> Tensor:
         """The rest of the step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``.
 
@@ -121,7 +150,7 @@ class Cohort:
         usage = self.store.usage
         before = usage.key_bytes_read
         with self.meter.phase("select"):
-            selection = self.state.select(q, self.store)
+            selection = self.select(q)
         read = usage.key_bytes_read - before  # Keys that a selection reads are part of its index, declared or not.
         if not self.meter.steps:
             with self.checking:
@@ -129,6 +158,7 @@ class Cohort:
         self.meter.count(selection, self.store.length, self.state.index_bytes + read)
         return self.answer(q, selection)
 
+    @outlives_exit
     def answer(self, q: Tensor, selection: Selection) -> Tensor:
         """Attend to a selection and let an evicting method drop rows."""
         with self.meter.phase("fetch"):
@@ -145,17 +175,19 @@ class Cohort:
         """Do the part of :meth:`attend` that is work of the device alone, which a CUDA graph can repeat."""
         usage = self.store.usage
         before = usage.key_bytes_read
-        selection = self.state.select(q, self.store)
+        selection = self.select(q)
         self._captured_read = usage.key_bytes_read - before
         keys, values, rows = self.store.fetch(selection.indices, selection.count, selection.anew)
         return self._attention(q, selection, keys, values, rows)[0]
 
+    @outlives_exit
     def replayed(self, plan: Plan) -> None:
         """Count a step that a CUDA graph has done."""
         held = self.store.length
         attended = held if plan.attended is None else plan.attended
         self.meter.replayed(attended, held, self.state.index_bytes + self._captured_read)
 
+    @outlives_exit
     def check_steps(self, ragged: float) -> None:
         """Compare every step so far with the budget; ``ragged`` is what the meter's own sum of that name holds.
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.errors import SelectionError
 from pqbench.method import Geometry, Method, Selection
 from pqbench.store.base import Store
@@ -26,6 +27,7 @@ class Contract:
     method: Method
     geometry: Geometry
 
+    @outlives_exit
     def check(self, selection: object, store: Store) -> None:
         """Verify what a method selected from a store whose last row is the current token. Waits for the device once.
 

@@ -286,7 +286,7 @@ class DecodeLayer(OurLayer):
         """Let the methods ask for what they will need, since the layer before starts its step. While an index is still
         being built there is nothing to ask for."""
         for cohort in self.__dict__.get("cohorts", ()):
-            cohort.state.prefetch(cohort.store)
+            cohort.prefetch()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         following = None if self.following is None else self.following()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.batch import check_indices
 from pqbench.engine.beside import Beside, Finished, Pending, tensors_of
 from pqbench.engine.clock import Clock, Spans, Streams, clock_of
@@ -83,6 +84,7 @@ class Prefilled:
             work = partial(self._build, method, layer, cohort)
             self._built[method, layer, cohort] = self.beside.submit(work, state.geometry.device, uses)
 
+    @outlives_exit
     def build(self, method: int) -> float:
         """Finish a method's indices, once, wait for them and check them. Returns the seconds that the work took, beside
         the prefill or not.
@@ -132,6 +134,7 @@ class Prefilled:
         layers = {**copy_sliding(self.sliding), **ours}
         return LayeredCache([layers[i] for i in range(len(layers))])
 
+    @outlives_exit
     def cohort(
         self, method: int, layer: int, cohort: int, shared: Store | None = None, *, spend: bool = False
     ) -> Cohort:
@@ -183,6 +186,7 @@ class Prefilled:
         """A method at work on every cohort of one layer."""
         return [self.cohort(method, layer, cohort, spend=spend) for cohort in range(len(self.cohorts))]
 
+    @outlives_exit
     @torch.inference_mode()
     def _build(self, method: int, layer: int, cohort: int) -> Built:
         store, observer = self.store(layer, cohort, method), self.observer(method, layer, cohort)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.batch import check_indices
 from pqbench.engine.clock import Spans, clock_of, streams_of
 from pqbench.engine.cohort import Cohort, Rows
@@ -182,7 +183,7 @@ class Subject:
         with self._chosen(), undisturbed():
             layer.now()
             with asking:
-                self.cohort.state.prefetch(self.cohort.store)
+                self.cohort.prefetch()
             layer_before()
             layer.now()
             with whole:
@@ -268,7 +269,7 @@ def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
 
 def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
     try:
-        work()
+        outlives_exit(work)()
     except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others go on
         subject.error, subject.cohort = error, None
         layer.setting.check_device(error)
