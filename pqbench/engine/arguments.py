@@ -86,8 +86,8 @@ def check_method(method: Any) -> None:
 
 
 def outlives_exit(work: Callable[Given, Found]) -> Callable[Given, Found]:
-    """The same work, but a method that would end the process fails instead: one sample is lost, not the run. Every place
-    where the harness enters a method's code is wrapped in this, so that all measurements are covered.
+    """The same work, but a method that would end the process fails instead: one sample is lost, not the run. Every
+    place where the harness enters a method's code is wrapped in this, so that all measurements are covered.
 
     Raises:
         RuntimeError: the work raised SystemExit; the message holds its code.

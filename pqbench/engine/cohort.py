@@ -155,7 +155,8 @@ class Cohort:
         if not self.meter.steps:
             with self.checking:
                 self.contract.check(selection, self.store)
-        self.meter.count(selection, self.store.length, self.state.index_bytes + read)
+        limit = None if selection.visible is None else self.method.limit(self.store.seen, self.state.geometry)
+        self.meter.count(selection, self.store.length, self.state.index_bytes + read, limit)
         return self.answer(q, selection)
 
     @outlives_exit
@@ -188,13 +189,14 @@ class Cohort:
         self.meter.replayed(attended, held, self.state.index_bytes + self._captured_read)
 
     @outlives_exit
-    def check_steps(self, ragged: float) -> None:
-        """Compare every step so far with the budget; ``ragged`` is what the meter's own sum of that name holds.
+    def check_steps(self, excess: int) -> None:
+        """Compare every step so far with the budget; ``excess`` is the largest number in the meter's tensor of that
+        name, 0 without one.
 
         Raises:
             SelectionError: a step attended to more tokens than the method's limit.
         """
-        self.contract.check_steps(self.meter.counts, self.meter.held, ragged, self.store.seen)
+        self.contract.check_steps(self.meter.counts, self.meter.held, excess, self.store.seen)
 
     def _attention(
         self, q: Tensor, selection: Selection, keys: Tensor, values: Tensor, rows: Tensor | None
@@ -230,7 +232,7 @@ def check_cohorts(cohorts: Sequence[Cohort]) -> None:
         SelectionError: a step attended to more tokens than its method's limit; the message names method, layer and
             step.
     """
-    counted = [sums for cohort in cohorts if (sums := cohort.meter.ragged) is not None]
-    told = iter(torch.stack([sums.to(counted[0].device) for sums in counted]).tolist() if counted else ())
+    counted = [beyond.max() for cohort in cohorts if (beyond := cohort.meter.excess) is not None]
+    told = iter(torch.stack([most.to(counted[0].device) for most in counted]).tolist() if counted else ())
     for cohort in cohorts:
-        cohort.check_steps(0.0 if cohort.meter.ragged is None else next(told))
+        cohort.check_steps(0 if cohort.meter.excess is None else next(told))

@@ -1,4 +1,4 @@
-"""A method whose code would end the process fails instead, in every measurement, and a failed method is asked no more."""
+"""A method whose code would end the process fails instead, in every measurement; a failed method is asked no more."""
 
 from __future__ import annotations
 
@@ -90,6 +90,37 @@ def test_a_layer_s_timing_records_a_method_that_would_end_the_process(tmp_path: 
     (record,) = records(tmp_path, Quits(place))
     assert record["status"] == "error"
     assert "SystemExit(0)" in record["error"]
+
+
+class Growing(LayerState):
+    """Keeps to its budget in the first step alone. With ``ragged`` only the device knows how many tokens it selects."""
+
+    def __init__(self, method: Grows, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self.method = method
+
+    def select(self, q: torch.Tensor, kv: Any) -> Selection:
+        count = 10 if kv.length == self.geometry.prompt + 1 else kv.length
+        rows = torch.arange(kv.length - count, kv.length).expand(*q.shape[:2], -1)
+        return Selection(rows, torch.ones(*q.shape[:3], count, dtype=torch.bool) if self.method.ragged else None)
+
+
+@dataclass(frozen=True)
+class Grows(Method):
+    """Attends to everything from its second step on."""
+
+    ragged: bool = False
+    budget: Budget = field(default_factory=lambda: BUDGET)
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return Growing(self, geometry)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_layer_s_timing_compares_every_step_with_the_budget(tmp_path: Path, ragged: bool) -> None:
+    (record,) = records(tmp_path, Grows(ragged))
+    assert record["status"] == "error"
+    assert "SelectionError: Grows, layer 0, step" in record["error"]
 
 
 class Counting(LayerState):

@@ -14,7 +14,7 @@ from torch import Tensor
 from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.batch import check_indices
 from pqbench.engine.clock import Spans, clock_of, streams_of
-from pqbench.engine.cohort import Cohort, Rows
+from pqbench.engine.cohort import Cohort, Rows, check_cohorts
 from pqbench.engine.dense import Dense
 from pqbench.engine.meter import PHASES
 from pqbench.engine.setting import Setting
@@ -236,8 +236,9 @@ def take_turns(
     """Rehearse every subject on a ``small`` layer, where kernels are compiled, build it on the real one, and time it.
 
     Subjects take turns step by step, so that a drift of the machine hits all alike; each of the ``repeats`` rounds of
-    ``steps`` steps has an order of its own. One that is slow has its turns in the first round alone. A subject that
-    fails keeps its error and leaves the others alone.
+    ``steps`` steps has an order of its own. One that is slow has its turns in the first round alone. When all turns are
+    over, every step of each subject is compared with its budget. A subject that fails keeps its error and leaves the
+    others alone.
 
     Raises:
         DeviceError: a GPU answers no more after the error that a subject keeps.
@@ -253,6 +254,9 @@ def take_turns(
             for subject in [subject for subject in present if subject.error is None and not (repeat and subject.slow)]:
                 number = warmup + repeat * steps + step
                 _guarded(subject, layer, partial(subject.take_turn, layer, number, sweeper.sweep))
+    for subject in subjects:
+        if subject.cohort is not None:
+            _guarded(subject, layer, partial(check_cohorts, [subject.cohort]))
 
 
 def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
