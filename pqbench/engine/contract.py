@@ -33,8 +33,8 @@ class Contract:
 
         Raises:
             SelectionError: no selection, indices of another shape than ``[B, H, n]``, rows out of range or selected
-                twice, a current token that is missing or that no query head of a KV head sees, or more tokens than the budget allows. The message names the method, the
-                layer and the step.
+                twice, a current token that is missing or that no query head of a KV head sees, or more tokens than the
+                budget allows. The message names the method, the layer and the step.
         """
         if not isinstance(selection, Selection):
             self._refuse(store, f"select() returned {type(selection).__name__} instead of a Selection")
@@ -65,7 +65,7 @@ class Contract:
         Args:
             attended: tokens that a KV head attended to in each step; None where only the device knew the number.
             held: rows that the store held in each step.
-            excess: where only the device knew the number, by how much any KV head in any step exceeded the limit of that
+            excess: where only the device knew the number, the most tokens by which a KV head exceeded the limit of a
                 step, see :attr:`pqbench.engine.meter.Meter.excess`; 0 or less if none did.
             seen: length of the context after the last step.
 

@@ -56,7 +56,7 @@ class Meter:
             self._add(held if selection.indices is None else selection.indices.shape[2], held, index_bytes)
             return
         seen = selection.visible.any(2).sum(-1)  # [B, H]
-        mean = seen.float().mean().double()
+        mean = seen.mean(dtype=torch.float64)
         self.ragged = mean if self.ragged is None else self.ragged + mean
         if limit is not None:
             beyond = seen - limit

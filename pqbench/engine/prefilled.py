@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,7 +47,10 @@ class Built:
 
 @dataclass
 class Prefilled:
-    """A prompt's keys and values with every method's state, ready to be decoded by each method in turn."""
+    """A prompt's keys and values with every method's state, ready to be decoded by each method in turn.
+
+    It is a context manager that closes itself at the end, also after an error.
+    """
 
     model: PreTrainedModel
     methods: Sequence[Method]
@@ -172,15 +178,29 @@ class Prefilled:
         """The clock for whole steps: that of the device on which the model begins and ends."""
         return clock_of(self.model.device, self.streams, named=self.named)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        with suppress(Exception):  # What an interrupted decode left under way must not hide the error itself.
+            self.close()
+
     def close(self) -> None:
         """End what runs in the background. Stores over this prompt cannot be used afterwards.
 
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.
         """
-        if self.beside is not None:
-            self.beside.close()
-        self.placement.close()
+        try:
+            if self.beside is not None:
+                self.beside.close()
+        finally:
+            self.placement.close()
 
     def _cohorts_of(self, method: int, layer: int, *, spend: bool) -> list[Cohort]:
         """A method at work on every cohort of one layer."""
