@@ -16,6 +16,7 @@ from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.clock import Clock, HostClock, Spans
 from pqbench.engine.contract import Contract
 from pqbench.engine.meter import Meter
+from pqbench.engine.reads import KeyReads
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
@@ -96,7 +97,8 @@ class Cohort:
         self.meter = Meter(self.clock)
         self.contract = Contract(self.method, self.state.geometry)
         self.checking = Spans(self.clock)  # the seconds that the check of the first step takes
-        self._captured_read = 0  # bytes of keys that the captured selection reads in every replay
+        self.reads = KeyReads(self.store.usage, self.state.geometry.prompt)
+        self._row_bytes = 1  # of the keys of one token, known once there is one
 
     def check(self, keys: Tensor, scaling: float) -> None:
         """Raises ModelError when an attention call differs from the prompt's calls in KV heads, head width or
@@ -112,6 +114,7 @@ class Cohort:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Begin a step: store the keys and values of the new token, each ``[B, H, 1, D]``, and tell the method."""
         self.meter.begin()
+        self._row_bytes = keys.nbytes
         with self.meter.phase("append"):
             self.store.append(keys, values)
             self.update()
@@ -124,12 +127,12 @@ class Cohort:
     @outlives_exit
     def prefetch(self) -> None:
         """Let the method ask for what it will need, since the layer before starts its step."""
-        self.state.prefetch(self.store)
+        self.reads.ahead(lambda: self.state.prefetch(self.store))
 
     @outlives_exit
     def select(self, q: Tensor) -> Selection:
         """The method's selection for the query ``[B, H, G, D]``."""
-        return self.state.select(q, self.store)
+        return self.reads.selecting(lambda: self.state.select(q, self.store))
 
     @outlives_exit
     def reserve(self, rows: int) -> bool:
@@ -148,11 +151,9 @@ class Cohort:
         Raises:
             SelectionError: the first step's selection breaks the method's contract.
         """
-        usage = self.store.usage
-        before = usage.key_bytes_read
         with self.meter.phase("select"):
             selection = self.select(q)
-        read = usage.key_bytes_read - before  # Keys that a selection reads are part of its index, declared or not.
+        read = self.reads.step(self._row_bytes)  # Keys that a method reads are part of its index, declared or not.
         if not self.meter.steps:
             with self.checking:
                 self.contract.check(selection, self.store)
@@ -175,10 +176,7 @@ class Cohort:
 
     def attend_captured(self, q: Tensor) -> Tensor:
         """Do the part of :meth:`attend` that runs on the device alone, so that a CUDA graph can repeat it."""
-        usage = self.store.usage
-        before = usage.key_bytes_read
         selection = self.select(q)
-        self._captured_read = usage.key_bytes_read - before
         keys, values, rows = self.store.fetch(selection.indices, selection.count, selection.anew)
         return self._attention(q, selection, keys, values, rows)[0]
 
@@ -187,7 +185,7 @@ class Cohort:
         """Count a step that a CUDA graph has replayed."""
         held = self.store.length
         attended = held if plan.attended is None else plan.attended
-        self.meter.replayed(attended, held, self.state.index_bytes + self._captured_read)
+        self.meter.replayed(attended, held, self.state.index_bytes + self.reads.step(self._row_bytes, repeats=True))
 
     @outlives_exit
     def check_steps(self, excess: int) -> None:
