@@ -23,7 +23,7 @@ from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, outcome, tracked
-from pqbench.measure.checks import check_alive, check_methods, check_split
+from pqbench.measure.checks import attended_all, check_alive, check_methods, check_split
 from pqbench.measure.dense import body_name
 from pqbench.measure.machine import (
     Bandwidth,
@@ -272,6 +272,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     return {
         **(phases if generation.replays is None else {}),  # nobody can time the phases of a captured step
         "attended_tokens": attended,
+        "skipped_nothing": attended_all(cohorts),
         "weight_bytes": weights,
         "attended_bytes": kv_bytes,
         "index_bytes": index_bytes,

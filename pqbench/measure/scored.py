@@ -17,7 +17,7 @@ from pqbench.engine.prefilled import Prefilled
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import COMPILING, Job, Ledger, Measured, Measurement, tracked
-from pqbench.measure.checks import check_alive, check_budgets, check_methods
+from pqbench.measure.checks import attended_all, check_alive, check_budgets, check_methods
 from pqbench.measure.dense import body_name
 from pqbench.measure.probe import probe
 from pqbench.models.sources import LoadedModel
@@ -266,6 +266,7 @@ def generation_facts(generation: Generation) -> Record:
         "tpot_s": generation.tpot_s,
         "index_build_s": generation.index_s,
         "attended_tokens": sum(meter.attended for meter in meters) / steps,
+        "skipped_nothing": attended_all(cohorts),
         "kv_tokens": sum(cohort.store.length for cohort in cohorts) / len(cohorts),
         "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
         "index_resident_bytes": sum(cohort.state.resident_bytes for cohort in cohorts),

@@ -67,6 +67,7 @@ FIELDS = (
     "warmup_s",
     "index_bytes",
     "attended_tokens",
+    "skipped_nothing",
     "attended_bytes",
     "peak_rss_bytes",
     "dense_ratio",

@@ -14,6 +14,7 @@ from pqbench.errors import ConfigError, DeviceError, ModelError
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
+from pqbench.measure.checks import attended_all
 from pqbench.measure.dense import RefusedError, body_name, captured_kernel, dense_kernels
 from pqbench.measure.geometries import Shape, shape_of
 from pqbench.measure.layer.captured import STEPS as CAPTURING
@@ -255,6 +256,7 @@ class Attention(Measurement):
             "warmup_s": subject.warmup_s,
             "timed_steps": count,
             "attended_tokens": attended,
+            "skipped_nothing": attended_all([cohort]),
             "attended_bytes": moved,
             "index_bytes": subject.index_bytes / count,
             "index_resident_bytes": cohort.state.resident_bytes,
