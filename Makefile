@@ -17,7 +17,8 @@ RUN := $(BIN)/python -m pqbench $(if $(BENCHMARK),,--multirun )model=$(MODEL) me
 
 setup: $(STAMP)
 
-# The pins are complete, so nothing is searched; the model package would pull in an inference engine that is not used.
+# The pins are complete, so pip resolves nothing. With dependencies, the model package would install an unused inference
+# engine.
 $(STAMP): constraints.txt pyproject.toml
 	command -v $(PYTHON) >/dev/null || { echo "pqbench needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,7 +26,7 @@ $(STAMP): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
-# The joblib and Ray launchers (Ray alone is 240 MB).
+# Installs the launchers of joblib and Ray (Ray alone has 240 MB).
 setup-sweep: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-sweep.txt
 
@@ -34,8 +35,8 @@ bench: setup
 	@$(RUN) $(if $(BENCHMARK),benchmark=$(BENCHMARK),benchmark=needle$(comma)infinitebench_quick$(comma)ruler_quick) $(ARGS)
 	@$(BIN)/python -m plots $(RESULTS)
 
-# Every table and figure of the paper that needs no data from elsewhere; see docs/paper.md. The same command resumes. An
-# experiment that fails does not stop the others; the exit code tells.
+# Every table and figure of the paper that needs no external data; see docs/paper.md. The same command resumes. An
+# experiment that fails does not stop the others, but makes the exit code 1.
 EXPERIMENTS ?= power_law memory latency breakdown overlap cache iterations_latency needle infinitebench_1_5 \
 	infinitebench_1_10 question_first token_budget communication_budget codebooks iterations ablation
 paper: setup
@@ -55,11 +56,12 @@ report: setup
 tables: setup
 	@$(BIN)/python -m pqbench.tables $(RESULTS)
 
-# A process per core, each of them (and each command that it starts) on one thread; four hold enough models in memory.
+# One process per core, at most four because of memory. Each process, and each command that it starts, uses one thread.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# What is slow by nature as well: every compile target of the kernels, and the launchers of sweeps where they are installed.
+# All tests, and then the slow ones: every compile target of the kernels, and the launchers of sweeps that are
+# installed.
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m slow
 
@@ -68,8 +70,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy pqbench methods plots gpucheck tests
 
-# On a machine with a GPU, whatever Python has torch there; docs/gpu.md. Needs neither `make setup` nor a network.
-# make gpu-check DEVICE=cpu SIZE=tiny runs the same steps without a GPU.
+# For a machine with a GPU, with any Python that has torch; see docs/gpu.md. It needs neither `make setup` nor a
+# network. `make gpu-check DEVICE=cpu SIZE=tiny` runs the same steps without a GPU.
 DEVICE ?= cuda
 SIZE ?= full
 LIMIT ?= 525
@@ -81,6 +83,6 @@ gpu-check:
 	@$(BARE_PYTHON) -m gpucheck --device=$(DEVICE) --size=$(SIZE) --limit=$(LIMIT) --steps=$(STEPS) --wheels=$(WHEELS) \
 		--results=$(GPU_RESULTS)
 
-# What a bare image lacks, as a folder to bring along to a machine without a network.
+# Makes a folder with the packages that a bare image lacks, for a machine without a network.
 gpu-wheels:
 	@$(BARE_PYTHON) -m gpucheck.wheels $(WHEELS)

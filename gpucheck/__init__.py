@@ -1,5 +1,6 @@
-"""``make gpu-check``: one command that settles on a GPU, in ten minutes, what can only be settled there.
+"""``make gpu-check``: one command that checks on a GPU, in ten minutes, what can only be checked there.
 
-Runs from a plain checkout with the Python of a bare image: no ``make setup``, no network. The nine steps are listed in
-:mod:`gpucheck.plan`; each is a process of its own under its own time limit, and writes every result at once.
+It runs from a plain checkout with the Python of a bare image, without ``make setup`` and without a network. The nine
+steps are listed in :mod:`gpucheck.plan`. Each is a process of its own with its own time limit, and writes every result
+as soon as it is known.
 """

@@ -1,7 +1,7 @@
-"""``python3 -m gpucheck``: run the steps one after another, each in a process of its own, and sum up.
+"""``python3 -m gpucheck``: run the steps one after another, each in a process of its own, and summarise the results.
 
-Exits 0 when nothing is wrong, whatever the targets say; 1 when something is; 2 when it cannot start, with one line that
-says why; 130 when it was interrupted. Results that exist are kept.
+The exit code is 0 if nothing is wrong, even if targets were missed; 1 if something is wrong; 2 if the check cannot
+start, with one line that says why; 130 if it was interrupted. Existing results are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gpucheck.process import Ended, run
 from gpucheck.result import CUT, Result, read_json, write_json
 from gpucheck.summary import line_of, summarise
 
-MARGIN = 5.0  # seconds at the end for the summary
+MARGIN = 5.0  # seconds that are kept for the summary
 
 
 def main() -> None:
@@ -74,8 +74,8 @@ def check(options: Options, began: float) -> int:
 
 
 def _first(options: Options, environment: Mapping[str, str], end: float) -> None:
-    """Step 0, without which nothing else can run. Raises UsageError when the machine will not do; what an earlier run
-    said of its machine is kept then."""
+    """Run step 0, without which nothing else can run. Raises UsageError if the machine is not suitable; the description
+    of an earlier run's machine is then kept."""
     path = options.folder / STEPS[0].file
     before = read_json(path)
     seconds = min(scaled(STEPS[0], options.limit).seconds, end - time.monotonic())
@@ -88,7 +88,7 @@ def _first(options: Options, environment: Mapping[str, str], end: float) -> None
 
 
 def _in_order(waiting: list[Step], options: Options, environment: Mapping[str, str], end: float) -> list[Step]:
-    """Run steps as long as those of more importance keep their time. Returns those passed over."""
+    """Run steps in order as long as the more important ones keep their time. Returns the skipped steps."""
     passed = []
     for i, step in enumerate(waiting):
         seconds = _share(step, waiting[i + 1 :], options, end)
@@ -100,8 +100,8 @@ def _in_order(waiting: list[Step], options: Options, environment: Mapping[str, s
 
 
 def _postponed(passed: list[Step], options: Options, environment: Mapping[str, str], end: float) -> list[Step]:
-    """Run steps that were passed over with the time that was left over after all, the most important first. Returns
-    those that still did not fit."""
+    """Run skipped steps in the time that is left in the end, the most important first. Returns the steps that still did
+    not fit."""
     left_out = []
     for step in sorted(passed, key=lambda step: step.importance):
         seconds = _share(step, (), options, end)
@@ -113,8 +113,8 @@ def _postponed(passed: list[Step], options: Options, environment: Mapping[str, s
 
 
 def _share(step: Step, later: Sequence[Step], options: Options, end: float) -> float:
-    """Seconds that a step may take. The limits of the steps are for a GPU: on the CPU all that is left is there for
-    each."""
+    """Seconds that a step may take. The limits of the steps are meant for a GPU; on the CPU each step may use all the
+    time that is left."""
     left = end - time.monotonic()
     return granted(step, later, left) if options.on_gpu else max(0.0, left)
 
@@ -122,7 +122,7 @@ def _share(step: Step, later: Sequence[Step], options: Options, end: float) -> f
 def _run(
     step: Step, seconds: float, options: Options, environment: Mapping[str, str], deadline: float
 ) -> dict[str, Any]:
-    """Run one step in a process of its own, settle its file, and say how it ended."""
+    """Run one step in a process of its own, complete its file, and say how it ended."""
     path = options.folder / step.file
     path.unlink(missing_ok=True)
     command = [sys.executable, "-W", "ignore", "-m", "gpucheck.step", str(step.number), options.text(), str(deadline)]
@@ -133,14 +133,14 @@ def _run(
 
 
 def _settled(step: Step, ended: Ended, content: dict[str, Any], options: Options) -> dict[str, Any]:
-    """A step's result with what its process could not say itself."""
+    """The result of a step, completed with what its process could not report itself."""
     if not content:
         empty = Result(step, options.folder, read_json(options.folder / STEPS[0].file).get("machine", {}))
         empty.write()
         content = read_json(options.folder / step.file)
     content["seconds"] = round(ended.seconds, 2)
     if content["message"] != CUT:
-        return content  # closed by the step itself
+        return content  # the step closed it itself
     if ended.code is None:
         content["status"] = "timeout"
         content["message"] = f"out of time after {ended.seconds:.0f} s with {len(content['rows'])} rows"
@@ -156,8 +156,8 @@ def _skip(step: Step, options: Options, reason: str) -> None:
 
 
 def environment_of(options: Options, packages: Path | None) -> dict[str, str]:
-    """The environment of the steps: this checkout and what was unpacked first on the path, no network, and on the CPU
-    Triton's interpreter."""
+    """The environment of the steps: this checkout and the unpacked packages come first on the path, there is no
+    network, and on the CPU Triton's interpreter is used."""
     path = [str(ROOT), *([str(packages)] if packages else []), os.environ.get("PYTHONPATH", "")]
     found = {
         **os.environ,
@@ -172,7 +172,7 @@ def environment_of(options: Options, packages: Path | None) -> dict[str, str]:
 
 
 def say(line: str) -> None:
-    """One line for whoever watches."""
+    """Print one line on the terminal."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

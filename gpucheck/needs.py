@@ -1,7 +1,7 @@
-"""Which packages the check needs, which of them are missing, and what brings them.
+"""Which packages the check needs, which of them are missing, and how they are installed.
 
-A bare image has the large packages. The small ones that it lacks can come as a folder of wheels: all of them are plain
-Python, so that unpacking one is installing it.
+A bare image has the large packages. The small ones that it lacks can come as a folder of wheels. All of them are plain
+Python, so it is enough to unpack a wheel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpucheck.options import ROOT, UsageError
 
 
 class Need(NamedTuple):
-    """A package as an index knows it, and the module that shows that it is there."""
+    """The name of a package in an index, and the module whose import shows that it is installed."""
 
     package: str
     module: str
@@ -59,23 +59,23 @@ CARRIED = tuple(
 
 
 def missing(needs: Iterable[Need]) -> list[Need]:
-    """Those that cannot be imported here."""
+    """The packages that cannot be imported here."""
     importlib.invalidate_caches()
     return [need for need in needs if find_spec(need.module) is None]
 
 
 def pins(packages: Iterable[str]) -> list[str]:
-    """Packages with the versions of constraints.txt, which were tested together."""
+    """The packages with their versions in constraints.txt, which were tested together."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     known = {_plain(line.partition("==")[0]): line.strip() for line in lines if "==" in line}
     return [known.get(_plain(package), package) for package in packages]
 
 
 def bring(wheels: Path, into: Path) -> list[Need]:
-    """Unpack the wheels of missing packages into a folder and put it on the path. Returns what was brought.
+    """Unpack the wheels of missing packages into a folder and put it on the path. Returns the packages that were added.
 
     Raises:
-        UsageError: something is missing that no wheel brings; the message names it and the command that does.
+        UsageError: a package is missing and has no wheel; the message names it and the command that installs it.
     """
     absent = missing(IMAGE)
     if absent:

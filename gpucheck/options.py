@@ -1,4 +1,4 @@
-"""What a run was asked for, and how it is said on the command line and to the processes of the steps."""
+"""The options of a run, as they are given on the command line and to the processes of the steps."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SIZES = ("full", "tiny")
 
 
 class UsageError(Exception):
-    """Something that keeps the check from starting; the message is one line that says what to do."""
+    """The check cannot start; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """One run.
+    """The options of one run.
 
     Attributes:
-        device: cuda:N, or cpu, where Triton's interpreter and a link within host memory stand in for a GPU.
-        size: ``full`` for the shapes whose figures count, ``tiny`` for the same code in seconds.
-        limit: seconds after which nothing runs any more; the least important steps are skipped for it.
-        steps: the numbers of the steps to run; step 0 always runs, since it says what the machine is.
-        results: folder of the results; empty for results/gpu, or build/gpu-tiny when the size is tiny.
+        device: cuda:N, or cpu, where Triton's interpreter and a link within host memory replace the GPU.
+        size: ``full`` for the shapes whose figures count, ``tiny`` to run the same code in seconds.
+        limit: seconds that the whole run may take; if time is short, the least important steps are skipped.
+        steps: the numbers of the steps to run; step 0 always runs, since it describes the machine.
+        results: folder of the results; empty for results/gpu, or for build/gpu-tiny if the size is tiny.
         wheels: folder with the packages that the image lacks.
     """
 
@@ -51,7 +51,7 @@ class Options:
 
     @property
     def tiny(self) -> bool:
-        """Whether shapes are those that a CPU gets through in seconds."""
+        """Whether shapes are so small that a CPU needs only seconds for them."""
         return self.size == "tiny"
 
     @property
@@ -65,12 +65,12 @@ class Options:
         return (ROOT / (self.results or ("build/gpu-tiny" if self.tiny else "results/gpu"))).resolve()
 
     def text(self) -> str:
-        """The same as JSON, for the process of a step."""
+        """The options as JSON, for the process of a step."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_text(cls, text: str) -> Options:
-        """What :meth:`text` said."""
+        """The options from the JSON of :meth:`text`."""
         fields = json.loads(text)
         return cls(**{**fields, "steps": tuple(fields["steps"])})
 
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str]) -> Options:
     """The options of a command line.
 
     Raises:
-        UsageError: an option that does not exist, or a value that cannot work.
+        UsageError: an option does not exist, or a value cannot work.
     """
     parser = _Parser(prog="gpucheck", description=sys.modules["gpucheck"].__doc__)
     parser.add_argument("--device", default=Options.device, help="cuda, cuda:N or cpu")
@@ -101,7 +101,8 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Step numbers from ``4,5``; all of them from an empty text. Raises UsageError for a step that does not exist."""
+    """The step numbers in a text such as ``4,5``; an empty text stands for all steps. Raises UsageError for an unknown
+    step."""
     known = [step.number for step in STEPS]
     if not text.strip():
         return tuple(known)

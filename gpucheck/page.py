@@ -1,8 +1,7 @@
-"""``python -m gpucheck.page > docs/results/gpu.md``: what is on record of runs on a GPU, as a page.
+"""``python -m gpucheck.page > docs/results/gpu.md``: a page of all recorded runs on a GPU.
 
 It reads the results of ``make gpu-check`` and, in the folder beside them, the records of ``benchmark=latency`` and
-``benchmark=attention`` that a GPU made. The page says which steps were never run. A check on the
-CPU adds nothing to it.
+``benchmark=attention`` that a GPU made. The page says which steps were never run. Checks on the CPU are left out.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ _MET = {True: "met", False: "missed", None: "not measured"}
 
 @dataclass(frozen=True)
 class OnGpu:
-    """The results of the steps by number, those on a GPU alone, and the timing records that a GPU made."""
+    """The results that come from a GPU: of the steps, by number, and the timing records."""
 
     steps: Mapping[int, dict[str, Any]]
     records: Sequence[Record]
 
     @classmethod
     def read(cls, results: Path) -> OnGpu:
-        """What lies in a results folder, such as the checkout's own."""
+        """Read a results folder, such as the checkout's own."""
         found = {step.number: read_json(results / "gpu" / step.file) for step in STEPS}
         steps = {number: content for number, content in found.items() if content.get("machine", {}).get("capability")}
         records = read_all(results) if results.is_dir() else []
@@ -47,7 +46,7 @@ class OnGpu:
         return cls(steps, [record for record in timed if _of_a_gpu(record)])
 
     def status(self, step: Step) -> str:
-        """How a step ended: in a word or two, with what was right and wrong where it compared something."""
+        """How a step ended, in a word or two, with the numbers of right and wrong comparisons if it made any."""
         content = self.steps.get(step.number)
         if content is None:
             return NOT_YET
@@ -92,7 +91,7 @@ def page(found: OnGpu) -> str:
 
 
 def machines(found: OnGpu) -> list[str]:
-    """Every machine on record in a line, with the time of its last result."""
+    """A line for every machine on record, with the time of its last result."""
     latest: dict[str, str] = {}
     for content in found.steps.values():
         facts = content["machine"]
@@ -102,12 +101,13 @@ def machines(found: OnGpu) -> list[str]:
 
 
 def _of_a_gpu(record: Record) -> bool:
-    """Whether a GPU made a record: it holds that GPU's memory, or a back-end that exists only there was refused."""
+    """Whether a GPU made a record: it then holds the memory of that GPU, or says that a back-end that exists only on a
+    GPU was refused."""
     return record.get("cuda_peak_bytes") is not None or record["status"] == "refused"
 
 
 def _targets(found: OnGpu) -> list[str]:
-    """Only a full-size run counts."""
+    """The table of targets; only runs of full size count."""
     counted = [content for content in found.steps.values() if content["machine"].get("counts")]
     if not counted:
         return [f"One H100, a model of Llama-3.1-8B's shape, bfloat16, one sequence: {NOT_YET}."]

@@ -1,11 +1,11 @@
-"""The nine steps, and how they share the time there is."""
+"""The nine steps, and how they share the available time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-LIMIT = 525.0  # seconds that all steps together may take where one command has ten minutes
+LIMIT = 525.0  # seconds for all steps together, where one command may take ten minutes
 
 
 @dataclass(frozen=True)
@@ -13,15 +13,15 @@ class Step:
     """One step.
 
     Attributes:
-        number: its place in the order of running.
-        name: the module of :mod:`gpucheck.steps` that does it.
-        title: what it finds out, for the summary.
-        seconds: the time it may take on a GPU.
-        least: with less time than this it is not begun.
-        importance: 1 for what is skipped last.
-        proves: whether it compares with what is right. A step that only measures and runs out of time has shown
-            nothing wrong.
-        elastic: whether it has more to measure when earlier steps leave time over.
+        number: its place in the order of the steps.
+        name: the module of :mod:`gpucheck.steps` that runs it.
+        title: its subject, for the summary.
+        seconds: the time that it may take on a GPU.
+        least: the least time with which it is started.
+        importance: 1 for the step that is skipped last.
+        proves: whether it compares results with correct ones. If a step only measures, it is not a fault that it runs
+            out of time.
+        elastic: whether it can measure more if earlier steps leave time.
     """
 
     number: int
@@ -35,7 +35,7 @@ class Step:
 
     @property
     def file(self) -> str:
-        """Name of its result."""
+        """File name of its result."""
         return f"{self.number}_{self.name}.json"
 
 
@@ -43,7 +43,7 @@ STEPS = (
     Step(0, "machine", "versions, card, driver, PCIe link, free memory", 60, 10, 1),
     Step(1, "kernels", "every kernel against its definition", 70, 30, 2),
     Step(2, "stores", "host stores over the link against the device store", 35, 20, 5),
-    Step(3, "tokens", "the same tokens over every tier, with and without overlap, by every body", 45, 25, 4),
+    Step(3, "tokens", "the same tokens over every tier, with and without overlap, by every backend", 45, 25, 4),
     Step(4, "bandwidth", "kernel times against bytes over bandwidth; gather from host memory", 50, 30, 6, proves=False),
     Step(5, "attention", "one layer's decode step", 65, 35, 7, proves=False),
     Step(6, "latency", "seconds per token of a model of 8B shape", 185, 60, 3, proves=False, elastic=True),
@@ -53,16 +53,16 @@ STEPS = (
 
 
 def scaled(step: Step, limit: float) -> Step:
-    """A step with more time where the whole check has more than :data:`LIMIT`; with less its steps keep theirs, and
-    some are skipped."""
+    """A step with more time if the whole check has more than :data:`LIMIT`. If it has less, the times of the steps stay
+    the same and some steps are skipped."""
     factor = max(1.0, limit / LIMIT)
     return replace(step, seconds=step.seconds * factor)
 
 
 def granted(step: Step, later: Sequence[Step], left: float) -> float:
-    """Seconds that ``step`` may take now, when ``later`` steps wait and ``left`` seconds remain: its own limit at most,
-    and so little that the later steps of more importance keep theirs. 0: skip it. An elastic step also gets what nobody
-    behind it could use."""
+    """Seconds that ``step`` may take now, if ``later`` steps wait and ``left`` seconds remain; 0 means that it is
+    skipped. They are at most its own limit, and leave enough for later steps that are more important. An elastic step
+    also gets the time that no later step could use."""
     reserved = sum(other.seconds for other in later if other.importance < step.importance)
     seconds = min(step.seconds, left - reserved)
     if step.elastic:

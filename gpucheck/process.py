@@ -12,12 +12,12 @@ from pathlib import Path
 
 from gpucheck.options import ROOT
 
-GRACE = 3.0  # seconds between the request to end and the end
+GRACE = 3.0  # seconds between the request to end and the end by force
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, None when it ran out of time; and the last of what it said."""
+    """How a process ended: its exit code (None if it ran out of time), and the last lines of its output."""
 
     code: int | None
     seconds: float
@@ -26,8 +26,8 @@ class Ended:
 
 @dataclass
 class Running:
-    """A process under way, with everything it says in a file. In a ``group`` of its own it is ended with its children;
-    without, whoever ends the caller's group ends it too."""
+    """A running process whose output goes into a file. With ``group`` it has a process group of its own and is ended
+    together with its children. Without, it belongs to the caller's group and is ended together with that."""
 
     command: Sequence[str]
     log: Path
@@ -50,11 +50,12 @@ class Running:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def wait(self, seconds: float) -> Ended:
-        """Wait for the end, at most so long from the start of the process; then end it. 0: end it if it still runs."""
+        """Wait until the process ends, at most this many seconds after its start, then end it. With 0 it is ended at
+        once."""
         code: int | None = None
         try:
             code = self._process.wait(max(0.0, seconds - (time.monotonic() - self._began)))
@@ -66,7 +67,7 @@ class Running:
         return Ended(code, time.monotonic() - self._began, tail(self.log))
 
     def end(self) -> None:
-        """End it, by force if it does not end when asked."""
+        """End the process, by force if it does not end on request."""
         for request in (signal.SIGTERM, signal.SIGKILL):
             try:
                 if self.group:

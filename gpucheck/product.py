@@ -1,4 +1,4 @@
-"""The product's own benchmarks, run as anyone would run them, and what their records say."""
+"""Benchmarks of pqbench, run by their ordinary command, and the figures in their records."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gpucheck.process import Ended, run
 from gpucheck.result import Result
 from pqbench.records.file import Record, read_all
 
-LONG = ("steps", "steps_s")  # fields with a number for every step; they stay in the records
+LONG = ("steps", "steps_s")  # fields with a number for every step, which stay in the records
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of ``python -m pqbench``: how it ended, its records, and where these are."""
+    """One run of ``python -m pqbench``: how it ended, its records, and their folder."""
 
     ended: Ended
     records: list[Record]
@@ -27,8 +27,8 @@ class Measured:
 
 
 def measure(options: Options, label: str, overrides: Sequence[str], seconds: float) -> Measured:
-    """Run ``python -m pqbench`` for at most so many seconds. Its records get a folder of their own, so that no earlier
-    run answers for this one; what was measured counts even when the run did not come to its end."""
+    """Run ``python -m pqbench`` for at most this many seconds. Its records get a folder of their own, so that records
+    of earlier runs are not used. Finished measurements count even if the run did not end."""
     name = f"{label.replace(' ', '_').replace(',', '')}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
     folder = options.folder / "records" / name
     command = [sys.executable, "-W", "ignore", "-m", "pqbench", *overrides, f"results={folder}"]
@@ -37,8 +37,8 @@ def measure(options: Options, label: str, overrides: Sequence[str], seconds: flo
 
 
 def report(result: Result, measured: Measured, label: str, expected: int, figures: Sequence[str], **facts: Any) -> None:
-    """A row for every record, and one for what is missing. A measurement that failed is wrong; too little memory or
-    time is not. ``figures`` are the fields that the summary shows."""
+    """Add a row for every record, and one for missing records. A failed measurement is wrong; too little memory or time
+    is not. ``figures`` are the fields that the summary shows."""
     for record in measured.records:
         kept = {key: value for key, value in record.items() if key not in LONG and key != "name"}
         name = f"{label}: {record['method']} {record['sample_id']}"
@@ -64,5 +64,5 @@ def derived(record: Record) -> dict[str, Any]:
 
 
 def listed(values: Iterable[object]) -> str:
-    """A list as the command line writes it."""
+    """A list in the notation of the command line."""
     return f"[{','.join(map(str, values))}]"

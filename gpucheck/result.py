@@ -1,4 +1,4 @@
-"""The result of one step: a JSON file that is complete after every row, whatever happens to the process."""
+"""The result of one step: a JSON file that is complete after every row, even if the process dies."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ CUT = "the process of this step ended before the step did"
 
 
 class Skipped(Exception):  # noqa: N818 - no error: there is nothing to do here
-    """Raised by a step that cannot be done here; the message says why."""
+    """Raised by a step that cannot run on this machine; the message says why."""
 
 
 @dataclass
 class Result:
-    """What a step found. The file says ``failed`` until :meth:`close`, so that a process that dies is seen.
+    """The result of a step. The file says ``failed`` until :meth:`close`, so that the death of a process is noticed.
 
     Attributes:
-        rows: one for each thing compared or measured. ``name`` says what; ``ok`` is False where something is wrong,
-            True where it was compared and is right, None for a figure; ``error`` explains.
-        deadline: of the step, in seconds of ``time.monotonic``.
+        rows: one for each comparison or measurement. ``name`` is its subject; ``ok`` is True for a right comparison,
+            False for a wrong one and None for a measured figure; ``error`` explains a wrong one.
+        deadline: end of the step's time, in seconds of ``time.monotonic``.
     """
 
     step: Step
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def left(self) -> float:
-        """Seconds until the step's process is ended from outside."""
+        """Seconds until the process of the step is ended from outside."""
         return self.deadline - time.monotonic()
 
     def row(self, name: str, ok: bool | None = None, **figures: Any) -> Row:
@@ -57,7 +57,7 @@ class Result:
 
     @contextmanager
     def guarded(self, name: str) -> Iterator[None]:
-        """What fails inside becomes a row that says so, and the step goes on."""
+        """A failure inside this block becomes a row, and the step goes on."""
         try:
             yield
         except Skipped as reason:
@@ -65,17 +65,17 @@ class Result:
         except Exception as error:
             self.row(name, False, error=one_line(error), traceback=traceback.format_exc()[-2000:])
             if device_is_lost():
-                raise  # whatever followed would only say so again
+                raise  # everything that follows would fail as well
 
     def close(self, status: str | None = None, message: str = "") -> None:
-        """Settle the status: ``failed`` when a row is wrong, else ``ok``, or the one given."""
+        """Set the final status: ``failed`` if a row is wrong, otherwise the given one (by default ``ok``)."""
         wrong = [row["name"] for row in self.rows if row["ok"] is False]
         self.status = status or ("failed" if wrong else "ok")
         self.message = message or (f"wrong: {'; '.join(wrong)}" if wrong else "")
         self.write()
 
     def write(self) -> None:
-        """Write the file; a reader sees the old one or the new one."""
+        """Write the file; a reader sees either the old or the new content."""
         self.seconds = time.monotonic() - self.began
         content = {
             "step": self.step.number,
@@ -109,7 +109,7 @@ def one_line(error: BaseException) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that no reader ever sees half of it. Numbers that are no JSON (NaN) become null."""
+    """Write JSON so that no reader ever sees half of it. Numbers that JSON lacks (NaN) become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(_plain(content), indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8")
@@ -117,7 +117,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A result as it was written; empty where there is none that can be read."""
+    """A result as it was written; empty if there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

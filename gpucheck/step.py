@@ -11,7 +11,7 @@ from gpucheck.result import Result, Skipped, one_line, read_json
 
 
 def main(number: int, options: Options, deadline: float) -> None:
-    """Run a step. ``deadline`` is in seconds of ``time.monotonic``, which all processes of a machine share."""
+    """Run a step. The deadline is in seconds of ``time.monotonic``, which is the same in all processes of a machine."""
     step = next(step for step in STEPS if step.number == number)
     machine = read_json(options.folder / STEPS[0].file).get("machine", {})
     result = Result(step, options.folder, machine, deadline)
@@ -22,7 +22,7 @@ def main(number: int, options: Options, deadline: float) -> None:
         result.close("skipped", str(reason))
     except Exception as error:
         result.close("failed", one_line(error))
-        raise  # the log shows where
+        raise  # the traceback goes to the log
     else:
         result.close()
 

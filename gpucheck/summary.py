@@ -1,4 +1,4 @@
-"""One page over all results: what was wrong, which targets were met, and where the details are."""
+"""One page about all results: what was wrong, which targets were met, and where the details are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARK = {True: "met", False: "missed", None: "not measured"}
 
 @dataclass(frozen=True)
 class Summary:
-    """The page as text and as JSON; ``wrong`` holds a line for everything that is."""
+    """The page as text and as JSON; ``wrong`` holds a line for every fault."""
 
     text: str
     content: dict[str, Any]
@@ -52,8 +52,8 @@ def summarise(folder: Path) -> Summary:
 
 
 def errors_of(content: Mapping[str, Any]) -> list[str]:
-    """What is wrong in one result. A step that only measures and ran out of time has shown nothing wrong; but where
-    figures do not count, all that a run is for is that every step comes to its end."""
+    """The faults in one result. If a step only measures, it is not a fault that it ran out of time. In a run whose
+    figures do not count it is one, since the only purpose of such a run is that every step finishes."""
     label = f"step {content['step']} {content['name']}"
     found = [
         f"{label}: {row['name']}: {row.get('error') or figures_of(row)}"
@@ -115,7 +115,7 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def figures_of(row: Mapping[str, Any]) -> str:
-    """What the summary shows of a row: the figures that it names in ``shown``, else all that are short."""
+    """The figures of a row that the summary shows: those named in ``shown``, otherwise all that are short."""
     named = row.get("shown")
     hidden = {"name", "ok", "shown", "traceback", "facts"}
     pairs = [(key, row[key]) for key in (named or [key for key in row if key not in hidden]) if key in row]

@@ -1,6 +1,6 @@
-"""What is hoped for on one H100 with a model of Llama-3.1-8B's shape in bfloat16 and one sequence.
+"""The targets on one H100, for a model of Llama-3.1-8B's shape in bfloat16 and one sequence.
 
-A missed target is reported and is no error: it says where the next work is.
+A missed target is reported, but is no error; it shows where work is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ K128, MILLION = 131_072, 1_048_576
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target with what was measured: ``met`` is None when nothing was."""
+    """A target with the measured figure; ``met`` is None if nothing was measured."""
 
     name: str
     wanted: str
@@ -23,14 +23,14 @@ class Verdict:
     met: bool | None
 
     def facts(self) -> dict[str, Any]:
-        """As JSON."""
+        """The verdict as JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Target:
-    """``value`` finds the figure among the rows of all steps (by step number); it must be at most ``most``, or at least
-    ``least``, where given."""
+    """A target. ``value`` finds the figure among the rows of all steps (by step number); it must be at most ``most`` or
+    at least ``least``, if these are given."""
 
     name: str
     unit: str
@@ -39,7 +39,7 @@ class Target:
     least: float | None = None
 
     def judge(self, results: Iterable[Mapping[str, Any]]) -> Verdict:
-        """Compare with what was measured."""
+        """Compare the target with the measured figure."""
         value = self.value({content["step"]: content["rows"] for content in results})
         wanted = f"<= {self.most:g} {self.unit}" if self.most is not None else f">= {self.least:g} {self.unit}"
         if value is None:
@@ -78,7 +78,7 @@ def _step4(figure: str, **wanted: Any) -> Callable[..., float | None]:
 
 
 def _million(steps: Mapping[int, Sequence[Row]]) -> float | None:
-    """A whole model with a million tokens, or what its layers make of one layer's measured step."""
+    """A whole model with a million tokens: measured, or computed from the measured step of one layer."""
     whole = _per_token("pqcache", "host", 1024, MILLION)(steps)
     return whole or best(steps.get(5, ()), "model_ms", method="pqcache", store="host", context=MILLION)
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from gpucheck.needs import CARRIED, pins
 from gpucheck.options import ROOT, UsageError
 
-MOST = 30 * 1_000_000  # bytes: what can be brought to a machine beside the checkout is little
+MOST = 30 * 1_000_000  # bytes; little can be carried to a machine beside the checkout
 
 
 def make(folder: Path) -> str:
-    """Fill ``folder`` with a wheel of every carried package, built where an index has the source alone.
+    """Fill ``folder`` with a wheel of every package to carry; if an index has only the source, the wheel is built.
 
     Returns:
-        one line that says what there is.
+        one line that describes the content of the folder.
 
     Raises:
-        UsageError: pip cannot make them, one is not plain Python, or all are more than :data:`MOST` bytes.
+        UsageError: pip cannot make the wheels, one is not plain Python, or all together exceed :data:`MOST` bytes.
     """
     wanted = pins(need.package for need in CARRIED)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def make(folder: Path) -> str:
 
 
 def main() -> None:
-    """Entry point; exits 2 with one line when there can be no wheels."""
+    """Entry point; exits with 2 and one line if the wheels cannot be made."""
     try:
         line = make((ROOT / (sys.argv[1] if len(sys.argv) > 1 else "wheels")).resolve())
     except UsageError as error:

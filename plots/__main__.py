@@ -1,6 +1,6 @@
 """``python -m plots results/``: every figure that the records allow, as png and pdf, into ``results/figures/``.
 
-``python -m plots results/ cache pareto`` draws these alone.
+``python -m plots results/ cache pareto`` draws only these two.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pqbench.terminal import log_to_terminal
 
 log = logging.getLogger("plots")
 
-DEFAULT = "make bench METHOD=pqcache"  # makes records of the figures that most people want
+DEFAULT = "make bench METHOD=pqcache"  # makes the records for the most wanted figures
 
 
 def figures() -> Mapping[str, ModuleType]:
-    """Every module beside this one with a function ``draw(table, folder) -> paths``: one figure each. ``NEEDS`` says
-    which records a module needs, ``MADE_BY`` which command makes them."""
+    """Every module in this folder that has a function ``draw(table, folder) -> paths``, with one figure per module.
+    ``NEEDS`` says which records a module needs, ``MADE_BY`` which command makes them."""
     names = [found.name for found in pkgutil.iter_modules(plots.__path__) if found.name != "__main__"]
     modules = {name: import_module(f"plots.{name}") for name in names}
     return {name: module for name, module in modules.items() if hasattr(module, "draw")}
@@ -65,9 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_missing(
     missing: Sequence[str], wanted: Mapping[str, ModuleType], options: argparse.Namespace, good: int
 ) -> int:
-    """Say what the figures that were not drawn need, and which command makes it. It is an error when these were asked
-    for by name, or when there are no ``good`` records at all; fewer records than any figure needs are none. Returns the
-    exit code."""
+    """Say which records the missing figures need, and which command makes them. Returns the exit code: a missing figure
+    is an error if it was asked for by name, or if there are no ``good`` records at all."""
     if not missing:
         return 0
     results = options.results

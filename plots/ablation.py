@@ -1,4 +1,4 @@
-"""What each part of ``pqcache_plus`` is worth: error by codebook and index size (rows) and by tail (columns)."""
+"""The effect of each part of ``pqcache_plus``: error by codebook and index size (rows) and by tail (columns)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pqbench.records.file import plain_name
 MADE_BY = "python -m pqbench experiment=ablation"
 NEEDS = "fidelity records of pqcache_plus with two codebooks and two tails or more at one length and budget"
 PARTS = ("codebook", "m", "b", "tail", "spread")
-# Field of a record, title of its panel.
+# Field of a record, and the title of its panel.
 PANELS = (("output_error", "error of the attention output"), ("kl", "KL of the next token, method in all layers"))
-CODEBOOKS = ("plain", "centred", "rotated", "query_aware")  # from the simplest on
+CODEBOOKS = ("plain", "centred", "rotated", "query_aware")  # simplest first
 TAILS = ("none", "mean", "pq", "sampled")
 RAIL, RULE = "oracle", "kv_head"
-COLOURS = "PuOr_r"  # two hues that colour-blind eyes tell apart: below and above the rail
+COLOURS = "PuOr_r"  # two hues, below and above the rail, that colour-blind eyes tell apart
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every model, length and budget with two codebooks and two tails or more."""
+    """Draw a figure for every model, length and budget that has at least two codebooks and two tails."""
     good = families(measured(table)) if "settings" in table else table.iloc[:0]
     if good.empty:
         return []
@@ -46,15 +46,15 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def parted(good: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose settings name all parts, which only runs of pqcache_plus do; these as columns."""
+    """The rows whose settings name all parts (only runs of pqcache_plus do), with the parts as columns."""
     own = good[good["ratio"].notna()]
     values = {part: [setting(settings, f"method.{part}") for settings in own["settings"]] for part in PARTS}
     return own.assign(**values).dropna(subset=list(PARTS)).astype({"m": int, "b": int})
 
 
 def rail(good: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
-    """The exact top-k on the documents of ``run``, at its budget and on its machine: the run with most of them, the
-    newest of several; with the default rule, by KV head."""
+    """The rail of a figure: the exact top-k per KV head on the documents of ``run``, at the same budget and on the same
+    machine. Of several runs the one with the most documents is taken, and of these the newest."""
     first = run.iloc[0]
     same = [good[name] == first[name] for name in ("model", "length", "steps", "ratio", "dtype", "device")]
     found = good[np.logical_and.reduce([good["family"] == RAIL, good["document"].isin(run["document"]), *same])]
@@ -67,13 +67,13 @@ def rail(good: pd.DataFrame, run: pd.DataFrame) -> pd.DataFrame:
 
 
 def shared(run: pd.DataFrame, exact: pd.DataFrame) -> pd.DataFrame:
-    """Rows on documents that the rail was measured on too; all without a rail."""
+    """The rows of documents on which the rail was also measured; all rows if there is no rail."""
     return run[run["document"].isin(exact["document"])] if len(exact) else run
 
 
 def grid(run: pd.DataFrame, exact: pd.DataFrame, field: str) -> pd.DataFrame:
-    """Means over documents: a row for each codebook and index size, a column for each tail. With a rail in units of its
-    mean over the documents of that cell."""
+    """Means over documents: a row for each codebook and index size, a column for each tail. With a rail, each mean is
+    divided by the rail's mean over the same documents."""
     units = numbers(exact, field).groupby(exact["document"]).mean() if len(exact) else None
     unit = 1.0 if units is None else run["document"].map(units)
     values = run.assign(
@@ -94,7 +94,7 @@ def _name(spread: bool, bits: int, m: int, place: int) -> str:
 
 
 def panels(run: pd.DataFrame, exact: pd.DataFrame) -> Figure:
-    """The figure of one budget; multiples of the rail's error where it was measured."""
+    """The figure of one budget; values are multiples of the rail's error if there is a rail."""
     run = shared(run, exact)
     grids = [grid(run, exact, field) for field, _ in PANELS]
     figure = Figure(figsize=(11.5, 2.2 + 0.27 * len(grids[0])), layout="constrained")
@@ -111,7 +111,7 @@ def panels(run: pd.DataFrame, exact: pd.DataFrame) -> Figure:
 
 
 def note(run: pd.DataFrame, relative: bool) -> str:
-    """Footer: what a number is, of how many documents, where."""
+    """Footer: what a number means, from how many documents, and on which machine."""
     unit = (
         "multiples of the exact top-k's error (left) and KL (right): below 1 beats it"
         if relative
@@ -123,9 +123,10 @@ def note(run: pd.DataFrame, relative: bool) -> str:
 
 
 def heat(axis: Axes, cells: pd.DataFrame, relative: bool) -> None:
-    """One grid with its values written in the cells; colours tell below 1 (else the median) from above, by ratio."""
+    """One grid with its values written in the cells. Colours show the ratio to 1 if there is a rail, otherwise to the
+    median."""
     values = cells.to_numpy(dtype=float)
-    positive = values[values > 0]  # neither NaN nor an exact answer, whose colour is the best there is
+    positive = values[values > 0]  # without NaN, and without exact answers, which get the best colour
     middle = 1.0 if relative or not len(positive) else float(np.median(positive))
     reach = max(1.0, float(np.abs(np.log2(positive / middle)).max())) if len(positive) else 1.0
     shown = np.where(

@@ -1,4 +1,4 @@
-"""Where one layer's decode step goes: stacked bars of select, fetch, attend and append, against full attention."""
+"""The time of one layer's decode step: stacked bars of select, fetch, attend and append, beside full attention."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pqbench.records.kinds import ATTENTION
 
 MADE_BY = "python -m pqbench benchmark=attention method=[full,pqcache]"
 NEEDS = "records of benchmark=attention"
-# Field of a record, name, colour; blue, orange, green and grey of the colour-blind-safe palette.
+# Field of a record, name and colour: blue, orange, green and grey of the colour-blind-safe palette.
 PHASES = (
     ("select_s", "select", "#0072B2"),
     ("fetch_s", "fetch", "#E69F00"),
     ("attend_s", "attend", "#009E73"),
     ("append_s", "append", "0.6"),
 )
-RUN = ["geometry", "context", "keys", "link", "device", "threads", "kernels"]  # what one figure has in common
-SLOW = 3.0  # dense kernels that take longer than so many times the fastest are named below, not drawn
+RUN = ["geometry", "context", "keys", "link", "device", "threads", "kernels"]  # equal for all rows of one figure
+SLOW = 3.0  # dense kernels slower than this multiple of the fastest are named below, not drawn
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for each geometry and context among the attention records; empty list without any.
+    """Draw a figure for each geometry and context among the attention records; returns no paths if there are none.
 
-    The newest is ``attention_<geometry>_<context>``; older ones get a number.
+    The newest figure is called ``attention_<geometry>_<context>``; older ones get a number.
     """
     good = timed(table)
     paths: list[Path] = []
@@ -44,7 +44,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def timed(table: pd.DataFrame) -> pd.DataFrame:
-    """The attention records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
+    """The attention records that hold times; missing values in the columns of :data:`RUN` are filled in."""
     good = measured(table, *(field for field, _, _ in PHASES), "total_s", "context", kind=ATTENTION)
     good = good if {"dtype", "kernel"} <= set(good) else good.iloc[:0].assign(dtype=None, kernel=None)
     good = good.assign(**{name: "-" for name in [*RUN, "emulated"] if name not in good})
@@ -52,7 +52,7 @@ def timed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def bars(run: pd.DataFrame) -> Figure:
-    """The figure of one run: a panel for each dtype and budget, dense kernels on top of each."""
+    """The figure of one run: a panel for each dtype and budget, with the dense kernels at the top."""
     dense, methods = run[run["method"] == BASELINE], run[run["method"] != BASELINE]
     cells = list(methods.groupby(["dtype", "budget"], sort=False)) or list(dense.groupby(["dtype", "budget"]))
     shown = [panel(dense[dense["dtype"] == dtype], part) for (dtype, _), part in cells]
@@ -75,8 +75,8 @@ def bars(run: pd.DataFrame) -> Figure:
 
 
 def panel(dense: pd.DataFrame, methods: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one panel from the top: dense kernels worth drawing, fastest first, then methods, fastest first. Adds
-    ``label`` and ``ratio``, the fastest dense kernel's time over the row's."""
+    """Rows of one panel from the top: the dense kernels that are drawn, fastest first, then the methods, fastest first.
+    Adds ``label`` and ``ratio``, the time of the fastest dense kernel divided by the row's time."""
     dense = dense.assign(total_s=dense["total_s"].astype(float)).sort_values("total_s")
     methods = methods[methods["method"] != BASELINE]
     methods = methods.assign(total_s=methods["total_s"].astype(float)).sort_values("total_s")
@@ -92,14 +92,14 @@ def panel(dense: pd.DataFrame, methods: pd.DataFrame) -> pd.DataFrame:
 
 
 def stack(axis: Axes, part: pd.DataFrame) -> None:
-    """Draw the bars of one panel, times in ms, total and ratio to dense at their ends."""
+    """Draw the bars of one panel in ms, with the total and the ratio to full attention at their ends."""
     places = list(range(len(part)))
     left = pd.Series(0.0, index=part.index)
     for field, name, colour in PHASES:
         width = part[field].astype(float) * 1e3
         axis.barh(places, width, left=left, color=colour, label=name, height=0.7)
         left = left + width
-    total = part["total_s"] * 1e3  # median of totals: not quite the sum of medians that the bar is
+    total = part["total_s"] * 1e3  # the median of totals; the bar shows a sum of medians, which differs slightly
     for place, end, time, ratio, method in zip(places, left, total, part["ratio"], part["method"], strict=True):
         text = f"{time:.3g} ms" + ("" if pd.isna(ratio) or method == BASELINE else f", {ratio:.2f}x dense")
         axis.annotate(
@@ -122,7 +122,7 @@ def stack(axis: Axes, part: pd.DataFrame) -> None:
 
 
 def headline(run: pd.DataFrame) -> str:
-    """Geometry, context and where KV lies; a link whose time is a model's is called emulated."""
+    """Geometry, context and where keys and values lie; a link whose times are modelled is called emulated."""
     first = run.iloc[0]
     link, emulated = str(first["link"]), bool((run["emulated"] == True).any())  # noqa: E712 - a column
     stamp = "" if link == "-" else f", KV over {'emulated ' if emulated and 'emulated' not in link else ''}{link}"
@@ -130,7 +130,8 @@ def headline(run: pd.DataFrame) -> str:
 
 
 def note(run: pd.DataFrame, shown: list[pd.DataFrame]) -> str:
-    """Footer: what was measured how often on what, and dense kernels too slow to draw."""
+    """Footer: what was measured, how often and on which machine, and the dense kernels that are too slow to be
+    drawn."""
     first, drawn = run.iloc[0], {place for part in shown for place in part.index}
     steps = run["timed_steps"].max() if "timed_steps" in run else "-"
     left_out = [

@@ -1,4 +1,4 @@
-"""What a decode step of a whole model spends: stacked bars of the model itself, select, fetch, attend and append."""
+"""The time of a decode step of a whole model: stacked bars of the model itself, select, fetch, attend and append."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ PHASES = (
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every model and setting with two methods among the latency records, a panel per context."""
+    """Draw a figure for every model and setting that has two methods among the latency records, with a panel per
+    context."""
     good = measured(table, *(field for field, _, _ in PHASES), "tpot_s", "context", "new_tokens", kind=LATENCY)
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for run in alike(families(good[good["new_tokens"] > FEW]), "method"):
         if run["family"].nunique() < 2:
-            continue  # a sweep of one method's settings
+            continue  # this is a sweep of one method's settings
         with style():
             paths += save(panels(run), folder, unique(f"breakdown_{plain_name(run['model'].iloc[0])}", taken))
     return paths
 
 
 def panels(run: pd.DataFrame) -> Figure:
-    """The figure of one run: at most the three longest contexts."""
+    """The figure of one run, with at most the three longest contexts."""
     contexts = sorted(run["context"].unique())[-3:]
     tall = run["method"].nunique()
     figure = Figure(figsize=(2.0 + 4.6 * len(contexts), 1.7 + 0.42 * tall), layout="constrained")
@@ -57,7 +58,7 @@ def panels(run: pd.DataFrame) -> Figure:
 
 
 def means(part: pd.DataFrame) -> pd.DataFrame:
-    """Mean milliseconds of every phase by method (and budget, where a method has several), full attention first."""
+    """Mean milliseconds of every phase by method (and by budget, if a method has several), full attention first."""
     several = part.groupby("method")["key"].transform("nunique") > 1
     label = part["method"].where(~several, part["method"] + ", " + part["budget"])
     table = 1e3 * part.assign(label=label).groupby("label", sort=False)[[field for field, _, _ in PHASES]].mean()
@@ -66,7 +67,7 @@ def means(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def stack(axis: Axes, table: pd.DataFrame) -> None:
-    """The bars of one panel, with their sums at the ends."""
+    """Draw the bars of one panel, with their sums at the ends."""
     places, left = list(range(len(table))), pd.Series(0.0, index=table.index)
     for field, name, colour in PHASES:
         axis.barh(places, table[field], left=left, color=colour, label=name, height=0.7)

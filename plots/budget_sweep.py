@@ -16,7 +16,7 @@ from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=token_budget"
 NEEDS = "scores of one method at two budgets or more"
-# Field of a record, title, unit of the axis, factor, what full attention has by definition.
+# Field of a record, title, unit of the axis, factor, and the value that full attention has by definition.
 PANELS = (
     ("score", "score", "% of the official metric", 1.0, None),
     ("mass", "attention probability retained", "%", 100.0, 100.0),
@@ -25,7 +25,8 @@ PANELS = (
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every benchmark and model with a method at two budgets or more; empty list without one."""
+    """Draw a figure for every benchmark and model with a method at two budgets or more; returns no paths if there is
+    none."""
     good = families(measured(table, "score", "attended_tokens", "prompt_tokens"))
     chosen = looks(good["family"])
     paths: list[Path] = []
@@ -42,8 +43,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def swept(run: pd.DataFrame) -> pd.DataFrame:
-    """Rows of methods that ran at several budgets and were alike in all else, with the ``share`` of tokens attended:
-    the mean over a budget's samples, in percent."""
+    """Rows of methods that ran at several budgets with otherwise equal settings. The column ``share`` is the share of
+    tokens attended in percent, the mean over the samples of a budget."""
     run = run[run["method"] != BASELINE]
     budgets = run.groupby(["method", "key"])["attended_tokens"].transform("mean")
     lengths = run.groupby(["method", "key"])["prompt_tokens"].transform("mean")
@@ -90,7 +91,7 @@ def panels(rows: pd.DataFrame, full: pd.DataFrame, chosen: Mapping[str, Look]) -
 
 
 def spread_out(ticks: list[float]) -> list[float]:
-    """Ticks far enough apart to be read on a logarithmic axis."""
+    """Ticks that are far enough apart to be read on a logarithmic axis."""
     kept: list[float] = []
     for tick in ticks:
         if not kept or tick >= 1.35 * kept[-1]:

@@ -1,4 +1,4 @@
-"""The block cache on the device: hit rate, and time per token against no cache, by size and policy."""
+"""The block cache on the device: hit rate, and time per token relative to no cache, by size and policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAPER = "0.35"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every method, model, link and context with two cache sizes or more."""
+    """Draw a figure for every method, model, link and context with two cache sizes or more."""
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for run in alike(cached(table), "store.cache_tokens", "store.cache_policy"):
@@ -36,7 +36,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def cached(table: pd.DataFrame) -> pd.DataFrame:
-    """Latency rows of a host tier with ``size`` (tokens per layer) and ``policy`` of its cache."""
+    """Latency rows of host stores, with the ``size`` (tokens per layer) and ``policy`` of the block cache."""
     good = measured(table, "tpot_s", "context", kind=LATENCY)
     sizes = [setting(settings, "store.cache_tokens") for settings in good["settings"]]
     policies = [setting(settings, "store.cache_policy", "-") for settings in good["settings"]]
@@ -46,7 +46,8 @@ def cached(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def panels(run: pd.DataFrame, paper: pd.DataFrame) -> Figure:
-    """Hit rate left; change of the median time per token against no cache right, with published numbers hollow."""
+    """Hit rate on the left; on the right the change of the median time per token relative to no cache. Published
+    numbers are hollow."""
     figure = Figure(figsize=(10.4, 4.2), layout="constrained")
     hits, times = figure.subplots(1, 2)
     none = run[run["size"] == 0]["tpot_s"].median()
@@ -75,7 +76,7 @@ def panels(run: pd.DataFrame, paper: pd.DataFrame) -> Figure:
 
 
 def lines(axis: Axes, rows: pd.DataFrame, field: str, paper: pd.DataFrame) -> None:
-    """A line per policy, and the published numbers of this panel."""
+    """Draw a line per policy, and the published numbers of this panel."""
     for policy, part in rows.dropna(subset=field).groupby("policy"):
         colour, marker, dash = POLICIES.get(str(policy), ("0.5", "^", "-"))
         points = part.groupby("size")[field].median()

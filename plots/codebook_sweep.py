@@ -1,4 +1,4 @@
-"""PQCache's m x b: score and output error by number of sub-spaces and bits per code."""
+"""PQCache's m x b: score and output error by the number of sub-spaces and bits per code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pqbench.records.file import plain_name
 
 MADE_BY = "python -m pqbench experiment=codebooks"
 NEEDS = "scores of pqcache with two codebooks or more (m x b)"
-# Field, title, factor, colour map: dark is bad in both.
+# Field, title, factor and colour map; dark means bad in both panels.
 PANELS = (("score", "score (%)", 1.0, HEAT), ("output_error", "output error (%)", 100.0, f"{HEAT}_r"))
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every benchmark, model and setting with PQCache at two sizes of codebook or more."""
+    """Draw a figure for every benchmark, model and setting with PQCache at two codebook sizes or more."""
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for run in alike(sized(table), "method.m", "method.b"):
@@ -35,7 +35,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def sized(table: pd.DataFrame) -> pd.DataFrame:
-    """Scored rows of PQCache whose settings name m and b, as columns."""
+    """Scored rows of PQCache whose settings name m and b, with these as columns."""
     good = families(measured(table, "score"))
     good = good[good["family"] == "pqcache"]
     sizes = {name: [setting(settings, f"method.{name}") for settings in good["settings"]] for name in ("m", "b")}
@@ -66,7 +66,7 @@ def panels(run: pd.DataFrame) -> Figure:
 
 
 def heat(axis: Axes, cells: pd.DataFrame, colours: str, score: bool) -> None:
-    """One grid with its values written in the cells."""
+    """Draw one grid with its values written in the cells."""
     values = cells.to_numpy()
     low, high = (0.0, 100.0) if score else (0.0, float(np.nanmax(values)))
     image = axis.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")

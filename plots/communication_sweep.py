@@ -1,4 +1,5 @@
-"""Quality against the communication budget: score and output error by the index bytes a step reads per byte of keys."""
+"""Quality against the communication budget: score and output error by the index bytes that a step reads per byte of
+keys."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ PANELS = (
     ("score", "score", "% of the official metric", 1.0),
     ("output_error", "error of the attention output", "% of its norm", 100.0),
 )
-ORACLE = "oracle"  # reads every key and is not charged for it: a level, not a line
+ORACLE = "oracle"  # reads every key, which is not counted, so it is a level and not a line
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every benchmark, model and token budget with two methods at two index sizes or more."""
+    """Draw a figure for every benchmark, model and token budget with at least two methods at two index sizes or
+    more."""
     good = families(measured(table, "score", "index_bytes", "kv_bytes"))
     chosen = looks(good["family"])
     paths: list[Path] = []
@@ -45,9 +47,10 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def swept(run: pd.DataFrame, full: pd.DataFrame) -> pd.DataFrame:
-    """Rows of methods with several index sizes, with ``phi``: index bytes read per step over bytes of all keys. Full
-    attention on the same sample says how many those are; empty without it. Of runs of a method that read as much, the
-    one with the least error (or, without errors, the best score) stays."""
+    """Rows of methods with several index sizes. The column ``phi`` is the index bytes read per step divided by the
+    bytes of all keys, which are known from full attention on the same sample; without full attention there are no rows.
+    If several runs of a method read equally much, the one with the smallest error is kept (without errors, the best
+    score)."""
     keys = full.drop_duplicates("sample_id").set_index("sample_id")["kv_bytes"] / 2
     run = run.assign(phi=run["index_bytes"] / run["sample_id"].map(keys)).dropna(subset="phi")
     run = run[(run["phi"] > 0) & (run["family"] != ORACLE)]

@@ -1,4 +1,5 @@
-"""Modelled latency: what the latency model predicts to a million tokens and 64 sequences, beside measured times."""
+"""Modelled latency: predictions of the latency model for up to a million tokens and 64 sequences, beside measured
+times."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ NEEDS = "latency records at two contexts or more, of a model whose shape is know
 
 CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
 BATCHES = tuple(2**i for i in range(7))
-TARGET, DTYPE = "llama31_8b", "bfloat16"  # what the data sheets' panels assume
+TARGET, DTYPE = "llama31_8b", "bfloat16"  # the model of the panels that use data sheets
 BATCH_CONTEXT = 32768
 _COLUMNS = 7  # of the legend
 ON_HOST = "full, KV on host"
@@ -38,10 +39,10 @@ PANELS: tuple[tuple[str, str, float, str, Callable[..., float]], ...] = (
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Two figures, by context and by batch, for the newest latency run of each model whose shape is known.
+    """Draw two figures, by context and by batch, for the newest latency run of each model whose shape is known.
 
-    A method is one line, see :func:`one_setting_each`. A run of a single context, or of records too old for the fit, is
-    left out with a line that says why.
+    Each method is one line, see :func:`one_setting_each`. A run with only one context, or with records that are too old
+    for the fit, is left out, and a line says why.
     """
     good = timed(table)
     paths: list[Path] = []
@@ -66,7 +67,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def by_context(run: pd.DataFrame, fit: Fit, shape: ModelShape, chosen: Mapping[str, Look]) -> Figure:
-    """Rows TTFT and TPOT; columns this machine, with the measured points, and the data sheets' accelerators."""
+    """Rows are TTFT and TPOT; columns are this machine, with the measured points, and the accelerators of the data
+    sheets."""
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     axes = figure.subplots(2, 1 + len(HARDWARE), sharex=True)
     for row in axes:
@@ -110,7 +112,7 @@ def by_context(run: pd.DataFrame, fit: Fit, shape: ModelShape, chosen: Mapping[s
 
 
 def by_batch(run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Look]) -> Figure:
-    """TPOT of the whole batch on each accelerator, by the number of sequences."""
+    """TPOT of a whole batch on each accelerator, by the number of sequences."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     target = model_shape(TARGET)
     axes = figure.subplots(1, len(HARDWARE), sharey=True)
@@ -134,8 +136,8 @@ def by_batch(run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Look]) -> Figure:
 
 
 def profiles_on(fit: Fit) -> dict[str, MethodProfile]:
-    """What the accelerators' panels show: full attention with KV on the device, and, where it was measured with KV on
-    the host, that besides; other methods as they were measured."""
+    """The profiles in the panels of the accelerators: full attention with keys and values on the device (and also on
+    the host if that was measured), and the other methods as they were measured."""
     found: dict[str, MethodProfile] = {}
     for method, profile in fit.profiles.items():
         if method == BASELINE:
@@ -148,8 +150,8 @@ def profiles_on(fit: Fit) -> dict[str, MethodProfile]:
 
 
 def one_setting_each(run: pd.DataFrame) -> pd.DataFrame:
-    """Of every method the setting (budget and key) that was measured at most contexts, the newest of several; methods
-    that none of whose settings was measured at as many as full attention are left out."""
+    """One setting (budget and key) of each method: the one that was measured at the most contexts, and the newest of
+    several. A method is left out if none of its settings was measured at as many contexts as full attention."""
     widths = run.groupby(["method", "budget", "key"], sort=False)["context"].nunique().reset_index(name="contexts")
     best = widths.sort_values("contexts", kind="stable").groupby("method", sort=False).tail(1)
     least = best.loc[best["method"] == BASELINE, "contexts"].max()
@@ -162,13 +164,13 @@ def _titles() -> list[str]:
 
 
 def _line(axis: Axes, xs: Sequence[int], ys: Sequence[float], look: Look, label: str) -> None:
-    """Dashed; full attention wide, so that it shows below lines that coincide with it."""
+    """The look of a dashed line; full attention is wide, so that it stays visible below lines that coincide with it."""
     dash = (0, (4, 1.5)) if look.dash == "-" else look.dash
     axis.plot(xs, ys, color=look.colour, linestyle=dash, linewidth=2.8 if label == BASELINE else 1.5, label=label)
 
 
 def _until_full(axis: Axes, xs: Sequence[int], values: Sequence[tuple[float, bool]], look: Look, label: str) -> None:
-    """A prediction as far as the memory goes, with a cross where it ends; nothing where nothing fits."""
+    """Draw a prediction up to the length that fits into memory, with a cross at its end; nothing if no length fits."""
     inside = [value for value, fit in values if fit]
     _line(axis, xs[: len(inside)], inside, look, label)
     if 0 < len(inside) < len(values):
@@ -202,7 +204,7 @@ def _finish(figure: Figure, run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Lo
     if any(axis.lines and any("measured" in str(line.get_label()) for line in axis.lines) for axis in figure.axes):
         handles.append(Line2D([], [], color="0.3", marker="o", linestyle="none", label="measured"))
     rows = -(-len(handles) // _COLUMNS)
-    below = 0.3 * (1 + rows) / figure.get_figheight()  # title and legend, in shares of the figure
+    below = 0.3 * (1 + rows) / figure.get_figheight()  # title and legend, as a share of the height
     figure.legend(
         handles=handles,
         loc="upper center",
@@ -216,7 +218,7 @@ def _finish(figure: Figure, run: pd.DataFrame, fit: Fit, chosen: Mapping[str, Lo
 
 
 def note(run: pd.DataFrame, fit: Fit) -> str:
-    """The fit, its error on contexts it did not see, and what the accelerators' panels rest on."""
+    """Footer: the fit, its error on contexts that it did not see, and the source of the accelerators' panels."""
     seen = " and ".join(tokens(context) for context in fit.fitted)
     errors = [
         f"{title} {100 * error:.1f} %" for field, title, *_ in PANELS if (error := fit.median_error(field)) is not None

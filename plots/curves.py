@@ -1,4 +1,4 @@
-"""Lines of one panel: what they hold, and how they are drawn."""
+"""The lines of one panel: their values, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plots.style import BASELINE, Look, name_ends
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of means over the rows at each x, with their standard errors; ``family`` gives it its look."""
+    """A line of means over the rows at each x, with their standard errors; ``family`` decides how it looks."""
 
     label: str
     family: str
@@ -23,7 +23,8 @@ class Curve:
 
 
 def curves(rows: pd.DataFrame, x: str, y: str, by: str = "family") -> list[Curve]:
-    """One curve for every value of ``by``, ascending in ``x``; rows without a number are left out. Needs ``family``."""
+    """One curve for every value of ``by``, ascending in ``x``; rows without a number are left out. Needs the column
+    ``family``."""
     found = []
     numbers = rows.assign(**{name: pd.to_numeric(rows[name], errors="coerce") for name in (x, y)}).dropna(subset=[x, y])
     for label, part in numbers.groupby(by, sort=True):
@@ -41,7 +42,7 @@ def curves(rows: pd.DataFrame, x: str, y: str, by: str = "family") -> list[Curve
 
 
 def draw_curves(axis: Axes, lines: Sequence[Curve], chosen: Mapping[str, Look]) -> None:
-    """Lines with markers and bars of one standard error."""
+    """Draw lines with markers and bars of one standard error."""
     for line in lines:
         look = chosen[line.family]
         axis.errorbar(
@@ -60,12 +61,12 @@ def draw_curves(axis: Axes, lines: Sequence[Curve], chosen: Mapping[str, Look]) 
 
 
 def name_curves(axis: Axes, lines: Sequence[Curve], chosen: Mapping[str, Look]) -> None:
-    """Names at the right ends; call it when scales and limits are final."""
+    """Write names at the right ends; call this when scales and limits are final."""
     name_ends(axis, [(line.label, line.x[-1], line.y[-1], chosen[line.family].colour) for line in lines])
 
 
 def baseline(axis: Axes, value: float, name: str = BASELINE) -> None:
-    """Full attention as a dashed level with its name above, where it has no x of its own."""
+    """Draw full attention as a dashed level with its name above it, since it has no x of its own."""
     axis.axhline(value, color="black", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
     axis.annotate(
         name,

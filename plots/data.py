@@ -1,4 +1,5 @@
-"""Records as figures need them: good rows with their numbers, runs alike but for one setting, published numbers."""
+"""Records as figures need them: good rows with their numbers, runs that differ in one setting, and published
+numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ Settings = Mapping[str, Any]
 
 
 def with_settings(table: pd.DataFrame, known: Mapping[str, tuple[Settings, Settings]]) -> pd.DataFrame:
-    """The table with columns ``settings`` (config.yaml of the run) and ``machine`` (a few words), by key."""
+    """The table with two more columns: ``settings`` (config.yaml of the run) and ``machine`` (a few words)."""
     nothing: tuple[Settings, Settings] = ({}, {})
     found: list[Any] = [known.get(key, nothing) for key in table["key"]]
     machines = [str(environment.get("accelerator") or environment.get("processor") or "-") for _, environment in found]
@@ -29,13 +30,13 @@ def with_settings(table: pd.DataFrame, known: Mapping[str, tuple[Settings, Setti
 def measured(
     table: pd.DataFrame, *columns: str, kind: str | None = None, benchmarks: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """Good rows that hold a number in every one of ``columns``, as numbers.
+    """Good rows that hold a number in each of ``columns``, as numbers.
 
-    Empty where a column is missing. ``settings`` and ``machine`` are added where the table lacks them.
+    Empty if a column is missing. ``settings`` and ``machine`` are added if the table lacks them.
 
     Args:
-        kind: rows of this kind of record alone, see :mod:`pqbench.records.kinds`; None for all.
-        benchmarks: rows of these suites alone, for a figure that shows what one suite asks; None for all.
+        kind: only rows of this kind of record, see :mod:`pqbench.records.kinds`; None for all.
+        benchmarks: only rows of these suites, for a figure that is made for some suites; None for all.
     """
     good = table[table["status"] == "ok"]
     if kind is not None:
@@ -52,13 +53,13 @@ def measured(
 
 
 def numbers(table: pd.DataFrame, column: str) -> pd.Series:
-    """A column as numbers, NaN for what is none and where there is no such column."""
+    """A column as numbers; NaN for values that are not numbers, and if there is no such column."""
     values = table[column] if column in table else pd.Series(float("nan"), table.index)
     return pd.to_numeric(values, errors="coerce").astype(float)
 
 
 def setting(settings: Settings, path: str, default: Any = None) -> Any:
-    """The value at ``method.budget.ratio`` of a run's settings."""
+    """The value at a path such as ``method.budget.ratio`` in the settings of a run."""
     value: Any = settings
     for name in path.split("."):
         if not isinstance(value, Mapping) or name not in value:
@@ -68,8 +69,8 @@ def setting(settings: Settings, path: str, default: Any = None) -> Any:
 
 
 def without(settings: Settings, *paths: str) -> str:
-    """The settings as text, less what lies at ``paths``: equal for runs that differ in nothing else. The fingerprint of
-    the method's source is left out as well, since it differs between any two methods."""
+    """The settings as text, without the values at ``paths``: the texts are equal for runs that differ in nothing else.
+    The fingerprint of the method's source is left out as well, since it differs between any two methods."""
     copy: dict[str, Any] = json.loads(json.dumps({n: v for n, v in settings.items() if n != "code"}, default=str))
     for path in paths:
         *parents, last = path.split(".")
@@ -80,17 +81,17 @@ def without(settings: Settings, *paths: str) -> str:
 
 
 def alike(table: pd.DataFrame, *paths: str) -> Iterator[pd.DataFrame]:
-    """Rows of one benchmark and model whose settings differ at ``paths`` alone; the largest group first."""
+    """Groups of rows of one benchmark and model whose settings differ only at ``paths``; the largest group first."""
     rest = [without(settings, *paths) for settings in table["settings"]]
     groups = table.assign(rest=rest).groupby(["benchmark", "model", "rest"], sort=False)
     yield from sorted((part for _, part in groups), key=len, reverse=True)
 
 
 def families(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column ``family``: the method behind a run, whatever the run is called.
+    """The table with a column ``family``: the method of a run, which may have another name.
 
-    It is ``pqcache`` for every run of the class that conf/method/pqcache.yaml names, and the name of the run itself
-    where no yaml names its class.
+    The family is ``pqcache`` for every run of the class that conf/method/pqcache.yaml names. If no yaml names the
+    class, the family is the name of the run itself.
     """
     known = described("method")
     classes = [class_name(setting(settings, "method._target_", "")) for settings in table["settings"]]
@@ -99,24 +100,24 @@ def families(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def emulated(run: pd.DataFrame) -> bool:
-    """Whether a link's time is a model's in any of these rows."""
+    """Whether the times of the link are modelled in any of these rows."""
     return "emulated" in run and bool((run["emulated"] == True).any())  # noqa: E712 - a column of mixed values
 
 
 def link(run: pd.DataFrame) -> str:
-    """``, KV over PCIe`` for runs of a host tier, nothing for others."""
+    """Text such as ``, KV over PCIe`` for runs of a host store; empty for others."""
     name = run["link"].iloc[0] if "link" in run else None
     return f", KV over {name.removeprefix('emulated ')}" if isinstance(name, str) and name != "-" else ""
 
 
 def samples(counts: pd.Series) -> str:
-    """``n = 3``, ``n = 2 to 3``: of what a group's points are made."""
+    """The number of samples behind the points of a group, as ``n = 3`` or ``n = 2 to 3``."""
     low, high = int(counts.min()), int(counts.max())
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
 def machine(table: pd.DataFrame) -> str:
-    """Where it ran, for the footer; timing records know threads as well."""
+    """The machine of the runs, for the footer; timing records also say how many threads they used."""
     names = table["device"].fillna(table["machine"]) if "device" in table else table["machine"]
     words = [", ".join(dict.fromkeys(names.dropna().astype(str)))]
     if "threads" in table:
@@ -127,7 +128,8 @@ def machine(table: pd.DataFrame) -> str:
 
 
 def published(name: str, folder: Path | None = None) -> pd.DataFrame:
-    """Published numbers of results/paper/NAME.csv, where they stand and how sure they are; empty without the file."""
+    """Published numbers of results/paper/NAME.csv with their source and how certain they are; empty without the
+    file."""
     path = (PAPER if folder is None else folder) / f"{name}.csv"
     if not path.exists():
         return pd.DataFrame(columns=PUBLISHED)

@@ -19,15 +19,15 @@ from pqbench.tables.summaries import LEVEL, resampled
 
 MADE_BY = "python -m pqbench benchmark=fidelity method=[oracle,random_tokens,streaming_llm,pqcache,pqcache_plus]"
 NEEDS = "records of benchmark=fidelity with a budget"
-# Field of a record, title of its panel, label of its axis.
+# Field of a record, title of its panel, and label of its axis.
 PANELS = (
     ("output_error", "attention output, clean inputs", "relative error"),
     ("kl", "next token, method in all layers", "KL(full || method), nats"),
 )
-RUN = ["model", "length", "steps", "texts", "dtype", "device"]  # what one figure has in common
-MOST = 16  # lines with a name and a colour; of more, only those of the frontier and the rails have one
-DECADES = 4.0  # of the vertical axis, at most: budgets at which a method is exact fall below
-# What a method lies between, and what it is.
+RUN = ["model", "length", "steps", "texts", "dtype", "device"]  # equal for all rows of one figure
+MOST = 16  # with more lines, only the frontier and the rails have a name and a colour
+DECADES = 4.0  # largest span of the vertical axis; budgets at which a method is exact fall below it
+# The rails, between which a method lies, and their meaning.
 RAILS = {"oracle": "(exact scores)", "random_tokens": "(no scores)", "streaming_llm": "(sinks and window only)"}
 RAIL = "0.45"
 PALE, UNNAMED = "0.75", "further settings, none of them on the frontier"
@@ -35,11 +35,11 @@ PALE, UNNAMED = "0.75", "further settings, none of them on the frontier"
 
 @dataclass(frozen=True)
 class Line:
-    """One method in one panel, by budget: means over documents with their bootstrap interval.
+    """One method in one panel, by budget: means over documents with their bootstrap intervals.
 
     Attributes:
-        size: bytes of index and of attended keys and values that one step reads for one KV head.
-        documents: fewest and most documents behind a point.
+        size: bytes that one step reads for one KV head: the index, and the attended keys and values.
+        documents: the fewest and the most documents behind a point.
     """
 
     label: str
@@ -53,9 +53,9 @@ class Line:
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for each model and length among the fidelity records; empty list without any.
+    """Draw a figure for each model and length among the fidelity records; returns no paths if there are none.
 
-    The newest is ``fidelity_<model>_<length>``; those of other texts, steps or machines get a number.
+    The newest figure is called ``fidelity_<model>_<length>``; those of other texts, steps or machines get a number.
     """
     good = measured(table)
     paths: list[Path] = []
@@ -73,7 +73,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def measured(table: pd.DataFrame) -> pd.DataFrame:
-    """The fidelity records that hold figures; ``texts`` is what their documents were cut from."""
+    """The fidelity records that hold figures; the column ``texts`` names the source of their documents."""
     good = table[(table["kind"] == FIDELITY) & (table["status"] == "ok")]
     if good.empty:
         return good.assign(**dict.fromkeys([*RUN, "ratio"], "-"))
@@ -105,7 +105,7 @@ def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
 
 
 def note(run: pd.DataFrame, counts: set[int]) -> str:
-    """Footer: how many documents of what, budgets, and the machine."""
+    """Footer: how many documents of which texts, the budgets, and the machine."""
     first = run.iloc[0]
     count = "n = " + (f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}")
     ratios = ", ".join(f"{100 * ratio:g}" for ratio in sorted(run["ratio"].dropna().unique()))
@@ -118,13 +118,14 @@ def note(run: pd.DataFrame, counts: set[int]) -> str:
 
 
 def _meaning(run: pd.DataFrame) -> str:
-    """What the grey lines are, if there are any."""
+    """The meaning of the grey lines, if there are any."""
     found = [f"{name} {words}" for name, words in RAILS.items() if name in set(run["method"])]
     return f"grey: {', '.join(found)}; " if found else ""
 
 
 def lines_of(run: pd.DataFrame, field: str) -> list[Line]:
-    """Lines of one panel in alphabetical order; a method with several settings has several. None without a budget."""
+    """The lines of one panel in alphabetical order; a method with several settings has several. A method without a
+    budget has none."""
     found = []
     selecting = run[run["ratio"].notna()]
     for (method, key), part in selecting.groupby(["method", "key"], sort=True):
@@ -145,7 +146,7 @@ def lines_of(run: pd.DataFrame, field: str) -> list[Line]:
 
 def interval(values: np.ndarray) -> tuple[float, float, float, int]:
     """Mean over documents, ends of its bootstrap interval, and the number of documents."""
-    draws = resampled("documents", values)  # one seed: methods over the same documents are resampled alike
+    draws = resampled("documents", values)  # with one seed, methods on the same documents are resampled alike
     low, high = np.percentile(draws.means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return draws.value, float(low), float(high), draws.n
 
@@ -161,7 +162,7 @@ def plot(axis: Axes, lines: Sequence[Line], shown: Sequence[Line], chosen: Mappi
             continue
         look, order = chosen[line.method], np.argsort(line.size)
         size, middle = np.array(line.size)[order], np.array(line.middle)[order]
-        middle = np.where(middle > 0, middle, np.nan)  # no error has no place on this axis
+        middle = np.where(middle > 0, middle, np.nan)  # zero has no place on a logarithmic axis
         spread = np.clip([middle - np.array(line.low)[order], np.array(line.high)[order] - middle], 0, None)
         axis.plot(
             size,
@@ -196,7 +197,8 @@ def plot(axis: Axes, lines: Sequence[Line], shown: Sequence[Line], chosen: Mappi
 
 
 def named(lines: Sequence[Line]) -> list[Line]:
-    """The lines that get a name: all, or of more than :data:`MOST` the rails and those on the frontier."""
+    """The lines that get a name: all, or the rails and the lines on the frontier if there are more than
+    :data:`MOST`."""
     if len(lines) <= MOST:
         return list(lines)
     best = set(zip(*frontier(lines), strict=True))
@@ -213,12 +215,12 @@ def frontier(lines: Sequence[Line]) -> tuple[list[float], list[float]]:
 
 
 def rails(chosen: Mapping[str, Look]) -> dict[str, Look]:
-    """The looks with :data:`RAILS` in grey."""
+    """The looks of all lines, with :data:`RAILS` in grey."""
     return {name: replace(look, colour=RAIL) if name in RAILS else look for name, look in chosen.items()}
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of a logarithmic axis over the positive ones of ``values``, at most :data:`DECADES` apart."""
+    """Ends of a logarithmic axis for the positive ``values``, at most :data:`DECADES` apart."""
     positive = [value for value in values if value > 0]
     if not positive:
         return 0.1, 1.0
@@ -227,7 +229,7 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mark_dense(axis: Axes, size: float) -> None:
-    """Full attention has no error: a line where its bytes are."""
+    """Mark full attention, which has no error, by a vertical line at its bytes."""
     axis.axvline(size, color="black", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
     axis.annotate(
         BASELINE,
@@ -242,5 +244,5 @@ def mark_dense(axis: Axes, size: float) -> None:
 
 
 def _bytes(size: float, _: object) -> str:
-    """65536 as 64K."""
+    """Bytes in short form: 65536 becomes 64K."""
     return f"{size / 1024:g}K" if size < 1 << 20 else f"{size / (1 << 20):g}M"

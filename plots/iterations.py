@@ -1,4 +1,4 @@
-"""K-Means iterations, fixed and adaptive: output error, score, and what they cost in time."""
+"""K-Means iterations, fixed and adaptive: output error, score, and the time they take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=iterations and experiment=iterations_latency"
 NEEDS = "records of pqcache with two counts of K-Means iterations or more"
-# Field, title, unit, factor; those of a benchmark with scores, then those of benchmark=latency.
+# Field, title, unit and factor: first for benchmarks with scores, then for benchmark=latency.
 QUALITY = (
     ("score", "score", "%", 1.0),
     ("output_error", "error of the attention output", "% of its norm", 100.0),
@@ -31,11 +31,11 @@ TIMES = (
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every benchmark, model and length with PQCache at two iteration counts or more."""
+    """Draw a figure for every benchmark, model and length with PQCache at two numbers of iterations or more."""
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for run in alike(counted(table), "method.iterations"):
-        for context, part in run.groupby(run["context"].fillna(0).astype(int)):  # 0: samples of a suite
+        for context, part in run.groupby(run["context"].fillna(0).astype(int)):  # 0 stands for samples of a suite
             if part["asked"].nunique() < 2:
                 continue
             name = f"iterations_{plain_name(run['benchmark'].iloc[0])}_{plain_name(run['model'].iloc[0])}"
@@ -46,8 +46,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def counted(table: pd.DataFrame) -> pd.DataFrame:
-    """Good rows of PQCache whose settings name the iterations: ``asked`` for (-1: adaptive) and ``done`` (from the
-    record)."""
+    """Good rows of PQCache whose settings name the iterations, with two more columns: ``asked`` is the number in the
+    settings (-1: adaptive), ``done`` the number in the record."""
     good = families(measured(table, "index_build_s"))
     named = [setting(settings, "method.iterations", "-") for settings in good["settings"]]
     facts = good["index_facts"] if "index_facts" in good else [None] * len(good)
@@ -85,7 +85,7 @@ def panels(run: pd.DataFrame) -> Figure:
 
 
 def line(axis: Axes, fixed: pd.DataFrame, adaptive: pd.DataFrame) -> None:
-    """The fixed counts as a line at even distances, the adaptive choice as a star where its count lies."""
+    """Draw the fixed counts as a line at even distances, and the adaptive choice as a star at its count."""
     look = looks(["pqcache"])["pqcache"]
     middle = "median" if fixed["kind"].eq(LATENCY).all() else "mean"
     points = fixed.groupby("asked")["value"].agg(middle).sort_index()
@@ -111,7 +111,8 @@ def line(axis: Axes, fixed: pd.DataFrame, adaptive: pd.DataFrame) -> None:
 
 
 def place(count: float, counts: Sequence[int]) -> float:
-    """Where a count lies on the axis of even distances: between its neighbours, at the ends beyond them."""
+    """The place of a count on the axis of even distances: between its neighbours, or at an end if it lies beyond
+    them."""
     for i, (low, high) in enumerate(pairwise(counts)):
         if low <= count <= high:
             return i + (count - low) / (high - low)

@@ -1,4 +1,5 @@
-"""Latency figures: time to first token, to second token and per output token, by context length, a line per method."""
+"""Latency figures: time to first token, to second token and per output token by context length, with a line per
+method."""
 
 from __future__ import annotations
 
@@ -18,19 +19,19 @@ from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=latency"
 NEEDS = "latency records of two methods, or of two contexts, with more than 4 new tokens"
-# Field of a record, title of its panel, factor, unit.
+# Field of a record, title of its panel, factor and unit.
 PANELS = (
     ("ttft_s", "time to first token", 1.0, "s"),
     ("tt2t_s", "time to second token", 1.0, "s"),
     ("tpot_s", "time per output token", 1e3, "ms"),
 )
 FEW = 4  # tokens
-RUN = ["model", "link", "device", "dtype", "threads", "kernels"]  # what one figure has in common
+RUN = ["model", "link", "device", "dtype", "threads", "kernels"]  # equal for all rows of one figure
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method in one panel, by context: medians over repeats, with minimum and maximum."""
+    """One method in one panel, by context: medians over repeats with minimum and maximum."""
 
     label: str
     method: str
@@ -41,10 +42,12 @@ class Line:
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for each model, link, machine and setting among the latency records; empty list without any.
+    """Draw a figure for each model, link, machine and setting among the latency records; returns no paths if there are
+    none.
 
-    The one with the most records of a model is ``latency_<model>``; others get a number. Sweeps of one method's
-    settings have figures of their own, and runs of a few tokens say nothing about the time per token.
+    The figure with the most records of a model is called ``latency_<model>``; others get a number. Sweeps of one
+    method's settings are left out, since they have figures of their own. Runs of a few tokens are left out, since they
+    say nothing about the time per token.
     """
     good = families(timed(table))
     good = good[pd.to_numeric(good["new_tokens"]) > FEW]
@@ -63,7 +66,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def timed(table: pd.DataFrame) -> pd.DataFrame:
-    """The latency records that hold times; the columns of :data:`RUN` filled where a record lacks them."""
+    """The latency records that hold times; missing values in the columns of :data:`RUN` are filled in."""
     good = measured(table, *(field for field, _, _, _ in PANELS), "context", "new_tokens", kind=LATENCY)
     missing = {name: "-" for name in [*RUN, "emulated"] if name not in good}
     good = good.assign(**missing)
@@ -92,14 +95,14 @@ def panels(run: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
 
 
 def headline(run: pd.DataFrame) -> str:
-    """Model and where KV lies; a link whose time is a model's is called emulated."""
+    """The model and where keys and values lie; a link whose times are modelled is called emulated."""
     link, emulated = str(run["link"].iloc[0]), bool((run["emulated"] == True).any())  # noqa: E712 - a column
     stamp = "" if link == "-" else f", KV over {'emulated ' if emulated and 'emulated' not in link else ''}{link}"
     return f"Latency of {run['model'].iloc[0]}{stamp}"
 
 
 def lines_of(run: pd.DataFrame, field: str, factor: float) -> list[Line]:
-    """Lines of one panel, full attention first; a method with several budgets or settings has several."""
+    """The lines of one panel, full attention first; a method with several budgets or settings has several lines."""
     several = {name for name, part in run.groupby("method") if len(part.groupby(["budget", "key"])) > 1}
     found = []
     for (method, budget, key), part in run.groupby(["method", "budget", "key"], sort=False):

@@ -1,4 +1,4 @@
-"""Memory of the KV cache: computed by length and batch (the paper's figure 1), and measured by method and tier."""
+"""Memory of the KV cache: computed by length and batch (the paper's Figure 1), and measured by method and tier."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEVICE, HOST = "#0072B2", "#E69F00"
 
 @dataclass(frozen=True)
 class Cache:
-    """Shape of a model's KV cache, with two bytes per number."""
+    """The shape of a model's KV cache, with two bytes per number."""
 
     layers: int
     kv_heads: int
@@ -42,7 +42,7 @@ GROUP = 4
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every model with latency records that hold bytes; empty list without any."""
+    """Draw a figure for every model with latency records that hold bytes; returns no paths if there are none."""
     good = measured(table, "device_bytes", "host_bytes", "context", kind=LATENCY)
     paths: list[Path] = []
     taken: dict[str, int] = {}
@@ -56,7 +56,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def panels(run: pd.DataFrame, paper: pd.DataFrame) -> Figure:
-    """Modelled by length and batch left; measured at the longest context right."""
+    """Left: modelled memory by length and batch. Right: measured memory at the longest context."""
     figure = Figure(figsize=(11.6, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     modelled(left, MODEL, paper)
@@ -78,7 +78,7 @@ def panels(run: pd.DataFrame, paper: pd.DataFrame) -> Figure:
 
 
 def modelled(axis: Axes, cache: Cache, paper: pd.DataFrame) -> None:
-    """A line per batch, and what GPUs hold."""
+    """Draw a line per batch size, and the memory of some GPUs."""
     ends = []
     for batch, colour in zip(BATCHES, SHADES, strict=True):
         sizes = [cache.bytes(length, batch) / 1e9 for length in LENGTHS]
@@ -121,7 +121,7 @@ def modelled(axis: Axes, cache: Cache, paper: pd.DataFrame) -> None:
 
 
 def bars(axis: Axes, rows: pd.DataFrame) -> None:
-    """KV bytes on the device and in host memory by method, full attention on top."""
+    """Draw the bytes of keys and values on the device and in host memory by method, with full attention on top."""
     rows = rows.assign(other=rows["method"] != BASELINE)
     rows = rows.sort_values(["other", "device_bytes"], ascending=[True, False])
     sizes = {

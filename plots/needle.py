@@ -1,4 +1,4 @@
-"""Needle heatmaps: score by context length and needle depth, full attention beside a method."""
+"""Needle heatmaps: score by context length and needle depth, with full attention beside a method."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ NEEDS = "scores of benchmark=needle"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """One figure per run of every method in ``table`` (rows of records, see :func:`pqbench.tables.summaries.frame`).
+    """Draw one figure per run of every method in ``table`` (rows of records, see
+    :func:`pqbench.tables.summaries.frame`).
 
-    The newest run of a method is ``needle_<method>``; older ones and other models get a suffix. Runs at a single length
-    are usually points of a sweep, so of these the newest is drawn, and only for a method that has no run at more
-    lengths. The list is empty without needle records.
+    The newest run of a method is called ``needle_<method>``; older runs and other models get a suffix. Runs at a single
+    length are usually points of a sweep. Only the newest of them is drawn, and only if the method has no run at several
+    lengths. Returns no paths if there are no needle records.
     """
     cells = placed(table)
     if cells.empty:
         return []
     paths: list[Path] = []
     taken: set[str] = set()
-    done: set[tuple[Hashable, Hashable]] = set()  # models with methods
-    runs = list(cells.groupby(["model", "method", "key"], sort=False))[::-1]  # the newest first
-    beside = bool((cells["method"] != BASELINE).any())  # full attention is then drawn beside each method
+    done: set[tuple[Hashable, Hashable]] = set()  # pairs of model and method
+    runs = list(cells.groupby(["model", "method", "key"], sort=False))[::-1]  # newest first
+    beside = bool((cells["method"] != BASELINE).any())  # full attention stands beside each method
     for (model, method, key), run in sorted(runs, key=lambda named: named[1]["length"].nunique() < 2):  # maps first
         if (method == BASELINE and beside) or ((model, method) in done and run["length"].nunique() < 2):
             continue
@@ -62,7 +63,7 @@ def placed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
-    """The figure of one run; the left panel is left out when there is no baseline for the same samples."""
+    """The figure of one run; without full attention on the same samples, the left panel is left out."""
     panels = [part for part in (full, run) if not part.empty]
     grids = [grid(part) for part in panels]
     rows, columns = grids[-1].shape
@@ -88,11 +89,11 @@ def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
 
 
 def row(cells: pd.DataFrame, methods: Sequence[str]) -> Figure:
-    """One panel for each of several methods side by side, over the prompts of the first one.
+    """One panel for each of several methods, side by side, on the prompts of the first method.
 
     Args:
         cells: needle records with their places, see :func:`placed`; one run for each method.
-        methods: the methods in the order of the panels; those without records are left out.
+        methods: the methods in the order of the panels; methods without records are left out.
     """
     parts = [part for part in (cells[cells["method"] == method] for method in methods) if not part.empty]
     figure = Figure(figsize=(1.4 + 2.6 * len(parts), 3.4), layout="constrained")

@@ -1,4 +1,5 @@
-"""Prefill with offload and index construction beside the next layers, against one after the other."""
+"""Prefill with offload and index construction beside the computation of the next layers, compared with one after the
+other."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from pqbench.records.kinds import LATENCY
 
 MADE_BY = "python -m pqbench experiment=overlap"
 NEEDS = "latency records of one method with overlap and without"
-# Column, name, colour; from left to right, up to the second token.
+# Column, name and colour, from left to right up to the second token.
 PARTS = (
     ("prefill", "prefill, to the first token", "#0072B2"),
     ("wait", "wait for the index", "#D55E00"),
@@ -25,7 +26,8 @@ BUILD = "#E69F00"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every method and model that was timed both with and without overlap; empty list without one."""
+    """Draw a figure for every method and model that was timed with and without overlap; returns no paths if there is
+    none."""
     paths: list[Path] = []
     taken: dict[str, int] = {}
     for run in alike(parts(table), "overlap"):
@@ -40,7 +42,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def parts(table: pd.DataFrame) -> pd.DataFrame:
-    """Latency rows with the :data:`PARTS` of the time to the second token in seconds, and whether work ``overlaps``."""
+    """Latency rows with the :data:`PARTS` of the time to the second token in seconds; the column ``overlaps`` says
+    whether work overlapped."""
     good = measured(table, "ttft_s", "tt2t_s", "wait_s", "index_build_s", "context", kind=LATENCY)
     overlaps = [setting(settings, "overlap") for settings in good["settings"]]
     step = (good["tt2t_s"] - good["ttft_s"] - good["wait_s"]).clip(lower=0)
@@ -51,13 +54,13 @@ def parts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(run: pd.DataFrame) -> pd.DataFrame:
-    """The contexts that were timed both ways."""
+    """The contexts that were timed with and without overlap."""
     ways = run.groupby("context")["overlaps"].transform("nunique")
     return run[ways == 2]
 
 
 def panel(run: pd.DataFrame) -> Figure:
-    """Two bars per context; the index build as a thin bar below each, where it runs."""
+    """Draw two bars per context; a thin bar below each shows when the index was built."""
     figure = Figure(figsize=(8.6, 1.9 + 0.95 * run["context"].nunique()), layout="constrained")
     bars(figure.subplots(), run)
     first = run.iloc[0]
@@ -72,7 +75,7 @@ def panel(run: pd.DataFrame) -> Figure:
 
 
 def bars(axis: Axes, run: pd.DataFrame) -> None:
-    """The bars, a pair for each context."""
+    """The figure: a pair of bars for each context."""
     medians = run.groupby(["context", "overlaps"])[["prefill", "wait", "step", "build"]].median()
     labels = []
     for place, (_, row) in enumerate(medians.sort_index(ascending=[True, True]).reset_index().iterrows()):

@@ -1,4 +1,4 @@
-"""Quality against cost: output error and score by the bytes a step reads, score by time per token."""
+"""Quality against cost: output error and score by the bytes that a step reads, and score by the time per token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ NEEDS = "scores of three runs or more of two methods on one benchmark and model"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every benchmark and model with three runs or more of two methods; empty list without any."""
+    """Draw a figure for every benchmark and model with at least three runs of two methods; returns no paths if there is
+    none."""
     good = families(measured(table, "score", "attended_tokens", "index_bytes", "kv_bytes", "kv_tokens", "tpot_s"))
     chosen = looks(good["family"])
     paths: list[Path] = []
@@ -35,12 +36,12 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def costs(run: pd.DataFrame) -> pd.DataFrame:
-    """A row per run: mean score and output error in percent, ``mb`` read per step (index, and keys and values of the
-    attended tokens), median time per token in ms. Only samples that every run has."""
+    """A row per run: mean score and output error in percent, ``mb`` read per step (the index, and keys and values of
+    the attended tokens), and median time per token in ms. Only samples that every run has are used."""
     wanted = run.groupby("sample_id")["key"].nunique()
     common = run[run["sample_id"].isin(wanted[wanted == run["key"].nunique()].index)]
     run = run if common.empty else common
-    row = run["kv_bytes"] / run["kv_tokens"]  # bytes of one token, all layers
+    row = run["kv_bytes"] / run["kv_tokens"]  # bytes of one token in all layers
     rows = run.assign(
         mb=(run["index_bytes"] + run["attended_tokens"] * row) / 1e6,
         error=numbers(run, "output_error"),
@@ -53,7 +54,8 @@ def costs(run: pd.DataFrame) -> pd.DataFrame:
 
 
 def best(points: pd.DataFrame, cost: str, quality: str, more: bool) -> pd.DataFrame:
-    """The points that no other beats in both, cheapest first: ``more`` says whether a high quality is good."""
+    """The points that no other point beats in both cost and quality, cheapest first; ``more`` says whether high values
+    are good."""
     kept, record = [], None
     for i, row in points.sort_values([cost, quality], ascending=[True, not more]).iterrows():
         value = row[quality] if more else -row[quality]
@@ -89,7 +91,7 @@ def panels(run: pd.DataFrame, points: pd.DataFrame, chosen: Mapping[str, Look]) 
 
 
 def plot(axis: Axes, points: pd.DataFrame, cost: str, quality: str, chosen: Mapping[str, Look]) -> None:
-    """Points by method, the undominated ones of each joined, and the frontier of all methods."""
+    """Draw the points of each method, with a line through its best ones, and the frontier of all methods."""
     more, ends = quality == "score", []
     frontier = best(points, cost, quality, more)
     axis.plot(

@@ -1,4 +1,4 @@
-"""Sorted attention probabilities: how fast they fall, and how much the heaviest tokens hold (the paper's figure 6)."""
+"""Sorted attention probabilities: how fast they fall, and how much the heaviest tokens hold (the paper's Figure 6)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ BLUE, RED = "#0072B2", "#D55E00"
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every model and context among the attention-score records; empty list without any."""
+    """Draw a figure for every model and context among the attention-score records; returns no paths if there are
+    none."""
     good = measured(table, "context", "layer", kind=ATTENTION_SCORES)
     if not set(good.columns) >= NEEDED:
         return []
@@ -35,7 +36,7 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def panels(run: pd.DataFrame) -> Figure:
-    """Probability by rank left, on logarithmic scales; mass of the heaviest tokens right."""
+    """Left: probability by rank on logarithmic scales. Right: mass of the heaviest tokens."""
     figure = Figure(figsize=(10.6, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     falling(left, run)
@@ -54,14 +55,14 @@ def panels(run: pd.DataFrame) -> Figure:
 
 
 def curve(run: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks, and probabilities ``[layers, ranks]``, means over KV heads."""
+    """Ranks, and probabilities ``[layers, ranks]`` as means over KV heads."""
     ranks = np.array(run["ranks"].iloc[0], float)
     return ranks, np.array([np.mean(heads, 0) for heads in run["probabilities"]])
 
 
 def slope(ranks: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
-    """a and b of log p = a - b log rank over the ranks from 2 to a quarter of all, by least squares at even distances
-    on the logarithmic axis (as the ranks lie)."""
+    """Fit a and b of log p = a - b log rank to the ranks from 2 to a quarter of all, by least squares. The recorded
+    ranks lie at even distances on the logarithmic axis."""
     used = (ranks >= 2) & (ranks <= ranks[-1] / 4) & (probabilities > 0)
     if used.sum() < 2:
         return float("nan"), float("nan")
@@ -70,7 +71,7 @@ def slope(ranks: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
 
 
 def falling(axis: Axes, run: pd.DataFrame) -> None:
-    """A thin line per layer, their mean, and the power law fitted to it."""
+    """Draw a thin line per layer, their mean, and the power law fitted to the mean."""
     ranks, layers = curve(run)
     for probabilities in layers:
         axis.plot(ranks, probabilities, color="0.75", linewidth=0.7)
@@ -98,7 +99,7 @@ def falling(axis: Axes, run: pd.DataFrame) -> None:
 
 
 def held(axis: Axes, run: pd.DataFrame) -> None:
-    """Mass of the heaviest tokens: median over layers and heads, with 10th to 90th percentile."""
+    """Draw the mass of the heaviest tokens: the median over layers and heads, with the 10th to 90th percentile."""
     shares = 100 * np.array(run["mass_shares"].iloc[0], float)
     mass = 100 * np.concatenate([np.array(heads, float) for heads in run["mass"]])  # [layers x heads, shares]
     low, middle, high = np.percentile(mass, [10, 50, 90], axis=0)

@@ -1,4 +1,4 @@
-"""Scores by method and token budget, with intervals: the paper's tables as dots."""
+"""Scores by method and token budget with intervals: the paper's tables drawn as dots."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pqbench.tables.summaries import Estimate, suites
 
 MADE_BY = "python -m pqbench experiment=infinitebench_1_10"
 NEEDS = "scores of three methods or more on InfiniteBench, LongBench or RULER"
-SUITES = ("infinitebench", "longbench", "ruler")  # those with tasks of their own; needles have heatmaps
-AVERAGES = ("pqcache_table2", "all", "mean")  # the first that there is
+SUITES = ("infinitebench", "longbench", "ruler")  # the suites with several tasks; needles have heatmaps
+AVERAGES = ("pqcache_table2", "all", "mean")  # the first of these that exists is used
 Dot = tuple[str, str, Estimate]  # method, its family, score
 
 
 def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """A figure for every suite and model with three methods or more, a panel per budget; empty list without any."""
+    """Draw a figure for every suite and model with at least three methods, a panel per budget; returns no paths if
+    there is none."""
     good = families(measured(table, "score", benchmarks=SUITES))
     chosen = looks(good["family"])
     paths: list[Path] = []
@@ -39,7 +40,8 @@ def draw(table: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def dots(part: pd.DataFrame) -> list[Dot]:
-    """Score of every run in percent with its interval, lowest first; averages over tasks where there are several."""
+    """The score of every run in percent with its interval, lowest first; the average over tasks if there are
+    several."""
     (suite,) = suites(part)
     names = dict(zip(part["method"], part["family"], strict=True))
     column = next((name for name in AVERAGES if any(name in run.scores for run in suite.runs)), suite.columns[0])
@@ -48,7 +50,7 @@ def dots(part: pd.DataFrame) -> list[Dot]:
 
 
 def by_ratio(run: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Rows by the budget their settings ask for (before any compensation), full attention in each."""
+    """Rows by the budget in their settings (before any compensation); each group includes full attention."""
     full = run[run["method"] == BASELINE]
     rest = run[run["method"] != BASELINE]
     asked = [
@@ -59,7 +61,7 @@ def by_ratio(run: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
 
 
 def panels(run: pd.DataFrame, paper: pd.DataFrame, chosen: Mapping[str, Look]) -> Figure:
-    """The figure of one suite; published averages only for the model that they are of."""
+    """The figure of one suite; published averages are shown only for the model on which they were measured."""
     parts = by_ratio(run)
     first = run.iloc[0]
     paper = paper[paper["model"] == first["model"]]
@@ -84,7 +86,7 @@ def panels(run: pd.DataFrame, paper: pd.DataFrame, chosen: Mapping[str, Look]) -
 
 
 def plot(axis: Axes, found: Sequence[Dot], paper: pd.DataFrame, chosen: Mapping[str, Look]) -> None:
-    """A dot and its interval per method, and the published averages."""
+    """Draw a dot with its interval per method, and the published averages."""
     names = [name for name, _, _ in found]
     for place, (_, family, score) in enumerate(found):
         look = chosen[family]

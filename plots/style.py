@@ -1,4 +1,4 @@
-"""One look for every figure: fonts, colours, footer, and where files go."""
+"""The common look of all figures: fonts, colours and footer, and how they are saved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASELINE = "full"
 _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h", "*", "p", "d")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
-# Each has the look of its place here in every figure; other methods get what is left.
+# A method's place in this list decides its look in every figure; other methods get the remaining looks.
 _KNOWN = (
     "pqcache",
     "oracle",
@@ -36,7 +36,7 @@ _KNOWN = (
     "streaming_llm",
     "pyramidkv",
 )
-_GAP = 0.062  # between labels at line ends, as a share of the panel's height
+_GAP = 0.062  # smallest distance of labels at line ends, as a share of the panel's height
 
 _RC = {
     "figure.dpi": 150,
@@ -52,7 +52,7 @@ _RC = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one method is drawn, in every figure."""
+    """The way in which one method is drawn in every figure."""
 
     colour: str
     marker: str
@@ -60,8 +60,8 @@ class Look:
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """A look for each method, full attention's (black) always among them. Methods of this project have the same look
-    whatever the others are; further ones get one by their place in alphabetical order."""
+    """A look for each method, always including full attention (black). A method of this project has the same look in
+    every figure; other methods get one by their place in alphabetical order."""
     names = set(names) - {BASELINE}
     found = {name: _look(place) for place, name in enumerate(_KNOWN) if name in names}
     taken = set(found.values())
@@ -79,8 +79,8 @@ def _look(place: int) -> Look:
 
 
 def name_ends(axis: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write (name, x, y of the line's last point, colour) right of the panel, pushed apart where names would overlap.
-    Scales and limits of the axis must be final."""
+    """Write names to the right of the panel, moved apart if they would overlap. Each is given as (name, x, y of the
+    line's last point, colour). Scales and limits of the axis must be final."""
     inside = axis.transAxes.inverted()
     heights = [float(inside.transform(axis.transData.transform((x, y)))[1]) for _, x, y, _ in ends]
     order = sorted(range(len(ends)), key=heights.__getitem__)
@@ -101,9 +101,9 @@ def name_ends(axis: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None
 
 
 def apart(heights: Sequence[float], gap: float, lowest: float = -math.inf) -> list[float]:
-    """Ascending heights moved until neighbours are ``gap`` apart and none is below ``lowest``; those pushed together
-    stay round their mean where there is room."""
-    blocks: list[tuple[float, int]] = []  # middle and number of heights pushed against each other
+    """Ascending heights, moved until neighbours are ``gap`` apart and none is below ``lowest``; heights that were too
+    close stay around their mean if there is room."""
+    blocks: list[tuple[float, int]] = []  # middle and number of heights in a block
     for height in heights:
         middle, count = max(height, lowest), 1
         while blocks and blocks[-1][0] + gap * blocks[-1][1] / 2 > middle - gap * count / 2:
@@ -115,7 +115,8 @@ def apart(heights: Sequence[float], gap: float, lowest: float = -math.inf) -> li
 
 
 def write_cells(axis: Axes, image: AxesImage, texts: pd.DataFrame, size: float | None = None) -> None:
-    """Write a text into every cell of a map, black or white, whichever its colour lets be read; NaN is left out."""
+    """Write a text into every cell of a map, in black or white, whichever is readable on its colour; NaN is left
+    out."""
     shown = image.get_array()
     for (y, x), text in np.ndenumerate(texts.to_numpy()):
         if shown is not None and isinstance(text, str):
@@ -126,41 +127,41 @@ def write_cells(axis: Axes, image: AxesImage, texts: pd.DataFrame, size: float |
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw inside this block."""
+    """A context in which figures are drawn in this style."""
     with mpl.rc_context(_RC):
         yield
 
 
 def number(value: object) -> str:
-    """A count without decimals that a table of mixed records may have given it; text as it is."""
+    """A count without the decimals that a table of mixed records may have added; other text is unchanged."""
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def threads(value: object) -> str:
-    """``1 thread``, ``2 threads``."""
+    """A number of threads in words: ``1 thread``, ``2 threads``."""
     return f"{number(value)} thread" + ("" if number(value) == "1" else "s")
 
 
 def tokens(count: int) -> str:
-    """4096 as 4K."""
+    """A number of tokens in short form: 4096 becomes 4K."""
     return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
 def footer(figure: Figure, text: str, above: float = 0.0) -> None:
-    """Where the numbers come from, small, below the panels, which make room for it and for what needs a share ``above``
-    of the figure's height above them."""
+    """Write the origin of the numbers in small letters below the panels. The panels make room for it, and leave a share
+    ``above`` of the figure's height free above them."""
     figure.text(0.01, 0.01, text, fontsize=7, color="0.35", ha="left", va="bottom", parse_math=False)
     bottom = (0.1 + 0.125 * len(text.splitlines())) / figure.get_figheight()
     figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom - above))  # type: ignore[union-attr, call-arg]
 
 
 def headline(figure: Figure, text: str, stamp: str = "") -> None:
-    """The title, and ``emulated`` or ``modelled`` where that is what the numbers are."""
+    """Write the title, with ``emulated`` or ``modelled`` if the numbers are that."""
     figure.suptitle(text + (f" [{stamp}]" if stamp else ""), fontsize=12, x=0.01, ha="left", parse_math=False)
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name`` as png and pdf; returns the paths."""
+    """Save the figure ``name`` as png and pdf; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
     for path in paths:

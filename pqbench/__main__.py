@@ -50,23 +50,23 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         sys.stdout.write(f"pqbench {version('pqbench')}\n")
         sys.exit(0)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through; they are put into one line here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra must pass errors on; they are explained in one line below
     prepare()
     failures = Failures()
 
     def task(config: DictConfig) -> None:
         prepare()  # launchers run this in processes of their own
         if config.debug is True:
-            log.setLevel(logging.DEBUG)  # a sample that fails is a record, and its traceback a message
+            log.setLevel(logging.DEBUG)  # log the traceback of every sample that fails
         try:
             lines = run_config(config)
         except DeviceError:
-            raise  # no further cell could be measured in this process
-        except Exception as error:  # a sweep goes on past any failing cell
+            raise  # this process cannot measure any further cell
+        except Exception as error:  # a sweep continues after a cell that fails
             if config.debug is True:
                 raise
             lines = [explain(error)]
-            if failures.new(lines[0]):  # what stops several runs of a sweep is said once, and listed at the end
+            if failures.new(lines[0]):  # the same error is logged once and listed at the end
                 log.error("%s%s", cell(), lines[0])
         failures.add(lines, cell())
 
@@ -81,7 +81,7 @@ def main() -> None:
         log.error(explain(error))
         sys.exit(1)
     except KeyboardInterrupt:
-        log.error("interrupted: finished samples are kept, the same command goes on from there")
+        log.error("interrupted: finished samples are kept, the same command continues from there")
         sys.exit(130)
     failed = failures.count
     if failed and len(failures.runs) > 1:
@@ -92,14 +92,14 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """Make a process say what this command says, and nothing else."""
+    """Make this process log as the command does and hide messages of libraries."""
     log_to_terminal()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def run_config(config: DictConfig) -> list[str]:
-    """One job of a composed configuration. Returns the failures, one line each."""
+    """Run one composed configuration. Returns the failures, one line each."""
     check_shape(config)
     check_options(config)
     own_budgets(config)
@@ -123,7 +123,8 @@ def run_config(config: DictConfig) -> list[str]:
 
 
 def measurement_of(benchmark: Benchmark | Measurement, plain: dict[str, Any]) -> Measurement:
-    """What the group ``benchmark`` of a configuration asks for; a benchmark is measured by its scores."""
+    """The measurement that the group ``benchmark`` of a configuration describes. A benchmark is measured by its
+    scores."""
     if isinstance(benchmark, Measurement):
         return benchmark
     model = plain["model"]
@@ -131,7 +132,7 @@ def measurement_of(benchmark: Benchmark | Measurement, plain: dict[str, Any]) ->
 
 
 def run(plain: dict[str, Any], methods: dict[str, Method], measurement: Measurement) -> list[str]:
-    """Measure methods and show what there is on record of them. Returns the failures."""
+    """Measure methods and print the table of their records. Returns the failures, one line each."""
     subject, names = measurement.subject(plain["model"]["name"]), dict.fromkeys([*methods, *measurement.further])
     results = Path(to_absolute_path(plain["results"]))  # some launchers' workers start elsewhere
     settings = {name: run_settings(plain, name, methods.get(name)) for name in names}
@@ -142,7 +143,7 @@ def run(plain: dict[str, Any], methods: dict[str, Method], measurement: Measurem
         setting = run_setting(instantiate(plain["store"]), plain, methods, loaded)
         done = measurement.measure(Job(loaded, methods, files, setting, plain["retry_failed"], plain["chunk"]))
     console = Console()
-    console.width = max(console.width, 150)  # a table cut to a narrow pipe is unreadable
+    console.width = max(console.width, 150)  # a narrower table, as for a pipe, would be unreadable
     console.print(run_table([record for file in files.values() for record in file.read()]))
     console.print(Text(measurement.footer(done, plain["results"])))
     for failure in done.failures:

@@ -1,7 +1,8 @@
-"""``python -m pqbench.progress results/``: what of a sweep is done, running, failed or stalled, and how long it takes.
+"""``python -m pqbench.progress results/``: what is done, running, failed or stalled in a sweep, and how long it will
+take.
 
-It reads the records and the signs of life beside them, so it works while runs go on and on any machine that sees the
-folder. Runs that have not started are unknown to it.
+It reads the records and the signs of life next to them. It therefore works while runs go on, and on any machine that
+can read the folder. It does not know of runs that have not started.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log = logging.getLogger("pqbench.progress")
 
 STATES = ("running", "stalled", "stopped", "done", "unknown")
 BELOW = (
-    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command goes on "
+    f"stalled: no sign of life for {SILENCE_S:.0f} s; stopped: ended with samples left; the same command continues "
     "from there. unknown: nothing says how many samples there are. Runs that have not started are not listed."
 )
 
@@ -50,17 +51,17 @@ class Run:
 
     @property
     def planned(self) -> int | None:
-        """Samples there are to do."""
+        """Number of samples of the run; None if it is unknown."""
         return None if self.beat is None else self.beat.planned
 
     @property
     def left(self) -> int | None:
-        """Samples without any record."""
+        """Number of samples without any record; None if it is unknown."""
         return None if self.planned is None else max(0, self.planned - self.ok - self.failed)
 
     @property
     def state(self) -> str:
-        """One of STATES."""
+        """The state of the run, one of STATES."""
         if self.beat is not None and self.beat.alive:
             return "running"
         if self.left == 0:
@@ -71,7 +72,7 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Samples per second of the process at work, 0 when there is none or it has finished none."""
+        """Samples per second of the process that runs; 0 if no process runs or it has not finished a sample."""
         if self.beat is None or self.state != "running":
             return 0.0
         seconds = self.beat.beat - self.beat.started
@@ -79,7 +80,7 @@ class Run:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until the process at work is through; None when nothing tells."""
+        """Seconds until the process that runs will be done; None if this cannot be estimated."""
         return None if self.left is None or not self.rate else self.left / self.rate
 
 
@@ -99,7 +100,7 @@ def read_runs(root: Path) -> list[Run]:
 
 
 def progress_table(runs: Sequence[Run], styled: bool) -> Table:
-    """One row per benchmark, model and method, over all their settings, and one for everything."""
+    """A table with one row per benchmark, model and method, over all settings, and one row for everything."""
     table = Table(box=box.SIMPLE if styled else None, show_edge=False, pad_edge=False)
     for heading in ("benchmark", "model", "method", "runs"):
         table.add_column(heading, no_wrap=not styled)
@@ -143,7 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m pqbench.progress``. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="pqbench.progress", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="folder of records")
-    parser.add_argument("--watch", type=_seconds, metavar="SECONDS", help="show it again so often, while runs go on")
+    parser.add_argument(
+        "--watch", type=_seconds, metavar="SECONDS", help="show the table again every SECONDS seconds while runs go on"
+    )
     options = parser.parse_args(arguments)
     log_to_terminal()
     try:
@@ -159,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(results: Path, watch: float | None) -> None:
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # a table cut to a narrow pipe is unreadable
+        console.width = 200  # a narrower table, as for a pipe, would be unreadable
         while _put(console, read_runs(results)) and watch:
             time.sleep(watch)
         return
@@ -176,7 +179,7 @@ def _show(results: Path, watch: float | None) -> None:
 
 
 def _put(console: Console, runs: Sequence[Run]) -> bool:
-    """Write the table once. Returns whether a run goes on."""
+    """Write the table once. Returns whether any run is still running."""
     parts: list[RenderableType] = [progress_table(runs, console.is_terminal), Text(BELOW)]
     for part in parts if runs else [Text("no run has started here")]:
         console.print(part)
@@ -189,7 +192,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.1 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0.1")
     return value
 
 

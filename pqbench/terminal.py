@@ -1,4 +1,5 @@
-"""Text from models and files on its way to a terminal, a markdown file or LaTeX: nothing in it may act there."""
+"""Makes text from models and files safe for a terminal, a markdown file or LaTeX, so that nothing in it acts as a
+command."""
 
 from __future__ import annotations
 
@@ -26,15 +27,15 @@ _LATEX = {
 
 
 def plain(text: object) -> str:
-    """One line of text without control characters: escape sequences, bidirectional overrides and the like."""
+    """One line of text without control characters such as escape sequences and bidirectional overrides."""
     words = " ".join(str(text).split())
-    if words.isprintable():  # nearly all text, and quick to say
+    if words.isprintable():  # true for nearly all text, and quick to check
         return words
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") else c for c in words)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
-    """A markdown table, its columns aligned; the first ``labels`` columns to the left, the others to the right."""
+    """A markdown table with aligned columns: the first ``labels`` columns to the left, the others to the right."""
     cells = [[markdown(cell) for cell in row] for row in (headings, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(headings))]
     lines = [_markdown_row(row, widths, labels) for row in cells]
@@ -62,7 +63,8 @@ def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], labels: 
 
 
 class LineHandler(logging.Handler):
-    """Writes each message as one plain line to what is standard error at that moment; warnings and errors say so."""
+    """Writes each message as one plain line to the present standard error. Lines of warnings and errors say that they
+    are such."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a message."""
@@ -78,22 +80,22 @@ class LineHandler(logging.Handler):
 
 
 def log_to_terminal() -> None:
-    """Send this process's log to standard error, one line a message, so that standard output holds results only."""
+    """Send this process's log to standard error, one line per message, so that standard output holds only results."""
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     if not any(isinstance(handler, LineHandler) for handler in root.handlers):
         root.addHandler(LineHandler())
     for name in ("pqbench", "methods", "plots"):
-        logging.getLogger(name).setLevel(logging.INFO)  # libraries only warn
+        logging.getLogger(name).setLevel(logging.INFO)  # log messages of pqbench; libraries only warn
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
 
 
 def markdown(text: str) -> str:
-    """One line of text in which markdown and HTML mean nothing."""
+    """One line of text in which markdown and HTML are escaped."""
     text = plain(text).replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`").replace("<", "&lt;")
-    return text.replace("](", "]\\(")  # no links; brackets alone are harmless
+    return text.replace("](", "]\\(")  # prevents links; brackets alone are harmless
 
 
 def _markdown_row(row: Sequence[str], widths: Sequence[int], labels: int) -> str:
@@ -106,4 +108,4 @@ def _markdown_row(row: Sequence[str], widths: Sequence[int], labels: int) -> str
 
 def _latex(cell: str) -> str:
     text = "".join(_LATEX.get(c, c) for c in plain(cell))
-    return f"{{{text[0]}}}{text[1:]}" if text[:1] in ("[", "*") else text  # else an argument of the \\ before it
+    return f"{{{text[0]}}}{text[1:]}" if text[:1] in ("[", "*") else text  # not an argument of \\

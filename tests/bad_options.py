@@ -1,4 +1,4 @@
-"""Options that cannot work, and words of the line that each ends in."""
+"""Options that cannot work, and words of the error line that each of them causes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ REFUSED: dict[str, list[str]] = {
     "method=pqcache methods.pqcache._target_=null": ["methods.pqcache._target_ is None"],
     "+methods.mine._target_=methods.pqcache.PQCach": ["methods.mine._target_", "the full name of a class"],
     "+methods.mine._target_=3": ["methods.mine._target_ is 3"],
-    "+methods.mine._target_=pathlib.Path": ["methods.mine", "is no method"],
+    "+methods.mine._target_=pathlib.Path": ["methods.mine", "is not a method"],
     # models
     "model=nope": ["no model 'nope'", "smollm2, tiny"],
     "model=TINY": ["no model 'TINY'", "did you mean tiny?"],
@@ -209,7 +209,7 @@ REFUSED: dict[str, list[str]] = {
     "benchmark=fidelity benchmark.variants_per_prefill=0": ["benchmark.variants_per_prefill is 0"],
     "benchmark=fidelity benchmark.variants_per_batch=0": ["benchmark.variants_per_batch is 0"],
 }
-# What only the loaded model, or its tokenizer, can tell: nothing is measured, but the folder of the run was made.
+# Errors that only the loaded model or its tokenizer shows: nothing is measured, but the folder of the run exists.
 REFUSED_LATER: dict[str, list[str]] = {
     "benchmark.lengths=[8192]": ["8192", "the model takes 4096 tokens"],
     "benchmark.lengths=[5]": ["benchmark.lengths has 5", "choose a longer one"],

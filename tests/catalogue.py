@@ -1,4 +1,4 @@
-"""Every method of conf/method, with any budget: what contract tests run over. A new yaml takes part by being there."""
+"""Every method of conf/method with any budget, for the contract tests. A new yaml is included without registration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pqbench.config.compose import conf_folder
 from pqbench.method import Budget, Method
 
 FOLDER = conf_folder() / "method"
-# Options that make an index small enough for prompts of a few dozen tokens. What is not named here has its defaults.
+# Options that make an index small enough for prompts of a few dozen tokens. All other options have their defaults.
 SMALL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sparq": {"rank": 4},
@@ -28,7 +28,7 @@ SMALL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "vattention": {"base": {"_target_": "methods.sparq.SparQ", "rank": 4}},
     }
 )
-# Further ways to run a method: its yaml, and options beside those above.
+# Variants of methods: the name of the yaml, and options in addition to those above.
 _CELLS = {"tail": "mean", "codebook": "centred", "spread": False, "search": "cells"}
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -53,13 +53,13 @@ def method_of(name: str, budget: Budget | None = None, **options: Any) -> Method
 
 
 def names() -> list[str]:
-    """Yamls of methods; those that only preset another one's budget are left out."""
+    """Names of the yamls of methods, without those that are only presets of another method."""
     found = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     return [name for name in found if "${budget." not in Path(FOLDER, f"{name}.yaml").read_text(encoding="utf-8")]
 
 
 def small(name: str, budget: Budget) -> Method:
-    """A method or variant with this budget and a small index; one without a budget is as it is."""
+    """A method or variant with this budget and a small index; a method without a budget is not changed."""
     yaml, options = VARIANTS.get(name, (name, {}))
     method = method_of(yaml, **{**SMALL.get(yaml, {}), **options})
     return method if method.budget is None else method.with_budget(budget)
@@ -70,8 +70,8 @@ EVERY = (*SELECTING, *(name for name in names() if name not in SELECTING))
 
 
 def exact(name: str) -> Method:
-    """A method with a budget that holds every token. Where tokens outside the window are renumbered by design, all of
-    them are in the window."""
+    """A method with a budget that holds every token. If a method renumbers tokens outside the window by design, all
+    tokens are in the window."""
     method = small(name, Budget(sink=4, ratio=1.0))
     renumbers = method.needs_positions and not method.evicts
     return small(name, Budget(sink=0, window=4096, ratio=1.0)) if renumbers else method

@@ -1,10 +1,10 @@
-"""Settings and fixtures for the whole suite: one thread, no network, tiny models made once."""
+"""Settings and fixtures for the whole suite: one thread, no network, and tiny models that are made once."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here may reach the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set before transformers is imported, so that no test reaches the network
 
 import pytest
 import torch

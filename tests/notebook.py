@@ -1,6 +1,6 @@
-"""Runs a notebook's code cells in order in one namespace, as Jupyter would, and stores what they show.
+"""Runs the code cells of a notebook in order in one namespace, like Jupyter, and stores their output.
 
-``python -m tests.notebook docs/pqcache.ipynb`` writes text and figures into the notebook; no Jupyter is needed.
+``python -m tests.notebook docs/pqcache.ipynb`` writes text and figures into the notebook. Jupyter is not needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Output = dict[str, Any]
 
 
 def execute(path: Path) -> tuple[dict[str, Any], list[list[Output]]]:
-    """The namespace after the last code cell, and the outputs of each: the last expression's value, open figures."""
+    """The namespace after the last code cell, and the outputs of each cell: the value of the last expression, and
+    figures."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     names: dict[str, Any] = {"__name__": "__main__"}
     outputs = []
@@ -57,7 +58,7 @@ def _result(value: Any, count: int) -> list[Output]:
 
 
 def _figures() -> list[Output]:
-    """Open figures as png, closed afterwards."""
+    """Open figures as png; they are closed afterwards."""
     found = []
     for number in plt.get_fignums():
         picture = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny models, and definitions in float64 numpy that owe nothing to the code under test."""
+"""Shared by the tests: tiny models, and definitions in float64 numpy that are independent of the code under test."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def tiny_model(name: str) -> PreTrainedModel:
 
 
 def randomize(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights N(0, 0.2), norms as they were."""
+    """Draw weights from N(0, 0.2), but keep the norms."""
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, 0.0, 0.2)
@@ -78,7 +78,7 @@ def randomize(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def prompt_of(length: int, seed: int = 0, batch: int = 1) -> Tensor:
-    """Random prompt ``[B, S]`` without the padding token."""
+    """A random prompt ``[B, S]`` without the padding token."""
     return torch.randint(1, SHAPE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -97,7 +97,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def turned(x: np.ndarray, position: float, frequencies: np.ndarray) -> np.ndarray:
-    """Rotary embedding by complex numbers: component j and j + D/2 form one, multiplied by exp(i p w_j)."""
+    """Rotary embedding by complex numbers: components j and j + D/2 form one number, which is multiplied by exp(i p
+    w_j)."""
     half = len(frequencies)
     number = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position * frequencies)
     return np.concatenate([number.real, number.imag], -1)
@@ -105,7 +106,7 @@ def turned(x: np.ndarray, position: float, frequencies: np.ndarray) -> np.ndarra
 
 @dataclass
 class Case:
-    """A prompt of one layer, and what follows: q ``[B, H, G, S + T, D]``, keys and values ``[B, H, S + T, D]``."""
+    """A prompt of one layer and the decoded tokens: q ``[B, H, G, S + T, D]``, keys and values ``[B, H, S + T, D]``."""
 
     q: Tensor
     keys: Tensor
@@ -115,7 +116,7 @@ class Case:
 
     @property
     def geometry(self) -> Geometry:
-        """As the harness would describe this layer."""
+        """The harness's description of this layer."""
         batch, heads, group, _, width = self.q.shape
         return Geometry(0, batch, heads, group, width, width**-0.5, self.prompt, self.frequencies)
 
@@ -153,7 +154,7 @@ def case(
     seed: int = 0,
     spread: float = 1.5,
 ) -> Case:
-    """Random tensors; ``spread`` sharpens the attention so that selections differ from each other."""
+    """A case of random tensors; ``spread`` sharpens the attention, so that selections differ from each other."""
     generator = torch.Generator().manual_seed(seed)
     total = prompt + steps
     q = torch.randn(batch, heads, group, total, width, generator=generator) * spread
@@ -187,7 +188,7 @@ def append(state: LayerState, store: DeviceStore, data: Case, step: int) -> Tens
 
 
 def advance(state: LayerState, store: DeviceStore, data: Case, step: int) -> Selection:
-    """One decode step without attention: weights, where wanted, come from :func:`weights_of`."""
+    """One decode step without attention; if weights are needed, they come from :func:`weights_of`."""
     q = append(state, store, data, step)
     selection = state.select(q, store)
     finish(state, store, selection, q, data)
@@ -195,7 +196,7 @@ def advance(state: LayerState, store: DeviceStore, data: Case, step: int) -> Sel
 
 
 def finish(state: LayerState, store: DeviceStore, selection: Selection, q: Tensor, data: Case) -> None:
-    """Tell the state what was attended and drop what it drops."""
+    """Give the attention weights to the state, and drop the rows that it wants to drop."""
     weights = torch.from_numpy(weights_of(selection, store, q, data)).float() if state.needs_weights else None
     dropped = state.attended(weights, store)
     if dropped is not None:
@@ -243,7 +244,7 @@ def _sums(terms: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def estimate_of(selection: Selection, store: DeviceStore, data: Case) -> np.ndarray:
-    """What a selection's weighted rows make of :meth:`Case.sums`, float64 ``[B, H, G, D + 1]``."""
+    """The estimate of :meth:`Case.sums` from the weighted rows of a selection, float64 ``[B, H, G, D + 1]``."""
     assert selection.log_weights is not None
     chosen = tokens_of(selection, store).numpy()
     terms = np.take_along_axis(data.terms(store.seen), chosen[:, :, None].repeat(data.q.shape[2], 2), 3)
@@ -254,11 +255,11 @@ def estimate_of(selection: Selection, store: DeviceStore, data: Case) -> np.ndar
 
 
 def assert_unbiased(drawn: np.ndarray, truth: np.ndarray) -> None:
-    """Estimates ``[n, B, H, G, D + 1]`` by :func:`estimate_of` differ, and average to ``truth`` within 4.5 standard
-    errors."""
+    """Check that estimates ``[n, B, H, G, D + 1]`` by :func:`estimate_of` differ, and that their mean is within 4.5
+    standard errors of ``truth``."""
     error = drawn.std(0) / np.sqrt(len(drawn))
     assert (np.abs(drawn.mean(0) - truth) <= 4.5 * error + 1e-5).all()
-    assert (error[..., -1] < 0.03 * truth[..., -1]).all()  # the bound says something
+    assert (error[..., -1] < 0.03 * truth[..., -1]).all()  # so the bound is not trivial
     assert (drawn[..., -1].std(0) > 0).all()
 
 

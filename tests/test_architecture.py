@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
 METHODS |= {path.name for path in (ROOT / "methods").iterdir() if (path / "__init__.py").exists()}
 
-# Which rooms a room may import, from the ground up: nobody imports a room that stands below in this table. A loose
-# module of pqbench/ counts as a room; pqbench/__init__.py only hands names on. CONTRIBUTING.md says what each holds.
+# The rooms that a room may import, from the ground up: a room imports only rooms above it in this table. A loose module
+# of pqbench/ counts as a room; pqbench/__init__.py only re-exports names. CONTRIBUTING.md describes each room.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "terminal": set(),
@@ -58,8 +58,8 @@ def module(path: Path) -> str:
 
 
 def imports(path: Path, types: bool = True) -> set[str]:
-    """Modules a file imports, by full name; ``from a import b`` counts as a and, where that is a module, a.b. Without
-    ``types`` the imports that only a type checker sees are left out."""
+    """The modules that a file imports, by full name; ``from a import b`` counts as a and, if that is a module, as a.b.
+    Without ``types``, imports that only a type checker sees are left out."""
     found = set()
     package = module(path) if path.name == "__init__.py" else module(path).rpartition(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def _is_module(name: str) -> bool:
 
 
 def ours(path: Path, room: str = "pqbench") -> set[str]:
-    """Second part of the names of our modules that a file imports: ``pqbench.measure.scored`` gives run."""
+    """The second part of the names of our modules that a file imports: ``pqbench.measure.scored`` gives measure."""
     return {name.split(".")[1] for name in imports(path) if name.startswith(f"{room}.")}
 
 
@@ -121,8 +121,8 @@ def test_methods_and_plots_import_only_what_they_may() -> None:
 
 
 def knows() -> dict[str, set[str]]:
-    """Which of our modules each of ours imports, wherever in the file. What is imported for types alone does not count:
-    a method names its state, and the state's annotations name the method."""
+    """The modules of the project that each of its modules imports, anywhere in the file. Imports for types alone do not
+    count, because a method names its state, and the annotations of the state name the method."""
     rooms = ("pqbench", "methods", "plots", "gpucheck")
     return {
         module(path): {name for name in imports(path, types=False) if _is_module(name) and name.split(".")[0] in rooms}
@@ -134,7 +134,7 @@ def knows() -> dict[str, set[str]]:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {name: others - {name} for name, others in knows().items()}
     for name in [name for name in graph if (ROOT.joinpath(*name.split(".")) / "__init__.py").exists()]:
-        graph.pop(name)  # a package hands on names of its modules, which may name the package
+        graph.pop(name)  # a package re-exports names of its modules, which may name the package
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -167,7 +167,7 @@ def test_tables_and_figures_start_without_torch() -> None:
 
 
 def test_the_gpu_check_starts_with_nothing_but_python() -> None:
-    """It is the one that says which packages are missing; steps are processes of their own and may need everything."""
+    """It must be able to say which packages are missing. Steps are processes of their own and may import everything."""
     code = (
         "import sys, gpucheck.__main__, gpucheck.wheels;"
         "own = {name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names);"
@@ -199,7 +199,7 @@ def test_the_harness_imports_neither_methods_nor_plots_nor_tests() -> None:
 
 
 def test_the_harness_compares_nothing_with_a_methods_name() -> None:
-    """``full`` is the dense reference that tables and figures compare with; it may be looked for, but nothing else."""
+    """Only ``full`` may be named, because tables and figures compare with it as the dense reference."""
     names = METHODS - {"full"}
     for path in files("pqbench"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Bad arguments in Python: every entry point answers values of wrong types and ranges in one line."""
+"""Bad arguments in Python: every entry point refuses values of wrong types and ranges with one line."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_tokens_alone_are_a_budget() -> None:
 
 
 def test_what_an_annotation_allows() -> None:
-    """The rules of every check of types."""
+    """The rules of the type checks."""
     for value, hint in ((1, int), (1, float), (1.5, float), (True, bool), ("x", str), (None, int | None), ([1], list)):
         assert allowed(value, hint)
     for value, hint in ((True, int), (1, bool), (1.0, int), (float("inf"), float), (None, int), ("1", int), (1, str)):

@@ -1,4 +1,4 @@
-"""Bad input, wherever it comes from: one clear line that names the field, exit code 1, and nothing is begun or lost.
+"""Any bad input ends in one clear line that names the field and in exit code 1; nothing is started or lost.
 
 Every field of every yaml in conf/ gets values of wrong types; the table adds values out of range, misspelt names, and
 combinations that cannot work.
@@ -50,8 +50,8 @@ def outcome(results: Path, *overrides: str) -> tuple[Any, list[str]]:
 
 
 def refused(results: Path, overrides: str, words: list[str], begun: bool = False) -> None:
-    """The command with these overrides, separated by spaces, ends as it must; ``begun`` where only a loaded model can
-    tell, so that the folder of the run is there, but no record."""
+    """Check that the command with these overrides, separated by spaces, ends in one line. With ``begun`` only a loaded
+    model shows the error, so the folder of the run exists, but no record."""
     code, errors = outcome(results, *overrides.split())
     assert code == 1
     assert len(errors) == 1, errors
@@ -64,7 +64,7 @@ def refused(results: Path, overrides: str, words: list[str], begun: bool = False
     assert [path for path in results.rglob("records.jsonl") if path.stat().st_size] == []
 
 
-# What is wrong, and words of the line: the field, and what is allowed.
+# Wrong overrides, and words of the error line: the field, and the allowed values.
 @pytest.mark.parametrize("overrides", REFUSED)
 def test_a_bad_option_is_refused_before_anything_is_begun(tmp_path: Path, overrides: str) -> None:
     refused(tmp_path / "results", overrides, REFUSED[overrides])
@@ -115,7 +115,7 @@ GROUPS = ("budget", "store", "model", "benchmark", "method")
 
 
 def fields_of(group: str) -> Iterator[tuple[str, str]]:
-    """Every yaml of a group with every field that it gives a value."""
+    """Every yaml of a group with every field that it sets."""
     for path in sorted((conf_folder() / group).glob("*.yaml")):
         for name in OmegaConf.load(path):
             if name not in ("_target_", "defaults"):
@@ -131,7 +131,7 @@ def composed(group: str, stem: str, results: Path) -> DictConfig:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_wrong_type_in_any_field_is_named(group: str, tmp_path: Path) -> None:
-    """The annotation of the field says which of the values are wrong, by a check that is written out here."""
+    """The annotation of the field decides which values are wrong, by a check that is written out here."""
     count = 0
     stems = dict.fromkeys(stem for stem, _ in fields_of(group))
     for stem in stems:
@@ -157,7 +157,7 @@ def test_a_wrong_type_in_any_field_is_named(group: str, tmp_path: Path) -> None:
 
 
 def wrong(value: Any, hint: str) -> bool:
-    """Whether a value is certainly wrong for a field, by the words of its annotation."""
+    """Whether a value is certainly wrong for a field, judged by the text of its annotation."""
     if value is None:
         return "None" not in hint and "Any" not in hint
     kinds = {str: "str", bool: "bool", float: "float", list: ("Sequence", "list", "tuple"), dict: ("Mapping", "dict")}
@@ -203,6 +203,6 @@ def test_an_interrupt_during_the_imports_is_one_line(tmp_path: Path) -> None:
         started.send_signal(signal.SIGINT)
         output, errors = started.communicate(timeout=60)
     assert started.returncode == 130
-    assert errors.splitlines() == ["error: interrupted before anything was begun"]
+    assert errors.splitlines() == ["error: interrupted before any work began"]
     assert output == ""
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Budgets by hand, by property, and by the messages people will read."""
+"""Budgets: values worked out by hand, general properties, and error messages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_numbers_by_hand(budget: Budget, context: int, prompt: int, expected: tu
 
 @given(st.integers(33, 40000), st.sampled_from([0.001, 0.05, 0.1, 0.2, 0.5, 0.99]), st.integers(0, 5000))
 def test_the_papers_split_is_that_of_the_released_code(prompt: int, ratio: float, decoded: int) -> None:
-    """Local and top-k are int((s - 32) * c * 0.5) each, fixed at the prompt's length; sinks, current token on top."""
+    """Window and top-k have int((s - 32) * c * 0.5) tokens each, fixed when the prompt ends; sinks and current token
+    are added."""
     half = int((prompt - 32) * ratio * 0.5)  # 0 for the shortest prompts: never silently everything
     context = prompt + decoded + 1
     split = PaperBudget(ratio=ratio).resolve(context, prompt)
@@ -95,7 +96,7 @@ def test_a_split_covers_each_token_once(budget: Budget, prompt: int, decoded: in
 
 @given(budgets(), st.integers(1, 400))
 def test_the_middle_never_shrinks_while_decoding(budget: Budget, prompt: int) -> None:
-    """Indexes are extended as tokens leave the window; a token must not return into it."""
+    """Indexes grow when tokens leave the window, so a token must not return into the window."""
     middles = [budget.resolve(context, prompt).middle(context) for context in range(prompt, prompt + 120)]
     for (first, stop), (next_first, next_stop) in pairwise(middles):
         assert stop <= next_stop <= stop + 1 or first == stop

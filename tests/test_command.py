@@ -151,7 +151,7 @@ def test_bad_input_loses_nothing_measured(command: Command, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("first", ["", "# a method of mine", "# @package methods.other"])
 def test_a_yaml_that_would_be_left_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str) -> None:
-    """It stops only a command that uses it."""
+    """The yaml stops only commands that use it."""
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "good.yaml").write_text("# @package methods.good\n_target_: x\n")
     check_yamls(tmp_path, {})
@@ -199,7 +199,7 @@ def test_another_setting_goes_to_another_file(command: Command, tmp_path: Path) 
 
 
 def test_defaults_of_the_code_are_part_of_the_key(command: Command, tmp_path: Path) -> None:
-    """Else records made before and after a default changed would share a file."""
+    """Otherwise records from before and after the change of a default would share a file."""
     own = '+methods.own={{_target_: methods.sparq.SparQ, budget: "${{budget}}"{}}}'
     assert command(own.format("")).code == 0
     before = measured(tmp_path)
@@ -340,7 +340,7 @@ def test_a_sweep_goes_on_past_a_failing_cell(command: Command, tmp_path: Path) -
         "methods.pqcache.m=3 budget.ratio=2",
     ]
     said = [line for line in outcome.errors[:start] if "budget.ratio is 2" in line]
-    assert len(said) == 1  # what fails two of them in the same way is said once while they run
+    assert len(said) == 1  # the same error of two methods is reported only once while they run
 
 
 def test_a_bug_in_one_cell_of_a_sweep_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_interrupting_gives_130(command: Command, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pqbench.measure.scored, "check_budgets", interrupt)
     outcome = command()
     assert outcome.code == 130
-    assert outcome.errors == ["error: interrupted: finished samples are kept, the same command goes on from there"]
+    assert outcome.errors == ["error: interrupted: finished samples are kept, the same command continues from there"]
 
 
 def test_explain_prefers_our_own_cause() -> None:

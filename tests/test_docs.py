@@ -1,4 +1,4 @@
-"""What the pages in docs/ show runs as printed there: the method, the benchmark, and every other Python example."""
+"""The Python examples on the pages in docs/ run as they are printed there, among them the method and the benchmark."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def blocks(page: str, kind: str) -> list[str]:
 
 
 def run_example(page: str, group: str, name: str, target: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Put a page's Python and yaml where a user's own would lie, run them on the tiny model, and return the records."""
+    """Put the Python and yaml of a page into the places of user code, run them on the tiny model, and return the
+    records."""
     [code], [yaml] = blocks(page, "python"), blocks(page, "yaml")
     package, conf = folder / "site" / f"{name}_example", folder / "conf" / group
     package.mkdir(parents=True)
@@ -83,7 +84,7 @@ def test_the_documented_benchmark_runs_from_one_file_and_one_yaml(tmp_path: Path
         ("code_word", "20-0", "ok"),
         ("code_word", "20-1", "ok"),
     ]
-    # What it scores, on answers written by hand.
+    # The scores of answers that were written by hand.
     name = "code_word_example"
     sys.path.insert(0, str(tmp_path / "site"))
     try:

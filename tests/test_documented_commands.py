@@ -1,7 +1,7 @@
-"""Every command line of the README and of docs/ runs at small size: it ends well, and what it promises is there.
+"""Every command line of the README and of docs/ runs at small size, succeeds, and makes the promised files.
 
 A command keeps its options; only the model and the lengths become small. Commands that cannot run here are listed with
-the reason, and this list may hold nothing that the pages no longer show.
+the reason, and this list must not contain commands that the pages no longer show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pqbench.records.file import read_all
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# The beginning of a command, and why it is not run here.
+# The beginning of a command, and the reason why it is not run here.
 NOT_HERE = {
     "make setup": "installs packages",
     "make test": "runs this suite",
@@ -59,7 +59,7 @@ SMALL = {
 
 
 def commands() -> dict[str, str]:
-    """Every command line in a code block without a language, with the page that shows it first."""
+    """Every command line in a code block without a language, with the first page that shows it."""
     found: dict[str, str] = {}
     for page in PAGES:
         language, lines = None, list[str]()
@@ -79,12 +79,13 @@ def commands() -> dict[str, str]:
 
 
 def reason(command: str) -> str | None:
-    """Why a command is not run here; None when it is."""
+    """The reason why a command is not run here; None if it is run."""
     return next((why for start, why in NOT_HERE.items() if command.startswith(start.rstrip())), None)
 
 
 def expanded(command: str) -> list[str]:
-    """The Python commands behind a `make` target, by what make says it would run; another command is itself."""
+    """The Python commands that a `make` target would run, according to make; any other command is returned
+    unchanged."""
     if not command.startswith("make "):
         return [command]
     done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -118,7 +119,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """Run a main function in an empty folder of the reader; returns what it printed."""
+    """Run a main function in an empty folder; returns its output."""
 
     def call(main: Callable[..., object], arguments: list[str]) -> str:
         monkeypatch.chdir(tmp_path)
@@ -136,7 +137,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def smaller(words: list[str], saved: Path) -> list[list[str]]:
-    """The words of a `pqbench` command with a small model and short prompts: a list for each of its benchmarks."""
+    """The arguments of a `pqbench` command, with a small model and short prompts: a list for each of its benchmarks."""
     given = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("+"))
     model = {"model": "tiny"} if given.get("model") != "hf" else {"model.path": str(saved), "model.device": "cpu"}
     swept = given.get("benchmark", "needle").split(",")
@@ -150,7 +151,7 @@ def smaller(words: list[str], saved: Path) -> list[list[str]]:
 
 
 def named(words: list[str]) -> set[str]:
-    """The methods that a command names, the default when it names none."""
+    """The methods that a command names, or the default if it names none."""
     given = dict(word.split("=", 1) for word in words if "=" in word)
     own = {word.removeprefix("+methods.").partition("=")[0] for word in words if word.startswith("+methods.")}
     return set(given.get("method", "pqcache").strip("[]").split(",")) | own
@@ -177,7 +178,7 @@ def test_a_documented_run_measures_what_it_names(
 
 @pytest.fixture
 def results(started: Callable[..., str], tmp_path: Path, saved: Path) -> Path:
-    """The reader's results, which hold at least needle records at two lengths, as `make bench` leaves them."""
+    """A results folder with at least needle records at two lengths, as `make bench` makes it."""
     words = [*smaller(["method=[full,pqcache]"], saved)[0], "benchmark.lengths=[256,512]"]
     started(pqbench_main, list({word.partition("=")[0]: word for word in words}.values()))
     return tmp_path / "results"

@@ -1,4 +1,4 @@
-"""Every experiment composes in both scales, names what exists, and says which part of the paper it is."""
+"""Every experiment composes in both scales, names only existing things, and says which part of the paper it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Random configurations: valid ones measure, keep their budget and are exact at full budget; bad values end in a line.
+"""Random configurations: valid ones are measured, keep their budget and are exact at full budget; invalid ones end in a
+line.
 
 Each test tries a few dozen configurations; ``FUZZ=1`` in the environment tries many more.
 """
@@ -107,7 +108,7 @@ def test_valid_configurations_measure_within_their_budget_and_exactly_at_full_bu
     overrides = [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in chosen.items()]
     code, errors, records = run([f"method=[full,{method}]", *overrides], capsys)
     note(f"{method} {overrides}: {errors}")
-    if code and not records:  # refused before anything ran: one line, and none of ours is a fault of the code
+    if code and not records:  # refused before anything ran: one line, which must not report a fault of the code
         assert len(errors) == 1
         assert "Error:" not in errors[0]
         assume(False)

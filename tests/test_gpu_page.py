@@ -1,4 +1,4 @@
-"""The page of results on a GPU: made from the records that there are, and up to date."""
+"""The page of results on a GPU is made from the existing records, and is up to date."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMES = {"ttft_s": 1.0, "tt2t_s": 1.5, "tpot_s": 0.0123, "context": 4096, "budge
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """The results that are part of the checkout; a developer's own do not count."""
+    """The results that are part of the checkout, without those of a developer."""
     listed = subprocess.run(["git", "ls-files", "results/gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
     for name in listed.stdout.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def put(folder: Path, number: int, machine: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> None:
-    """A result as a step writes it."""
+    """Write a result in the format of a step."""
     step = STEPS[number]
     content = {
         "step": number,

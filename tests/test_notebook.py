@@ -1,4 +1,4 @@
-"""docs/pqcache.ipynb runs on the embedded model, and what it shows is what its text claims."""
+"""docs/pqcache.ipynb runs on the embedded model, and its output agrees with its text."""
 
 from __future__ import annotations
 

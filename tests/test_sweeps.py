@@ -1,4 +1,4 @@
-"""Sweeps through launchers, in processes of their own, leave the records of the same sweep run one after the other."""
+"""Sweeps with launchers, which use several processes, make the same records as a sequential sweep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import FileLock
 from pqbench.progress import read_runs
 from pqbench.records.file import parse
 
-# Four runs. Both budgets of a benchmark share the folder of ``full``, whose figures no budget changes: a race.
+# Four runs. The runs of both budgets write to the same folder of ``full``, which has no budget; that tests a race.
 SWEEP = (
     "-m",
     "model=tiny",
@@ -26,7 +26,7 @@ SWEEP = (
     "benchmark.per_cell=1",
     "budget.ratio=0.2,0.5",
 )
-pytestmark = pytest.mark.slow  # each launcher starts processes that load everything anew
+pytestmark = pytest.mark.slow  # each launcher starts processes that import everything
 LAUNCHERS = {
     "joblib": ("joblib", ["hydra.launcher.n_jobs=2"]),
     "submitit_local": ("submitit", ["hydra.sweeper.max_batch_size=2"]),
@@ -43,7 +43,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_
 
 
 def sweep(results: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The sweep as users start it."""
+    """Run the sweep as users start it."""
     line = [sys.executable, "-m", "pqbench", *SWEEP, f"results={results}", *overrides]
     return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
 
@@ -92,7 +92,7 @@ def sequential(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[
 
 @pytest.fixture(scope="module", params=LAUNCHERS)
 def distributed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """A launcher's overrides, and the results of the sweep it ran."""
+    """The overrides of a launcher, and the results of its sweep."""
     overrides, results = launched(request.param), tmp_path_factory.mktemp(request.param)
     done = sweep(results, *overrides)
     assert done.returncode == 0, done.stderr
@@ -112,9 +112,11 @@ def test_again_nothing_is_measured_and_a_run_that_fails_in_its_process_fails_the
 ) -> None:
     overrides, results = distributed
     before = {path: path.read_bytes() for path in results.rglob("records.jsonl")}
-    again = sweep(results, *overrides, "benchmark=needle", "budget.ratio=2,0.2")  # a part is enough
+    again = sweep(results, *overrides, "benchmark=needle", "budget.ratio=2,0.2")  # part of the sweep is enough
     assert again.returncode == 1
-    assert again.stderr.splitlines()[-1].startswith("error: budget.ratio is 2")
+    last = again.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert ": budget.ratio is 2" in last  # after the cell of the sweep that failed
     assert "Traceback" not in again.stderr
     assert {path: path.read_bytes() for path in results.rglob("records.jsonl")} == before
     assert {run.state for run in read_runs(results)} == {"done"}

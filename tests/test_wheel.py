@@ -1,4 +1,4 @@
-"""The wheel: it holds every package and data file, runs from another folder, and says what hides its packages."""
+"""The wheel holds every package and data file, runs from another folder, and names packages that hide its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    # A folder that somebody adds tomorrow.
+    # A folder that is added later.
     (source / "pqbench" / "newroom" / "inner").mkdir(parents=True)
     (source / "pqbench" / "newroom" / "__init__.py").write_text('"""New."""\n')
     (source / "pqbench" / "newroom" / "inner" / "__init__.py").write_text('"""New."""\n')
@@ -49,14 +49,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel installs, and nothing of the checkout."""
+    """A folder with the installed files of the wheel, and nothing of the checkout."""
     folder = tmp_path_factory.mktemp("installed")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder
 
 
-# Packages that nothing of ours imports by name, and why they are dependencies.
+# Packages that our code does not import by name, and the reason why they are dependencies.
 INDIRECT = {
     "accelerate": "transformers needs it to spread a model over several devices (model.device=auto)",
     "faiss-cpu": "its version is part of every environment.json",
@@ -118,7 +118,7 @@ def test_a_package_that_hides_the_methods_is_named_in_one_line(installed: Path, 
     assert line.startswith(f"error: your package {tmp_path / 'methods'} hides the package methods of pqbench")
     assert "rename it" in line
     assert not (tmp_path / "out").exists()
-    # A folder without code is no package and hides nothing.
+    # A folder without code is not a package and hides nothing.
     (tmp_path / "methods" / "__init__.py").unlink()
     done = run([sys.executable, "-m", "pqbench", *SMALL, "results=out"], tmp_path, installed)
     assert done.returncode == 0, done.stderr

@@ -9,11 +9,11 @@ from gpucheck.targets import MILLION
 
 FIGURES = ("total_ms", "select_s", "fetch_s", "attend_s", "append_s", "kernel", "build_s", "dense_ratio", "model_ms")
 LAYERS = 32  # of Llama-3.1-8B
-WEIGHTS_MS = 4.8  # a token's share of the time, on an H100: 16.1 GB of weights at 3.35 TB/s
+WEIGHTS_MS = 4.8  # time of a token to read 16.1 GB of weights at 3.35 TB/s (H100)
 
 
 def run(result: Result, options: Options) -> None:
-    """Both tiers at two lengths and two budgets; then a million tokens on the host, if time allows."""
+    """Measure both tiers at two lengths and two budgets; then a million tokens on the host, if time allows."""
     contexts, budgets = ((512, 1024), (64, 0.1)) if options.tiny else ((16_384, 131_072), (1024, 0.1))
     for store in ("device", "host"):
         share = result.left / (2 if store == "device" else 1) - 3
@@ -39,14 +39,15 @@ def run(result: Result, options: Options) -> None:
 
 
 def small(options: Options) -> list[str]:
-    """What makes a run tiny."""
+    """The overrides of a tiny run."""
     tiny = ["benchmark.geometry=tiny", "methods.pqcache.b=4", "methods.pqcache.m=2", "benchmark.steps=2"]
     return tiny if options.tiny else []
 
 
 def _million(result: Result, options: Options) -> None:
-    """A million tokens of one layer. A whole model of them is more than this host's memory; ``model_ms`` is what its
-    layers and weights would take at this layer's pace, without launches that a layer alone does not have."""
+    """Measure one layer with a million tokens. All layers would not fit into the memory of this host; ``model_ms`` is
+    the time that all layers and the weights would take at the speed of this layer, without further launches of a
+    model."""
     measured = measure(
         options,
         "attention million",

@@ -1,7 +1,7 @@
-"""Step 4: what every kernel takes at 128K tokens against the bytes it must move, full attention by every back-end of
-torch, and rows read straight from host memory against a plain copy over the same link.
+"""Step 4: the time of every kernel at 128K tokens against the bytes that it must move, full attention by every back-end
+of torch, and rows read directly from host memory against a plain copy over the same link.
 
-Bytes are those that no implementation can avoid: every input read once and every output written once.
+Only bytes that no implementation can avoid are counted: every input is read once and every output is written once.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-AHEAD = 800_000  # clock cycles, half a millisecond, in which the host launches all that is timed
-SHORT = 10e-6  # seconds; what moves its bytes in less is limited by launching it
-NEAR = 0.02  # how far full attention by a back-end may be from the definition, of its largest value
+AHEAD = 800_000  # clock cycles (half a millisecond) of pause, in which the host launches the timed work
+SHORT = 10e-6  # seconds; work that could move its bytes faster is limited by its launch
+NEAR = 0.02  # largest difference of a back-end from the definition, as a share of the largest value
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Work to be timed. ``computes``: its time goes into arithmetic, whatever it moves. ``selects``: it is all that a
-    step's selection does."""
+    """Work to be timed. ``computes`` says that it is limited by arithmetic and not by bytes; ``selects`` says that it
+    is the whole selection of a step."""
 
     name: str
     run: Callable[[], Any]
@@ -52,20 +52,20 @@ class Timed:
     selects: bool = False
 
     def bound(self, most: float) -> str:
-        """What limits it at best, when memory moves ``most`` bytes a second."""
+        """The best possible limit of this work, if memory moves ``most`` bytes per second."""
         return "compute" if self.computes else "memory" if self.nbytes / most > SHORT else "launch"
 
 
 class Stopwatch:
     """Times work on a device. Caches are overwritten before every run, as other layers do in a model. The GPU pauses
-    until the launches are there, so that their time is its own and not the host's."""
+    until all launches are queued, so that the time of the host is not measured."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self._repeats = device, repeats
         self._sweep = torch.zeros((1 << 26) if device.type == "cuda" else 1024, device=device)
 
     def seconds(self, run: Callable[[], Any], sweep: bool = True) -> float:
-        """Median seconds of a run, after three that do not count; on a GPU those of the GPU alone."""
+        """Median seconds of a run, after three uncounted ones; on a GPU only the time of the GPU."""
         if self.device.type != "cuda":
             return median(self._wall(run) for _ in range(self._repeats))
         spans = []
@@ -90,7 +90,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer of Llama-3.1-8B, or a small one."""
+    """The shape of one layer of Llama-3.1-8B, or of a small layer."""
 
     tokens: int
     heads: int = 8
@@ -106,7 +106,7 @@ class Shape:
 
 @torch.inference_mode()
 def run(result: Result, options: Options) -> None:
-    """Kernels first, then back-ends of full attention, then the link."""
+    """Time the kernels first, then back-ends of full attention, then the link."""
     device = torch.device(options.device)
     shape = Shape(600, 2, 2, 32, torch.float32) if options.tiny else Shape(131_072)
     watch = Stopwatch(device, 1 if options.tiny else 30)
@@ -163,7 +163,7 @@ class Case:
         self.order = torch.rand(1, heads, tokens, generator=generator, device=device).argsort(-1)
 
     def kernels(self, body: Kernels) -> Iterator[Timed]:
-        """Every kernel of a decode step and of the index, with the bytes that it cannot do without."""
+        """Every kernel of a decode step and of the index, with the bytes that it must move."""
         shape, scaling = self.shape, self.scaling
         q, keys, values, codebook, codes = self.q, self.keys, self.values, self.codebook, self.codes
         pair, table, scores = 2 * keys.nbytes, codes.nbytes + codebook.nbytes, shape.heads * shape.tokens * 4
@@ -189,7 +189,7 @@ class Case:
         yield Timed("train_codebook", train, keys.nbytes + codes.nbytes, computes=True)
 
     def _select(self, body: Kernels, count: int) -> Iterator[Timed]:
-        """Scores and the best of them in one call, where the body has it, and with 32 sinks and a window of 32."""
+        """Scores and top-k in one call, if the backend has it, and the same with 32 sinks and a window of 32."""
         select: Any = getattr(body, "pq_select", None)
         if select is None:
             return
@@ -210,12 +210,13 @@ class Case:
         yield Timed(f"pq_select {count}", call, moved, selects=count <= 1024)
 
     def counts(self) -> tuple[int, ...]:
-        """How many rows are selected: 1024, and a tenth."""
+        """The numbers of selected rows: 1024, and a tenth of the context."""
         return (min(1_024, self.shape.tokens // 4), self.shape.tokens // 10)
 
 
 def _backends(result: Result, case: Case, watch: Stopwatch, most: float) -> None:
-    """Full attention by every back-end: the query group as rows of a KV head, and torch's way of spreading KV heads."""
+    """Full attention by every back-end, with the query group as rows of a KV head, and with torch's repetition of KV
+    heads."""
     q, keys, values = case.q, case.keys, case.values
     flat = q.flatten(1, 2)[:, :, None]  # [1, H * G, 1, D]
     attend = functional.scaled_dot_product_attention
@@ -231,7 +232,7 @@ def _backends(result: Result, case: Case, watch: Stopwatch, most: float) -> None
                 with sdpa_kernel(backend):
                     error = float((call().reshape(q.shape).float() - expected).abs().max() / expected.abs().max())
                     seconds = watch.seconds(call)
-            except RuntimeError as reason:  # not every back-end takes every shape
+            except RuntimeError as reason:  # not every back-end supports every shape
                 result.row(label, skipped=" ".join(str(reason).split())[:200])
                 continue
             result.row(
@@ -244,7 +245,7 @@ def _backends(result: Result, case: Case, watch: Stopwatch, most: float) -> None
 
 
 def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: float) -> None:
-    """What a decode step asks of a host store without a cache: find the selected rows and bring them over."""
+    """The work of a host store without a block cache in a decode step: find the selected rows and fetch them."""
     split = Split(sink=32, window=32, top_k=count)
     placement = HostTier().open(case.device)
     prompt = placement.prompt(GrowingBuffer(case.keys), GrowingBuffer(case.values))
@@ -268,17 +269,17 @@ def _fetched(result: Result, case: Case, watch: Stopwatch, count: int, rate: flo
 
 
 def _link(result: Result, device: torch.device, watch: Stopwatch, options: Options) -> float:
-    """Page-locking, copies, and rows gathered by a kernel that reads host memory. Returns bytes per second of a copy to
-    the device."""
+    """Time page-locking, copies, and rows gathered by a kernel that reads host memory. Returns the bytes per second of
+    a copy to the device."""
     body, pinned = kernels(torch.device("cpu"), "gpu"), options.on_gpu
-    rows = 8 * 262_144 if not options.tiny else 2_048  # of 512 bytes: a GiB
+    rows = 8 * 262_144 if not options.tiny else 2_048  # rows of 512 bytes, together 1 GiB
     with result.guarded("page-locking"):
         began = time.perf_counter()
         table = torch.empty(1, 8, rows // 8, 256, dtype=torch.bfloat16, pin_memory=pinned)
         seconds = time.perf_counter() - began
         result.row("page-locking", seconds_a_gib=seconds * 2**30 / table.nbytes, gib=table.nbytes / 2**30)
     rate, there = 0.0, torch.empty_like(table, device=device)
-    there.view(torch.int16).random_(0, 16_000)  # no NaN among these bits
+    there.view(torch.int16).random_(0, 16_000)  # these bits hold no NaN
     table.copy_(there)
     with result.guarded("memcpy from the host"):
         seconds = watch.seconds(lambda: there.copy_(table, non_blocking=True), sweep=False)

@@ -1,7 +1,7 @@
-"""Step 1: every kernel against its definition, in several processes, since compiling is what takes the time.
+"""Step 1: every kernel against its definition, in several processes, since most of the time is spent on compiling.
 
-The comparisons are those of tests/kernels/gpu_checks.py, on the GPU also at a larger scale; beside them run the tests
-of tests/gpu that are no such comparison (page-locked memory, streams, threads, a long context).
+The comparisons are those of tests/kernels/gpu_checks.py, on the GPU also at a larger scale. The tests of tests/gpu run
+beside them; they cover page-locked memory, streams, threads and a long context.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpucheck.result import Result, device_is_lost, one_line
 from tests.kernels.gpu_checks import CHECKS
 
 PROCESSES = 6
-SCALES = (1, 29)  # of the shapes in the checks
+SCALES = (1, 29)  # scales of the shapes in the checks
 TESTS = (
     "-m",
     "pytest",
@@ -33,12 +33,12 @@ TESTS = (
     "-k",
     "not test_triton_equals_the_reference",
 )
-END = 3  # seconds that are kept for the end
+END = 3  # seconds that are kept for ending the processes
 
 
 def run(result: Result, options: Options) -> None:
-    """Start all processes, gather their rows as they come, and say which checks never came to an end."""
-    # The tests beside them are the sixth process. In the interpreter two processes do a third of the comparisons.
+    """Start all processes, collect their rows as they come, and name the checks that did not finish."""
+    # The tests of tests/gpu are the sixth process. In the interpreter two processes run a third of the comparisons.
     shares = ["0/6", "3/6"] if options.tiny else [f"{i}/{PROCESSES - 1}" for i in range(PROCESSES - 1)]
     folder = options.folder / "logs"
     workers = [Worker(options.device, share, folder / f"kernels-{i}") for i, share in enumerate(shares)]
@@ -57,8 +57,8 @@ def run(result: Result, options: Options) -> None:
 
 
 class Worker:
-    """A process with its share of the comparisons. It is started again behind a comparison that ends it, or after which
-    the GPU refuses further work."""
+    """A process that runs a share of the comparisons. If a comparison ends the process, or the GPU then refuses further
+    work, the process is started again at the next comparison."""
 
     def __init__(self, device: str, share: str, path: Path) -> None:
         self._names = [label(name, scale) for name, scale in share_of(device, share)]
@@ -67,14 +67,14 @@ class Worker:
         self._start()
 
     def going_on(self, result: Result) -> bool:
-        """Take over the rows that were written since the last time. Whether there are more to come."""
-        running = self._process.running  # asked first: what a process wrote before its end is then read
+        """Take over the rows that were written since the last call. Returns whether more are to come."""
+        running = self._process.running  # asked first, so that all that a process wrote before its end is read
         self._gather(result)
         if self._done == len(self._names):
             return running
         if not running:
             ended = self._process.wait(0)
-            if self._started == self._done:  # no row since the start: this comparison takes the process with it
+            if self._started == self._done:  # no row since the start: this comparison ended the process
                 result.row(self._names[self._done], False, error=f"exit code {ended.code}: {ended.said[-500:]}")
                 self._done += 1
             if self._done < len(self._names):
@@ -82,7 +82,7 @@ class Worker:
         return self._done < len(self._names)
 
     def end(self, result: Result) -> list[str]:
-        """End the process. Returns the comparisons that it did not get to."""
+        """End the process. Returns the comparisons that it did not reach."""
         self._process.wait(0)
         self._gather(result)
         return self._names[self._done :]
@@ -104,20 +104,21 @@ class Worker:
 
 
 def share_of(device: str, share: str) -> list[tuple[str, int]]:
-    """Every n-th comparison, from ``i/n``: a check and the scale of its shapes."""
+    """Every n-th comparison, beginning with the i-th, from a text ``i/n``. A comparison is a check and the scale of its
+    shapes."""
     number, _, count = share.partition("/")
     everything = [(name, scale) for scale in (SCALES if device != "cpu" else SCALES[:1]) for name in CHECKS]
     return everything[int(number) :: int(count)]
 
 
 def label(name: str, scale: int) -> str:
-    """What a row is called."""
+    """The name of a row."""
     return f"{name} x{scale}"
 
 
 def work(device: str, share: str, done: int, file: Path) -> None:
-    """The process of a worker: its comparisons behind the first ``done``, a line of JSON for each as soon as it is
-    made."""
+    """The process of a worker: it skips the first ``done`` comparisons, and writes a line of JSON after each of the
+    others."""
     with file.open("a", encoding="utf-8") as lines:
         for name, scale in share_of(device, share)[done:]:
             began, row = time.perf_counter(), {"name": label(name, scale), "ok": True}

@@ -1,7 +1,7 @@
 """Step 6: ``benchmark=latency``, seconds per token of a model of Llama-3.1-8B's shape with random weights.
 
-Every case is a process of its own: full attention and PQCache, KV on the device and on the host, launched one by one
-and from CUDA graphs.
+Every case is a process of its own: full attention and PQCache, keys and values on the device and on the host, ordinary
+steps and steps captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FIGURES = (
     "text",
     "weights",
 )
-LEAST, MOST = 12, 75  # seconds with which a case is still begun, and that it may take when others wait behind it
-ROW = 131_072  # bytes of a token's keys and values in all layers, bfloat16
+LEAST, MOST = 12, 75  # least seconds with which a case is started, most seconds while others wait
+ROW = 131_072  # bytes of the keys and values of a token in all layers, bfloat16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One process. ``budget``: tokens, or a share of the context. ``graphs`` and ``select_ahead`` are options of the
-    run."""
+    """One process. ``budget`` is a number of tokens or a share of the context; ``graphs`` and ``select_ahead`` are
+    options of the run."""
 
     method: str
     store: str
@@ -47,14 +47,14 @@ class Case:
 
     @property
     def label(self) -> str:
-        """For the summary."""
+        """The name of the case in the summary."""
         parts = [self.method, self.store, f"{self.budget:g}" if self.method != "full" else "all"]
         parts += [name for name in ("graphs", "select_ahead") if getattr(self, name)]
         return " ".join(parts + ([f"cache {self.cache_tokens}"] if self.cache_tokens else []))
 
     @property
     def switches(self) -> list[str]:
-        """The options of the run that are on."""
+        """The options that are switched on."""
         return [f"{name}=true" for name in ("graphs", "select_ahead") if getattr(self, name)]
 
 
@@ -81,7 +81,7 @@ TINY = (
 
 
 def run(result: Result, options: Options) -> None:
-    """The cases in the order of what they settle, each as soon as there is time for it; a million tokens last."""
+    """Run the cases in the order of their importance while time allows; a million tokens come last."""
     contexts = (256, 512) if options.tiny else (16_384, 131_072)
     for case in TINY if options.tiny else CASES:
         if result.left < LEAST:
@@ -147,13 +147,13 @@ def model(options: Options) -> list[str]:
 
 
 def small(options: Options, method: str) -> list[str]:
-    """What makes a run tiny."""
+    """The overrides of a tiny run."""
     own = ["methods.pqcache.b=4", "methods.pqcache.m=2"] if method == "pqcache" else []
     return own if options.tiny else []
 
 
 def _million(result: Result, options: Options) -> None:
-    """A million tokens from the host, if host memory and time are there: prefill alone takes minutes."""
+    """Measure a million tokens on the host, if memory and time allow: the prefill alone takes minutes."""
     needed, free = MILLION * ROW, psutil.virtual_memory().available
     case = Case("pqcache", "host", graphs=True)
     if needed > free:

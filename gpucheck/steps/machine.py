@@ -16,7 +16,7 @@ from gpucheck.options import Options
 from gpucheck.result import Result
 from pqbench.records.environment import environment
 
-CAPABILITY = (8, 0)  # bfloat16 on tensor cores, as the kernels use it
+CAPABILITY = (8, 0)  # the kernels need bfloat16 on tensor cores
 PACKAGES = ("torch", "triton", "transformers", "numba", "numpy", "safetensors", "hydra-core", "omegaconf")
 _ASKED = (
     "name",
@@ -37,7 +37,7 @@ _ASKED = (
 
 
 def run(result: Result, options: Options) -> None:
-    """Describe the machine; a row with ``unfit`` says why nothing more can be run."""
+    """Describe the machine; a row with ``unfit`` says why no other step can run."""
     unfit = reason(options)
     if unfit:
         result.row("the device", unfit=unfit)
@@ -72,7 +72,8 @@ def reason(options: Options) -> str | None:
 
 
 def facts(options: Options) -> dict[str, Any]:
-    """What every result says of the machine. ``counts``: whether its figures can be held against the targets."""
+    """The description of the machine in every result. ``counts`` says whether its figures can be compared with the
+    targets."""
     known = environment()
     found = {
         "device": known["processor"],
@@ -101,7 +102,8 @@ def facts(options: Options) -> dict[str, Any]:
 
 
 def _card(result: Result, device: torch.device) -> None:
-    """What the driver says of the card. An idle link slows down, so it is asked while bytes cross it."""
+    """The driver's description of the card. An idle link slows down, so the driver is asked while bytes cross the
+    link."""
     free, total = torch.cuda.mem_get_info(device)
     result.row("device memory", free_gib=free / 2**30, total_gib=total / 2**30)
     source = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
@@ -116,7 +118,7 @@ def _card(result: Result, device: torch.device) -> None:
 
 
 def _asked(fields: tuple[str, ...], options: Options) -> dict[str, str]:
-    """Fields of nvidia-smi; empty without it, and without those it does not know."""
+    """The fields that nvidia-smi knows; empty if there is no nvidia-smi."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}

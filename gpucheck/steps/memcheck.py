@@ -1,6 +1,6 @@
 """Step 8: six kernels under ``compute-sanitizer``, whose memcheck sees every access outside an allocation.
 
-On the CPU, and where the tool is missing, the same six run without it, so that this step's own code is known to work.
+On the CPU, and if the tool is missing, the same six run without it, so that the code of this step is tested.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gpucheck.result import Result, one_line
 from tests.kernels.gpu_checks import CHECKS
 
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
-KERNELS = ("attention", "pq ", "top_k", "encode", "train", "gather")  # how the comparisons of the six begin
+KERNELS = ("attention", "pq ", "top_k", "encode", "train", "gather")  # beginnings of the names of their comparisons
 FOUND = 99  # exit code of the tool when it found an error
 
 
 def run(result: Result, options: Options) -> None:
-    """Each kernel in turn, in one process under the tool."""
+    """Run each kernel in turn, in one process under the tool."""
     tool = shutil.which("compute-sanitizer") or next((path for path in PLACES if Path(path).exists()), None)
     lines = options.folder / "logs" / "memcheck.jsonl"
     lines.unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def run(result: Result, options: Options) -> None:
             "no",
             *command,
         ]
-    # Without torch's cache of freed memory every allocation has bounds that the tool knows.
+    # Without torch's cache of freed memory the tool knows the bounds of every allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ended = run_process(command, result.left - 3, options.folder / "logs" / "memcheck.log", environment)
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else ():
@@ -61,7 +61,7 @@ def run(result: Result, options: Options) -> None:
 
 
 def work(device: str, file: Path) -> None:
-    """The process under the tool: six comparisons, a line of JSON for each."""
+    """The process under the tool: it makes six comparisons and writes a line of JSON for each."""
     kinds = KERNELS if device != "cpu" else KERNELS[:2]
     names = [next(name for name in CHECKS if name.startswith(kind)) for kind in kinds]
     with file.open("a", encoding="utf-8") as lines:

@@ -1,4 +1,5 @@
-"""Step 7: what the host does in three steps of decoding with KV on the host: launches, synchronisations, time."""
+"""Step 7: the work of the host in three decode steps with keys and values on the host: launches, synchronisations,
+time."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ CONTEXT, SMALL = 16_384, 512
 
 
 def run(result: Result, options: Options) -> None:
-    """PQCache on the host through torch's profiler, by the product's own option."""
+    """Profile PQCache with ``store=host`` by torch's profiler, with the option ``benchmark.profile``."""
     context, tokens = (SMALL, 64) if options.tiny else (CONTEXT, 1_024)
     measured = measure(
         options,
@@ -37,7 +38,7 @@ def run(result: Result, options: Options) -> None:
 
 
 def _phases(result: Result, measured: Measured) -> None:
-    """A row for every phase of a step, all layers together."""
+    """Add a row for every phase of a step, over all layers."""
     for record in measured.records:
         for phase, figures in record.get("profile", {}).items():
             result.row(f"{record['method']}: {phase}", **figures, shown=PHASE)

@@ -1,9 +1,9 @@
-"""Step 2: stores in host memory against the store on the device, row for row, over the link of this machine.
+"""Step 2: host stores against the device store, row for row, over the link of this machine.
 
-Random keys and values, random selections, a new token in every step: what a host store answers must be what the device
-store holds, bit for bit. Nothing waits for the GPU between the steps, so that a missing wait is not hidden by another;
-the differences are counted on the device and read at the end. With ``late`` every use of a side stream begins with a
-pause, so that rows that nobody waited for are not there yet.
+Keys, values and selections are random, and every step adds a token. The rows from a host store must be those of the
+device store, bit for bit. Nothing waits for the GPU between the steps, so that a missing wait is not hidden by another
+one; the differences are counted on the device and read at the end. With ``late`` every use of a side stream begins with
+a pause, so that rows are not there yet if nothing waited for them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TIERS: dict[str, dict[str, Any]] = {
 
 
 def run(result: Result, options: Options) -> None:
-    """Every tier of the host, at once and with late side streams."""
+    """Compare every host tier, without and with late side streams."""
     device = torch.device(options.device)
     length, width = (600, 32) if options.tiny else (5_000, 128)
     kinds = (torch.float32,) if options.tiny else (torch.bfloat16, torch.float32)
@@ -55,7 +55,7 @@ def run(result: Result, options: Options) -> None:
 
 @contextmanager
 def paused(device: torch.device) -> Iterator[None]:
-    """Every use of a side stream begins with a pause on it."""
+    """Inside this block, every use of a side stream begins with a pause on that stream."""
     enter = torch.cuda.stream
 
     @contextmanager
@@ -71,7 +71,7 @@ def paused(device: torch.device) -> Iterator[None]:
 
 @torch.inference_mode()
 def compared(tier: HostTier, device: torch.device, kind: torch.dtype, length: int, width: int) -> dict[str, Any]:
-    """Decode side by side; ``ok`` when no row differs, with the number of steps in which some did."""
+    """Decode with both stores; ``ok`` if no row differs, with the number of steps in which rows differed."""
     case = Case(device, kind, length, width)
     here, there = DeviceTier().open(device), tier.open(device)
     near, far = case.store(here), case.store(there)
@@ -79,7 +79,7 @@ def compared(tier: HostTier, device: torch.device, kind: torch.dtype, length: in
     wrong[3] += int(not torch.equal(far.stored_keys().cpu(), near.keys().cpu()))
     far.usage.open()
     arriving = far.bring(case.codes.view())
-    selections = [case.selection(near.length + step + 1) for step in range(STEPS)]  # ahead: uploading them waits
+    selections = [case.selection(near.length + step + 1) for step in range(STEPS)]  # uploading waits
     for step, indices in enumerate(selections):
         keys, values = case.token(step)
         near.append(keys, values)
@@ -99,7 +99,7 @@ def compared(tier: HostTier, device: torch.device, kind: torch.dtype, length: in
 
 
 class Case:
-    """A prompt of one layer ``[1, H, S, D]``, what follows it, and codes that grow in host memory."""
+    """A prompt of one layer ``[1, H, S, D]``, the decoded tokens, and codes that grow in host memory."""
 
     heads, middle = 4, 64
 
@@ -118,7 +118,7 @@ class Case:
         return self.budget.resolve(length, self.length)
 
     def store(self, placement: Placement) -> Store:
-        """A store of the prompt, in memory of its own."""
+        """A store of the prompt, with memory of its own."""
         keys, values = (GrowingBuffer(x[:, :, : self.length].clone()) for x in (self._keys, self._values))
         prompt = placement.prompt(keys, values, STEPS)
         store = prompt.store(self.split)
@@ -131,12 +131,12 @@ class Case:
         return self._keys[:, :, at : at + 1], self._values[:, :, at : at + 1]
 
     def code(self, step: int) -> Tensor:
-        """The code ``[1, H, 1, 4]`` that joins in a step."""
+        """The code ``[1, H, 1, 4]`` that a step adds."""
         return self._all[:, :, self.length + step : self.length + step + 1]
 
     def selection(self, length: int) -> Tensor:
-        """Sinks, random tokens of the middle and window, ``[1, H, n]``. Most of the middle comes from a part of it, so
-        that a cache has something to hold."""
+        """Sinks, random tokens of the middle, and window, ``[1, H, n]``. Most middle tokens come from one part of it,
+        so that a block cache has hits."""
         split = self.split(length)
         first, stop = split.middle(length)
         often = torch.randperm((stop - first) // 3, generator=self._generator)[: self.middle * 3 // 4]
@@ -147,18 +147,19 @@ class Case:
 
 
 def rows(store: Store, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values that a store answers, in the order asked for."""
+    """The keys and values from a store, in the requested order."""
     keys, values, places = store.fetch(indices)
     return (keys, values) if places is None else (gather_rows(keys, places), gather_rows(values, places))
 
 
 def differ(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Whether any bit differs, without waiting for the answer. NaN is never equal, so poison shows."""
+    """Whether any bit differs, without waiting for the result. NaN is never equal, so poisoned rows are found."""
     return (one[0] != other[0]).any() | (one[1] != other[1]).any()
 
 
 def _control(result: Result, device: torch.device) -> None:
-    """The counterpart: rows read before anybody waited must be wrong, else the comparisons above prove nothing."""
+    """The control experiment: rows that are read without a wait must be wrong; otherwise the comparisons above prove
+    nothing."""
     tier = HostTier(debug=device.type == "cpu")
     with paused(device) if device.type == "cuda" else nullcontext():
         placement = tier.open(device)

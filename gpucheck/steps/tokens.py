@@ -1,8 +1,8 @@
-"""Step 3: a random model of four layers writes the same tokens whatever the tier, with and without overlap, and the
-Triton body computes what the reference does.
+"""Step 3: a random model of four layers generates the same tokens over every tier, with and without overlap, and the
+Triton backend computes the same as the reference.
 
-Tokens over different tiers must be equal, since the same rows are attended to in the same order by the same kernel. Two
-bodies round differently, so their logits are compared, over the same tokens.
+Tokens over different tiers must be equal, since the same kernel attends to the same rows in the same order. Two
+backends round differently, so their logits are compared on the same tokens.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ FIRST = (
     "pqcache",
     "pqcache, codes on host",
     "pqcache_plus",
-)  # compared over every setting, the others over few
-CAPTURED = ("full", "pqcache")  # methods whose steps can be captured
-NEAR_HALF = 10  # tokens that must be the same in half precision, where kernels that read other strides round otherwise
+)  # compared in every setting; the other methods in few
+CAPTURED = ("full", "pqcache")  # methods that support captured steps
+NEAR_HALF = 10  # first tokens that must agree in half precision, where kernels round differently for other strides
 NEW = 40  # more than half the ring's margin, so that tokens leave for the host
-AGREEING = 0.9  # share of steps in which two bodies choose the same token
-NEAR = {"full": 0.02, "pqcache": 0.1}  # median error of logits in standard deviations; other codes, other selections
+AGREEING = 0.9  # share of steps in which two backends choose the same token
+NEAR = {"full": 0.02, "pqcache": 0.1}  # median error of logits in standard deviations; codes and selections differ
 
 
 def run(result: Result, options: Options) -> None:
-    """Tiers and bodies; what matters most comes first, so that it is there when time runs out."""
+    """Compare tiers and backends; the most important comparisons come first, in case time runs out."""
     device = torch.device(options.device)
     model = made(options, torch.float32)
     prompt = torch.randint(1, 128, (1, 280 if options.tiny else 3_000), generator=torch.Generator().manual_seed(2))
@@ -62,7 +62,7 @@ def run(result: Result, options: Options) -> None:
 
 
 def several(budget: Budget, options: Options) -> dict[str, Method]:
-    """Every method; where time is short those with a path of their own through the stores."""
+    """Every method; if time is short, only those that use the stores in a way of their own."""
     known = methods(budget)
     known["pqcache, codes on host"] = PQCache(budget, m=2, b=4, codes_on="host")
     names = [*FIRST, "sparq", "tova"] if options.tiny else [*FIRST, *(name for name in known if name not in FIRST)]
@@ -94,7 +94,7 @@ def made(options: Options, kind: torch.dtype) -> PreTrainedModel:
 
 
 def settings(everything: bool) -> dict[str, Setting]:
-    """Ways of running a prompt that must not change its tokens, beside the device tier without overlap."""
+    """Settings that must give the same tokens as the device tier without overlap."""
     found = {"device": Setting(), "host": Setting(HostTier()), "host, cache": Setting(HostTier(**CACHE))}
     if everything:
         found |= {
@@ -106,7 +106,8 @@ def settings(everything: bool) -> dict[str, Setting]:
 
 
 def captured(name: str) -> dict[str, Setting]:
-    """Ways with CUDA graphs, and with a selection made ahead that is always corrected, for the methods that can."""
+    """Settings with CUDA graphs, and with selection ahead that is always corrected, for the methods that support
+    them."""
     if name not in CAPTURED:
         return {}
     found = {"device, graphs": Setting(graphs=True)}
@@ -123,7 +124,7 @@ def captured(name: str) -> dict[str, Setting]:
 def _tiers(
     result: Result, model: PreTrainedModel, ids: Tensor, name: str, method: Method, everything: bool, note: str = ""
 ) -> None:
-    """One method over every tier against the device tier without overlap."""
+    """Compare one method over every tier with the device tier without overlap."""
     with result.guarded(f"{name}{note}"):
         expected = generate(model, ids, method, max_new_tokens=NEW, setting=Setting(DeviceTier(), overlap=False))
         for label, setting in {**settings(everything), **(captured(name) if everything else {})}.items():
@@ -139,8 +140,8 @@ def _tiers(
 
 
 def _bodies(result: Result, model: PreTrainedModel, ids: Tensor, name: str, method: Method, steps: int) -> None:
-    """Logits of one method by the Triton body and by the reference, over the same tokens. K-Means by two bodies parts
-    ways, so PQCache keeps the centroids it starts with."""
+    """Compare the logits of one method by the Triton backend with the reference, on the same tokens. The results of
+    K-Means differ between two backends, so PQCache keeps its initial centroids."""
     if isinstance(method, PQCache):
         method = PQCache(method.budget, m=method.m, b=method.b, iterations=0)
     tokens = generate(model, ids, method, max_new_tokens=steps, setting=Setting(backend="reference", overlap=False))

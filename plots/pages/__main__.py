@@ -1,7 +1,7 @@
 """``python -m plots.pages``: write ``docs/results/*.md``, their figures and the README's tables.
 
 It reads the records in ``results/measured/`` and never runs a model. With ``--pack NAME RESULTS --command COMMAND`` it
-first replaces the records of one page by those of a results folder.
+first replaces the records of one page with those of a results folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("plots")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES: Mapping[str, ModuleType] = MappingProxyType(
     {"quick_suite": quick, "fidelity": fidelity, "ablation": ablation, "speed": speed}
-)  # a page each; a page without records is not made
+)  # one page each; a page without records is not made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _pack(root: Path, name: str, results: Path, command: str | None) -> None:
 
 
 def read(root: Path) -> dict[str, Measured]:
-    """The committed records behind each page; a page without any is absent.
+    """The committed records behind each page; a page without records is absent.
 
     Raises:
         DataError: a file of records is damaged.
@@ -81,7 +81,7 @@ def made(found: Mapping[str, Measured], readme: str) -> dict[str, str]:
 
     Args:
         found: records by page.
-        readme: the README as it is; only what lies between its marks changes.
+        readme: the present text of the README; only the parts between its marks change.
 
     Raises:
         DataError: a mark is missing in the README.

@@ -1,4 +1,4 @@
-"""The page of ``experiment=ablation``: what each part of ``pqcache_plus`` is worth."""
+"""The page of ``experiment=ablation``: the effect of each part of ``pqcache_plus``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from pqbench.records.file import Record
 from pqbench.terminal import markdown_table
 
 TITLE = "Ablation of pqcache_plus"
-FIELDS = (("output_error", "Error of the attention output"), ("kl", "KL of the next token, method in all layers"))
+FIELDS = (
+    ("output_error", "Error of the attention output"),
+    ("kl", "KL of the next token, with the method in all layers"),
+)
 INTRODUCTION = """\
 `pqcache_plus` differs from PQCache in its codebooks (trained for the queries of the prompt), in the number of
 sub-spaces and bits, in the spread of the keys around their centroids, and in the tail, which is an estimate of
-what the unselected tokens would have added. Here each part is switched on and off over one shared prefill. A
-figure is a multiple of that of the exact top-k on the same documents and budget: below 1 it is better than the
-exact top-k."""
+the output that the unselected tokens would have added. Here each part is switched on and off over one shared
+prefill. A figure is the result of a variant divided by the result of the exact top-k on the same documents and
+budget: below 1 the variant is better than the exact top-k."""
 READING = """\
-Rows are codebooks with their number of sub-spaces and bits; columns are tails: `none`; `mean`, the mean value
-of the unselected tokens; `pq`, quantised values weighted by approximate scores; `sampled`, a sample that is
-paid from the same budget. Documents differ, so small differences mean nothing."""
+Rows are codebooks with their number of sub-spaces and bits. Columns are tails: `none` has no tail, `mean` uses
+the mean value of the unselected tokens, `pq` uses quantised values weighted by approximate scores, and
+`sampled` uses a random sample whose tokens count towards the budget. There are few documents, so small
+differences mean nothing."""
 
 
 def tables(measured: Measured) -> list[tuple[str, str]]:
-    """Title and table of each figure: codebook, sub-spaces and bits by tail."""
+    """Title and table of each measured field: codebook, sub-spaces and bits by tail."""
     table = families(of_fidelity(measured.table()))
     run = parted(table)
     exact = rail(table, run)
@@ -52,7 +56,7 @@ def page(measured: Measured) -> str:
     records = good(measured.records)
     first = records[0]
     documents = len({r["document"] for r in records})
-    samples = f"{documents} text(s) of {first['length']} tokens, {first['steps']} steps each, for every variant"
+    samples = f"{documents} text(s) of {first['length']} tokens for every variant, {first['steps']} steps each"
     budget = ", ".join(sorted({f"{100 * r['ratio']:g} %" for r in records if r.get("ratio") is not None}))
     lines = [
         *heading(TITLE, INTRODUCTION),

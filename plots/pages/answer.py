@@ -1,4 +1,4 @@
-"""The tables of the README: which method to use, chosen by rule from the records, and what each one reached."""
+"""The tables of the README: which method to use, chosen from the records by rule, and the results of each method."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from plots.pages.source import WIDTH, good, mean, shown
 from pqbench.records.file import Record
 from pqbench.terminal import markdown_table
 
-DENSE, EXACT = "full", "oracle"  # the reference, and what attends to the exact top-k
-FLOOR = ("random_tokens",)  # measured to compare with, and never a recommendation
-KEPT_WHEN_DROPPING = 0.5  # a method that holds less of full attention's bytes than this drops tokens
+DENSE, EXACT = "full", "oracle"  # the reference, and the method that attends to the exact top-k
+FLOOR = ("random_tokens",)  # measured for comparison, never recommended
+KEPT_WHEN_DROPPING = 0.5  # a method that holds a smaller share of full attention's bytes drops tokens
 # The example of the README: Llama-3.1-8B in bfloat16 at 32K tokens.
 LAYERS, KV_HEADS, HEAD_DIM, BYTES, CONTEXT = 32, 8, 128, 2, 32768
 
@@ -32,7 +32,7 @@ class Choice:
         return fidelity.reference_ratio(self.fidelity)
 
     def candidates(self, drops: bool) -> list[str]:
-        """The methods that drop tokens for good, or those that keep all of them and read an index that is smaller than
+        """The methods that drop tokens for good, or the methods that keep all tokens and read an index smaller than
         half of the keys."""
         exact = self.bits(EXACT)
         found = [name for name in fidelity.methods_of(self.fidelity) if name not in (DENSE, EXACT, *FLOOR)]
@@ -45,7 +45,7 @@ class Choice:
         return held < KEPT_WHEN_DROPPING * dense
 
     def bits(self, method: str) -> float:
-        """Bits of the index that a step reads per token of the context and KV head."""
+        """Bits of the index that a step reads, per token of the context and KV head."""
         return mean(fidelity.at(self.fidelity, method, self.ratio), "bits_per_key") or 0.0
 
     def error(self, method: str) -> float:
@@ -79,25 +79,29 @@ def choice(suite: Measured, faith: Measured) -> Choice:
 
 
 def answer(found: Choice) -> str:
-    """A row for each situation: the method to use, and the figures that say so."""
+    """A row for each situation: the method to use, and the figures that support it."""
     finder, faithful, dropper = found.finder(), found.faithful(), found.dropper()
     percent = f"{100 * found.ratio:g} %"
     rows = [
-        ["All keys and values fit on the card and can be read in every step", DENSE, "It is exact, and the reference."],
         [
-            "They do not fit, or reading them takes too long, and facts must be found in the context",
+            "All keys and values fit on the card and can be read in every step",
+            DENSE,
+            "It is exact; all other methods are compared with it.",
+        ],
+        [
+            "Keys and values do not fit, or reading them takes too long, and facts must be found in the context",
             f"{finder} with store=host",
             f"It finds {found.needle(finder):.0f} % of the needles (full: {found.needle(DENSE):.0f} %) with "
             f"{percent} of the tokens and {found.bits(finder):.0f} bits of index per key.",
         ],
         [
-            "The same, and the output must stay as close to full attention as possible",
+            "As above, but the output must stay as close to full attention as possible",
             f"{faithful} with store=host",
-            f"Its error is {found.error(faithful):.3f}; that of {finder} is {found.error(finder):.3f}, "
-            f"that of the tokens with the highest exact scores {found.error(EXACT):.3f}.",
+            f"Its error is {found.error(faithful):.3f}. The error of {finder} is {found.error(finder):.3f}, and that "
+            f"of {EXACT}, which selects by exact scores, {found.error(EXACT):.3f}.",
         ],
         [
-            "There is no room for all tokens anywhere, so most must be dropped",
+            "Even host memory is too small for all tokens, so most must be dropped",
             dropper,
             f"Its error of {found.error(dropper):.3f} is the smallest of the methods that drop tokens, but it finds "
             f"only {found.needle(dropper):.0f} % of the needles.",
@@ -110,23 +114,24 @@ def answer(found: Choice) -> str:
 
 
 def basis(found: Choice) -> str:
-    """On what the table rests: the model and the number of samples."""
+    """The basis of the table: the model and the number of samples."""
     prompts = quick.needles(found.suite, DENSE)
     lengths = sorted({int(record["prompt_tokens"]) for record in prompts})
     texts = {str(record["document"]) for record in good(found.fidelity)}
     [length] = {record["length"] for record in good(found.fidelity)}
     return (
         f"Every method but `full` attended to {100 * found.ratio:g} % of the tokens in each step. A needle is a number "
-        "hidden in a long text that the model must repeat; the error is that of the attention output, relative to full "
-        f"attention. Measured on the small model `{prompts[0]['model']}`: needles in {len(prompts)} prompts of "
-        f"{lengths[0]} to {lengths[-1]} tokens, errors on {len(texts)} texts of {length} tokens. The pages "
-        "[quick suite](docs/results/quick_suite.md) and [fidelity](docs/results/fidelity.md) have all figures. With so "
-        "few prompts a difference of one needle means nothing, so repeat the comparison on your own model and task."
+        "hidden in a long text that the model must repeat. The error is the relative error of the attention output "
+        f"against full attention. All figures are from the small model `{prompts[0]['model']}`: needles in "
+        f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, errors on {len(texts)} texts of {length} "
+        "tokens. The pages [quick suite](docs/results/quick_suite.md) and [fidelity](docs/results/fidelity.md) have "
+        "more figures. With so few prompts a difference of one needle means nothing, so repeat the comparison on your "
+        "own model and task."
     )
 
 
 def example(found: Choice) -> str:
-    """What the recommendation means for 32K tokens on one card, in bytes."""
+    """The recommendation in bytes, for 32K tokens on one card."""
     finder = found.finder()
     heads = LAYERS * KV_HEADS * CONTEXT
     everything, codes = heads * 2 * HEAD_DIM * BYTES, heads * found.bits(finder) / 8
@@ -140,7 +145,7 @@ def example(found: Choice) -> str:
 
 
 def overview(found: Choice) -> str:
-    """A row for each method: its scores, its error, and what it reads and holds."""
+    """A row for each method: its scores, its error, and how much it reads and holds."""
     dense = mean(quick.needles(found.suite, DENSE), "kv_bytes") or 0.0
     known = set(fidelity.methods_of(found.fidelity))
     rows = []

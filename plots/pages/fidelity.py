@@ -1,4 +1,4 @@
-"""The page of ``benchmark=fidelity``: how far every method is from full attention, by budget."""
+"""The page of ``benchmark=fidelity``: the distance of every method from full attention, by budget."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ COLUMNS = (
 )
 INTRODUCTION = """\
 Every method reads real long texts token by token after a dense prefill and is compared with full attention.
-*Error* is the relative error of a layer's attention output when the method is given the exact inputs of that
-layer. *KL* is the divergence, in nats, of the next token's distribution from full attention's when the method
-works in all layers. *Top-1* is the share of the steps in which both have the same most likely token. *Bits per
-key* is the size of the index that a step reads, for each token of the context and KV head. `oracle` attends to
-the exact top-k and shows what any choice of that many tokens can reach; a method that adds an estimate of the
-unselected tokens can do better."""
+*Error* is the relative error of the attention output of a layer that gets the exact inputs of full attention.
+*KL* is the divergence (in nats) between the next-token distributions of full attention and of the method, which
+then works in all layers. *Top-1* is the share of the steps in which both have the same most likely token. *Bits
+per key* is the size of the index that a step reads, for each token of the context and KV head. `oracle` attends
+to the exact top-k, so it shows what a selection of that many tokens can reach. A method that adds an estimate
+of the unselected tokens can do better."""
 VARIANTS = """\
 `plain_2x8` and `aware_2x8` are `pqcache_plus` with 2 sub-spaces of 8 bits and no estimate of the unselected
-tokens, once with plain codebooks and once with codebooks that are trained for the prompt's queries. The command
-above defines them."""
+tokens. `plain_2x8` has plain codebooks, and `aware_2x8` has codebooks that are trained for the queries of the
+prompt. The command above defines both."""
 READING = """\
 Documents differ more from each other than methods do. The next table therefore divides the error of each method
 by that of `oracle` on the same document and gives the mean with its 95 % bootstrap interval over the documents."""
 
 
 def ratios_of(records: Sequence[Record]) -> list[float]:
-    """The budgets on record as shares of the context, smallest first."""
+    """The budgets in the records as shares of the context, smallest first."""
     return sorted({float(r["ratio"]) for r in good(records) if r.get("ratio") is not None})
 
 
@@ -48,19 +48,19 @@ def at(records: Sequence[Record], method: str, ratio: float) -> list[Record]:
 
 
 def reference_ratio(records: Sequence[Record]) -> float:
-    """The budget at which methods are ranked: 10 % of the context where it was measured, else the nearest to it."""
+    """The budget at which methods are ranked: 10 % of the context, or the nearest budget that was measured."""
     return min(ratios_of(records), key=lambda ratio: abs(ratio - 0.1))
 
 
 def methods_of(records: Sequence[Record]) -> list[str]:
-    """The methods that have a budget, with the smallest output error first."""
+    """The methods that have a budget, in the order of their output errors, smallest first."""
     ratio = reference_ratio(records)
     names = dict.fromkeys(str(r["method"]) for r in good(records) if r.get("ratio") is not None)
     return sorted(names, key=lambda name: mean(at(records, name, ratio), "output_error") or 0.0)
 
 
 def main_table(records: Sequence[Record]) -> str:
-    """A row for each method: error, KL and agreement at each budget."""
+    """A row for each method: error, KL and top-1 agreement at each budget."""
     ratios, ratio = ratios_of(records), reference_ratio(records)
     headings = ["method", "bits per key", *(f"{name} at {100 * r:g} %" for _, name, *_ in COLUMNS for r in ratios)]
     rows = []
@@ -86,7 +86,7 @@ def relative_table(records: Sequence[Record]) -> str:
 
 
 def verdict(records: Sequence[Record]) -> str:
-    """The smallest error and what it is of the exact top-k's, in a sentence."""
+    """A sentence that names the smallest error, also as a multiple of the error of the exact top-k."""
     best, ratio = methods_of(records)[0], reference_ratio(records)
     mine, exact = (mean(at(records, name, ratio), "output_error") for name in (best, BASE))
     if mine is None or not exact:
@@ -104,7 +104,7 @@ def page(measured: Measured) -> str:
     first = good(records)[0]
     documents = len({r["document"] for r in good(records)})
     lengths = ", ".join(str(length) for length in sorted({r["length"] for r in good(records)}))
-    samples = f"{documents} text(s) of {lengths} tokens, {first['steps']} steps each, for every method and budget"
+    samples = f"{documents} text(s) of {lengths} tokens for every method and budget, {first['steps']} steps each"
     lines = [
         *heading(TITLE, INTRODUCTION),
         *origin(measured, samples),

@@ -1,4 +1,4 @@
-"""Parts of a page that a command keeps up to date, between two comments that a reader does not see."""
+"""Parts of a page that a command keeps up to date; they lie between two comments that are invisible to readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pqbench.errors import DataError
 
 
 def replaced(page: str, parts: Mapping[str, str]) -> str:
-    """The page with new text between the marks of each part.
+    """The page with the text between the marks of each part replaced.
 
     Raises:
         DataError: the page lacks a mark.

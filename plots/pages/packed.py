@@ -1,7 +1,7 @@
 """A results folder in one compressed file, small enough to be part of the repository.
 
-The first line of the file names the command that made the records and the day they were made. A line for each run
-follows, with its settings and environments, and after each of these the records of the run.
+The first line of the file names the command that made the records and the day on which they were made. Then each run
+has one line with its settings and environments, followed by its records.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pqbench.records.folders import environments, run_folders, settings_of
 from pqbench.tables.summaries import frame
 
 SUFFIX = ".jsonl.gz"
-DROPPED = ("prompt_tail", "heads", "layers")  # long fields that no page needs
+DROPPED = ("prompt_tail", "heads", "layers")  # long fields that no page uses
 Run = tuple[Mapping[str, Any], Mapping[str, Any]]  # settings and first environment
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The content of one packed file: its records, the runs they belong to by key, and how they were made."""
+    """The content of one packed file: its records, their runs by key, and how they were made."""
 
     command: str
     date: str
@@ -37,14 +37,14 @@ class Measured:
     runs: Mapping[str, Run]
 
     def table(self) -> pd.DataFrame:
-        """The records as figures need them, one row each, with the settings of their run."""
+        """The records as figures need them: one row each, with the settings of the run."""
         return with_settings(frame(self.records), self.runs)
 
 
 def pack(results: Path, path: Path, command: str) -> int:
-    """Write the newest records of a results folder to one file. Returns how many.
+    """Write the newest records of a results folder to one file. Returns their number.
 
-    The file depends on the records alone: packing the same folder again gives the same bytes.
+    The file depends only on the records: packing the same folder again gives the same bytes.
 
     Raises:
         DataError: the folder does not exist or holds no records.
@@ -74,7 +74,7 @@ def unpack(path: Path) -> Measured:
     """Read a packed file.
 
     Raises:
-        DataError: it is damaged, or its records have a format that this version does not read.
+        DataError: the file is damaged, or its records have a format that this version cannot read.
     """
     try:
         first, *lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]

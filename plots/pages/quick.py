@@ -25,31 +25,32 @@ COSTS = (
     ("kv_bytes", "KV MB held", 1e-6, "{:.1f}"),
 )
 INTRODUCTION = """\
-Every method reads the same few prompts: a number hidden in prose at five depths (needle), InfiniteBench's
-passkey and number string, and three tasks of RULER. All methods share the dense prefill of a prompt and then
-decode with the same budget. Scores are percentages by the official metric of each benchmark."""
+Every method reads the same few prompts: a number hidden in prose at five depths (needle), the tasks passkey and
+number string of InfiniteBench, and three tasks of RULER. All methods share the dense prefill of a prompt and
+then decode with the same budget. Scores are computed by the official metric of each benchmark, in percent."""
 READING = """\
 A benchmark has only a few prompts here, so a difference of one prompt between two methods means nothing. The
-second table says why a method lost a needle: *mass* is the share of the exact attention probability that the
-attended tokens hold, *recall* is the share of the exact top-k that the method found, and *output error* is the
-relative error of the attention output against full attention. They are measured with the queries of full
-attention on the reference answer, on the needle prompts. *KV MB held* tells the methods that drop tokens from
-those that keep all of them."""
+second table helps to explain why a method did not find a needle: *mass* is the share of the exact attention
+probability that the attended tokens hold, *recall* is the share of the exact top-k that the method found, and
+*output error* is the relative error of the attention output against full attention. They are measured with the
+queries of full attention on the reference answers of the needle prompts. *KV MB held* shows which methods drop
+tokens and which keep all of them."""
 
 
 def methods_of(records: Sequence[Record]) -> list[str]:
-    """The methods with the highest score first: the mean over the benchmarks, then the smallest output error."""
+    """The methods in the order of their mean score over the benchmarks, highest first; ties by the smallest output
+    error."""
     names = dict.fromkeys(str(record["method"]) for record in good(records))
     return sorted(names, key=lambda name: (-overall(records, name), error_of(records, name)))
 
 
 def score_of(records: Sequence[Record], method: str, benchmark: str) -> float | None:
-    """The mean score in percent of a method on one benchmark."""
+    """The mean score of a method on one benchmark, in percent."""
     return mean([r for r in good(records) if (r["method"], r["benchmark"]) == (method, benchmark)], "score")
 
 
 def overall(records: Sequence[Record], method: str) -> float:
-    """The mean over the benchmarks of a method's scores, in percent."""
+    """The mean of a method's scores over the benchmarks, in percent."""
     scores = [score for name in NAMES if (score := score_of(records, method, name)) is not None]
     return sum(scores) / len(scores) if scores else 0.0
 
@@ -60,7 +61,7 @@ def error_of(records: Sequence[Record], method: str) -> float:
 
 
 def needles(records: Sequence[Record], method: str) -> list[Record]:
-    """The good needle records of a method, with the bytes of keys and values it holds on both tiers."""
+    """The good needle records of a method, with the bytes of keys and values that it holds on both tiers together."""
     chosen = [r for r in good(records) if (r["method"], r["benchmark"]) == (method, "needle")]
     return [r | {"kv_bytes": (r.get("device_bytes") or 0) + (r.get("host_bytes") or 0)} for r in chosen]
 
@@ -72,7 +73,7 @@ def scores_table(records: Sequence[Record], methods: Sequence[str]) -> str:
 
 
 def costs_table(records: Sequence[Record], methods: Sequence[str]) -> str:
-    """A row for each method: what it attended to, read and held on the needle prompts."""
+    """A row for each method: how much it attended to, read and held on the needle prompts."""
     rows = []
     for method in methods:
         found = needles(records, method)

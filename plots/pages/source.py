@@ -1,4 +1,4 @@
-"""What a page says of the origin of its figures: machine, threads, date, code, and the command behind them."""
+"""The part of a page that names the origin of its figures: machine, threads, date, code and command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plots.pages.packed import Measured
 from pqbench.records.file import Record
 
 MAKER = "python -m plots.pages"
-WIDTH = 110  # of a command line in a page
+WIDTH = 110  # of a command line on a page
 
 
 def heading(title: str, introduction: str) -> list[str]:
@@ -50,8 +50,8 @@ def origin(measured: Measured, samples: str) -> list[str]:
 
 
 def wrapped(command: str) -> list[str]:
-    """A command over several lines, each but the last ended by a backslash; it is cut at spaces between arguments."""
-    if "'" in command:  # a quoted argument may hold spaces, so it gets a line of its own
+    """A command over several lines, which end in backslashes; it is cut at spaces between arguments."""
+    if "'" in command:  # a quoted argument may hold spaces, so it has a line of its own
         parts = command.split(" '")
         plain, quoted = parts[0], [f"'{part}" for part in parts[1:]]
     else:
@@ -72,21 +72,21 @@ def joined(words: Iterable[str]) -> str:
 
 
 def good(records: Sequence[Record]) -> list[Record]:
-    """The records that are no failure."""
+    """The records without those of failures."""
     return [record for record in records if record["status"] == "ok"]
 
 
 def mean(records: Sequence[Record], field: str) -> float | None:
-    """The mean of a field over the records that hold a number there; None where there is none."""
+    """The mean of a field over the records in which it is a number; None if there is no such record."""
     values = [record[field] for record in records if isinstance(record.get(field), int | float)]
     return fmean(values) if values else None
 
 
 def shown(value: Any, form: str) -> str:
-    """A number in a format; a dash for None."""
+    """A number in the given format; a dash for None."""
     return "-" if value is None else form.format(value)
 
 
 def picture(text: str, name: str) -> list[str]:
-    """A figure of ``docs/figures/`` on a page in ``docs/results/``."""
+    """Markdown that shows a figure of ``docs/figures/`` on a page in ``docs/results/``."""
     return [f"![{text}](../figures/{Path(name).name})", ""]

@@ -15,11 +15,11 @@ from pqbench.terminal import markdown_table
 
 TITLE = "Speed"
 INTRODUCTION = """\
-Two measurements. `benchmark=attention` times the decode step of one attention layer with keys and values of
+There are two measurements. `benchmark=attention` times the decode step of one attention layer with keys and values of
 real shape: selecting, fetching and attending. `benchmark=latency` times a whole model: the time to the first
-token (TTFT), to the second token (TT2T, when the index is complete) and per later token (TPOT), each method
-with a prefill of its own. *x dense* says how many times as fast as the fastest dense kernel a method is. Times
-depend on the machine; compare them within one table."""
+token (TTFT), to the second token (TT2T, when the index is complete) and per later token (TPOT). Each method has
+a prefill of its own. *x dense* is the time of the fastest dense kernel divided by the time of the method. Times
+depend on the machine, so compare them only within one table."""
 
 
 def page(measured: Measured) -> str:
@@ -42,5 +42,5 @@ def names(records: Sequence[Record]) -> list[str]:
 
 
 def figures(measured: Measured, folder: Path) -> list[Path]:
-    """Times against the context, where the whole model was measured at several."""
+    """Times against the context, if the whole model was measured at several contexts."""
     return draw(measured.table(), folder)

@@ -1,1 +1,1 @@
-"""The report: one self-contained HTML page of everything that a results folder holds."""
+"""The report: one self-contained HTML page that shows everything in a results folder."""

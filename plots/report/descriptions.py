@@ -1,5 +1,5 @@
-"""What a method is, from its own docstrings: read from the source with ``ast``, for a file of results may name any
-class and must not make anything run."""
+"""Descriptions of methods from their own docstrings. The source is read with ``ast`` and never run, because a file of
+results may name any class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ATTRIBUTE = re.compile(r"    (\w+): +(.*)")
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of running text, set as code or not."""
+    """A piece of text that is shown as code or as ordinary words."""
 
     text: str
     code: bool
@@ -37,7 +37,7 @@ class Description:
 
 
 def describe(class_name: str) -> Description | None:
-    """The description of a method's class by its name, wherever the class lies today; None when no yaml of a method
+    """The description of a method's class, found by its name even if the class has moved; None if no yaml of a method
     names it."""
     known = described("method").get(class_name)
     return None if known is None else source_description(known.target)
@@ -45,7 +45,7 @@ def describe(class_name: str) -> Description | None:
 
 @cache
 def source_description(target: str) -> Description | None:
-    """The description of a class by its dotted name; None when there is no such source here."""
+    """The description of a class with this dotted name; None if there is no such source here."""
     parts = target.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return None
@@ -61,7 +61,7 @@ def source_description(target: str) -> Description | None:
 
 
 def spans(text: str) -> list[Span]:
-    """Running text with its reStructuredText literals and roles taken apart."""
+    """Split a text into ordinary words and its reStructuredText literals and roles."""
     found, place = [], 0
     for match in _MARKUP.finditer(text):
         found += [Span(text[place : match.start()], False), Span(match[1] or match[2] or match[3], True)]
@@ -70,9 +70,10 @@ def spans(text: str) -> list[Span]:
 
 
 def _sources(module: list[str]) -> Iterator[Path]:
-    """Files that may define what a module exports: its own, and of a package also those inside. Imports nothing."""
+    """Files that may define the names of a module: its own file and, for a package, the files inside. Imports
+    nothing."""
     try:
-        spec = importlib.util.find_spec(module[0])  # of a top-level name this loads no code
+        spec = importlib.util.find_spec(module[0])  # for a top-level name this loads no code
     except (ImportError, ValueError):
         return
     if spec is None:

@@ -14,7 +14,7 @@ from plots.report.text import name
 from plots.style import BASELINE
 from pqbench.tables.summaries import COSTS, KEYS, Run, Suite, suites
 
-# Field of a row -> (heading, unit, factor, format, what it is).
+# Field of a row -> (heading, unit, factor, format, explanation).
 Column = tuple[str, str, float, str, str]
 COLUMNS: dict[str, Column] = {
     "score": ("score", "%", 1, "{:.1f}", "mean over samples"),
@@ -23,38 +23,45 @@ COLUMNS: dict[str, Column] = {
         "%",
         1,
         "{:.1f}",
-        "over tasks, where no task is missing; for LongBench the official mean of its groups",
+        "mean over tasks, if no task is missing; for LongBench the official mean of its groups",
     ),
     "mass": ("mass", "", 1, "{:.3f}", "share of the attention probability that fell on attended tokens"),
     "recall": ("recall", "", 1, "{:.3f}", "share of the exact top-k that was attended"),
     "output_error": ("output error", "", 1, "{:.3f}", "relative error of the attention output"),
-    "ttft_s": ("TTFT", "s", 1, "{:.2f}", "time to first token, median; methods that ran together share a prefill"),
-    "tt2t_s": ("TT2T", "s", 1, "{:.2f}", "time to second token, median; it includes what a method adds to prefill"),
-    "tpot_s": ("TPOT", "ms", 1e3, "{:.1f}", "time per output token, median"),
+    "ttft_s": ("TTFT", "s", 1, "{:.2f}", "median time to the first token; methods that ran together share a prefill"),
+    "tt2t_s": (
+        "TT2T",
+        "s",
+        1,
+        "{:.2f}",
+        "median time to the second token; it includes the time that a method adds to the prefill",
+    ),
+    "tpot_s": ("TPOT", "ms", 1e3, "{:.1f}", "median time per output token"),
     "step_bytes": (
         "read",
         "MB/step",
         1e-6,
         "{:.2f}",
-        "index bytes and attended keys and values of a decode step, over all layers; counted",
+        "bytes that a decode step reads in all layers: index, and attended keys and values; counted, not measured",
     ),
     "link_bytes": ("link", "MB/step", 1e-6, "{:.2f}", "bytes over the link between host and device"),
-    "kv_bytes": ("KV", "MB", 1e-6, "{:.1f}", "keys and values kept, on device and host"),
+    "kv_bytes": ("KV", "MB", 1e-6, "{:.1f}", "bytes of keys and values held on device and host"),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its names for people, its figures in the units of the records, and how it is told from others."""
+    """One run: its names for readers, its figures in the units of the records, and what distinguishes it from other
+    runs."""
 
     names: dict[str, str]  # benchmark, model, method, budget, question, key
     run: Run
     figures: dict[str, float | None]
     folder: int
-    emulated: str | None  # the link whose time is a model's
+    emulated: str | None  # the link whose times are modelled
 
     def shown(self, column: str) -> str:
-        """A figure in its unit; a dash where there is none."""
+        """A figure in its unit; a dash if there is none."""
         _, _, factor, form, _ = COLUMNS[column]
         value = self.figures.get(column)
         return "-" if value is None else form.format(value * factor)
@@ -76,7 +83,7 @@ def boards(loaded: Loaded) -> list[Board]:
     folders = table.groupby(KEYS, sort=False)["folder"].last()
     found = []
     needed = [*KEYS, "task", "sample_id", "status", "score", "scores", "too_short", *COSTS]
-    # Long texts left behind and strings as plain objects: cutting the table into runs and tasks takes half the time.
+    # Without long texts, and with strings as plain objects, cutting the table into runs and tasks takes half the time.
     for suite in suites(loaded.table.reindex(columns=needed).astype(dict.fromkeys([*KEYS, "task"], object))):
         rows = []
         for run in suite.runs:
@@ -94,8 +101,8 @@ def columns(found: list[Board]) -> list[str]:
 
 
 def step_bytes(table: pd.DataFrame) -> pd.Series:
-    """Bytes a decode step reads: those of the index, and the rows attended. A row is as large as the rows kept are on
-    average: on the host, where a host tier keeps all, else on the device."""
+    """Bytes that a decode step reads: the index, and the attended rows. The size of a row is the average of the rows
+    kept: on the host if a host store keeps them all, otherwise on the device."""
     kept = _numbers(table, "host_bytes").where(lambda size: size > 0, _numbers(table, "device_bytes"))
     row = kept / _numbers(table, "kv_tokens").where(lambda count: count > 0)
     return _numbers(table, "index_bytes") + _numbers(table, "attended_tokens") * row
@@ -107,7 +114,7 @@ def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _order(row: Row) -> tuple[bool, str, float]:
-    """Full attention first, then by method and the number in the budget."""
+    """The order of the rows: full attention first, then by method and by the number in the budget."""
     number = re.search(r"\d+(\.\d+)?", row.names["budget"])
     return row.names["method"] != BASELINE, row.names["method"], float(number[0]) if number else 0.0
 

@@ -1,4 +1,4 @@
-"""Everything a results folder holds: records, configurations, environments, and a count of what was left out."""
+"""The content of a results folder: records, configurations and environments, and the number of omitted records."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pqbench.tables.kinds import has_scores
 from pqbench.tables.summaries import frame
 from pqbench.tables.variants import with_variants
 
-REAL_LINKS = ("auto", "local", "cuda")  # every other setting of a link is a model of one
+REAL_LINKS = ("auto", "local", "cuda")  # every other setting is an emulated link
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies beside the records of one run."""
+    """The files beside the records of one run."""
 
     config: dict[str, Any]
     environments: list[dict[str, Any]]
 
     @property
     def link(self) -> str | None:
-        """The emulated link of the run's store, None when its transfers were real or there were none."""
+        """The emulated link of the run's store; None if its transfers were real or there were none."""
         store = self.config.get("store")
         link = store.get("link") if isinstance(store, dict) else None
         return None if link is None or link in REAL_LINKS else str(link)
@@ -38,8 +38,8 @@ class Loaded:
     """A results folder in memory.
 
     Attributes:
-        records: everything that can be read, whatever its kind.
-        table: the records with scores; its column ``folder`` indexes ``folders``.
+        records: all records that can be read, of any kind.
+        table: the records with scores; its column ``folder`` is an index into ``folders``.
         others: the records of all other kinds that say what they measured.
     """
 
@@ -48,20 +48,20 @@ class Loaded:
     folders: list[Folder] = field(default_factory=list)
     owner: list[int] = field(default_factory=list)  # folder of each record
     foreign: Counter[str] = field(default_factory=Counter)  # records of another format, by version
-    broken: int = 0  # lines that are no record
-    old_code: int = 0  # records of runs that were measured again with other code of the method
-    older: int = 0  # records that a newer one of the same sample replaces
+    broken: int = 0  # lines that are not records
+    old_code: int = 0  # records of runs that were repeated with other code of the method
+    older: int = 0  # records that were replaced by a newer one of the same sample
     unplaced: int = 0  # records without scores that do not say what they measured
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     others: list[Record] = field(default_factory=list)
 
     @property
     def failed(self) -> int:
-        """Records that are no measurement: errors and out of memory."""
+        """The records of failures: errors and out of memory."""
         return sum(record["status"] not in FINISHED for record in self.records)
 
     def left_out(self) -> list[str]:
-        """What is not in the report, in words, empty when nothing was left out."""
+        """The number of omitted records for each reason, in words; empty if nothing was omitted."""
         parts = [
             f"{count} of format version {version} (this pqbench reads {', '.join(map(str, READABLE))})"
             for version, count in sorted(self.foreign.items())
@@ -110,7 +110,7 @@ def load(root: Path) -> Loaded:
 
 
 def _placed(record: Record) -> bool:
-    """Whether a record that is no score says what it measured, in fields that can be compared."""
+    """Whether a record without a score says what it measured, in fields that can be compared."""
     context = record.get("context", record.get("length"))
     named = ("model", "budget", "link", "kernels", "threads", "dtype", "overlap", "variant", "key", "keys", "kernel")
     plain = not any(isinstance(record.get(field), list | dict) for field in named)
@@ -119,5 +119,5 @@ def _placed(record: Record) -> bool:
 
 
 def _written(path: Path) -> int:
-    """Lines of a file that are not empty."""
+    """The number of non-empty lines of a file."""
     return sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))

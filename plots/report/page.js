@@ -1,5 +1,5 @@
 "use strict";
-// The page is complete without this script: it sorts, filters and shows single samples. Text goes in by textContent only.
+// The page is complete without this script, which sorts, filters and shows single samples. Text is set only by textContent.
 (() => {
   const find = (id) => document.getElementById(id);
   const make = (tag, text, name) => {
@@ -9,7 +9,7 @@
     return element;
   };
 
-  // The state lies behind the # of the address, so that a view can be sent as a link.
+  // The state is stored behind the # of the address, so that a view can be sent as a link.
   const state = new URLSearchParams(location.hash.startsWith("#?") ? location.hash.slice(2) : "");
   const keep = (name, value) => {
     if (value) state.set(name, value); else state.delete(name);
@@ -17,7 +17,7 @@
     history.replaceState(null, "", text ? "#?" + text : location.pathname + location.search);
   };
 
-  // Sorting: numbers by data-value, text by its letters; cells without a value stay at the end.
+  // Sorting: numbers are sorted by data-value, text by its letters; cells without a value stay at the end.
   const sort = (table, column, direction) => {
     const body = table.tBodies[0];
     const numeric = [...body.rows].some((row) => row.cells[column].dataset.value !== undefined);
@@ -47,7 +47,7 @@
     }));
   }
 
-  // Filters: rows by all four, panels by benchmark and model.
+  // Filters: all four filters apply to rows, benchmark and model also to panels.
   const names = ["benchmark", "model", "budget"];
   const filter = () => {
     const wanted = Object.fromEntries(names.map((name) => [name, find("filter-" + name).value]));

@@ -1,4 +1,5 @@
-"""The page: rows and drawings put into the template. Style, script and data are in it, and nothing else may run."""
+"""The page: the template filled with rows and drawings. Style, script and data are part of it; no other script may
+run."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ from plots.style import looks
 from pqbench.tables.kinds import sections
 from pqbench.tables.section import group_records
 
-ROWS, CELLS, PANELS, METHODS = 1500, 20_000, 60, 100  # limits of the page; what they cut off is said where it is cut
+ROWS, CELLS, PANELS, METHODS = 1500, 20_000, 60, 100  # limits of the page, which says where they cut something off
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Scores of one benchmark on one model by task, the first of them where there are many."""
+    """Scores of one benchmark on one model by task; if there are many tasks, only the first ones."""
 
     board: leaderboard.Board
     columns: list[str]
@@ -34,7 +35,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Timing:
-    """One table of records without scores, with numbers found in its cells so that it can be sorted."""
+    """One table of records without scores, with the numbers of its cells, by which it can be sorted."""
 
     benchmark: str
     model: str
@@ -91,8 +92,8 @@ def render(loaded: Loaded) -> str:
 
 
 def _labels(rows: list[leaderboard.Row]) -> list[str]:
-    """The names a leaderboard row needs: benchmark and model unless all have the same; question, the settings that
-    differ, and the key only where rows would look alike without them."""
+    """The names that a leaderboard row needs: benchmark and model unless they are the same in all rows. The question,
+    the settings that differ and the key are given only if rows would look alike without them."""
     shown = ["method", "budget"]
     if len({(row.names["benchmark"], row.names["model"]) for row in rows}) > 1:
         shown += ["benchmark", "model"]
@@ -104,13 +105,13 @@ def _labels(rows: list[leaderboard.Row]) -> list[str]:
 
 
 def _values(loaded: Loaded, rows: list[leaderboard.Row], key: str) -> list[str]:
-    """What a filter can be set to."""
+    """The values to which a filter can be set."""
     others = [name(record[key]) for record in loaded.others if key in record and key != "budget"]
     return list(dict.fromkeys([*(row.names[key] for row in rows), *others]))[:300]
 
 
 def _tasks(boards: list[leaderboard.Board]) -> list[Tasks]:
-    """Boards with scores, cut so that all tables together stay readable for a browser."""
+    """Boards with scores, shortened so that a browser can show all tables together."""
     found, left = [], CELLS
     for board in boards:
         known = [column for column in board.suite.columns if any(column in row.run.scores for row in board.rows)]
@@ -144,7 +145,7 @@ def _timings(loaded: Loaded) -> list[Timing]:
 
 
 def _number(text: str) -> float | None:
-    """The number a cell starts with: an interval or a share may follow."""
+    """The number at the start of a cell; an interval or a share may follow it."""
     try:
         return float(text.partition(" ")[0])
     except ValueError:

@@ -1,4 +1,5 @@
-"""Quality against cost as small drawings: geometry only; the template turns it into SVG in the page's colours."""
+"""Quality against cost as small drawings. This module computes only geometry; the template turns it into SVG in the
+page's colours."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ WIDTH, HEIGHT = 460.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 448.0, 14.0, 240.0  # edges of the axes
 COSTS = (("step_bytes", "read per decode step, MB"), ("tpot_s", "time per output token, ms"))
 POINTS = 400  # of one panel
-BARS, NAMED = 12, 30  # points up to which intervals are drawn, and methods up to which they are named
+BARS, NAMED = 12, 30  # most points with intervals, and most methods with names
 Box = tuple[float, float, float, float]
 Scale = Callable[[float], float]
-# Where a label may stand, from its point: to the right first, then left, below and above.
+# Places of a label around its point in the order of trial: right, left, below and above.
 _AROUND = (
     (9, 4, "start"),
     (-9, 4, "end"),
@@ -39,7 +40,7 @@ _LETTER, _LINE = 6.3, 13.0  # estimated size of a character and of a line of a l
 
 @dataclass(frozen=True)
 class Point:
-    """One run: where it is drawn, its score interval, its label if it has one, and its tooltip."""
+    """One run: its place, its score interval, its label if it has one, and its tooltip."""
 
     x: float
     y: float
@@ -52,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """One benchmark and model against one cost. Ticks are (position, text)."""
+    """The drawing of one benchmark and model against one cost. Ticks are (position, text)."""
 
     benchmark: str
     model: str
@@ -68,14 +69,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Marker:
-    """A method's mark: SVG path round the origin, and colour (none for the reader's text colour)."""
+    """A method's mark: an SVG path around the origin, and a colour (none stands for the page's text colour)."""
 
     path: str
     colour: str
 
 
 def markers(chosen: Mapping[str, Look]) -> dict[str, Marker]:
-    """The marks of plots.style as SVG; black becomes the colour of the page's text, which both themes can show."""
+    """The marks of plots.style as SVG; black becomes the colour of the page's text, which is visible in both themes."""
     found = {}
     for method, look in chosen.items():
         style = MarkerStyle(look.marker)
@@ -86,7 +87,7 @@ def markers(chosen: Mapping[str, Look]) -> dict[str, Marker]:
 
 
 def panels(boards: Sequence[Board]) -> list[Panel]:
-    """A panel for each benchmark and model and each cost that at least two of its runs know."""
+    """A panel for each benchmark, model and cost that is known of at least two runs."""
     found = []
     for board in boards:
         for field, title in COSTS:
@@ -140,7 +141,8 @@ def _panel(board: Board, rows: list[Row], field: str, title: str) -> Panel:
 
 
 def frontier(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """Which runs no other beats: none is at least as good for at most the cost, and better in one. By rising cost."""
+    """The runs, by rising cost, that no other run beats. A run beats another if it is neither worse nor dearer, and
+    better in one of the two."""
     best, found = -np.inf, []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
         if scores[i] > best:
@@ -150,7 +152,7 @@ def frontier(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
 
 
 def _interval(row: Row, quality: str, board: Board) -> tuple[float, float]:
-    """The bootstrap interval of what is drawn, if the run has one for it; else the score itself."""
+    """The bootstrap interval of the drawn score if the run has one, otherwise the score itself."""
     tasks = [name for name in board.suite.columns if name in row.run.scores]
     drawn = row.figures[quality] or 0.0
     known = [row.run.scores[name] for name in tasks if row.run.scores[name].n == row.run.n]
@@ -161,7 +163,7 @@ def _interval(row: Row, quality: str, board: Board) -> tuple[float, float]:
 
 
 def _horizontal(costs: Sequence[float]) -> tuple[Scale, list[tuple[float, str]], bool]:
-    """Scale and ticks of costs: logarithmic where they span more than a factor of eight."""
+    """Scale and ticks of costs; the scale is logarithmic if costs span more than a factor of eight."""
     low, high = min(costs), max(costs)
     log = high > 8 * low
     if log:
@@ -184,7 +186,7 @@ def _horizontal(costs: Sequence[float]) -> tuple[Scale, list[tuple[float, str]],
 def _vertical(scores: Sequence[float]) -> tuple[Scale, list[tuple[float, str]]]:
     low, high = min(scores), max(scores)
     margin = max(5.0, 0.08 * (high - low))
-    top = 100.0 if high <= 100 else high  # nothing above 100 % is worth a tick
+    top = 100.0 if high <= 100 else high  # no ticks above 100 %
     low, high = low - margin, high + (margin if high > 100 else 0.4 * margin)
 
     def place(value: float) -> float:
@@ -211,7 +213,8 @@ def _frontier(points: Sequence[Point]) -> str:
 
 
 def _labelled(points: list[Point]) -> list[Point]:
-    """The name of each method once, beside its dearest run, where it covers neither a mark nor another name."""
+    """Write the name of each method once, beside its dearest run, at a place where it covers no mark and no other
+    name."""
     last = {point.method: i for i, point in sorted(enumerate(points), key=lambda item: item[1].x)}
     taken = [(point.x - 5, point.y - 5, point.x + 5, point.y + 5) for point in points]
     found = list(points)
@@ -228,7 +231,8 @@ def _labelled(points: list[Point]) -> list[Point]:
 
 
 def _spot(point: Point, text: str, taken: Sequence[Box]) -> tuple[float, float, str, Box] | None:
-    """A free place for a label round a point, None in a crowd: the tooltip and the legend name it still."""
+    """A free place for a label around a point; None if there is no room, since the tooltip and the legend name the
+    method too."""
     width = _LETTER * len(text)
     for dx, dy, anchor in _AROUND:
         x, y = point.x + dx, point.y + dy

@@ -1,4 +1,4 @@
-"""Predictions for the sample browser: as many as a page can carry, some of every task."""
+"""Predictions for the sample browser: as many as fit on the page, with some of every task."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pqbench.tables.kinds import has_scores
 
 BYTES = 6_000_000  # of the embedded text
 PREDICTION, REFERENCE, REFERENCES = 1200, 300, 5  # characters, characters, how many
-PROMPT = 600  # characters of its end
+PROMPT = 600  # characters from its end
 
 
 @dataclass
 class Sample:
-    """One prompt and what the runs said to it."""
+    """One prompt and the answers of the runs."""
 
     place: tuple[str, str, str]  # benchmark, model, task
     sample: str
     references: list[Any]
     metadata: Any
-    tail: str = ""  # the end of the prompt, of the first record that holds it
+    tail: str = ""  # the end of the prompt, from the first record that holds it
     answers: list[tuple[int, Record]] = field(default_factory=list)  # run, record
 
 
 @dataclass(frozen=True)
 class Browser:
-    """What the page embeds: JSON that is safe inside a script element, and how much of everything it is."""
+    """The embedded data: JSON that is safe inside a script element, and how many of all samples it holds."""
 
     data: Markup
     samples: int
@@ -45,7 +45,8 @@ class Browser:
 
 
 def browser(loaded: Loaded, limit: int = BYTES) -> Browser:
-    """Samples that have a prediction or an error, in turn one of every benchmark, model and task, until ``limit``."""
+    """Samples that have a prediction or an error, taken in turn from every benchmark, model and task, up to
+    ``limit``."""
     runs, samples = _collect(loaded)
     whole = sum(len(sample.answers) for sample in samples)
     labels = htmlsafe_json_dumps([_run(names) for names in runs], ensure_ascii=False)
@@ -72,7 +73,7 @@ def _collect(loaded: Loaded) -> tuple[list[tuple[str, ...]], list[Sample]]:
         names = (benchmark, model, *(name(record.get(key, "-")) for key in ("method", "budget", "question", "key")))
         references = record.get("references")
         listed = references if isinstance(references, list) else [] if references is None else [references]
-        # Prompts of other settings may share an id; what they ask for tells them apart.
+        # Prompts of other settings may have the same id; their references tell them apart.
         identity = (benchmark, model, task, record["sample_id"], repr(listed))
         sample = samples.setdefault(identity, Sample((benchmark, model, task), record["sample_id"], listed, {}))
         sample.metadata = sample.metadata or record.get("metadata")
@@ -115,7 +116,7 @@ def _entry(sample: Sample) -> dict[str, Any]:
 
 
 def _answer(record: Record) -> dict[str, Any]:
-    """Short names: an answer is stored for every record."""
+    """An answer as JSON; its names are short because every record has one."""
     text = record.get("prediction") if record["status"] == "ok" else record.get("error")
     known = {key: record.get(key) for key in ("score", "prompt_tokens", "new_tokens")}
     figures = {key: value for key, value in known.items() if isinstance(value, int | float) and math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""What the page says of each method (description, settings, heatmaps, latency) and of where the numbers are from."""
+"""The sections of the page: each method (description, settings, heatmaps, latency), and the origin of the numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pqbench.records.identity import class_name
 from pqbench.records.kinds import LATENCY, kind_of
 from pqbench.tables.section import group_records, link_of, middle
 
-SETTINGS, HEATMAPS, CELLS, LATENCIES = 8, 12, 400, 40  # columns, tables, cells and rows that a method's section shows
+SETTINGS, HEATMAPS, CELLS, LATENCIES = 8, 12, 400, 40  # most columns, tables, cells and rows in a method's section
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Heatmap:
 
 @dataclass
 class Settings:
-    """A method's configuration: for every setting its value in each distinct configuration."""
+    """A method's settings: the value of each setting in each distinct configuration."""
 
     rows: list[tuple[str, list[str]]] = field(default_factory=list)
-    variants: int = 0  # all of them; the rows show the first few
+    variants: int = 0  # number of configurations; the rows show the first few
 
 
 @dataclass
 class Section:
-    """One method. ``class_name`` is the class that its runs name."""
+    """The section of one method. ``class_name`` is the class that its runs name."""
 
     method: str
     class_name: str
@@ -57,8 +57,8 @@ class Section:
 
 
 def method_sections(loaded: Loaded, limit: int) -> tuple[list[Section], list[str]]:
-    """A section for each method among the records, full attention first, then in alphabetical order, and at most
-    ``limit`` of them; and the names of all."""
+    """At most ``limit`` sections, one for each method among the records, full attention first, then in alphabetical
+    order; and the names of all methods."""
     configs: dict[str, list[dict[str, Any]]] = {}
     for owner, record in zip(loaded.owner, loaded.records, strict=True):
         configs.setdefault(name(record.get("method", "-")), []).append(loaded.folders[owner].config)
@@ -92,7 +92,7 @@ def settings(nodes: Sequence[dict[str, Any]]) -> Settings:
 
 
 def needle_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The needle records with a score, a length and a depth, these as columns."""
+    """The needle records that have a score, a length and a depth, with length and depth as columns."""
     good = table[(table["benchmark"] == "needle") & (table["status"] == "ok")]
     places = [place if isinstance(place, dict) else {} for place in good.get("metadata", [])]
     placed = good.assign(
@@ -144,14 +144,14 @@ def latency(records: Sequence[Record], method: str) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """One environment and how many runs were made in it. Facts are (name, value)."""
+    """One environment and the number of runs that were made in it. Facts are (name, value)."""
 
     runs: int
     facts: list[tuple[str, str]]
 
 
 def provenance(loaded: Loaded, limit: int = 20) -> tuple[list[Provenance], int]:
-    """The distinct environments of the runs, most used first and at most ``limit`` of them; and how many there are."""
+    """At most ``limit`` distinct environments of the runs, most used first; and the number of all environments."""
     counts: dict[str, int] = {}
     known: dict[str, dict[str, str]] = {}
     for folder in loaded.folders:
@@ -166,7 +166,7 @@ def provenance(loaded: Loaded, limit: int = 20) -> tuple[list[Provenance], int]:
 
 
 def _distinct(configs: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Configurations by identity: records of one folder share theirs."""
+    """The distinct configurations, by object identity: records of one folder share one object."""
     return islice({id(config): config for config in configs}.values(), 1000)
 
 

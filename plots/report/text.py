@@ -1,4 +1,5 @@
-"""Text of models and files on its way into the page: shortened where it is long, and visible where it could act."""
+"""Text from models and files, made safe for the page: long text is shortened, and control characters are made
+visible."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from typing import Any
 
 from pqbench.terminal import plain
 
-NAME = 80  # characters of a name that are shown
+NAME = 80  # most characters of a name
 
-# Controls but tab and newline, bidirectional and other invisible controls, lone surrogates. The joiners U+200C and
-# U+200D stay: scripts and emoji need them, and they do nothing else.
+# Control characters except tab and newline, bidirectional and other invisible controls, and lone surrogates. The
+# joiners U+200C and U+200D are kept, since scripts and emoji need them and they do nothing else.
 _ACTIVE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
@@ -38,14 +39,14 @@ def _shortened(text: str) -> str:
 
 @dataclass(frozen=True)
 class Clip:
-    """The start of a text, and how many characters were cut off."""
+    """The start of a text, and the number of characters that were cut off."""
 
     text: str
     cut: int
 
 
 def clip(text: object, limit: int) -> Clip:
-    """The first ``limit`` characters, inert."""
+    """The first ``limit`` characters of a text, made inert."""
     whole = str(text)
     return Clip(inert(whole[:limit]), max(0, len(whole) - limit))
 

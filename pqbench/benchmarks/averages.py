@@ -1,4 +1,4 @@
-"""The sets of LongBench v1, their groups, and the averages over them that papers report."""
+"""The data sets of LongBench v1, their groups, and the averages over them that papers report."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ EXTENDED: tuple[str, ...] = tuple(
 
 
 def averages(scores: Mapping[str, float]) -> dict[str, float]:
-    """Averages of per-task scores, unrounded; only those whose every task has a score.
+    """Averages of per-task scores, not rounded. An average is given only when each of its tasks has a score.
 
     Args:
-        scores: score by task; LongBench-E's names end in ``_e``. Other tasks are ignored.
+        scores: the score of each task; names of LongBench-E tasks end in ``_e``. Unknown tasks are ignored.
 
     Returns:
         The mean of each group (``single_doc``, ...); ``longbench``, the official mean of the groups' means;
-        ``pqcache_table2``, the plain mean over that paper's 14 sets. For LongBench-E the keys end in ``_e``.
+        ``pqcache_table2``, the plain mean over the 14 sets of that table. For LongBench-E the keys end in ``_e``.
     """
     found = _averages(scores, TASKS, "")
     if all(task in scores for task in PQCACHE_TABLE2):

@@ -1,4 +1,4 @@
-"""What every benchmark is made of: samples to run, and scores computed from records."""
+"""The interface of a benchmark: it yields samples to run, and computes scores from records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pqbench.errors import DataError, ModelError
 
-MARK = "\u241e"  # stands for the user's message; no text of a benchmark holds it
+MARK = "\u241e"  # stands for the user's message; it occurs in no benchmark text
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Sample:
     """One prompt and what is expected of it.
 
     Attributes:
-        id: unique within the benchmark and stable between runs; a resumed run recognises the sample by it.
+        id: unique within the benchmark and the same in every run, since a resumed run recognises the sample by it.
         task: the row of the official table this sample counts for.
         input_ids: the whole prompt, template included, exactly as the model sees it.
-        references: accepted answers, as the official scorer takes them.
+        references: accepted answers, in the form that the official scorer takes.
         max_new_tokens: official generation length.
         question_tokens: how many tokens at the end of the prompt follow the context (question, instruction, template).
         end_tokens: token ids that end the answer besides the model's own.
-        min_new_tokens: no end token is accepted before so many tokens.
+        min_new_tokens: end tokens are ignored until this many tokens were generated.
         metadata: facts that scores and plots need (length, depth, ...); must be JSON.
     """
 
@@ -48,11 +48,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a model wants around a user message.
+    """The tokens and text that a model expects around a user message.
 
     Attributes:
-        lead: special token ids before any text; empty where a chat template writes them itself.
-        before, after: what the chat template writes around the message; empty without one.
+        lead: special token ids before any text; empty if the chat template writes them itself.
+        before, after: the text that the chat template writes around the message; empty without a chat template.
         strips: whether the chat template removes blanks at both ends of the message.
     """
 
@@ -66,8 +66,8 @@ class Frame:
 class Prompter:
     """Turns prompt text into token ids for one model.
 
-    A prompt is put together as text and encoded once, because many tokenizers encode the beginning of a text unlike the
-    same words further on (SentencePiece puts a blank before every text).
+    A prompt is put together as text and encoded once, because many tokenizers encode words at the beginning of a text
+    differently from the same words later on (SentencePiece puts a blank before every text).
 
     Attributes:
         tokenizer: the model's tokenizer.
@@ -90,7 +90,7 @@ class Prompter:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def frame(self, *, chat: bool = True) -> Frame:
-        """What goes around a user message: the chat template, or the tokenizer's own leading special token without one.
+        """The frame of a user message: the chat template or, without one, the tokenizer's own leading special token.
 
         Raises:
             ModelError: the chat template does not write the message exactly once, or refuses it.
@@ -106,17 +106,18 @@ class Prompter:
         return [*frame.lead, *self.encode(frame.before + message + frame.after + lead_in)]
 
     def wrap(self, text: str, *, chat: bool = True, lead_in: str = "") -> list[int]:
-        """:meth:`framed` in the model's own frame: what ``apply_chat_template`` gives, where there is a template."""
+        """:meth:`framed` in the model's own frame; with a chat template the ids equal those of
+        ``apply_chat_template``."""
         return self.framed(self.frame(chat=chat), text, lead_in)
 
     def continued(self, text: str) -> list[int]:
-        """Token ids of ``text`` behind other text, as they are within one longer text."""
+        """Token ids that ``text`` has when it follows other text within one longer text."""
         anchor, ids = self.encode("a"), self.encode(f"a{text}")
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text)
 
     def truncate_middle(self, text: str, limit: int) -> str:
-        """Official LongBench and InfiniteBench rule: keep ``limit // 2`` tokens from each end of the filled prompt, the
-        tokenizer's leading special token counted."""
+        """Cut the middle by the official rule of LongBench and InfiniteBench: keep ``limit // 2`` tokens from each end
+        of the filled prompt. The tokenizer's leading special token counts."""
         ids = self.tokenizer(text, verbose=False).input_ids
         if len(ids) <= limit:
             return text
@@ -124,9 +125,9 @@ class Prompter:
         return self.decode(ids[:half]) + self.decode(ids[-half:])
 
     def cut_middle(self, text: str, limit: int, excess: Callable[[str], int]) -> str | None:
-        """``text`` truncated to ``limit`` tokens, or to fewer while ``excess`` says by how many tokens the result is
-        too long: the halves meet in new tokens, and a torn character may come back as several. None when nothing is
-        left."""
+        """Truncate ``text`` to ``limit`` tokens, or to fewer as long as ``excess`` says how many tokens the result is
+        too long. The result can be too long because new tokens form where the halves meet, and because a character cut
+        in two may be decoded as several. Returns None if nothing is left."""
         while limit >= 2:
             shorter = self.truncate_middle(text, limit)
             beyond = excess(shorter)
@@ -137,7 +138,7 @@ class Prompter:
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Frame:
-    """The chat template of a tokenizer around one user message, up to where the answer begins.
+    """The chat template of a tokenizer around one user message, up to the beginning of the answer.
 
     Raises:
         ModelError: the template does not write the message exactly once, or refuses it.
@@ -153,7 +154,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], message: str) -> str:
-    """The conversation as text. Templates of models that see images want the message as a list of parts."""
+    """The conversation as text. Chat templates of models that read images expect the message as a list of parts."""
     for content in (message, [{"type": "text", "text": message}]):
         try:
             text = str(
@@ -175,7 +176,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], me
 
 
 class Benchmark(ABC):
-    """A suite: yields samples for a model, scores records without one. Subclasses are dataclasses, one file each."""
+    """A suite: it yields samples for a model, and scores records without a model. Each subclass is a dataclass in a
+    file of its own."""
 
     name: ClassVar[str]
 

@@ -1,4 +1,5 @@
-"""Official benchmark files: found in a folder, a zip archive or the hub, and read row by row against a schema."""
+"""Official benchmark files: they are found in a folder, a zip archive or the hub, and each row is checked against a
+schema."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ ARCHIVE = "data.zip"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold.
+    """The kind of value that a field may hold.
 
     Attributes:
         says: the expected value in words, for the error message.
@@ -53,7 +54,7 @@ def find(data_dir: str | Path, filename: str, *, remedy: str) -> Source:
 
     Raises:
         ConfigError: ``data_dir`` does not exist.
-        DataError: it holds no such file, or its archive is damaged.
+        DataError: ``data_dir`` holds no such file, or its archive is damaged.
     """
     root = Path(data_dir).expanduser()
     if not root.exists():
@@ -77,7 +78,7 @@ def _member(archive: Path, filename: str) -> zipfile.Path | None:
             names = [name for name in opened.namelist() if name.rpartition("/")[2] == filename]
     except zipfile.BadZipFile as error:
         raise DataError(f"{archive} is not a whole zip archive ({error}): download it again") from error
-    # Archives made on a Mac carry a twin of each file in a folder of this name.
+    # Archives made on a Mac hold a second entry for each file in a folder of this name.
     names = [name for name in names if not name.startswith("__MACOSX/")]
     return zipfile.Path(archive, names[0]) if names else None
 
@@ -88,7 +89,7 @@ def hub_file(repository: str, filename: str, *, remedy: str, revision: str | Non
     Raises:
         DataError: the hub cannot be reached or refuses, and no earlier download is cached.
     """
-    from huggingface_hub import hf_hub_download  # slow to import, and never needed with local data
+    from huggingface_hub import hf_hub_download  # slow to import, and not needed with local data
 
     from pqbench.models.loading import hub_reachable  # likewise
 
@@ -120,11 +121,11 @@ def read_rows(source: str | Source, fields: Mapping[str, Kind], *, limit: int | 
     Args:
         source: a path (``.jsonl`` or ``.jsonl.gz``) or a member of an archive, as ``find`` returns it.
         fields: the schema; rows may hold more.
-        limit: stop after so many rows.
+        limit: stop after this many rows.
 
     Raises:
-        DataError: the file is missing, damaged, empty, not UTF-8, or a row is cut, lacks a field or has one of a
-            wrong type; the message names the file and the line.
+        DataError: the file is missing, damaged, empty or not UTF-8, or a row is cut off, lacks a field or has a field
+            of the wrong type. The message names the file and the line.
     """
     path = Path(source) if isinstance(source, str) else source
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What spans a benchmark: task names, and numbers of its grid, with one clear line for each mistake."""
+"""Checks of task names and of the numbers that span a benchmark's grid, with one clear line for each mistake."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def whole(field: str, values: Any) -> list[int]:
     """``values`` as a list of different positive integers.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: ``values`` is anything else.
     """
     if not _is_grid(values) or not all(type(value) is int and value > 0 for value in values):
         raise ConfigError(f"benchmark.{field} needs a list of different positive whole numbers, not {_shown(values)}")
@@ -20,7 +20,7 @@ def whole(field: str, values: Any) -> list[int]:
 
 
 def at_least_one(field: str, value: Any) -> None:
-    """Nothing if an option is a whole number of at least 1.
+    """Check that an option is a whole number of at least 1.
 
     Raises:
         ConfigError: it is not.
@@ -33,7 +33,7 @@ def percent(field: str, values: Any) -> list[float]:
     """``values`` as a list of different numbers from 0 to 100.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: ``values`` is anything else.
     """
     if not _is_grid(values) or not all(type(value) in (int, float) and 0 <= value <= 100 for value in values):
         raise ConfigError(f"benchmark.{field} needs a list of different numbers from 0 to 100, not {_shown(values)}")
@@ -43,7 +43,7 @@ def percent(field: str, values: Any) -> list[float]:
 def named(
     tasks: str | Sequence[str], known: Collection[str], groups: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], list[str]]:
-    """Tasks that names of tasks and groups stand for, each once and in order; and the names that are neither."""
+    """The tasks that the given names of tasks and groups stand for, each once and in order; and the unknown names."""
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = [str(name) for name in names if name not in known and name not in groups]
     chosen = dict.fromkeys(task for name in names if str(name) not in unknown for task in groups.get(name, (name,)))
@@ -51,7 +51,7 @@ def named(
 
 
 def fits(lengths: Sequence[int], max_length: int) -> None:
-    """Nothing if the model takes prompts of these ``lengths``.
+    """Check that the model takes prompts of these ``lengths``.
 
     Raises:
         ConfigError: it does not.

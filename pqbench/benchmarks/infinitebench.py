@@ -1,7 +1,8 @@
-"""InfiniteBench: twelve tasks at 100K tokens and more, from the official files, or six of them generated at any length.
+"""InfiniteBench: twelve tasks of 100K tokens and more from the official files; six of them can be generated at any
+length.
 
 Source: https://github.com/OpenBMB/InfiniteBench (data: https://huggingface.co/datasets/xinrongzhang2022/InfiniteBench).
-Prompts are lm-eval's, which are the official GPT-4 set; math_calc, which lm-eval lacks, is asked in our own wording.
+Prompts come from lm-eval, which has the official GPT-4 set; lm-eval lacks math_calc, so its wording is our own.
 Scores follow the official script (``infinitebench_scores``), and generated rows the official recipes
 (``infinitebench_generators``).
 """
@@ -25,25 +26,25 @@ from pqbench.errors import ConfigError, DataError
 REPOSITORY = "xinrongzhang2022/InfiniteBench"
 REVISION = "90f0394333616266d9fe85824ceaf505093cbaa5"
 
-# Less is no prompt any more, and characters torn by the cut may come back as that many tokens.
+# A shorter prompt would be useless, and characters cut in two may become that many tokens.
 _LEAST_ROOM = 64
 _CONTEXT_MARK = "\u241e"
-# Tasks whose generated rows keep their depth in the text: the answer's place in official rows is their depth.
+# Tasks whose depth can be read from the text: in official rows it is the place of the answer.
 _PLACED = ("passkey", "number_string", "kv_retrieval")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between tasks.
+    """The properties of one task.
 
     Attributes:
-        template: lm-eval's task file without prefix and suffix; empty for our own wording.
-        official: new tokens of the official runs.
-        infllm: new tokens of InfLLM's runs, which PQCache's follow.
-        lead_in: beginning of the answer, for base and small models, in our own words; ``{key}`` is quoted in the
-            question.
+        template: name of lm-eval's task file without prefix and suffix; empty for our own wording.
+        official: number of new tokens in the official runs.
+        infllm: number of new tokens in InfLLM's runs, which PQCache's runs follow.
+        lead_in: beginning of the answer for base and small models, in our own words; ``{key}`` is the key that the
+            question quotes.
         question_first: the text after the context is a question that can stand before it.
-        options: rows carry four options, and references become (answer text, letter).
+        options: rows have four options, and the references are (answer text, letter).
     """
 
     template: str
@@ -92,21 +93,23 @@ class InfiniteBench(Benchmark):
     Attributes:
         tasks: names of ``TASKS`` or groups (all, synthetic).
         source: ``generated`` (synthetic tasks only, no data needed) or ``official``.
-        length: prompt tokens of generated samples, template included; one or several. Never passed, and missed by less
-            than one unit of the recipe.
+        length: prompt tokens of generated samples, template included; one number or several. A prompt is never longer,
+            and shorter by less than one unit of the recipe.
         per_length: generated samples per task and length, spread evenly over the official sweep.
-        limit: at most so many samples per task (and length), spread evenly: the official files are sorted by depth,
-            question kind or layers, and the first rows alone would test one of them.
-        seed: of everything generated.
+        limit: at most this many samples per task (and length), spread evenly. The official files are sorted by depth,
+            question kind or layers, so the first rows alone would test only one of these.
+        seed: seed of everything that is generated.
         data_dir: folder or archive with the official jsonl files; None downloads them from the hub.
-        truncate: cut too long official prompts in the middle, by tokens, before the chat template (official rule).
-        max_length: prompt and answer together take at most so many tokens; None is the model's own limit.
-        answer_length: new tokens as in the ``official`` runs or as in ``infllm``'s. A tokenizer with one token a digit
-            needs the latter for passkey, or ``lead_in``. Generated math_calc stops where its answer is complete.
+        truncate: cut official prompts that are too long in the middle, by tokens, before the chat template is added
+            (the official rule).
+        max_length: prompt and answer together have at most this many tokens; None is the model's own limit.
+        answer_length: number of new tokens, as in the ``official`` runs or as in InfLLM's (``infllm``). A tokenizer
+            with one token per digit needs ``infllm`` or ``lead_in`` for passkey. Generated math_calc stops when its
+            answer is complete.
         chat: use the chat template where the model has one.
         lead_in: begin the answer for the model, as the official prompts for base models do.
-        question_first: ask before the context instead of after it, in the tasks whose ``Task.question_first`` says so;
-            ``metadata`` tells which samples were.
+        question_first: ask before the context instead of after it, in the tasks whose ``Task.question_first`` allows
+            it; ``metadata`` says for which samples this was done.
 
     Raises:
         ConfigError: an option has an impossible value, or a task or group is unknown.
@@ -151,11 +154,11 @@ class InfiniteBench(Benchmark):
                 )
 
     def samples(self, prompter: Prompter) -> Iterator[Sample]:
-        """Samples task by task, as configured.
+        """The configured samples, task by task.
 
         Raises:
             ConfigError: a length is too short for one unit of a recipe.
-            DataError: data are missing or malformed, lm-eval is missing, or a prompt and its answer pass the limit.
+            DataError: data are missing or malformed, lm-eval is missing, or a prompt and its answer exceed the limit.
         """
         for task in self._tasks():
             if self.source == "official":
@@ -206,7 +209,7 @@ class InfiniteBench(Benchmark):
             except ConfigError as error:
                 raise ConfigError(f"InfiniteBench {task}: {error}") from error
             facts = {"length": length, "seed": self.seed, "units": units, **row.facts}
-            # The place in the sweep belongs to the name: sample 1 of 4 is not sample 1 of 8.
+            # The name holds the place in the sweep, because sample 1 of 4 differs from sample 1 of 8.
             name = f"{task}-{length}-{index}of{self.per_length}"
             yield self._sample(prompter, name, task, vars(row), row.answer, facts)
 
@@ -268,7 +271,7 @@ class InfiniteBench(Benchmark):
             input_ids=ids,
             references=references,
             max_new_tokens=new_tokens,
-            # A middle cut leaves half of the prompt to its end, whatever is there.
+            # A cut in the middle keeps half of the tokens from the end, so at most that many follow the context.
             question_tokens=min(tail, (len(ids) - after) // 2) + after,
             metadata={
                 "source": self.source,
@@ -293,21 +296,22 @@ class InfiniteBench(Benchmark):
     def _new_tokens(self, task: str, prompter: Prompter, references: Sequence[str]) -> int:
         allowed = TASKS[task].official if self.answer_length == "official" else TASKS[task].infllm
         if task == "math_calc" and self.source == "generated":
-            # 30000 tokens belong to 30000 operands; the slack is for brackets, and a space before the first number.
+            # The official 30000 tokens are for 30000 operands; the rest is for brackets and a space before the first
+            # number.
             return min(allowed, len(prompter.encode(", ".join(references))) + 8)
         return allowed
 
     def _frame(self, task: str, row: Mapping[str, Any], prompter: Prompter) -> tuple[Frame, str]:
-        """What goes around the prompt text: the chat template, and the beginning of the answer."""
+        """The frame of the prompt text: the chat template, and the beginning of the answer."""
         frame = prompter.frame(chat=self.chat)
         if not self.lead_in:
             return frame, ""
         lead_in = TASKS[task].lead_in.replace("{key}", "".join(row["input"].split('"')[1:2]))
-        # Without a template nothing else parts the question from the answer.
+        # Without a chat template nothing else separates the question from the answer.
         return frame, lead_in if frame.after else f"\n\n{lead_in}"
 
     def _text(self, task: str, row: Mapping[str, Any]) -> tuple[str, str]:
-        """The prompt, and what of it follows the context."""
+        """The prompt, and the part of it that follows the context."""
         head, tail = _around_context(task, row)
         if self.question_first and TASKS[task].question_first:
             return f"{head}{tail.strip()}\n\n{row['context']}", ""
@@ -317,7 +321,7 @@ class InfiniteBench(Benchmark):
 def _around_context(task: str, row: Mapping[str, Any]) -> tuple[str, str]:
     """Prompt text before and after the context."""
     if not TASKS[task].template:
-        # math_calc, in our own wording: the official prompt for it is a chat of several turns.
+        # math_calc has our own wording, because its official prompt is a chat of several turns.
         head = (
             "Below is a long sum. After each + or - in it, write down the value reached so far: for 5 + 2 - 4 that is "
             "7, 3. Separate the values by commas and write nothing else.\n\n"
@@ -329,7 +333,7 @@ def _around_context(task: str, row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _references(task: str, row: Mapping[str, Any], where: str) -> list[str]:
-    """Accepted answers as strings; (answer text, letter) for tasks with options, as officially."""
+    """Accepted answers as strings; for tasks with options (answer text, letter), as in the official code."""
     answers = list(_flat(row["answer"]))
     if not TASKS[task].options or (len(answers) == 2 and answers[1] in tuple("ABCD")):
         return answers

@@ -2,11 +2,12 @@
 
 Source: https://github.com/OpenBMB/InfiniteBench, ``data/construct_synthetic_dataset.py`` (commit 88b3daa). The official
 script sets no seed, so only its distributions can be reproduced. A recipe's size is its number of units: noise lines,
-pairs, numbers, operands or functions. At the official size and sample count (``OFFICIAL``) they give the official
-sets; smaller ones keep the sweep over depths, question kinds and layers by spreading the samples evenly.
+pairs, numbers, operands or functions. With the official size and number of samples (``OFFICIAL``) the recipes have the
+distributions of the official sets. Smaller sets spread their samples evenly over the same depths, question kinds and
+layers.
 
-Ours differ in wording only: the noise line comes from lm-eval's RULER (the same five sentences); the key line, the
-headers and the questions are our own, with the same facts in the same places.
+Our recipes differ only in wording: the noise line comes from lm-eval's RULER (the same five sentences); the key line,
+the headers and the questions are our own, with the same facts in the same places.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KINDS = ("largest", "second largest", "third largest", "smallest", "second small
 
 @dataclass(frozen=True)
 class Place:
-    """Sample ``index`` of ``total``: recipes sweep depth, question kind or layers over the whole set."""
+    """The place of a sample in its set, as ``index`` of ``total``: depth, question kind or layers vary over the set."""
 
     index: int
     total: int
@@ -45,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as in the official files; ``facts`` say what was drawn (depth, kind, ...)."""
+    """A row as in the official files; ``facts`` holds what was drawn (depth, kind, ...)."""
 
     context: str
     input: str
@@ -57,13 +58,13 @@ Recipe = Callable[[int, Place, random.Random], Row]
 
 
 def passkey(units: int, place: Place, rng: random.Random) -> Row:
-    """``units`` noise lines with a line naming a key of 5 random digits among them; asks for the key."""
+    """``units`` noise lines and among them one that names a key of 5 random digits; the question asks for the key."""
     key = "".join(str(rng.randint(0, 9)) for _ in range(5))
     return _hidden_line(units, place, key, "pass key")
 
 
 def number_string(units: int, place: Place, rng: random.Random) -> Row:
-    """As passkey, with 10 digits: 5 random ones, then 5 times a copy of one of them beside itself."""
+    """Like passkey with 10 digits: 5 are random, and 5 times one of the digits is repeated beside itself."""
     digits = [str(rng.randint(0, 9)) for _ in range(5)]
     while len(digits) < 10:
         at = rng.randint(0, len(digits) - 1)
@@ -72,7 +73,8 @@ def number_string(units: int, place: Place, rng: random.Random) -> Row:
 
 
 def kv_retrieval(units: int, place: Place, rng: random.Random) -> Row:
-    """A one-line JSON object of ``units`` unique uuid4 pairs; the asked index moves evenly from first to last."""
+    """A one-line JSON object of ``units`` unique uuid4 pairs; over the set the requested index moves evenly from first
+    to last."""
     pairs: dict[str, str] = {}
     while len(pairs) < units:
         pairs[_uuid(rng)] = _uuid(rng)
@@ -89,8 +91,9 @@ def kv_retrieval(units: int, place: Place, rng: random.Random) -> Row:
 def math_find(units: int, place: Place, rng: random.Random) -> Row:
     """A list of ``units`` integers in 0..99 and one of seven questions; "second" and "third" count distinct values.
 
-    Largest kinds draw the highest value from 79..99 first, smallest kinds the lowest from 0..19, the median either.
-    Lists without three distinct values are drawn again, which only ever happens at a few units.
+    Questions for a largest value first draw the upper bound of the list from 79..99, questions for a smallest value its
+    lower bound from 0..19, and the median draws one of the two. A list without three distinct values is drawn again,
+    which happens only with very few units.
     """
     kind = KINDS[place.share(len(KINDS))]
     narrow_top = rng.random() <= 0.5 if kind == "median" else "largest" in kind
@@ -100,7 +103,7 @@ def math_find(units: int, place: Place, rng: random.Random) -> Row:
         numbers = [rng.randint(low, high) for _ in range(units)]
     return Row(
         context=str(numbers),
-        # lm-eval's template finds the kind between "The" and " of" to ask for it before the list too.
+        # lm-eval's template takes the kind from the text between "The" and " of", and also names it before the list.
         input=f"Reply with a single number and nothing else. The {kind} number of the list is: ",
         answer=[str(_find(numbers, kind))],
         facts={"kind": kind},
@@ -108,9 +111,9 @@ def math_find(units: int, place: Place, rng: random.Random) -> Row:
 
 
 def math_calc(units: int, place: Place, rng: random.Random) -> Row:  # noqa: ARG001 (nothing is swept here)
-    """A sum of ``units`` operands in 0..99, plus or minus with equal chance; the answers are the values after each one.
+    """A sum of ``units`` operands in 0..99 with plus or minus signs of equal chance; the answers are all partial sums.
 
-    An operand that would take the value out of 0..99 is drawn again from those that would not.
+    An operand that would take the sum out of 0..99 is replaced by one that does not.
     """
     value = rng.randint(0, 99)
     text, values = [str(value)], []
@@ -128,9 +131,11 @@ def math_calc(units: int, place: Place, rng: random.Random) -> Row:  # noqa: ARG
 
 
 def code_run(units: int, place: Place, rng: random.Random) -> Row:
-    """About ``units`` one-line Python functions in equal layers, each calling one of the next; asks for a call's value.
+    """About ``units`` one-line Python functions in equal layers, each of which calls one of the next layer; the
+    question asks for the value of one call.
 
-    The constants added lie in -12..17, the argument in -10..10, the function names in 1..2 ``units``, sorted.
+    The constants added lie in -12..17, the argument in -10..10; the numbers in the function names are sorted and lie
+    in 1 to 2 * ``units``.
     """
     layers = LAYERS[place.share(len(LAYERS))]
     width = units // layers
@@ -161,7 +166,8 @@ def code_run(units: int, place: Place, rng: random.Random) -> Row:
 
 @dataclass(frozen=True)
 class Official:
-    """Size of a released set: units of each sample, number of samples, and the fewest units the recipe works with."""
+    """The size of a released set: units of each sample, number of samples, and the fewest units with which the recipe
+    works."""
 
     recipe: Recipe
     units: int
@@ -203,14 +209,14 @@ def least_units(task: str, place: Place) -> int:
 def fit(
     make: Callable[[int], Row], size: Callable[[Row], int], target: int, least: int, guess: int = 0
 ) -> tuple[Row, int]:
-    """The row of the most units whose ``size`` is at most ``target``: with one unit more it would be above.
+    """The row with the most units whose ``size`` is at most ``target``; one unit more would make it too long.
 
     Args:
-        make: a row of so many units.
-        size: its length in tokens; grows with units, up to the noise of what is drawn.
-        target: the length not to pass.
-        least: the fewest units ``make`` accepts.
-        guess: where to look first, like the units of the previous sample.
+        make: makes a row of a given number of units.
+        size: the length of a row in tokens; it grows with the units, apart from random differences between rows.
+        target: the length that must not be exceeded.
+        least: the fewest units that ``make`` accepts.
+        guess: where to look first, for instance the units of the previous sample.
 
     Raises:
         ConfigError: not even ``least`` units fit.
@@ -220,7 +226,7 @@ def fit(
     if base > target:
         raise ConfigError(f"benchmark.length={target} is too short: the shortest prompt has {base} tokens")
     low, high = least, least + (target - base) + 1  # a unit is at least one token, so `high` units cannot fit
-    # A unit of any recipe is 3 to 100 tokens: an eighth of the room is a first look that wastes little.
+    # A unit of any recipe has 3 to 100 tokens, so a first attempt with an eighth of the room wastes little time.
     trial = guess or least + (target - base) // 8
     while high - low > 1:
         trial = min(max(trial, low + 1), high - 1)
@@ -236,7 +242,7 @@ def fit(
 
 def _hidden_line(units: int, place: Place, key: str, name: str) -> Row:
     positions = min(POSITIONS, place.total)
-    # A lone sample goes to the middle: at depth 0 a sink window alone would find it.
+    # A single sample goes to the middle: at depth 0 any method with sinks would find it.
     before = units * place.share(positions) // (positions - 1) if positions > 1 else units // 2
     noise = f"{noise_line()}\n"
     line = f"The {name} is {key}. Keep it in mind: {key} is the {name}.\n"
@@ -251,7 +257,7 @@ def _hidden_line(units: int, place: Place, key: str, name: str) -> Row:
 def _find(numbers: list[int], kind: str) -> int | float:
     if kind == "median":
         ordered, middle = sorted(numbers), len(numbers) // 2
-        # An even count gives a float, even a whole one: official labels of the (even) released lists are floats.
+        # The median of an even count is a float even if it is whole, as in the official labels, whose lists are even.
         return ordered[middle] if len(numbers) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
     rank = {"second": 1, "third": 2}.get(kind.split()[0], 0)
     return sorted(set(numbers), reverse="largest" in kind)[rank]
@@ -269,10 +275,10 @@ def _signed(number: int) -> str:
 def noise_line() -> str:
     """The five noise sentences, read out of lm-eval's RULER source.
 
-    Read, not imported: importing that module takes 20 s and tries to download a tokenizer.
+    The source is read and not imported, because importing that module takes 20 s and tries to download a tokenizer.
 
     Raises:
-        DataError: lm-eval is not installed, or no longer holds them where version 0.4.13 does.
+        DataError: lm-eval is not installed, or does not hold the sentences where version 0.4.13 does.
     """
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:

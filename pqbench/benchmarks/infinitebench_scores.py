@@ -1,12 +1,12 @@
 """Scores of InfiniteBench's twelve tasks, by the rules of the official scorer.
 
 Source of the rules: https://github.com/OpenBMB/InfiniteBench, ``src/compute_scores.py`` (commit 88b3daa). Oddities of
-the official rules are kept and named where they occur. Two things differ, because the official script stops with an
-exception there: a prediction like "94.0" for the integer label 94 counts as equal, and numbers of thousands of digits
-are compared instead of refused.
+the official rules are kept and named where they occur. We differ in two cases in which the official script stops with
+an exception: a prediction like "94.0" for the integer label 94 counts as equal, and numbers of thousands of digits are
+compared.
 
 Every function takes the raw prediction and the accepted answers as strings and returns percent, 0 to 100. Where the
-official rule looks at one label only, it is the first reference.
+official rule looks at only one label, the first reference is used.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _RETRIEVAL_MARKS = "\n:\"'.,?!{}"
 _CODE_RUN_MARKS = "\n.`'\":"
 _CHOICE_MARKS = "\n\"'.,?!{}"
 _DEBUG_MARKS = ("\n", "`", "'", '"', "-", "*", "Option", "option")
-# In the official order: the first one found decides, even when a later one would have matched.
+# In the official order: the first prefix that is found decides, even if a later one would have matched.
 _CHOICE_PREFIXES = ("answer is:", "answer:", "answer is", "option is")
 _DEBUG_PREFIXES = ("answer is:", "is:", "answer:", "correct option is:")
 _NUMBER = re.compile(r"\d+\.\d+|\d+")
 
 # Unicode ranges (both ends included) of the Chinese and full-width punctuation that the Chinese rule removes.
-# Not every mark is in: the opening double angle bracket and the full-width stop stay, as they do officially.
+# As in the official code, the opening double angle bracket and the full-width full stop are not among them.
 _CHINESE_RANGES = (
     (0xFF01, 0xFF0D),
     (0xFF0F, 0xFF0F),
@@ -60,27 +60,27 @@ _CHINESE_MARKS = frozenset(string.punctuation).union(
 
 
 def first_integer(prediction: str, references: Sequence[str]) -> float:
-    """Passkey and number_string: the first run of ASCII digits equals the label, as text (leading zeros count)."""
+    """Passkey and number_string: the first run of ASCII digits must equal the label as text, so leading zeros count."""
     found = re.search("[0-9]+", prediction)
     return _percent(found is not None and found.group() == references[0])
 
 
 def kv_retrieval(prediction: str, references: Sequence[str]) -> float:
-    """The label is one of the words left when newlines and ``: " ' . , ? ! { }`` have become spaces."""
+    """The label must be one of the words after newlines and ``: " ' . , ? ! { }`` were replaced by spaces."""
     return _percent(references[0] in _blank(prediction, _RETRIEVAL_MARKS).split())
 
 
 def math_find(prediction: str, references: Sequence[str]) -> float:
-    """The first number, integer or decimal, equals the label; a minus sign is not part of a number."""
+    """The first number, integer or decimal, must equal the label; a minus sign is not part of a number."""
     found = _NUMBER.search(prediction)
     return _percent(found is not None and float(found.group()) == float(references[0]))
 
 
 def math_calc(prediction: str, references: Sequence[str]) -> float:
-    """Share of the labels that the predicted integers get right before the first wrong one."""
+    """The share of the labels that the predicted integers match before the first wrong one."""
     labels = [str(int(label)) for reference in references for label in re.findall("-?[0-9]+", reference)]
     correct = 0
-    # Compared as text without leading zeros: int() refuses runs of more than 4300 digits.
+    # Numbers are compared as text without leading zeros, because int() refuses more than 4300 digits.
     for number, label in zip(re.findall("[0-9]+", prediction), labels, strict=False):
         if (number.lstrip("0") or "0") != label:
             break
@@ -89,7 +89,7 @@ def math_calc(prediction: str, references: Sequence[str]) -> float:
 
 
 def code_run(prediction: str, references: Sequence[str]) -> float:
-    """The last word is an integer equal to the label; a decimal point splits words, so "4.0" reads as 0."""
+    """The last word must be an integer equal to the label; a decimal point splits words, so "4.0" is read as 0."""
     label = int(references[0])
     words = _blank(prediction, _CODE_RUN_MARKS).split()
     try:
@@ -99,9 +99,10 @@ def code_run(prediction: str, references: Sequence[str]) -> float:
 
 
 def code_debug(prediction: str, references: Sequence[str]) -> float:
-    """References: function name, letter. Right if the reply starts with "X." or "X:", or names either after a lead-in.
+    """The references are function name and letter. A reply is right if it starts with the letter and "." or ":", or if
+    it names the letter or the function after a lead-in.
 
-    A bare letter is wrong, and exactly one character is skipped between the lead-in and the answer: both are official.
+    As in the official rule, a bare letter is wrong, and exactly one character is skipped between lead-in and answer.
     """
     name, letter = references
     prediction = prediction.strip()
@@ -113,7 +114,8 @@ def code_debug(prediction: str, references: Sequence[str]) -> float:
 
 
 def longbook_choice(prediction: str, references: Sequence[str]) -> float:
-    """References: option text, letter. A leading A-D decides alone, even in "Bleak House"; other forms come after."""
+    """The references are option text and letter. If the reply begins with A, B, C or D, that letter alone decides, even
+    in "Bleak House"; other forms are looked for only if it does not."""
     prediction = prediction.strip()
     if not prediction:
         return 0.0
@@ -125,29 +127,30 @@ def longbook_choice(prediction: str, references: Sequence[str]) -> float:
     led = _starts_after(text, _CHOICE_PREFIXES, references)
     if led is not None:
         return _percent(led)
-    # Officially a substring of "ABCD" is a letter: the word "BC" ends the search, and is wrong.
+    # The official code takes any substring of "ABCD" for a letter: the word "BC" ends the search and is wrong.
     first = next((word for word in text.split() if word in "ABCD"), None)
     return _percent(first is not None and first in references)
 
 
 def longdialogue_qa(prediction: str, references: Sequence[str]) -> float:
-    """The first label, exactly as written, is one of the upper-cased words; a label of two words can never be."""
+    """The first label, exactly as written, must be one of the upper-cased words; a label of two words never matches."""
     words = _blank(prediction.strip(), _RETRIEVAL_MARKS).split()
     return _percent(references[0] in [word.upper() for word in words])
 
 
 def longbook_qa_english(prediction: str, references: Sequence[str]) -> float:
-    """Best F1 over answers of bags of words, lower-cased, without punctuation and articles."""
+    """The best F1 over the accepted answers, from bags of lower-cased words without punctuation and articles."""
     return max(_f1(_english_words(prediction), _english_words(reference)) for reference in references)
 
 
 def longbook_qa_chinese(prediction: str, references: Sequence[str]) -> float:
-    """Best F1 over answers of bags of characters, lower-cased, without punctuation and spaces."""
+    """The best F1 over the accepted answers, from bags of lower-cased characters without punctuation and spaces."""
     return max(_f1(_chinese_characters(prediction), _chinese_characters(reference)) for reference in references)
 
 
 def longbook_sum(prediction: str, references: Sequence[str]) -> float:
-    """Best F1 of rougeLsum over references: lines are the sentences, no stemming (the default of HF ``evaluate``)."""
+    """The best F1 of rougeLsum over the references; lines are sentences and words are not stemmed (the default of HF
+    ``evaluate``)."""
     return 100.0 * float(_rouge().score_multi(list(references), prediction)["rougeLsum"].fmeasure)
 
 
@@ -170,7 +173,7 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
 
 
 def score(task: str, prediction: str, references: Sequence[str]) -> float:
-    """Percent, 0 to 100, of one prediction of InfiniteBench's ``task``.
+    """The score of one prediction of InfiniteBench's ``task`` in percent, 0 to 100.
 
     Raises:
         DataError: the task is unknown, or its rule cannot use the references (none at all, no number, no letter).
@@ -202,7 +205,7 @@ def _collapse(text: str) -> str:
 
 
 def _starts_after(text: str, prefixes: Sequence[str], labels: Sequence[str]) -> bool | None:
-    """Whether a label starts one character after the first prefix found; None when the text has none of them."""
+    """Whether a label starts one character after the first prefix found; None if the text has none of the prefixes."""
     for prefix in prefixes:
         at = text.find(prefix)
         if at >= 0:
@@ -212,7 +215,7 @@ def _starts_after(text: str, prefixes: Sequence[str], labels: Sequence[str]) -> 
 
 
 def _english_words(text: str) -> list[str]:
-    # Articles go after punctuation, unlike in the SQuAD script's usual re-implementations: "a-b" becomes "ab" first.
+    # Punctuation is removed before articles, unlike in usual versions of the SQuAD script: "a-b" becomes "ab" first.
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
@@ -231,7 +234,7 @@ def _f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
 
 @cache
 def _rouge() -> RougeScorer:
-    # Imported on first use: it pulls in nltk, and eleven of twelve tasks do without.
+    # Imported on first use, because it loads nltk, which only one of the twelve tasks needs.
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeLsum"], use_stemmer=False)

@@ -57,14 +57,14 @@ _METRICS: dict[str, metrics.Metric] = {
     "passage_retrieval_zh": metrics.retrieval_zh,
     "lcc": metrics.code_similarity,
     "repobench-p": metrics.code_similarity,
-}  # the others that are no classification: qa_f1
+}  # all other sets but the classifications: qa_f1
 
 _CONTEXT, _QUESTION = "\u241ec\u241e", "\u241eq\u241e"
 
 
 @cache
 def template(task: str) -> dict[str, Any]:
-    """lm-eval's task file of a set, its prompt corrected to the official one (six sets differ in whitespace).
+    """lm-eval's task file of a set, with its prompt corrected to the official one (six sets differ in whitespace).
 
     Raises:
         DataError: lm-eval is not installed, or lacks the file.
@@ -84,10 +84,10 @@ class Prompt:
     """A filled prompt, before truncation and chat template: ``head``, context, ``tail``.
 
     Attributes:
-        head: what comes before the context.
+        head: the text before the context.
         context: the row's context.
-        tail: what comes after it.
-        question_first: the question stands in ``head``.
+        tail: the text after the context.
+        question_first: whether the question stands in ``head``.
     """
 
     head: str
@@ -101,8 +101,8 @@ class Prompt:
 
 
 def fill_prompt(task: str, context: str, question: str, *, question_first: bool = False) -> Prompt:
-    """The official prompt of a row; with ``question_first``, all that follows the context moves before it, except the
-    answer cue on the last line. Sets without a question, or whose prompt does not end in a cue, stay as they are.
+    """The official prompt of a row. With ``question_first`` the text after the context moves before it, except the
+    answer cue on the last line. Prompts without a question, or without such a cue, do not change.
 
     Raises:
         DataError: lm-eval is not installed, or lacks the set's template.
@@ -123,8 +123,8 @@ def fill_prompt(task: str, context: str, question: str, *, question_first: bool 
 class LongBench(Benchmark):
     """LongBench v1, and LongBench-E with ``extended``.
 
-    Prompts come from lm-eval, corrected to the official ones; data from ``data.zip`` of the official repository.
-    Each sample's ``metadata`` holds what scoring needs, so records can be rescored without the data.
+    Prompts come from lm-eval, corrected to the official ones; the data come from ``data.zip`` of the official
+    repository. Each sample's ``metadata`` holds all that scoring needs, so records can be rescored without the data.
 
     Attributes:
         tasks: sets or groups of them (``single_doc``, ``multi_doc``, ``summarization``, ``few_shot``, ``synthetic``,
@@ -132,12 +132,13 @@ class LongBench(Benchmark):
         limit: samples per set; None for all.
         data_dir: folder with the official jsonl files or data.zip, or the archive itself; None downloads it.
         extended: the 13 sets of LongBench-E; their tasks end in ``_e`` and scores gain a column per length bucket.
-        max_length: longest prompt in tokens, before the chat template; None for what the model has room for.
-        truncate: cut longer prompts in the middle; otherwise they are an error.
+        max_length: longest prompt in tokens, before the chat template is added; None for all that the model has room
+            for.
+        truncate: cut longer prompts in the middle; if off, they are an error.
         question_first: put the question before the context where the template allows it.
 
     Raises:
-        ConfigError: a task is unknown or not part of LongBench-E, none is named, or a limit is not positive.
+        ConfigError: a task is unknown or not part of LongBench-E, no task is named, or a limit is not positive.
     """
 
     name: ClassVar[str] = "longbench"
@@ -179,7 +180,7 @@ class LongBench(Benchmark):
         """
         suffix = "_e" if self.extended else ""
         root = self.data_dir or hub_file(REPOSITORY, ARCHIVE, remedy=_REMEDY)
-        # Every file is looked up first: a missing one should not stop a run half way.
+        # All files are looked up first, so that a missing one does not stop a run half way.
         sources = {task: find(root, f"{task}{suffix}.jsonl", remedy=_REMEDY) for task in self._selected}
         for task, source in sources.items():
             yield from self._task_samples(task, suffix, source, prompter)
@@ -243,7 +244,8 @@ class LongBench(Benchmark):
         return prompter.framed(frame, text), min(tail, limit // 2 if cut else len(body)) + after, cut
 
     def score(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """Percent by the set's official metric; for LongBench-E also under the name of the length bucket.
+        """The score in percent by the official metric of the set; for LongBench-E also under the name of the length
+        bucket.
 
         Raises:
             DataError: the record lacks a field, or its task is not one of LongBench.

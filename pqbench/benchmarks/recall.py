@@ -16,27 +16,27 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def string_recall(prediction: str, references: Sequence[str]) -> float:
-    """Share of ``references`` that ``prediction`` contains, whatever the case: RULER's ``string_match_all``.
+    """The share of ``references`` that ``prediction`` contains, ignoring case: RULER's ``string_match_all``.
 
     Source: NVIDIA/RULER ``scripts/eval/synthetic/constants.py`` and the clean-up of ``evaluate.py``.
 
     Raises:
-        DataError: there are no references, or an empty one, which every text would contain.
+        DataError: there are no references, or one is empty, which every text would contain.
     """
     return 100 * sum(_found(prediction, references)) / len(references)
 
 
 def string_recall_any(prediction: str, references: Sequence[str]) -> float:
-    """100 if ``prediction`` contains one of ``references``, else 0: RULER's ``string_match_part`` (max over answers).
+    """100 if ``prediction`` contains one of ``references``, otherwise 0: RULER's ``string_match_part``.
 
     Raises:
-        DataError: there are no references, or an empty one.
+        DataError: there are no references, or one is empty.
     """
     return 100.0 * any(_found(prediction, references))
 
 
 def rouge1(reference: str, prediction: str) -> float:
-    """ROUGE-1 F measure with Porter stemming, of package ``rouge_score``."""
+    """The ROUGE-1 F measure with Porter stemming, by the package ``rouge_score``."""
     return 100 * float(_scorer().score(reference, prediction)["rouge1"].fmeasure)
 
 
@@ -49,7 +49,7 @@ def _found(prediction: str, references: Sequence[str]) -> list[bool]:
 
 @cache
 def _scorer() -> RougeScorer:
-    # Imported at the first score: rouge_score pulls in nltk, which a run has no use for.
+    # Imported when the first score is computed, because rouge_score loads nltk.
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rouge1"], use_stemmer=True)

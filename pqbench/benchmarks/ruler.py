@@ -19,7 +19,7 @@ Data = tuple[list[dict[str, Any]], list[str]]
 
 @dataclass(frozen=True)
 class _Plan:
-    """One sample that is known to fit but has not been drawn."""
+    """One sample whose length is known to fit, but which has not been drawn yet."""
 
     task: str
     length: int
@@ -32,7 +32,7 @@ class _Plan:
 
     @property
     def budget(self) -> int:
-        """Tokens of the prompt: officially prompt and answer together have the length."""
+        """The tokens of the prompt: in the official code, prompt and answer together have the given length."""
         return self.length - TASKS[self.task].new_tokens
 
 
@@ -40,20 +40,21 @@ class _Plan:
 class Ruler(Benchmark):
     """RULER (NVIDIA/RULER, https://arxiv.org/abs/2404.06654) over public-domain prose.
 
-    Official prompts, generation lengths and scores; module ``ruler_tasks`` lists what differs. The haystack has as many
-    units (words, lines, documents) as fit, so prompts end a little below the length. ``score`` is the share of the
-    references that the prediction contains, whatever the case; for the QA tasks the maximum over the answers.
+    Prompts, generation lengths and scores are the official ones; module ``ruler_tasks`` lists the differences. The
+    haystack has as many units (words, lines, documents) as fit, so prompts are slightly shorter than the given length.
+    ``score`` is the share of the references that the prediction contains, ignoring case. For the QA tasks it is 100 if
+    the prediction contains one of the accepted answers.
 
     Attributes:
-        tasks: names as in RULER's table, or the groups ``all`` and ``offline`` (the 11 that need no data).
+        tasks: names as in RULER's table, or the groups ``all`` and ``offline`` (the 11 tasks that need no data).
         lengths: tokens of prompt and answer together, chat template included.
         per_cell: samples of each task and length; officially 500.
-        seed: draws everything; the questions of the QA tasks come in file order, as officially.
+        seed: draws everything; the questions of the QA tasks come in the order of the file, as in the official code.
         data_dir: folder with the json files of SQuAD (qa_1) and HotpotQA (qa_2).
         chat: use the model's chat template, with the official lead-in as the beginning of the answer.
 
     Raises:
-        ConfigError: an unknown task, or a value that cannot work; the message names the field.
+        ConfigError: a task is unknown, or a value cannot work; the message names the field.
     """
 
     name: ClassVar[str] = "ruler"
@@ -77,12 +78,12 @@ class Ruler(Benchmark):
         at_least_one("per_cell", self.per_cell)
 
     def samples(self, prompter: Prompter) -> Iterator[Sample]:
-        """Samples by task, then length, then number.
+        """The samples by task, then length, then number.
 
         Raises:
             ConfigError: a length is beyond the model or too short for a task, or the QA data has too few questions.
                 Raised by the call itself, before the first sample.
-            DataError: data of a QA task is missing or damaged, or a package is not installed.
+            DataError: the data of a QA task are missing or damaged, or a package is not installed.
         """
         fits(self.lengths, prompter.max_length)
         data = {task: ruler_data.load(task, self.data_dir) for task in self.tasks if task in DATA_TASKS}
@@ -95,7 +96,8 @@ class Ruler(Benchmark):
         return (self._sample(prompter, plan) for plan in plans)
 
     def score(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """Share of references in the prediction, or for QA tasks whether one of them is, in percent.
+        """The share of the references that the prediction contains, in percent; for QA tasks 100 if it contains one of
+        them.
 
         Raises:
             DataError: the record has no references.
@@ -108,7 +110,7 @@ class Ruler(Benchmark):
             raise ConfigError(
                 f"benchmark.per_cell={self.per_cell}, but the data of {task} has {len(data[0])} questions"
             )
-        # A seed of its own for each sample: another grid or task list changes no sample.
+        # Each sample has a seed of its own, so another grid or list of tasks does not change it.
         seed = random.Random(f"{self.seed}/{task}/{length}/{index}").getrandbits(32)
         plan = _Plan(task, length, index, Request(seed, index, length, lambda text: len(prompter.encode(text)), data))
         least = TASKS[task].least
@@ -145,7 +147,7 @@ class Ruler(Benchmark):
     def _prompt(self, prompter: Prompter, draft: Draft) -> tuple[list[int], int]:
         """The whole prompt, and how many of its tokens follow the context."""
         frame = prompter.frame(chat=self.chat)
-        # A plain text is simply continued by the lead-in.
+        # Without a chat template the lead-in simply continues the text.
         lead_in = draft.lead_in if frame.after else f" {draft.lead_in}"
         tail = prompter.continued(draft.question + frame.after + lead_in)
         return prompter.framed(frame, draft.text, lead_in), len(tail)

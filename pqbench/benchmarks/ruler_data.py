@@ -22,11 +22,11 @@ _FILES = {
 def load(task: str, data_dir: str | None) -> tuple[list[dict[str, Any]], list[str]]:
     """Answerable questions and all documents for ``qa_1`` (SQuAD) or ``qa_2`` (HotpotQA), in RULER's order.
 
-    The file has its official name, or is the only json file with ``quad`` or ``hotpot`` in its name.
+    The file must have its official name, or be the only json file with ``quad`` or ``hotpot`` in its name.
 
     Raises:
-        ConfigError: ``data_dir`` is no folder.
-        DataError: the file is missing, cut, not UTF-8 or of another schema, or has no answerable question.
+        ConfigError: ``data_dir`` is not a folder.
+        DataError: the file is missing, cut off, not UTF-8 or of another schema, or has no answerable question.
     """
     path = _find(task, data_dir)
     try:
@@ -40,7 +40,7 @@ def load(task: str, data_dir: str | None) -> tuple[list[dict[str, Any]], list[st
             _mark_answerable(content)
         module = library("qa_utils")
         reader = module.read_squad if task == "qa_1" else module.read_hotpotqa
-        # The readers take a URL and remember what it gave; ours is a file, which may change.
+        # The readers take a URL and cache its content; here it is the URL of a file, which may change.
         vars(module)["download_json"] = lambda _: content
         questions, documents = reader.__wrapped__(str(path))
         _check_types(questions, documents)
@@ -71,7 +71,8 @@ def _find(task: str, data_dir: str | None) -> Path:
 
 
 def _mark_answerable(content: Any) -> None:
-    """SQuAD 1.1 and its translations lack ``is_impossible``: all their questions have answers."""
+    """Add ``is_impossible`` where it is missing: SQuAD 1.1 and its translations lack it, and all their questions have
+    answers."""
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:

@@ -1,4 +1,4 @@
-"""lm-eval's RULER generators as a library: loaded cheaply, without a network, and unchanged for everyone else."""
+"""lm-eval's RULER generators as a library: loaded quickly and without a network, as a private copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REMEDY = "run: pip install 'lm-eval[ruler]==0.4.13'"
 
 @cache
 def library(name: str) -> ModuleType:
-    """A copy of our own of lm-eval's RULER module ``name``: adapting it changes nothing for other users of lm-eval.
+    """A private copy of lm-eval's RULER module ``name``: changes to it do not affect other users of lm-eval.
 
     Raises:
         DataError: lm-eval or its extra ``ruler`` is not installed.
@@ -50,7 +50,7 @@ def _path(name: str) -> Path:
 
 
 def _load_prepare_niah(module: ModuleType, loader: Loader) -> None:
-    """Executes the module without what its import costs: a download of nltk data and six million strings (1.2 GB)."""
+    """Executes the module without the costs of its import: a download of nltk data and six million strings (1.2 GB)."""
     nltk_data, wonderwords = importlib.import_module("nltk.data"), importlib.import_module("wonderwords")
     categories = wonderwords.RandomWord()._categories
     nouns, adjectives = sorted(set(categories["nouns"])), sorted(set(categories["adjectives"]))
@@ -65,7 +65,7 @@ def _load_prepare_niah(module: ModuleType, loader: Loader) -> None:
 
 @cache
 def niah_template() -> str:
-    """``TEMPLATE`` of niah_utils, read from its source: executing it would import the costly module."""
+    """``TEMPLATE`` of niah_utils, read from its source, because executing it would import the costly module."""
     for node in ast.parse(_path("niah_utils").read_text(encoding="utf-8")).body:
         match node:
             case ast.Assign(targets=[ast.Name(id="TEMPLATE")], value=ast.Constant(value=str(template))):
@@ -75,7 +75,7 @@ def niah_template() -> str:
 
 @contextmanager
 def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """``module.name`` is ``value`` inside the block."""
+    """Inside the block ``module.name`` is ``value``."""
     original = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -86,7 +86,8 @@ def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global generators of random and numpy start from ``seed`` in the block and are as before after it."""
+    """Inside the block the global generators of random and numpy start from ``seed``; afterwards their state is
+    restored."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

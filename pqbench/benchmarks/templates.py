@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from pqbench.errors import DataError
 
-# A trailing newline is part of a prompt; a field that a row lacks must not become an empty string.
+# A trailing newline is part of a prompt, and a field that a row lacks must be an error, not an empty string.
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
@@ -44,7 +44,7 @@ def _loader(folder: Path) -> type[yaml.SafeLoader]:
         module, _, name = str(loader.construct_scalar(node)).rpartition(".")
 
         def call(*args: Any, **options: Any) -> Any:
-            # The module is imported on the first call: most tasks are loaded for their text only.
+            # The module is imported on the first call, because most tasks are loaded only for their text.
             return getattr(_module(folder / f"{module}.py"), name)(*args, **options)
 
         return call
@@ -57,7 +57,8 @@ def _loader(folder: Path) -> type[yaml.SafeLoader]:
 def load_task(relative_path: str) -> Mapping[str, Any]:
     """The task file at ``relative_path`` below lm-eval's task folder, with its ``include`` files merged in.
 
-    ``!function`` entries become callables. Read once: generators ask for it at every step of their search for a length.
+    ``!function`` entries become callables. Each file is read once, because generators ask for it at every step of their
+    search for a length.
 
     Raises:
         DataError: lm-eval is not installed, or has no such task file.
@@ -65,7 +66,7 @@ def load_task(relative_path: str) -> Mapping[str, Any]:
     path = _tasks_folder() / relative_path
     if not path.is_file():
         raise DataError(f"lm-eval has no task file {relative_path}: the templates are those of lm-eval 0.4.13")
-    # The loader derives from SafeLoader: nothing in the file runs while it is read.
+    # The loader derives from SafeLoader, so no code of the file runs while it is read.
     own: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader(path.parent))
     include = own.pop("include", [])
     merged: dict[str, Any] = {}

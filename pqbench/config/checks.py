@@ -15,7 +15,7 @@ from pqbench.kernels.backend import BACKENDS
 from pqbench.models.devices import check_device, check_kernels
 from pqbench.records.classes import conf_folder
 
-MOST_THREADS = 16  # threads per core that are accepted; more only wait for each other
+MOST_THREADS = 16  # largest accepted number of threads per core; more threads would only wait for each other
 SWITCHES = ("overlap", "retry_failed", "debug", "graphs", "select_ahead")
 
 
@@ -48,8 +48,8 @@ def check_options(config: DictConfig) -> None:
 
 
 def check_machine(device: str | None, kernels: str, option: str = "benchmark.device") -> None:
-    """Raises ModelError when this machine lacks a device, or a backend that serves it; None is the CPU. ``option`` is
-    where the device was chosen."""
+    """Raises ModelError when this machine lacks the device or a backend for it. ``device`` None means the CPU;
+    ``option`` is the name of the option that chose the device."""
     place = "cpu" if device is None else device
     check_device(place, option)
     check_kernels(kernels, torch.device(place))
@@ -60,17 +60,17 @@ def check_model(model: Mapping[str, Any], kernels: str, device: str | None, asks
 
     Args:
         model: the group ``model`` of the configuration.
-        kernels: the backend that is to compute.
-        device: where the measurement runs; None for where the model lies.
-        asks: what needs answers that a model has learnt, as an option of the command line; None when nothing does.
+        kernels: the name of the backend that computes.
+        device: the device of the measurement; None for the device of the model.
+        asks: what needs the answers of a trained model, as an option of the command line; None when nothing does.
 
     Raises:
-        ModelError: the model cannot serve the measurement, or this machine not the model.
+        ModelError: the model does not suit the measurement, or this machine cannot run the model.
     """
     source = model_source(model)
     source.check()
     if asks is not None:
         source.check_answers(asks)
-    if source.placement is None:  # otherwise the devices are known, and checked, once the layers are spread
+    if source.placement is None:  # otherwise the devices are checked after loading
         option = "model.device" if device is None else "benchmark.device"
         check_machine(source.device if device is None else device, kernels, option)

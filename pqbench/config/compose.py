@@ -1,4 +1,4 @@
-"""From a command line to a configuration, and what went wrong with it in one line."""
+"""From a command line to a configuration. Errors in it are explained in one line."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from pqbench.records.classes import conf_folder
 
 log = logging.getLogger("pqbench")
 
-# What Hydra says of an option that no yaml has, of an added one that the class does not have; its advice leads astray.
+# Hydra's messages about an option that no yaml has, and about an added option that the class does not have. They are
+# replaced, because their advice is misleading.
 _ABSENT = re.compile(r"Could not override '([^']+)'\.")
 _FOREIGN = re.compile(r"unexpected keyword argument '(\w+)'.* full_key: ([\w.]+)")
 _FOREIGN_TO = re.compile(r"call to target '[\w.]*?(\w+)'.*unexpected keyword argument '(\w+)'")
-_PROMPTS = ("chat", "chat_options")  # of the group model: what prompts are made with
-_OPEN = ("model.chat_options.", "model.chat_options=", "budgets.")  # names below these are the user's own
+_PROMPTS = ("chat", "chat_options")  # fields of the group model that concern only prompts
+_OPEN = ("model.chat_options.", "model.chat_options=", "budgets.")  # below these the user may choose any names
 _OWN_BUDGET = re.compile(r"^methods\.(\w+)\.budget\.(?=\w+=)")
 CHOICES = ("method", "budget", "model", "store", "benchmark", "scale", "experiment")  # groups of files in conf/
 EXPLAINED = (PqbenchError, HydraException, OmegaConfBaseException)
 
 
 def opened(arguments: Sequence[str]) -> list[str]:
-    """Command line arguments in the form in which Hydra takes names that no yaml has, ``++`` before them. Fields of the
-    budget of one method, which Hydra cannot set inside an interpolation, are collected in ``budgets``.
+    """Rewrite command line arguments for Hydra. Names that no yaml has get ``++`` in front. Fields of the budget of one
+    method are collected in ``budgets``, because Hydra cannot set them inside an interpolation.
 
     Raises:
-        ConfigError: a flag that there is none of, or something else than a name where one of several files is chosen.
+        ConfigError: an unknown flag, or a group such as ``model`` is given something else than the name of a file.
     """
     check_flags(arguments)
     check_choices(arguments)
@@ -46,10 +47,11 @@ def opened(arguments: Sequence[str]) -> list[str]:
 
 
 def own_budgets(config: DictConfig) -> None:
-    """Give every method whose budget has fields of its own the common budget with these fields, in place.
+    """Change the configuration in place: every method whose budget has fields of its own gets the common budget with
+    these fields replaced.
 
     Raises:
-        ConfigError: fields for a method that is not there, or that has no budget.
+        ConfigError: there are fields for a method that does not run or that has no budget.
     """
     fields = dict(config.get("budgets") or {})
     with open_dict(config):
@@ -69,34 +71,35 @@ def own_budgets(config: DictConfig) -> None:
 
 
 def model_source(fields: Mapping[str, Any]) -> ModelSource:
-    """The source that the group ``model`` of a configuration describes; ``chat`` and ``chat_options`` concern prompts
-    alone."""
+    """The model source that the group ``model`` of a configuration describes. ``chat`` and ``chat_options`` are left
+    out, because they concern only prompts."""
     described = {name: value for name, value in fields.items() if name not in _PROMPTS}
     try:
         source: ModelSource = instantiate(described, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, PqbenchError):
-            raise error.__cause__ from None  # the line itself, without Hydra's words around it
+            raise error.__cause__ from None  # our own line without Hydra's text around it
         raise
     return source
 
 
 def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, Any] | None = None) -> None:
-    """Look for method yamls under ``folder``/method that do not say by their first line where their fields go. One that
-    nothing here uses is named in a warning.
+    """Look for method yamls under ``folder``/method whose first line does not name their place in the configuration.
+    Such a yaml is named in a warning if this run does not use it.
 
     Args:
         methods: the methods of the run.
-        stray: fields that a used yaml without that line has left outside ``methods``.
+        stray: fields outside of ``methods``, which come from a used yaml without that line.
 
     Raises:
-        ConfigError: a method of this run would be left out silently, for such a yaml, or for fields without a class.
+        ConfigError: a method of this run would be left out silently, because its yaml lacks the line or its fields name
+            no class.
     """
     for path in sorted((folder / "method").glob("*.yaml")):
         wanted = f"# @package methods.{path.stem}"
         if path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].rstrip() != wanted:
             if stray:
-                raise ConfigError(f"{path}: its first line must be `{wanted}`, else its method is left out")
+                raise ConfigError(f"{path}: its first line must be `{wanted}`, otherwise its method is left out")
             log.warning("%s: its first line must be `%s`; nothing here uses it", path, wanted)
     for name, fields in methods.items():
         if "_target_" not in (fields or {}):
@@ -107,7 +110,7 @@ def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, An
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for the first argument that begins like a flag and is none of Hydra's."""
+    """Raises ConfigError for the first argument that begins like a flag but is not one of Hydra's flags."""
     parser = get_args_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
     for argument in arguments:
@@ -117,7 +120,7 @@ def check_flags(arguments: Sequence[str]) -> None:
 
 
 def check_choices(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for an argument that gives a group, such as ``model``, something else than names of files."""
+    """Raises ConfigError when an argument gives a group such as ``model`` something else than names of files."""
     for argument in arguments:
         group, _, value = argument.partition("=")
         if group in CHOICES and (value in ("null", "true", "false") or re.match(r"[{+\-.\d]", value)):
@@ -129,23 +132,24 @@ def _stems(group: str) -> str:
 
 
 def meant(name: str, known: Iterable[Any]) -> str:
-    """``, did you mean ...?`` where one of the known names is much like this one."""
+    """``, did you mean ...?`` if one of the known names is similar to this one, and otherwise an empty text."""
     same = {str(one).lower(): str(one) for one in known if str(one) != name}
     close = get_close_matches(name.lower(), same, 1)
     return f", did you mean {same[close[0]]}?" if close else ""
 
 
 def absent(option: str) -> str:
-    """What to say of an option that the composed configuration does not have."""
+    """The message for an option that the composed configuration does not have."""
     *parents, field = option.split(".")
     folder = conf_folder()
     if not parents:
         known = [*OmegaConf.load(folder / "config.yaml"), *CHOICES]
-        return f"there is no option {option} here{meant(field, known)}: the same command with `--cfg job` shows those"
+        hint = meant(field, known)
+        return f"there is no option {option} here{hint}: the same command with `--cfg job` shows the options"
     group = "method" if parents[0] == "methods" else parents[0]
     if group not in CHOICES:
         hint = meant(group, [*CHOICES, "methods"])
-        return f"there is no option {option} here{hint}: the same command with `--cfg job` shows those there are"
+        return f"there is no option {option} here{hint}: the same command with `--cfg job` shows the options"
     fields = {path.stem: _fields(path) for path in sorted((folder / group).glob("*.yaml"))}
     if group == "method":
         name = parents[1] if len(parents) > 1 else field
@@ -158,11 +162,11 @@ def absent(option: str) -> str:
     if holders:
         return f"there is no option {option} here: it belongs to {' and '.join(holders)}, set that as well"
     every = dict.fromkeys(name for held in fields.values() for name in held)
-    return f"there is no option {option} here{meant(field, every)}: the same command with `--cfg job` shows those"
+    return f"there is no option {option} here{meant(field, every)}: the same command with `--cfg job` shows the options"
 
 
 def _fields(path: Path) -> list[str]:
-    """Fields that a yaml and those it builds on name."""
+    """The fields of a yaml and of the yamls that it builds on."""
     found = OmegaConf.load(path)
     bases = [one for one in found.get("defaults", []) if isinstance(one, str) and one != "_self_"]
     own = [str(name) for name in found if name not in ("_target_", "defaults")]
@@ -170,7 +174,8 @@ def _fields(path: Path) -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """One line that says what to do: our own error when one is behind it, else what Hydra or OmegaConf said."""
+    """One line for an error: the message of the pqbench error that caused it, if there is one, and otherwise a line
+    made from the message of Hydra or OmegaConf."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group == "hydra/launcher":
@@ -187,7 +192,7 @@ def explain(error: BaseException) -> str:
     if missing:
         return absent(missing[1])
     if foreign:
-        return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists those it has"
+        return f"{foreign[2]} has no field {foreign[1]}: docs/configuration.md lists its fields"
     if made:
-        return f"a {made[1]} has no field {made[2]}: docs/configuration.md lists those it has"
+        return f"a {made[1]} has no field {made[2]}: docs/configuration.md lists its fields"
     return text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text} (debug=true shows where)"

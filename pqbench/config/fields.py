@@ -1,4 +1,5 @@
-"""Every configured value is checked against the annotation of the field it fills, before anything is made from it."""
+"""Checks every configured value against the annotation of its field, before any object is made from the
+configuration."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from pqbench.typed import allowed, shown, words
 
 
 def check_fields(node: Any, path: str) -> None:
-    """Check all values under a node of a composed configuration, whose place in it is ``path``.
+    """Check all values under a node of a composed configuration. ``path`` is the node's place in the configuration.
 
     Raises:
-        ConfigError: a value that the annotation of its field does not allow; the message names the field, the value and
-            what is allowed. Fields that the class does not have are left to the one who makes it. Also for a
-            ``_target_`` that names no class.
+        ConfigError: the annotation of a field does not allow its value, or a ``_target_`` does not name a class. The
+            message names the field, the value and what is allowed. Fields that the class does not have are not checked
+            here, because making the object reports them.
     """
     if isinstance(node, Mapping):
         hints = _hints(node["_target_"], path) if "_target_" in node else {}
@@ -30,7 +31,7 @@ def check_fields(node: Any, path: str) -> None:
 
 def _hints(target: Any, path: str) -> dict[str, Any]:
     """Annotations of the fields of a dataclass, or of the parameters of a function or of another class. Raises
-    ConfigError when ``target`` names nothing of the kind; ``path`` is the place of its node."""
+    ConfigError when ``target`` names none of these; ``path`` is the place of its node."""
     found = located(target)
     if not callable(found):
         raise ConfigError(
@@ -46,8 +47,8 @@ def _hints(target: Any, path: str) -> dict[str, Any]:
 
 
 def located(target: Any) -> Any:
-    """What a full name such as ``methods.full.Full`` stands for; None when there is nothing of that name. Whatever else
-    an import raises passes through."""
+    """The object that a full name such as ``methods.full.Full`` names; None when there is no object with this name.
+    Other errors of the import are raised unchanged."""
     parts = target.split(".") if isinstance(target, str) else []
     for count in range(len(parts), 0, -1):
         name = ".".join(parts[:count])
@@ -55,7 +56,7 @@ def located(target: Any) -> Any:
             found: Any = import_module(name)
         except ModuleNotFoundError as error:
             if error.name is not None and not f"{name}.".startswith(f"{error.name}."):
-                raise  # the module is there and lacks another one
+                raise  # the module exists, but it imports another module that is missing
             continue
         except ValueError:  # an empty name
             return None

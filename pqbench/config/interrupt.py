@@ -1,4 +1,5 @@
-"""Ctrl-C while the command still imports its modules, which takes seconds: one line and exit code 130, no traceback.
+"""Handles Ctrl-C while the command still imports its modules, which takes seconds: one line and exit code 130, no
+traceback.
 
 The command imports this module before all others. In any other program the import changes nothing.
 """
@@ -19,14 +20,14 @@ def is_command(started_as: str) -> bool:
 
 
 def leave(*_: Any) -> NoReturn:
-    """End the process at once; nothing was begun."""
-    sys.stderr.write("error: interrupted before anything was begun\n")
+    """End the process at once. No work has begun at this point."""
+    sys.stderr.write("error: interrupted before any work began\n")
     sys.stderr.flush()
     os._exit(130)
 
 
 def begun() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt again, which the command handles by itself."""
+    """Let Ctrl-C raise KeyboardInterrupt again from now on. The command handles this exception."""
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

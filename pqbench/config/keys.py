@@ -1,4 +1,4 @@
-"""The settings behind the key of a run: everything that can change a figure, and nothing else."""
+"""The settings from which the key of a run is made: everything that can change a figure, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ KEYED = (
     "threads",
     "kernels",
     "overlap",
-)  # what a figure depends on besides the method
-# Options that count only where they are switched on, so that older keys stay as they were.
+)  # what figures depend on, apart from the method
+# Options that are part of the key only when they are switched on, so that older keys stay valid.
 KEYED_WHEN_ON = {"graphs": ("graphs",), "select_ahead": ("select_ahead", "correction")}
 
 
 def run_settings(plain: Mapping[str, Any], name: str, method: Method | None) -> dict[str, Any]:
-    """The settings that make the key of a run: those of the whole run, of one method, and the method's own code.
+    """The settings from which the key of a run is made: those of the whole run, those of one method, and the method's
+    own code.
 
     Args:
-        plain: the composed configuration, its methods with all their fields.
-        name: what results call the method.
-        method: the method itself; None for records that belong to no configured method.
+        plain: the composed configuration, in which the methods have all their fields.
+        name: the name of the method in the results.
+        method: the method itself; None for records that do not belong to a configured method.
     """
     settings = {part: plain[part] for part in KEYED}
     settings |= {part: plain[part] for option, parts in KEYED_WHEN_ON.items() if plain[option] for part in parts}
@@ -42,11 +43,11 @@ def run_settings(plain: Mapping[str, Any], name: str, method: Method | None) -> 
 
 
 def whole(given: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    """A method's configuration together with the values of the fields that it leaves to the code's defaults."""
+    """A method's configuration, completed with the default values of the fields that it does not set."""
     found = dict(given)
     for name in (field.name for field in fields(method)):
         value = getattr(method, name)
-        if isinstance(value, Method):  # one method around another
+        if isinstance(value, Method):  # a method that contains another method
             found[name] = whole(given.get(name, {}), value)
         elif isinstance(value, Budget) and isinstance(given.get(name), Mapping):
             found[name] = {option: getattr(value, option, was) for option, was in given[name].items()}

@@ -1,4 +1,5 @@
-"""``python -m pqbench.config.page > docs/configuration.md``: every configuration key, from the comments beside them."""
+"""``python -m pqbench.config.page > docs/configuration.md``: every configuration key, from the comments in the
+yamls."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _SKIPPED = ("_target_", "defaults", "hydra")
 
 @dataclass
 class Page:
-    """One yaml: its text above or between the keys, what it builds on, and its keys with default and meaning."""
+    """The contents of one yaml: its notes above or between the keys, the yamls it builds on, and its keys with default
+    and meaning."""
 
     name: str
     target: str = ""
@@ -62,8 +64,9 @@ def reference(folder: Path) -> str:
 
 
 def page(path: Path) -> Page:
-    """Read one yaml file: keys at its top level. Comments on lines of their own are notes. A key without a comment
-    means what it does in the yaml this one builds on; one that interpolates a group is that group's."""
+    """Read the top-level keys of one yaml file. Comments on lines of their own are notes. A key without a comment gets
+    the meaning that it has in the yaml on which this one builds. A key that interpolates a group refers to that
+    group."""
     text = path.read_text(encoding="utf-8")
     found = Page(path.stem)
     fields = yaml.safe_load(text) or {}

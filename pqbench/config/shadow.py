@@ -1,4 +1,5 @@
-"""Other people's packages that hide ours: ``methods`` and ``plots`` are ordinary words, and a user may have both."""
+"""Finds other packages that hide ours. ``methods`` and ``plots`` are ordinary words, and a user may have packages with
+these names."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ OURS = Path(__file__).resolve().parents[2]  # the folder that holds pqbench/, me
 
 
 def check_import_path() -> None:
-    """Warn when another package hides ours called ``plots``, which only figures need. Imports neither package.
+    """Warn when another package hides our package ``plots``, which only figures need. Imports neither package.
 
     Raises:
-        ConfigError: another package hides ours called ``methods``, without which nothing runs.
+        ConfigError: another package hides our package ``methods``, without which nothing runs.
     """
     if line := hidden("methods"):
         raise ConfigError(line)
@@ -26,7 +27,7 @@ def check_import_path() -> None:
 
 
 def hidden(name: str) -> str:
-    """A line that says which package hides ours called ``name`` and what to do; empty when ours is found."""
+    """A line that says which package hides our package ``name`` and what to do; empty when our package is found."""
     found = find_spec(name)
     place = Path(found.origin).resolve().parent if found and found.origin else OURS / name
     if place == OURS / name:

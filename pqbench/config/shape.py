@@ -1,4 +1,4 @@
-"""The outline of a composed configuration: every group is there, and holds names with values."""
+"""Checks the outline of a composed configuration: every group is present and holds names with values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUPS = ("budget", "store", "model", "benchmark")
 
 
 def check_shape(config: DictConfig) -> None:
-    """Look at what the other checks take for granted.
+    """Check what all other checks assume.
 
     Raises:
         ConfigError: a group was taken away or replaced by a value, or a field that concerns prompts has another type.
@@ -42,7 +42,8 @@ def check_shape(config: DictConfig) -> None:
 
 
 def check_prompts(model: Mapping[str, Any]) -> None:
-    """Raises ConfigError for the fields of the group ``model`` that concern prompts alone, which no class checks."""
+    """Raises ConfigError for wrong values of ``chat`` and ``chat_options`` of the group ``model``, which no class
+    checks."""
     if type(model.get("chat", True)) is not bool:
         raise ConfigError(f"model.chat is {shown(model['chat'])}: use true or false")
     options = model.get("chat_options")
@@ -51,15 +52,15 @@ def check_prompts(model: Mapping[str, Any]) -> None:
 
 
 def made_method(name: str, fields: Any) -> Method:
-    """The method that ``methods.NAME`` describes. Raises ConfigError when its class is no method's."""
+    """The method that ``methods.NAME`` describes. Raises ConfigError when its class is not a method."""
     found = instantiate(fields)
     if not isinstance(found, Method):
         raise ConfigError(
-            f"methods.{name}._target_ is {fields['_target_']!r}, which is no method: see docs/add_a_method.md"
+            f"methods.{name}._target_ is {fields['_target_']!r}, which is not a method: see docs/add_a_method.md"
         )
     return found
 
 
 def check_store(store: Mapping[str, Any]) -> None:
-    """Raises ConfigError when the group ``store`` describes no tier that could be made."""
+    """Raises ConfigError when no tier can be made from the group ``store``."""
     instantiate(store)

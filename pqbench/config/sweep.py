@@ -1,4 +1,4 @@
-"""How the failures of runs reach the command that started them, whichever process the runs were in."""
+"""Brings the failures of runs to the command that started them, also from runs in other processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pqbench.errors import PqbenchError
 
 
 def cell() -> str:
-    """The values of a sweep that this process is at, as the beginning of a message; nothing for a single run. What the
-    command line gives to all runs is left out, as far as this process knows the command line."""
+    """The sweep values of the present run, as the beginning of a message; empty for a single run. Values that the
+    command line gives to all runs are left out, if this process knows the command line."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return ""
     own = [override for override in HydraConfig.get().overrides.task if override not in sys.argv]
@@ -21,18 +21,18 @@ def cell() -> str:
 
 
 class RunFailedError(PqbenchError):
-    """A run of a sweep failed in another process, which has logged all of its failures."""
+    """A run of a sweep failed in another process. That process has logged all failures of the run."""
 
 
 class Failures:
-    """What failed in each run of this process, one line each.
+    """The failures of each run of this process, one line each.
 
-    Launchers pickle the task and what it holds, so a worker fills a copy that nobody reads. Hydra brings back no
-    values from there, but exceptions: a copy raises.
+    Launchers pickle the task and the objects in it, so a worker process fills a copy that nobody reads. Hydra returns
+    exceptions from workers, but no values. Therefore a copy raises an exception when failures are added.
     """
 
     def __init__(self) -> None:
-        self.runs: list[tuple[str, list[str]]] = []  # of each run, its cell and its failures
+        self.runs: list[tuple[str, list[str]]] = []  # for each run: its cell and its failures
         self._copied = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -40,11 +40,11 @@ class Failures:
 
     @property
     def count(self) -> int:
-        """Failures of all runs."""
+        """Number of failures of all runs."""
         return sum(len(lines) for _, lines in self.runs)
 
     def new(self, line: str) -> bool:
-        """Whether no run of this process has failed in this way before."""
+        """Whether no earlier run of this process has failed with this line."""
         return all(line not in lines for _, lines in self.runs)
 
     def add(self, lines: list[str], where: str = "") -> None:
@@ -54,11 +54,12 @@ class Failures:
         if self._copied and lines:
             more = f" (and {len(lines) - 1} more in this run)" if len(lines) > 1 else ""
             raise RunFailedError(
-                f"{where}{lines[0]}{more}; other runs went on: `python -m pqbench.progress` counts what failed"
+                f"{where}{lines[0]}{more}; other runs continued: `python -m pqbench.progress` counts the failures"
             )
 
     def listed(self) -> list[str]:
-        """Every way in which runs failed: once where all of them failed so, otherwise once for each cell."""
+        """All different failures. A failure of all runs is listed once; any other failure is listed once for each
+        cell."""
         found: dict[str, list[str]] = {}
         for where, lines in self.runs:
             for line in dict.fromkeys(lines):

@@ -1,6 +1,7 @@
-"""The latency model's constants for the machine that records come from, and how far its predictions are off there.
+"""The constants of the latency model for a machine, fitted to its records, and the errors of the predictions.
 
-Constants are fitted on every other context and checked on the ones between and beyond, which the fit never saw.
+Constants are fitted on every second context. The predictions are checked on the other contexts, which the fit has not
+seen.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pqbench.costs.model import Hardware, MethodProfile, ModelShape, prefill_ope
 from pqbench.errors import DataError
 
 FIELDS = ("ttft_s", "tpot_s")
-_NEVER = 1e30  # a rate so high that its term vanishes: the fit found no time for it
+_NEVER = 1e30  # a rate so high that its term vanishes; used when the fit gives the term no time
 
 
 @dataclass(frozen=True)
 class Check:
-    """One time the fit had not seen: what was measured (median over repeats) and what the model says, in seconds."""
+    """One time that the fit has not seen: the measured time (median over repeats) and the predicted time, in
+    seconds."""
 
     method: str
     context: int
@@ -32,35 +34,36 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Absolute, as a share of the measured time."""
+        """Absolute error as a share of the measured time."""
         return abs(self.predicted - self.measured) / self.measured
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A machine, the methods measured on it, and the checks on contexts the fit left out."""
+    """The fitted machine, the methods measured on it, and the checks on contexts that were not fitted."""
 
     hardware: Hardware
     profiles: dict[str, MethodProfile]
-    fitted: list[int]  # contexts
+    fitted: list[int]  # contexts used by the fit
     checks: list[Check]
 
     def median_error(self, field: str) -> float | None:
-        """Median of the checks' errors; None without any."""
+        """Median error of the checks of a field; None if there are no checks."""
         errors = [check.error for check in self.checks if check.field == field]
         return median(errors) if errors else None
 
 
 def fit_machine(run: pd.DataFrame, shape: ModelShape) -> Fit:
-    """Fit latency records of one machine, model, dtype and link.
+    """Fit the latency model to records of one machine, model, dtype and link.
 
     Args:
-        run: rows of ``benchmark=latency`` with status ok; ``method`` tells the methods apart. The times per phase that
-            a record holds determine a constant each: model and attention the memory's bandwidth and the overhead of a
-            layer; select and append the scan's rate and its overhead; fetch the link; TTFT the matrix products.
+        run: rows of ``benchmark=latency`` with status ok; ``method`` tells the methods apart. Each kind of time in the
+            records determines some constants. Times of the model and of attention give the bandwidth of memory and the
+            overhead of a layer. Times of select and append give the rate of index scans and their overhead. Times of
+            fetch give the link, and TTFT gives the rate of matrix products.
 
     Raises:
-        DataError: fewer than two contexts.
+        DataError: there are fewer than two contexts, or the records lack figures.
     """
     points = _points(run)
     contexts = sorted(points["context"].unique())
@@ -81,12 +84,12 @@ def fit_machine(run: pd.DataFrame, shape: ModelShape) -> Fit:
 
 
 def profile(rows: pd.DataFrame, shape: ModelShape, dtype: str, peak: float) -> MethodProfile:
-    """What records of one method say it touches, means over contexts.
+    """The profile of one method from its records, as means over contexts.
 
-    ``index_bytes`` and rows fetched are the records' meters; ``build`` is the time of the index, in operations at
-    ``peak`` per second.
+    ``index_bytes`` and the fetched rows come from the meters in the records. ``build`` is the time of the index,
+    converted to operations at ``peak`` operations per second.
     """
-    length = rows["prompt_tokens"] + rows["new_tokens"] / 2  # cached tokens in the middle of decoding
+    length = rows["prompt_tokens"] + rows["new_tokens"] / 2  # number of cached tokens in the middle of decoding
     moved = rows["attended_tokens"] * shape.row_bytes(dtype)
     heads = shape.layers * shape.kv_heads
     fetched = float((rows["to_device_bytes_step"] / moved).mean()) if _on_host(rows) else 0.0
@@ -100,8 +103,8 @@ def profile(rows: pd.DataFrame, shape: ModelShape, dtype: str, peak: float) -> M
 
 
 def _points(run: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and context: medians over repeats of rows that have all figures. Captured steps have no
-    phases."""
+    """One row per method and context, with medians over repeats. Rows that lack a figure are left out, such as those of
+    captured steps, which have no phases."""
     missing = [name for name in _NEEDED if name not in run]
     if missing:
         raise DataError(f"latency records without {', '.join(missing)}: measure again with this version of pqbench")
@@ -127,7 +130,7 @@ _NEEDED = (*FIELDS, *_PHASES, *_METERS)
 def _hardware(
     points: pd.DataFrame, shape: ModelShape, profiles: dict[str, MethodProfile], dtype: str, name: str
 ) -> Hardware:
-    """Rates and overheads, each by least squares on relative errors, none below zero."""
+    """Rates and overheads, fitted by least squares of relative errors, none of them negative."""
     length = points["prompt_tokens"] + points["new_tokens"] / 2
     costs = [
         step_cost(shape, profiles[str(method)], float(tokens), 1, dtype)
@@ -162,8 +165,8 @@ def _hardware(
 
 
 def _solve(columns: Sequence[Sequence[float]], seconds: pd.Series) -> list[float]:
-    """Coefficients >= 0 that make the columns add up to ``seconds``, relative errors squared being least. Columns are
-    scaled to a largest value of 1, so that bytes and layers weigh alike."""
+    """Coefficients >= 0 with which the columns add up to ``seconds`` with the least squares of relative errors. Columns
+    are first scaled to a largest value of 1, so that bytes and layers have similar weight."""
     matrix, target = np.array(columns, dtype=float).T, np.maximum(np.asarray(seconds, dtype=float), 1e-12)
     sizes = np.maximum(matrix.max(0), 1e-30)
     solution, _ = nnls(matrix / sizes / target[:, None], np.ones(len(target)))

@@ -1,9 +1,9 @@
-"""A latency model: TTFT and TPOT of a method on hardware nobody here has, from the bytes it moves and what it computes.
+"""A latency model: TTFT and TPOT of a method on other hardware, from the bytes that it moves and what it computes.
 
-A roofline per phase. What memory and arithmetic units do at the same time counts once, the slower of the two; what
-waits for something else is added. Sizes are bytes, times seconds; B sequences of S cached tokens, L layers, Hq query
-heads, H KV heads of D dimensions. Predictions from data sheets are floors: real kernels reach neither peak. Nothing
-here runs a model, and torch is not imported.
+It is a roofline model for each phase. Where memory and arithmetic units work at the same time, only the slower of the
+two counts. Work that waits for other work is added. Sizes are in bytes and times in seconds, for B sequences of S
+cached tokens, L layers, Hq query heads, and H KV heads of D dimensions. Predictions from data sheets are lower bounds,
+because real kernels reach neither peak. Nothing here runs a model, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ class Hardware:
     """An accelerator and its host.
 
     Attributes:
-        bandwidth: of device memory, bytes per second.
-        peak: dense matrix products by dtype, operations per second (a multiplication and an addition are two).
-        vector: operations per second outside matrix products, float32; index scans run there.
-        link_bandwidth: host to device, bytes per second.
+        bandwidth: bandwidth of device memory in bytes per second.
+        peak: operations per second in dense matrix products, by dtype (a multiplication and an addition are two
+            operations).
+        vector: operations per second outside matrix products in float32; index scans run at this rate.
+        link_bandwidth: bandwidth from host to device in bytes per second.
         link_latency: seconds before the first byte of a transfer.
-        layer_overhead: seconds per layer and step that depend on no size: launches, Python.
-        select_overhead: the same for choosing tokens, in methods that read an index.
-        memory: bytes of the device; None: not a limit.
-        builds_apart: the index is built by other cores than the model's, within the time of the prefill (PQCache's
-            adaptive rule picks K-Means iterations that fit, arXiv 2407.12820). False: both share the cores.
+        layer_overhead: seconds per layer and step that do not depend on any size: launches and Python.
+        select_overhead: the same for selecting tokens, in methods that read an index.
+        memory: memory of the device in bytes; None for no limit.
+        builds_apart: whether other cores than the model's build the index, within the time of the prefill (PQCache's
+            adaptive rule chooses a number of K-Means iterations that fits, arXiv 2407.12820). If False, both share the
+            cores.
     """
 
     name: str
@@ -46,7 +48,8 @@ class Hardware:
     builds_apart: bool = True
 
 
-# No data sheet states these: launches of some ten kernels per layer at 2 to 3 us each, without CUDA graphs; assumed.
+# An assumption, because no data sheet states it: about ten kernel launches per layer of 2 to 3 us each, without CUDA
+# graphs.
 _LAUNCHES = 25e-6
 # Copies of several MB reach about 78 % of the line rate of PCIe x16, as in pqbench.store.link.emulated.
 _PCIE4, _PCIE5, _PCIE_LATENCY = 24.6e9, 49.2e9, 10e-6
@@ -95,7 +98,8 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama-like decoder: gated feed-forward, RMS norms. ``tied``: one matrix is both embedding and output."""
+    """The shape of a Llama-like decoder with gated feed-forward layers and RMS norms. If ``tied``, the embedding and
+    the output layer share one matrix."""
 
     name: str
     layers: int
@@ -110,23 +114,24 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of all layers."""
+        """Number of parameters of all layers."""
         queries, keys = self.query_heads * self.head_dim, self.kv_heads * self.head_dim
         projections = self.hidden * (2 * queries + 2 * keys) + self.qkv_bias * (queries + 2 * keys)
         return self.layers * (projections + 3 * self.hidden * self.feed_forward + 2 * self.hidden)
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return self.step_parameters + (0 if self.tied else self.hidden * self.vocabulary)
 
     @property
     def step_parameters(self) -> int:
-        """Parameters that one decode step reads: all but an input embedding that is not the output's as well."""
+        """Number of parameters that one decode step reads: all except an input embedding that the output layer does not
+        share."""
         return self.layer_parameters + self.hidden + self.hidden * self.vocabulary
 
     def row_bytes(self, dtype: str) -> int:
-        """Keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * _item_size(dtype)
 
 
@@ -146,14 +151,14 @@ MODELS: Mapping[str, ModelShape] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MethodProfile:
-    """What one step of a method touches, by cached token. :func:`profile` in :mod:`pqbench.costs.fit` takes it from
-    records, :func:`product_quantised` from settings.
+    """What one decode step of a method reads, per cached token. :func:`pqbench.costs.fit.profile` derives it from
+    records, and :func:`product_quantised` derives it from settings.
 
     Attributes:
-        attended: attended tokens as a share of the cached ones.
+        attended: attended tokens as a share of the cached tokens.
         index_bytes: bytes of index read per cached token, layer and KV head.
         fetched: share of the attended rows that cross the link in a step.
-        on_host: whether KV lies on the host; prefill then offloads it.
+        on_host: whether KV lies on the host; the prefill then offloads it.
         build: operations to build the index, per prompt token, layer and KV head.
     """
 
@@ -167,11 +172,11 @@ class MethodProfile:
 def product_quantised(
     m: int, b: int, attended: float, head_dim: int, iterations: int = 5, fetched: float = 0.5
 ) -> MethodProfile:
-    """The profile of product-quantised keys on the host: m codes of a byte each per key.
+    """The profile of a method with KV on the host and product-quantised keys: each key has m codes of one byte.
 
-    K-Means compares each key with 2**b centroids of D / m dimensions in m sub-spaces, ``iterations`` times and once
-    more for the codes: 2 * 2**b * D * (iterations + 1) operations per key. ``fetched`` is 0.5 where half of the budget
-    is window, which stays on the device.
+    K-Means compares each key with 2**b centroids of D / m dimensions in each of m sub-spaces. It does so ``iterations``
+    times, and once more for the codes: 2 * 2**b * D * (iterations + 1) operations per key. ``fetched`` is 0.5 if half
+    of the budget is the window, which stays on the device.
     """
     return MethodProfile(attended, float(m), fetched, True, 2.0 * 2**b * head_dim * (iterations + 1))
 
@@ -192,9 +197,9 @@ def step_cost(
 ) -> StepCost:
     """Bytes and operations of a step at ``context`` cached tokens.
 
-    Weights are read once for the batch: P * itemsize. KV: B * attended * S * 2 * L * H * D * itemsize. Operations:
-    2 * B * P, and 4 * B * attended * S * L * Hq * D for q.k and the sum of values. Scoring takes one operation per
-    index byte and query head of the group: a table look-up for a code.
+    The P weights are read once for the batch: P * itemsize bytes. KV takes B * attended * S * 2 * L * H * D * itemsize
+    bytes. The weights take 2 * B * P operations, and q.k and the sum of values take 4 * B * attended * S * L * Hq * D.
+    Scoring takes one operation per index byte and query head of the query group, which is the table look-up for a code.
     """
     attended = batch * method.attended * context
     index = batch * context * shape.layers * shape.kv_heads * method.index_bytes
@@ -220,7 +225,7 @@ def tpot(
 
     max(read bytes / bandwidth, operations / peak) + max(index bytes / bandwidth, index operations / vector) + link
     bytes / link bandwidth + L * (layer overhead, + select overhead with an index, + link latency with rows to fetch).
-    Fetching is added, not overlapped: which rows to fetch is known only after the selection.
+    Fetching is added and does not overlap, because the rows to fetch are only known after the selection.
     """
     cost = step_cost(shape, method, context, batch, dtype)
     dense = max(cost.read_bytes / hardware.bandwidth, cost.operations / _peak(hardware, dtype))
@@ -232,8 +237,8 @@ def tpot(
 
 
 def prefill_operations(shape: ModelShape, context: float, batch: int = 1) -> float:
-    """Operations of a dense causal prefill: 2 B S P for the layers, 2 B hidden * vocabulary for the last position's
-    logits, and 2 B L Hq D S (S + 1) for attention, half of the square."""
+    """Operations of a dense causal prefill: 2 B S P for the P parameters of the layers, 2 B hidden * vocabulary for the
+    logits of the last position, and 2 B L Hq D S (S + 1) for attention, of which causality leaves half."""
     attention = 2.0 * shape.layers * shape.query_heads * shape.head_dim * context * (context + 1)
     return batch * (2.0 * context * shape.layer_parameters + 2.0 * shape.hidden * shape.vocabulary + attention)
 
@@ -246,11 +251,11 @@ def ttft(
     batch: int = 1,
     dtype: str = "bfloat16",
 ) -> float:
-    """Seconds to the first token, the prompt prefilled at once.
+    """Seconds to the first token if the prompt is prefilled in one shot.
 
     max(operations / peak, (weights + KV) / bandwidth, KV / link bandwidth if offloaded) + L * layer overhead.
-    Offloading runs beside the layers. Building the index adds its operations where it shares the model's cores
-    (``builds_apart``: False), and nothing elsewhere.
+    Offloading overlaps with the layers. Building the index adds its operations if it shares the model's cores
+    (``builds_apart`` is False), and otherwise adds nothing.
     """
     rows = batch * context * shape.row_bytes(dtype)
     operations = prefill_operations(shape, context, batch)
@@ -267,8 +272,8 @@ def ttft(
 def device_bytes(
     shape: ModelShape, method: MethodProfile, context: float, batch: int = 1, dtype: str = "bfloat16"
 ) -> float:
-    """Bytes that decoding holds on the device: weights, index, and all KV. Where KV lies on the host: the attended rows
-    that are not fetched, and those fetched for one layer at a time. Activations are not counted."""
+    """Bytes that decoding keeps on the device: weights, index and KV. If KV lies on the host, only the attended rows
+    that are not fetched and the fetched rows of one layer are on the device. Activations are not counted."""
     stays = method.attended * (1 - method.fetched + method.fetched / shape.layers) if method.on_host else 1.0
     held = stays * shape.row_bytes(dtype)
     held += shape.layers * shape.kv_heads * method.index_bytes
@@ -288,7 +293,7 @@ def fits(
 
 
 def model_shape(name: str) -> ModelShape:
-    """The shape of that model. Raises ConfigError when there is none."""
+    """The shape of the model with this name. Raises ConfigError when there is none."""
     if name not in MODELS:
         raise ConfigError(f"the latency model does not know the shape of {name!r}: it knows {', '.join(MODELS)}")
     return MODELS[name]

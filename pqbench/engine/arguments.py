@@ -1,4 +1,5 @@
-"""What a caller passes from Python is looked at before any work starts; what is wrong with it is one line."""
+"""Checks of the arguments that a caller passes from Python. They run before any work starts, and each problem is
+reported in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def check_call(model: Any, input_ids: Any, methods: Any, attention_mask: Any = N
     """Check the model, the prompts and the methods of a call.
 
     Raises:
-        ConfigError: one of them is of another kind than it must be; the message says what to pass instead.
+        ConfigError: an argument has the wrong type, or the prompts lie on another device than the model. The message
+            says what to pass instead.
     """
     check_model(model)
     check_ids(input_ids)
@@ -41,10 +43,10 @@ def check_call(model: Any, input_ids: Any, methods: Any, attention_mask: Any = N
 
 
 def check_model(model: Any) -> None:
-    """Raises ConfigError for what is no model of transformers, or for one that is being trained."""
+    """Raises ConfigError when the argument is not a PyTorch module, or when the model is in training mode."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"the model is a {type(model).__name__}: pass a model of transformers, which load_model(...).model is"
+            f"the model is a {type(model).__name__}: pass a transformers model, such as load_model(...).model"
         )
     if model.training:
         raise ConfigError("the model is in training mode, in which it may drop activations: call model.eval() first")
@@ -61,8 +63,8 @@ def check_ids(input_ids: Any) -> None:
 
 
 def check_vocabulary(input_ids: Tensor, model: Any) -> None:
-    """Raises ConfigError for tokens that the model does not have. Tokens in the host's memory are looked at; reading
-    those of a GPU would make the host wait for it."""
+    """Raises ConfigError for token ids outside the model's vocabulary. Only tokens in host memory are checked, because
+    the host would have to wait for a GPU to read its tokens."""
     if input_ids.device.type != "cpu" or not input_ids.numel():
         return
     known = model.get_input_embeddings().num_embeddings
@@ -75,7 +77,8 @@ def check_vocabulary(input_ids: Tensor, model: Any) -> None:
 
 
 def check_method(method: Any) -> None:
-    """Raises ConfigError for what is no method; a class or a name is told from an object of the class."""
+    """Raises ConfigError when the argument is not a method. The message says what to pass instead, also for a method's
+    class or name."""
     if isinstance(method, Method):
         return
     if isinstance(method, type) and issubclass(method, Method):
@@ -86,7 +89,8 @@ def check_method(method: Any) -> None:
 
 
 def outlives_exit(work: Callable[Given, Found]) -> Callable[Given, Found]:
-    """The same work, but a method that would end the process fails instead: one sample is lost, not the run."""
+    """Wrap ``work`` so that SystemExit becomes RuntimeError. A method that calls ``sys.exit`` then loses one sample and
+    does not end the run."""
 
     @wraps(work)
     def lasting(*given: Given.args, **named: Given.kwargs) -> Found:
@@ -99,7 +103,7 @@ def outlives_exit(work: Callable[Given, Found]) -> Callable[Given, Found]:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises ConfigError for a value that is no whole number from ``least`` up."""
+    """Raises ConfigError when ``value`` is not a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} is {shown(value)}: use a whole number from {least} up")
     if value < least:

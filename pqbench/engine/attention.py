@@ -29,14 +29,15 @@ class Layers(Protocol):
         """A forward pass starts."""
 
     def answering(self) -> Any:
-        """The layer that answers the call of attention at work."""
+        """The layer that answers the current attention call."""
 
     def end(self) -> None:
         """A forward pass is over."""
 
 
 _RUNNING: ContextVar[Layers | None] = ContextVar("cache of the forward pass at work", default=None)
-# Tensors that a call may bring besides queries, keys, values, mask and learned sinks: attention does not read them.
+# Names of further tensors that a call of attention may contain: positions do not change its result, and ``s_aux`` holds
+# the model's learned sinks, which attention does use.
 _IGNORED = frozenset({"position_ids", "cache_position", "s_aux"})
 
 
@@ -49,16 +50,17 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Registered under :data:`NAME`, with the parameter names of transformers. The layer whose cache entry the model
-    updated last answers the call; the scaling is always that of the call. Sliding layers, which are not ours, get plain
-    SDPA. All layers are causal, whatever their modules say: some modules leave that to the mask, which is left out
-    where it says nothing else.
+    """The attention of all layers, registered under :data:`NAME`, with the parameter names of transformers. The layer
+    whose cache entry the model updated last answers the call. The scaling is always that of the call. Sliding layers,
+    which are not ours, get plain SDPA. All layers are treated as causal, whatever their modules say, because some
+    modules leave causality to the mask and the mask is None when it would express nothing but causality.
 
-    Where keys and values differ in width (latent attention), both are padded with zeros to the larger width, which
-    changes no product and no sum, and the output is cut to the width of the values.
+    Where keys and values differ in width (latent attention), both are padded with zeros to the larger width. This
+    changes no product and no sum. The output is then cut to the width of the values.
 
     Raises:
-        ModelError: the layer asks for something that no method here would honour.
+        ModelError: the call needs a feature that pqbench does not support, or it comes from outside a forward pass of
+            pqbench.
     """
     cache, sinks = _RUNNING.get(), kwargs.get("s_aux")
     check_call(kwargs)
@@ -69,7 +71,7 @@ def attention_forward(
     if not hasattr(layer, "attention"):
         return dense_attention(module, query, key, value, attention_mask, factor, sinks), None
     if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise ModelError("its attention brings a bias on the scores of its own (a mask of numbers, as ALiBi is)")
+        raise ModelError("its attention adds a bias of its own to the scores (a mask of numbers, as in ALiBi)")
     layer.sinks = sinks
     width, value_width = max(key.shape[-1], value.shape[-1]), value.shape[-1]
     query, key, value = (_widened(rows, width) for rows in (query, key, value))
@@ -77,8 +79,8 @@ def attention_forward(
 
 
 def check_call(options: dict[str, Any]) -> None:
-    """Raises ModelError when a call of attention brings something that changes its result and that no kernel here
-    computes."""
+    """Raises ModelError when an argument of an attention call changes the result in a way that no kernel here
+    supports."""
     if options.get("softcap") is not None:
         raise ModelError("its attention uses logit soft-capping (softcap), which pqbench does not support")
     for name, value in options.items():
@@ -87,7 +89,7 @@ def check_call(options: dict[str, Any]) -> None:
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:
-    """Rows ``[..., D]`` with zeros behind them up to ``width``; the same tensor where nothing is missing."""
+    """Rows ``[..., D]`` padded with zeros to ``width``; the same tensor when no padding is needed."""
     return rows if rows.shape[-1] == width else functional.pad(rows, (0, width - rows.shape[-1]))
 
 
@@ -100,11 +102,13 @@ def dense_attention(
     scaling: float | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Exact attention of a block, ``[B, n, Hq, D]``: q ``[B, Hq, n, D]`` are the last n of the tokens of k and v
-    ``[B, H, S, D]``. ``sinks`` ``[Hq]`` are logits that take part in each head's softmax and bring no value.
+    """Exact attention of a block, ``[B, n, Hq, D]``. The queries q ``[B, Hq, n, D]`` belong to the last n of the S
+    tokens of k and v ``[B, H, S, D]``. ``sinks`` ``[Hq]`` are logits that take part in each head's softmax and have no
+    value.
 
-    A sink becomes one more key in front of the others: queries get one more dimension that holds the sink, keys get
-    zeros there, and the new key has nothing else. SDPA then needs no mask that it would not need without.
+    A sink becomes one more key in front of the others. Queries get one more dimension that holds the sink; the other
+    keys are zero in that dimension, and the new key is zero in all other dimensions. The sink itself therefore needs no
+    mask.
     """
     square = sinks is not None and mask is None and q.shape[2] == k.shape[2]
     if sinks is not None:
@@ -120,8 +124,9 @@ def dense_attention(
 def _with_sink_key(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, sinks: Tensor, dummy_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with the sink as key 0. ``dummy_query`` also puts a query in front, so that there are as many as keys
-    and a causal mask stays implied; eight dimensions more keep rows aligned for fast kernels."""
+    """q, k and v with the sink as key 0. ``dummy_query`` also puts a query in front, so that there are as many queries
+    as keys and the causal mask stays implied. Eight dimensions are added, although one would do, to keep rows aligned
+    for fast kernels."""
     batch, heads, count, _ = q.shape
     logit = sinks.to(q.dtype).view(1, heads, 1, 1).expand(batch, heads, count, 1)
     q = torch.cat([q, logit, q.new_zeros(batch, heads, count, 7)], dim=-1)
@@ -131,7 +136,8 @@ def _with_sink_key(
 
 
 def forward(model: PreTrainedModel, ids: Tensor, cache: Layers, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """One model call; logits ``[B, V]`` after the last token. Without padding ``mask`` is None.
+    """Call the model once. Returns the logits ``[B, V]`` after the last token. ``mask`` is None when there is no
+    padding.
 
     Raises:
         ModelError: some layer computed attention elsewhere, or did not use its cache.
@@ -162,15 +168,16 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether the caller tells the model the positions of its tokens; others count them by themselves."""
+    """Whether the model's forward pass takes the positions of its tokens. Other models count positions by
+    themselves."""
     return "position_ids" in _parameters(type(model).forward)
 
 
 def causal_block(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
     """Causal attention of a block of queries ``[B, Hq, n, D]`` at the end of keys ``[B, H, S, D]``: ``[B, n, Hq, D]``.
 
-    Torch's ``is_causal`` lets the first query see the first key, and a mask ``[n, S]`` keeps flash attention from
-    serving the call; this bias says the same without either.
+    Torch's ``is_causal`` would align the first query with the first key, and a mask ``[n, S]`` would rule out flash
+    attention. The bias that is used here aligns the last query with the last key and allows flash attention.
     """
     bias: Any = _lower_right(q.shape[2], k.shape[2])
     output = functional.scaled_dot_product_attention(
@@ -181,13 +188,14 @@ def causal_block(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tens
 
 @lru_cache(maxsize=8)
 def _lower_right(count: int, total: int) -> Tensor:
-    """The bias of a block; every layer asks for the same one."""
+    """The causal bias of a block, which is the same for every layer."""
     return causal_lower_right(count, total)
 
 
 def block_mask(**options: Any) -> Tensor | None:
-    """The mask that transformers gives its SDPA layers; none where on a GPU it would say nothing but "causal", which
-    :func:`causal_block` knows. ``options`` are those of :func:`transformers.masking_utils.sdpa_mask`."""
+    """The mask that transformers gives its SDPA layers. On a GPU the mask is None when it would express nothing but
+    causality, which :func:`causal_block` applies by itself. ``options`` are those of
+    :func:`transformers.masking_utils.sdpa_mask`."""
     causal = options.get("attention_mask") is None and options.get("local_size") is None
     on_gpu = torch.device(options.get("device", "cpu")).type == "cuda"
     if causal and on_gpu and options.get("allow_is_causal_skip", True):
@@ -198,8 +206,8 @@ def block_mask(**options: Any) -> Tensor | None:
 
 @contextmanager
 def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Route the model's attention through :func:`attention_forward`; the former implementation returns on exit, also
-    after an exception."""
+    """Route the model's attention through :func:`attention_forward`. The former implementation is restored on exit,
+    also after an exception. Raises ModelError when the model does not use transformers' attention interface."""
     before = _implementations(model.config)
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, block_mask)

@@ -1,4 +1,5 @@
-"""Prompts as a batch: checks of what goes into a model and comes out of it, and left-padded sequences by length."""
+"""Prompts as a batch: checks of what goes into a model and of what comes out, and the cohorts of a left-padded
+batch."""
 
 from __future__ import annotations
 
@@ -21,11 +22,12 @@ def check_prompt(
     any_length: bool = False,
     max_length: int | None = None,
 ) -> Tensor:
-    """The validity mask ``[B, S]`` bool of a batch. With ``any_length`` a prompt may exceed the model's limit, and with
-    ``max_length`` it may be that long.
+    """Check a batch and return its validity mask ``[B, S]`` bool. With ``any_length`` a prompt may be longer than the
+    model's limit; with ``max_length`` it may have up to that many tokens.
 
     Raises:
-        ConfigError: an empty prompt, a mask with holes or right padding, or a prompt longer than the model allows.
+        ConfigError: an empty prompt, a mask of another shape, a mask with holes or right padding, or a prompt longer
+            than allowed.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ConfigError(
@@ -58,7 +60,7 @@ def check_length(model: PreTrainedModel, tokens: int, max_length: int | None = N
 def check_blocks(model: PreTrainedModel, mask: Tensor, chunk: int) -> None:
     """Raises ConfigError when a prompt of this mask, prefilled ``chunk`` columns at a time, would cross a length at
     which the model's rotary frequencies change."""
-    if length_dependent(model.config) is None:  # else the host would wait for a GPU
+    if length_dependent(model.config) is None:  # otherwise the host would wait for the GPU
         return
     longest = int(mask.sum(-1).max())
     padding = mask.shape[1] - longest  # of the longest sequence
@@ -66,7 +68,7 @@ def check_blocks(model: PreTrainedModel, mask: Tensor, chunk: int) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raises ConfigError when the model or a method computed NaN, whose tokens would look like an answer."""
+    """Raises ConfigError when the logits contain NaN. Tokens chosen from NaN would look like an ordinary answer."""
     if bool(logits.isnan().any()):
         raise ConfigError("the model's logits are NaN: weights or keys are not finite, try model.dtype=float32")
 

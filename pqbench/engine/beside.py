@@ -1,4 +1,4 @@
-"""Where an index is built while the next layers of the prompt compute: on idle cores, or on a stream of the GPU."""
+"""Places where an index is built while the next layers are prefilled: idle CPU cores, or a second stream of the GPU."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _Result = TypeVar("_Result", covariant=True)
 
 
 class Pending(Protocol[_Result]):
-    """Work under way; a :class:`concurrent.futures.Future` is one."""
+    """Work in progress. A :class:`concurrent.futures.Future` has this interface too."""
 
     def result(self) -> _Result:
-        """What the work returned, ready for the caller's own work. Raises what the work raised."""
+        """What the work returned. Everything that the caller does next may use it. Raises the exception that the work
+        raised."""
 
 
 class Beside(ABC):
@@ -30,7 +31,8 @@ class Beside(ABC):
 
     @abstractmethod
     def submit(self, work: Callable[[], T], device: torch.device, uses: Iterable[Tensor]) -> Pending[T]:
-        """Start work on a device. It reads the tensors ``uses``, which the caller's own work has made so far."""
+        """Start work on a device. ``uses`` are the tensors that the work reads; the caller has computed or queued all
+        of them."""
 
     def close(self) -> None:  # noqa: B027 - a stream needs no end
         """End the threads that were started for it."""
@@ -48,8 +50,8 @@ class IdleCores(Beside):
 
     @classmethod
     def of(cls, backend: Kernels) -> IdleCores | None:
-        """None where the model leaves no core idle. A team of threads is as slow as its slowest thread, so that work on
-        the same cores would slow the prefill by more than the work takes afterwards."""
+        """None when the model leaves no core idle. A team of threads is as slow as its slowest thread. Building the
+        index on the same cores would therefore slow the prefill by more time than building it afterwards takes."""
         cores = usable_cores() - torch.get_num_threads()
         return cls(cores, backend) if cores > 0 else None
 
@@ -61,20 +63,22 @@ class IdleCores(Beside):
 
 
 class SideStream(Beside):
-    """A second stream of the device. The calling thread queues the work there and goes on at once with the next layer,
-    so that the device does both side by side.
+    """A second stream of the device. The calling thread queues the work there and continues at once with the next
+    layer, so that the device does both at the same time.
 
-    The work is queued by the caller's own thread. That keeps memory safe without counting who uses which tensor,
-    because the allocator gives a freed block to the next work of the stream for which the block was allocated, and
-    knows nothing of other streams:
+    The work is queued by the caller's own thread. This keeps memory safe without tracking which stream uses which
+    tensor. The allocator gives a freed block to the next work of the stream for which the block was allocated, and it
+    does not know of other streams:
 
-    - What the work reads was allocated for the caller's stream. It may be freed as soon as the work is queued (an index
-      lets go of what it learnt during prefill), so it is lent to the side stream, for which the allocator then waits.
-    - What the work leaves behind was allocated for the side stream and is later read by the caller's. When it is freed,
-      its block goes to the next work that is submitted here, and this begins by waiting for all that the caller has
-      queued until then, the last reader included. With a second thread this order would not hold.
+    - Tensors that the work reads were allocated for the caller's stream. They may be freed as soon as the work is
+      queued (an index drops what it learnt during prefill). They are therefore lent to the side stream, and the
+      allocator waits for that stream before it uses their memory again.
+    - Tensors that the work returns were allocated for the side stream and are later read by the caller's stream. When
+      such a tensor is freed, its block goes to the next work that is submitted here. That work first waits for
+      everything that the caller has queued until then, the last reader included. With a second thread this order would
+      not hold.
 
-    The caller's stream reads the result after an event (:meth:`Ordered.result`), and no thread waits.
+    The caller's stream waits for an event before it reads the result (:meth:`Ordered.result`). No thread waits.
     """
 
     def __init__(self, streams: Streams) -> None:
@@ -82,7 +86,7 @@ class SideStream(Beside):
         self._sides: dict[torch.device, Any] = {}
 
     def submit(self, work: Callable[[], T], device: torch.device, uses: Iterable[Tensor]) -> Pending[T]:
-        """See the base class. An error is kept until somebody asks for the result, as in a thread."""
+        """See the base class. As with a thread, an error is kept until somebody asks for the result."""
         if device not in self._sides:
             self._sides[device] = self._streams.side(device)
         side, began, done = self._sides[device], self._streams.event(timed=False), self._streams.event(timed=False)
@@ -113,7 +117,7 @@ class Ordered(Pending[T]):
 
 
 class Finished(Pending[T]):
-    """Work that the calling thread has done by itself."""
+    """Work that the calling thread has already done."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._outcome: Future[T] = Future()

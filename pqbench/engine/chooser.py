@@ -1,4 +1,4 @@
-"""The choice of tokens, the ends of sequences, and what fills a sequence after its end."""
+"""Which token comes next, when a sequence ends, and which token fills a sequence after its end."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pqbench.engine.sampling import Sampler
 
 
 class Chooser:
-    """A source of tokens for :class:`pqbench.engine.steps.Steps`: first those of a question, then after each step the
-    likeliest token, or the one that a sampler chooses, until every sequence has ended.
+    """A source of tokens for :class:`pqbench.engine.steps.Steps`. It first gives the tokens of a question. After that,
+    each call gives the likeliest token or the one that a sampler chooses, until every sequence has ended.
 
     Attributes:
-        tokens: those that were chosen so far, each ``[B]``.
+        tokens: the tokens chosen so far, each ``[B]``.
     """
 
     def __init__(
         self, end: End, most: int, like: Tensor, question: Sequence[int] = (), sampler: Sampler | None = None
     ) -> None:
-        """``most`` tokens are chosen at most, after the ``question``; ``like`` is any tensor ``[B]`` on the model's
+        """At most ``most`` tokens are chosen after the ``question``. ``like`` is any tensor ``[B]`` on the model's
         device."""
         self.tokens: list[Tensor] = []
         self._end, self._most, self._question, self._sampler = end, most, iter(question), sampler
@@ -40,7 +40,7 @@ class Chooser:
         last = count + 1 == self._most
         if not last and end.possible(count + 1):
             self._done = end.reached(self._done, self.tokens)
-            last = bool(self._done.all())  # The only read of the device in a step, and none where no end can come.
+            last = bool(self._done.all())  # The only read from the device in a step.
         return None if last else self.tokens[-1]
 
 
@@ -50,9 +50,10 @@ class End:
 
     Attributes:
         tokens: ids ``[n]`` that end a sequence, possibly none.
-        earliest: tokens before an end may come.
-        filler: the token of a sequence after its end.
-        finished: sees the tokens so far ``[B, n]`` and says which sequences end there, bool ``[B]``; None for none.
+        earliest: number of tokens that every sequence gets before one of ``tokens`` may end it.
+        filler: the token that fills a sequence after its end.
+        finished: a function that gets the tokens so far ``[B, n]`` and returns which sequences end there, bool ``[B]``;
+            None if only ``tokens`` end a sequence.
     """
 
     tokens: Tensor
@@ -61,11 +62,11 @@ class End:
     finished: Callable[[Tensor], Tensor] | None
 
     def forbidden(self, count: int) -> Tensor | None:
-        """Tokens that may not follow ``count`` tokens."""
+        """Ids that must not be chosen after ``count`` tokens; None if every token may be chosen."""
         return self.tokens if count < self.earliest else None
 
     def possible(self, count: int) -> bool:
-        """Whether some sequence may have ended within ``count`` tokens; otherwise the device need not be asked."""
+        """Whether some sequence may have ended within ``count`` tokens. If not, nothing is read from the device."""
         return self.finished is not None or (len(self.tokens) > 0 and count > self.earliest)
 
     def reached(self, done: Tensor, tokens: Sequence[Tensor]) -> Tensor:
@@ -75,8 +76,8 @@ class End:
 
 
 def changes_of_greedy(model: PreTrainedModel) -> list[str]:
-    """The settings of a model's generation configuration that change what greedy decoding chooses in transformers; this
-    loop knows none of them but end tokens."""
+    """The settings of a model's generation configuration that change what greedy decoding chooses in transformers.
+    Decoding here ignores all such settings except end tokens."""
     config = model.generation_config
     neutral = {
         "repetition_penalty": 1.0,
@@ -97,14 +98,15 @@ def changes_of_greedy(model: PreTrainedModel) -> list[str]:
 
 
 def choose(logits: Tensor, forbidden: Tensor | None) -> Tensor:
-    """Greedy token ``[B]``; ``forbidden`` tokens are out of the question."""
+    """The likeliest tokens ``[B]`` by logits ``[B, V]``. Ids in ``forbidden`` are never chosen."""
     if forbidden is not None and len(forbidden):
         logits = logits.index_fill(1, forbidden, float("-inf"))
     return logits.argmax(-1)
 
 
 def pad_token(config: GenerationConfig | None) -> int:
-    """What fills a sequence after its end, as in transformers: the padding token, else the first end token."""
+    """The token that fills a sequence after its end, as in transformers: the padding token or, if there is none, the
+    first end token."""
     pad = None if config is None else config.pad_token_id
     ends = end_tokens(config)
     return int(pad) if pad is not None else int(ends[0]) if len(ends) else 0

@@ -1,8 +1,9 @@
-"""How long work takes, on the host and on a GPU that works through a queue: marks are set now and read later.
+"""How long work takes, on the host and on a GPU. Marks are set while the work runs and are read afterwards.
 
-A GPU runs behind the program that feeds it. To read a clock at once, the program would have to wait for the GPU, and
-that wait alone would cost more than much of the work that is timed. Therefore :meth:`Clock.mark` puts an event into the
-queue, and the seconds between two events are read after the run, when somebody asks for a sum.
+A GPU works through a queue and runs behind the program that fills the queue. To read the time at once, the program
+would have to wait for the GPU, and that wait would take longer than much of the work that is timed. Therefore
+:meth:`Clock.mark` puts an event into the queue, and the seconds between two events are read after the run, when
+somebody asks for a sum.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-SAMPLED = 8  # where timing phases costs time itself, they are timed in one step out of so many
-PREFIX = "pqbench::"  # of the names of spans in the record of a profiler
-_OPEN = 64  # when more spans than this wait to be read, those that the device has passed are read
+SAMPLED = 8  # where timing the phases costs time itself, they are timed in one of this many steps
+PREFIX = "pqbench::"  # begins the names of spans in the record of a profiler
+_OPEN = 64  # once more spans than this wait to be read, those that the device has passed are read
 
-Mark = Any  # a mark is only of use to the clock that gave it
+Mark = Any  # only the clock that made a mark can read it
 
 
 class Event(Protocol):
-    """A point in the queue of a device. These are the methods of :class:`torch.cuda.Event` that are used."""
+    """A point in the queue of a device. The methods are those of :class:`torch.cuda.Event` that pqbench uses."""
 
     def record(self, stream: Any) -> None:
         """Put the event behind everything that is in the stream so far."""
@@ -41,14 +42,14 @@ class Event(Protocol):
 
 
 class Streams(Protocol):
-    """A device that works through queues ("streams"): :class:`CudaStreams`, or a stand-in for tests, which shows on a
-    machine without a GPU in which order work is queued."""
+    """A device that works through queues ("streams"): :class:`CudaStreams`, or a stand-in with which tests check the
+    order of queued work on a machine without a GPU."""
 
     def event(self, timed: bool) -> Event:
         """A new event. One that is not ``timed`` only orders the work of streams."""
 
     def current(self, device: torch.device) -> Any:
-        """The stream that the calling thread's work on the device goes to."""
+        """The stream that receives the calling thread's work on the device."""
 
     def side(self, device: torch.device) -> Any:
         """Another stream of the device."""
@@ -57,7 +58,8 @@ class Streams(Protocol):
         """Inside this context the calling thread's work goes to ``stream``."""
 
     def lend(self, rows: Tensor, stream: Any) -> None:
-        """Say that work queued on ``stream`` uses ``rows`` too: their memory is not reused before that is done."""
+        """Tell the allocator that work queued on ``stream`` uses ``rows``: their memory is not used again before that
+        work is done."""
 
     def alive(self) -> bool:
         """Whether the device still answers after an error. Waits for it."""
@@ -89,22 +91,22 @@ class CudaStreams:
 
     def alive(self) -> bool:
         """See :class:`Streams`. An error such as an illegal access ends the process's CUDA context: from then on every
-        call answers with that error. Running out of memory does not."""
+        call fails with that error. Running out of memory does not end the context."""
         if not torch.cuda.is_initialized():
             return True
         try:
             for number in range(torch.cuda.device_count()):
                 torch.cuda.synchronize(number)
-        except RuntimeError:  # of which torch.AcceleratorError is a kind
+        except RuntimeError:  # torch.AcceleratorError is a subclass
             return False
         return True
 
 
 class Clock(ABC):
-    """Sets marks, and tells the seconds between two of them.
+    """Sets marks and measures the seconds between two of them.
 
     Attributes:
-        every: the phases of one step out of so many are timed, see :meth:`samples`.
+        every: the phases of one in this many steps are timed, see :meth:`samples`.
     """
 
     every: int = 1
@@ -119,15 +121,17 @@ class Clock(ABC):
 
     @abstractmethod
     def seconds(self, first: Mark, last: Mark) -> float:
-        """Seconds between two marks. Waits for the device, and takes both marks back."""
+        """Seconds between two marks. Waits for the device. Both marks may be used again afterwards, so they must not be
+        read a second time."""
 
     def spans(self, name: str, listed: bool = False) -> Spans:
-        """The seconds of one part of the work, see :class:`Spans`. Only clocks that show names use the name."""
+        """A timer for one part of the work, see :class:`Spans`. Only a :class:`NamedClock` uses the name."""
         return Spans(self, listed)
 
     def samples(self, step: int) -> bool:
-        """Whether the phases of the step with this number, from 0, are timed: the second one and every further
-        ``every``-th. The first is unlike the others, since it fills what later ones find there."""
+        """Whether the phases of the step with this number, counted from 0, are timed. These are the second step and
+        every ``every``-th step after it. The first step is not typical, because it prepares what later steps find
+        ready. With ``every`` 1 all steps are timed."""
         return step % self.every == min(1, self.every - 1)
 
 
@@ -172,9 +176,10 @@ class EventClock(Clock):
 
 
 class Spans(AbstractContextManager[None]):
-    """The seconds spent inside: ``with spans: ...``, any number of times, but not within each other.
+    """Measures the seconds spent inside ``with spans: ...``. It may be entered any number of times, but not while it is
+    already entered.
 
-    Few marks wait to be read at any time, however many spans there are.
+    Only a few marks wait to be read at any time, however many spans there are.
     """
 
     def __init__(self, clock: Clock, listed: bool = False) -> None:
@@ -195,7 +200,7 @@ class Spans(AbstractContextManager[None]):
 
     @property
     def each(self) -> list[float]:
-        """Seconds of every span so far, where they are listed. Waits for the device."""
+        """Seconds of every span so far; empty unless ``listed``. Waits for the device."""
         self._settle()
         return list(self._each)
 
@@ -217,7 +222,8 @@ class Spans(AbstractContextManager[None]):
 
 
 class NamedClock(Clock):
-    """Another clock whose spans have names in the record of a torch profiler. The phases of every step are timed."""
+    """Wraps another clock and gives its spans names in the record of a torch profiler. The phases of every step are
+    timed."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

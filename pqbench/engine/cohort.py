@@ -1,7 +1,7 @@
-"""One method at work on a cohort in one layer: select, fetch, attend, merge, with its meters.
+"""One method that serves one cohort in one layer: it selects, fetches, attends and merges, and its meters count.
 
-A cohort is the sequences of a left-padded batch that have the same length. It holds no padding, so methods and stores
-never see any.
+A cohort consists of the sequences of a left-padded batch that have the same length. It has no padding, so methods and
+stores never see any.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rows:
 
 @dataclass
 class Observer:
-    """One method's state for one cohort during prefill, with the time that its own work takes."""
+    """One method's state for one cohort during prefill, and a timer for the method's own work."""
 
     rows: Rows
     state: LayerState
@@ -49,8 +49,8 @@ class Observer:
         return self._spans.total
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Show the state the cohort's part of a block: q ``[B, H, G, n, D]`` of all sequences, and all keys and values
-        ``[B, H, S, D]`` so far."""
+        """Show the state the cohort's part of a block. q ``[B, H, G, n, D]`` holds the block's queries of all
+        sequences; keys and values ``[B, H, S, D]`` hold all tokens so far, of all sequences."""
         columns = q.shape[3]
         skipped = max(0, self.rows.padding - (keys.shape[2] - columns))  # padding columns inside this block
         if skipped >= columns:
@@ -60,8 +60,8 @@ class Observer:
             self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
 
     def answer(self, q: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
-        """Write the method's own attention of the cohort's part of a block into ``output`` ``[B, H, G, n, D]``. The
-        other arguments are those of :meth:`observe`. Padding is left as it is."""
+        """Compute the cohort's part of a block by the method's own attention and write it into ``output``
+        ``[B, H, G, n, D]``. The other arguments are those of :meth:`observe`. The output at padding is not changed."""
         columns, index, padding = q.shape[3], self.rows.index, self.rows.padding
         skipped = max(0, padding - (keys.shape[2] - columns))
         if skipped < columns:
@@ -72,14 +72,14 @@ class Observer:
 
 @dataclass
 class Cohort:
-    """A method at work on one cohort in one layer.
+    """A method that serves one cohort in one layer.
 
     Attributes:
-        rows: which sequences of the batch they are.
+        rows: the sequences of the batch that belong to the cohort.
         store: where their keys and values lie.
         state: what the method knows of the layer.
-        method: the method itself, whose limit its selections must keep.
-        length: with a captured step, the rows held, int32 with one element on the device.
+        method: the method itself. Its selections must keep its limit.
+        length: the number of rows held, int32 with one element on the device. It is set only for captured steps.
     """
 
     rows: Rows
@@ -96,7 +96,8 @@ class Cohort:
         self._captured_read = 0  # bytes of keys that the captured selection reads in every replay
 
     def check(self, keys: Tensor, scaling: float) -> None:
-        """Raises ModelError when a call of attention is not of the geometry that the prompt's calls had."""
+        """Raises ModelError when an attention call differs from the prompt's calls in KV heads, head width or
+        scaling."""
         known = self.state.geometry
         if (keys.shape[1], keys.shape[3]) != (known.kv_heads, known.head_dim) or scaling != known.scaling:
             raise ModelError(
@@ -106,14 +107,14 @@ class Cohort:
             )
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Store the new token ``[B, H, 1, D]`` and tell the method: a step begins."""
+        """Begin a step: store the keys and values of the new token, each ``[B, H, 1, D]``, and tell the method."""
         self.meter.begin()
         with self.meter.phase("append"):
             self.store.append(keys, values)
             self.state.append(self.store)
 
     def attend(self, q: Tensor) -> Tensor:
-        """The rest of the step: select, fetch, attend, merge. q and the result are ``[B, H, G, D]``.
+        """Do the rest of the step: select, fetch, attend and merge. q and the result are ``[B, H, G, D]``.
 
         Raises:
             SelectionError: the first step's selection breaks the method's contract.
@@ -142,7 +143,7 @@ class Cohort:
         return output
 
     def attend_captured(self, q: Tensor) -> Tensor:
-        """Do the part of :meth:`attend` that is work of the device alone, which a CUDA graph can repeat."""
+        """Do the part of :meth:`attend` that runs on the device alone, so that a CUDA graph can repeat it."""
         usage = self.store.usage
         before = usage.key_bytes_read
         selection = self.state.select(q, self.store)
@@ -151,13 +152,13 @@ class Cohort:
         return self._attention(q, selection, keys, values, rows)[0]
 
     def replayed(self, plan: Plan) -> None:
-        """Count a step that a CUDA graph has done."""
+        """Count a step that a CUDA graph has replayed."""
         held = self.store.length
         attended = held if plan.attended is None else plan.attended
         self.meter.replayed(attended, held, self.state.index_bytes + self._captured_read)
 
     def check_steps(self, ragged: float) -> None:
-        """Compare every step so far with the budget; ``ragged`` is what the meter's own sum of that name holds.
+        """Compare every step so far with the budget. ``ragged`` is the value of :attr:`Meter.ragged`.
 
         Raises:
             SelectionError: a step attended to more tokens than the method's limit.
@@ -167,7 +168,8 @@ class Cohort:
     def _attention(
         self, q: Tensor, selection: Selection, keys: Tensor, values: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Exact attention over fetched rows, merged with the residual; probabilities when the method wants them."""
+        """Exact attention over fetched rows, merged with the selection's residual, and the attention probabilities;
+        these are None unless the method needs them."""
         geometry = self.state.geometry
         if selection.key_shift is not None and geometry.inverse_frequencies is not None:
             if rows is not None:
@@ -191,8 +193,8 @@ class Cohort:
 
 
 def check_cohorts(cohorts: Sequence[Cohort]) -> None:
-    """Compare every step of a decode with the budget, once it is over. Waits for the device once, and only where a
-    method's number of tokens is known to the device alone.
+    """Compare every step of a decode with the budget, once the decode is over. Waits for the device once, and only when
+    a number of attended tokens is known to the device alone.
 
     Raises:
         SelectionError: a step attended to more tokens than its method's limit; the message names method, layer and

@@ -1,8 +1,8 @@
 """What a method promises of its selections in one layer, and how the harness checks it.
 
-The first step is checked before anything reads by the selection: rows outside the store would be an error after which a
-GPU answers no more. That costs one synchronisation in each layer. Later steps are compared with the budget once, when
-the decode is over, by what the meters have counted.
+The first selection is checked before any row is read by it, because a GPU does not recover from reading rows outside
+the store. This check costs one synchronisation in each layer. Later steps are compared with the budget once, after the
+decode, from the counts of the meters.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Contract:
         """Verify what a method selected from a store whose last row is the current token. Waits for the device once.
 
         Raises:
-            SelectionError: no selection, indices of another shape than ``[B, H, n]``, rows out of range or selected
-                twice, a missing current token, or more tokens than the budget allows. The message names the method, the
-                layer and the step.
+            SelectionError: the object is not a selection, its indices are not of shape ``[B, H, n]``, rows are out of
+                range or selected twice, the current token is missing, or there are more tokens than the budget allows.
+                The message names the method, the layer and the step.
         """
         if not isinstance(selection, Selection):
             self._refuse(store, f"select() returned {type(selection).__name__} instead of a Selection")
@@ -82,7 +82,8 @@ class Contract:
             )
 
     def _counted(self, selection: Selection, store: Store) -> Tensor | None:
-        """The indices of a selection that count, once their shape is verified; None for all rows."""
+        """Verify the shape of a selection's indices and return those that are in use, ``[B, H, n]``; None for all
+        rows."""
         indices, visible = selection.indices, selection.visible
         if indices is None:
             return None
@@ -111,8 +112,8 @@ class Contract:
 
 
 def _faults(indices: Tensor, last: int) -> dict[str, Tensor]:
-    """What can be wrong with rows ``[B, H, n]`` of which the current token is ``last``, and whether it is: bools ``[]``
-    on the device."""
+    """The faults that rows ``[B, H, n]`` can have, by message, where ``last`` is the row of the current token. Each
+    value is a bool ``[]`` on the device that says whether the fault is there."""
     ordered = indices.sort(dim=2).values
     least, most = ordered[:, :, 0], ordered[:, :, -1]
     return {

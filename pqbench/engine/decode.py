@@ -1,4 +1,4 @@
-"""Greedy decoding of a prefilled prompt by one method: what every benchmark and timing of generation goes through."""
+"""Decoding of a prefilled prompt by one method. All benchmarks and all timings of generation use it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ __all__ = ["Generation", "decode", "generate", "prefill"]
 
 @dataclass(frozen=True)
 class Generation:
-    """What one method produced from one prompt, and what it cost. Tokens after the end are the padding token.
+    """What one method generated from a batch of prompts, and what it cost. After its end, a sequence is filled with the
+    padding token.
 
     Attributes:
         tokens: ``[B, new]``.
         ttft_s: seconds to the first token.
         steps_s: seconds of every decode step; the first includes waiting for an index built in the background.
         observe_s, build_s: seconds of the method's own work during and after prefill.
-        pending_s: seconds between first token and first step: the index, unless it was built in the background.
-        phased: which of the steps had their phases timed although that costs time itself, see
-            :class:`pqbench.engine.clock.EventClock`; none where it costs nothing.
-        replays: with ``graphs``, the steps that replayed a captured one; None without.
+        pending_s: seconds between the first token and the first decode step. In this time the index is built, unless it
+            was built in the background.
+        phased: the steps that were slowed because their phases were timed, see
+            :class:`pqbench.engine.clock.EventClock`; empty where timing phases costs nothing.
+        replays: the steps that replayed a captured step; None without ``graphs``.
     """
 
     tokens: Tensor
@@ -55,8 +57,8 @@ class Generation:
 
     @property
     def usual_steps_s(self) -> list[float]:
-        """Seconds of the steps that are like any other: not the first, not those that were slowed by timing their
-        phases, and with ``graphs`` none but the replays, as long as there are any."""
+        """Seconds of the typical steps. With ``graphs`` these are the replays. Otherwise they are the steps after the
+        first whose phases were not timed. If a rule would leave no step, it is not applied."""
         if self.replays:
             return [self.steps_s[i] for i in sorted(self.replays)]
         later = list(enumerate(self.steps_s))[1:] or list(enumerate(self.steps_s))
@@ -64,7 +66,8 @@ class Generation:
 
     @property
     def index_s(self) -> float:
-        """Seconds the method's own index took: watching the prefill, and building it, in the background or not."""
+        """Seconds that the method's own index took: observing the prefill and building the index, in the background or
+        not."""
         return self.observe_s + self.build_s
 
     @property
@@ -79,13 +82,13 @@ class Generation:
 
     @property
     def corrected_heads(self) -> float | None:
-        """Share of KV heads that selected anew with their own query; None without selection ahead."""
+        """Share of KV heads that selected again with their own query, from 0 to 1; None without selection ahead."""
         facts = [cohort.state.facts for cohort in self.cohorts()]
         shares = [known["corrected_heads"] for known in facts if "corrected_heads" in known]
         return fmean(shares) if shares else None
 
     def settle(self) -> None:
-        """Wait for every transfer that decoding left under way."""
+        """Wait for every transfer that is still in progress after decoding."""
         for cohort in self.cohorts():
             cohort.store.settle()
 
@@ -115,17 +118,18 @@ def decode(
     """Decode a prefilled prompt by one of its methods, greedily unless there is a ``sampler``.
 
     Args:
-        finished: sees the tokens so far ``[B, n]`` after every step and says which sequences end there, bool ``[B]``.
-        question: prompt tokens that were not prefilled; they go through the method one by one before the first answer
-            token, and their time, with that of the index, counts as time to first token.
-        extra_ends: token ids that end a sequence besides the configured ones.
-        config: end and padding tokens; None takes the model's own.
-        spend: use up the method's state instead of a copy, see :meth:`Prefilled.fork`.
+        finished: a function that gets the tokens so far ``[B, n]`` after every step and returns which sequences end
+            there, bool ``[B]``.
+        question: prompt tokens that were not prefilled. The method reads them one by one before the first answer token.
+            Their time and the time of building the index count as time to first token.
+        extra_ends: token ids that end a sequence, in addition to the configured ones.
+        config: configuration with end and padding tokens; None for the model's own.
+        spend: decode with the method's own state and not with a copy, see :meth:`Prefilled.fork`.
         sampler: chooses the tokens; with None the likeliest token is chosen.
 
     Raises:
-        ConfigError: no such method, fewer than one token wanted, a model that computes NaN, or a context that would
-            cross a length at which the model's rotary frequencies change.
+        ConfigError: the prompt was not prefilled for this method, ``max_new_tokens`` is below 1, the model computes
+            NaN, or the context would cross a length at which the model's rotary frequencies change.
         SelectionError: the method selected invalid rows, or attended to more tokens than its budget allows.
     """
     check_count("max_new_tokens", max_new_tokens)
@@ -143,10 +147,10 @@ def decode(
         steps.run()
     observe, build = prefilled.observe_seconds[method], prefilled.build(method)
     check_indices([check for cohort in cache.cohorts for check in cohort.state.checks])
-    check_logits(steps.logits)  # Once is enough: NaN in a token's keys stays, since the window holds it.
+    check_logits(steps.logits)  # One check is enough: NaN in a token's keys stays in the window.
     check_cohorts(cache.cohorts)
     pending = 0.0 if prefilled.beside is not None else build
-    if spend:  # The time in which an evicting method's rows are compacted; without spending, copies would be timed.
+    if spend:  # Includes compacting an evicting method's rows. A fork that copies is not timed.
         pending += spending.total
     asked, seconds = steps.seconds(cache.cohorts)
     ttft = prefilled.seconds + observe
@@ -163,7 +167,7 @@ def _end(
     earliest: int,
     finished: Callable[[Tensor], Tensor] | None,
 ) -> End:
-    """When the sequences of a decode end; see :func:`decode` for what is given."""
+    """When the sequences of a decode end; see :func:`decode` for the arguments."""
     config = model.generation_config if config is None else config
     more = torch.tensor(extra, dtype=torch.long, device=model.device)
     return End(torch.cat([end_tokens(config, model.device), more]), earliest, pad_token(config), finished)
@@ -189,8 +193,8 @@ def generate(
 
     Args:
         setting: where KV lives, which kernels compute and what overlaps.
-        do_sample: draw the tokens as transformers' ``generate`` does; with the same seed and a budget that holds the
-            whole context they are the same. Otherwise the likeliest token is chosen.
+        do_sample: draw the tokens as transformers' ``generate`` does. With the same seed and a budget that holds the
+            whole context, the tokens are the same as those of transformers. With False the likeliest token is chosen.
         temperature, top_k, top_p, seed: see :class:`pqbench.engine.sampling.Sampling`.
 
     Raises:
@@ -201,7 +205,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not do_sample and sampling != Sampling():
         raise ConfigError(
-            "temperature, top_k, top_p and seed concern tokens that are drawn: set do_sample=True as well"
+            "temperature, top_k, top_p and seed have an effect only if tokens are drawn: set do_sample=True as well"
         )
     setting = Setting.of(setting)
     if not method.own_prefill:
@@ -216,7 +220,7 @@ def generate(
 
 
 def check_place(prefilled: Prefilled, method: int) -> None:
-    """Raises ConfigError when there is no method of this number in a prefilled prompt."""
+    """Raises ConfigError when a prefilled prompt has no method with this number."""
     check_count("method", method, 0)
     if method >= len(prefilled.methods):
         raise ConfigError(f"method is {method}: the prompt was prefilled for methods 0 to {len(prefilled.methods) - 1}")

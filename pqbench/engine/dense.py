@@ -1,4 +1,4 @@
-"""Full attention as a method: what every other method is compared with."""
+"""Full attention as a method. Every other method is compared with it."""
 
 from __future__ import annotations
 

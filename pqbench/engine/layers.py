@@ -1,4 +1,5 @@
-"""The caches handed to transformers. Each phase has its own kind of layer, so that no phase is inferred from shapes.
+"""The caches given to transformers. Prefill and decoding have their own kinds of layers, so that the phase need not be
+inferred from shapes.
 
 A :class:`PrefillLayer` keeps the whole prompt and computes dense attention. A :class:`DecodeLayer` answers one query
 per sequence through a method.
@@ -29,13 +30,13 @@ from pqbench.store.tiers import Placement, Prompt
 
 class LayeredCache(Cache):
     """A transformers cache that knows which of its layers are ours and verifies that every layer of the model uses it.
-    A model layer first updates its entry and then calls attention, once per forward pass. A model that does otherwise
-    is refused, since our layers would not answer its attention."""
+    In each forward pass, every layer of the model must first update its entry once and then call attention once. Other
+    models are refused, because our layers would not answer their attention."""
 
     def __init__(self, layers: list[CacheLayerMixin]) -> None:
         super().__init__(layers=layers)
         self.selective: dict[int, Any] = {i: layer for i, layer in enumerate(layers) if hasattr(layer, "attention")}
-        self._updated: int | None = None  # layer whose entry was updated and whose attention was not called yet
+        self._updated: int | None = None  # the layer whose entry was updated but whose attention was not called yet
         self._answered = 0
 
     @property
@@ -57,7 +58,8 @@ class LayeredCache(Cache):
         self._updated, self._answered = None, 0
 
     def answering(self) -> CacheLayerMixin:
-        """The layer that answers the call of attention at work. Raises ModelError when none was updated for it."""
+        """The layer that answers the current attention call. Raises ModelError when no layer was updated before the
+        call."""
         if self._updated is None:
             raise ModelError(
                 "it calls attention over keys that are not the layer's own cache entry: several layers "
@@ -87,15 +89,15 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 
 
 def sliding_layers(config: PreTrainedConfig) -> dict[int, CacheLayerMixin]:
-    """Transformers' own cache layers for the layers that methods leave alone."""
+    """Transformers' own cache layers for sliding layers, which methods do not serve."""
     types, options = _described(config)
     return {i: DynamicSlidingWindowLayer(**options[i]) for i, kind in enumerate(types) if kind == "sliding_attention"}
 
 
 def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
-    """Attention type of every layer, and the arguments that its cache layer is made with. Releases of transformers
-    differ: the newest ones answer layer by layer, 5.17 answers with one set of arguments for all layers, and older
-    ones do not answer at all."""
+    """Attention type of every layer, and the arguments from which its cache layer is made. Releases of transformers
+    differ: the newest give arguments for each layer, 5.17 gives one set of arguments for all layers, and older releases
+    give none."""
     describe = getattr(cache_utils, "get_layer_types_and_kwargs", None)
     if describe is None:
         window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
@@ -109,7 +111,8 @@ def _described(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]
 
 
 class OurLayer(CacheLayerMixin):
-    """What transformers asks of a cache layer. It does not see evictions: positions count all tokens seen."""
+    """What transformers requires of a cache layer. Transformers does not see evictions: positions count all tokens
+    seen."""
 
     is_sliding = False
     is_compileable = False
@@ -118,7 +121,7 @@ class OurLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        self.sinks: Tensor | None = None  # [Hq], of the call at work; see attention_forward
+        self.sinks: Tensor | None = None  # [Hq], of the current call; see attention_forward
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -138,10 +141,10 @@ class Shape:
     """What the calls of one layer's attention have in common.
 
     Attributes:
-        kv_heads, group, head_dim: H, G and D; the larger D where keys and values differ.
+        kv_heads, group, head_dim: H, G and D; D is the larger width if those of keys and values differ.
         scaling: factor on q.k.
         device: where the layer runs.
-        sinks: ``[H, G]`` float32, logits that take part in each head's softmax and bring no value.
+        sinks: ``[H, G]`` float32, logits that take part in each head's softmax and have no value.
     """
 
     kv_heads: int
@@ -159,7 +162,8 @@ class Shape:
         return cls(heads, group, q.shape[-1], scaling, q.device, known)
 
     def geometry(self, layer: int, rows: Rows, prompt: int = 0, backend: str = "reference") -> Geometry:
-        """What a method's state must know of a layer of this shape, without the facts that only some methods need."""
+        """What a method's state must know about a layer of this shape, without the facts that only some methods
+        need."""
         return Geometry(
             layer=layer,
             batch=rows.count,
@@ -175,11 +179,11 @@ class Shape:
 
 
 class PrefillLayer(OurLayer):
-    """Holds the prompt's keys and values, answers with dense attention (or with the method's own, where ``own``) and
+    """Holds the prompt's keys and values, computes dense attention (or the method's own attention if ``own``), and
     shows each block to the observers.
 
-    ``on_end`` is called inside the layer's own call once ``columns`` tokens are in. From then on the prompt's rows
-    belong to the tier (:meth:`prompt`), which may move them while the next layers compute.
+    ``on_end`` is called inside the layer's own call as soon as all ``columns`` tokens have arrived. From then on the
+    prompt's rows belong to the tier (:meth:`prompt`), which may move them while the next layers compute.
     """
 
     def __init__(
@@ -196,7 +200,7 @@ class PrefillLayer(OurLayer):
         self.own = False
         self.shape: Shape | None = None  # known after the first block
         self._buffers: tuple[GrowingBuffer, GrowingBuffer] | None = None
-        self._prompts: dict[int, Prompt] = {}  # by padding, which tells cohorts apart
+        self._prompts: dict[int, Prompt] = {}  # by padding, which is different for each cohort
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._buffers is None:
@@ -230,13 +234,14 @@ class PrefillLayer(OurLayer):
         return output
 
     def prompt(self, rows: Rows) -> Prompt:
-        """The finished prompt of one cohort, from which stores are made."""
+        """The finished prompt of one cohort, from which stores are made. Raises RuntimeError before the last token
+        is prefilled."""
         if not self._prompts:
             raise RuntimeError("prompt() before the last token was prefilled")
         return self._prompts[rows.padding]
 
     def release(self, rows: Rows) -> None:
-        """Let go of the prompt of one cohort; stores made from it keep what they need."""
+        """Drop the prompt of one cohort. Stores that were made from it keep what they need."""
         self._prompts.pop(rows.padding, None)
 
     def _each_observer(self) -> Iterator[Observer]:
@@ -244,8 +249,9 @@ class PrefillLayer(OurLayer):
         return chain.from_iterable(self.observers)
 
     def _end(self, k: Tensor, v: Tensor) -> None:
-        """Hand the rows over to the tier, cohort by cohort; nothing is copied where a cohort is the whole batch. The
-        rows are those that attention used, which are not always those of the cache: latent attention expands them."""
+        """Hand the rows over to the tier, cohort by cohort. Nothing is copied when a cohort is the whole batch. The
+        rows are those that attention used. They can differ from the rows of the cache, because latent attention expands
+        them."""
         if self._buffers is None:
             raise RuntimeError("attention() before update()")
         keys, values = (
@@ -257,7 +263,7 @@ class PrefillLayer(OurLayer):
                 keys.rows(rows.index, rows.padding), values.rows(rows.index, rows.padding), self.reserve
             )
         self._buffers = None
-        done, self.on_end = self.on_end, None  # it holds what holds this layer: once called, let go
+        done, self.on_end = self.on_end, None  # it refers to objects that refer to this layer, so it is dropped
         if done is not None:
             done()
         for prompt in self._prompts.values():
@@ -267,14 +273,15 @@ class PrefillLayer(OurLayer):
 class DecodeLayer(OurLayer):
     """Stores one new token per sequence, then answers its query, cohort by cohort.
 
-    ``make`` gives the cohorts when the first step reaches the layer, and waits for an index that is still being built.
+    ``make`` returns the cohorts. It is called when the first step reaches the layer, and it waits for an index that is
+    still being built.
     """
 
     def __init__(self, make: Callable[[], list[Cohort]], seen: int) -> None:
         super().__init__()
         self._make = make
         self.seen = seen
-        # A weak reference: layers that refer to each other in a ring would not be freed.
+        # A weak reference, because layers that refer to each other in a ring would not be freed.
         self.following: Callable[[], DecodeLayer | None] | None = None
 
     @cached_property
@@ -283,8 +290,8 @@ class DecodeLayer(OurLayer):
         return self._make()
 
     def prefetch(self) -> None:
-        """Let the methods ask for what they will need, since the layer before starts its step. While an index is still
-        being built there is nothing to ask for."""
+        """Let the methods request what they will need, because the layer before this one starts its step. Nothing can
+        be requested while an index is still being built."""
         for cohort in self.__dict__.get("cohorts", ()):
             cohort.state.prefetch(cohort.store)
 
@@ -298,8 +305,8 @@ class DecodeLayer(OurLayer):
     def attention(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``; the mask is
-        implied by the cohorts."""
+        """Store the new token as attention sees it, then answer one query per sequence, ``[B, 1, Hq, D]``. The mask is
+        not needed, because cohorts have no padding."""
         check_rows(k, 1)
         for cohort in self.cohorts:
             cohort.check(k, scaling)
@@ -315,23 +322,24 @@ class DecodeLayer(OurLayer):
 
 
 def check_rows(k: Tensor, expected: int) -> None:
-    """Raises ModelError when attention runs over another number of keys than the layer's cache entry gave it."""
+    """Raises ModelError when attention uses another number of keys than the layer's cache entry returned."""
     if k.shape[2] != expected:
         raise ModelError(f"it calls attention over {k.shape[2]} keys where its cache entry gave {expected}")
 
 
 def same_rows(held: Tensor, used: Tensor) -> bool:
-    """Whether two tensors are the same memory."""
+    """Whether two tensors are the same view of the same memory."""
     return held.data_ptr() == used.data_ptr() and held.shape == used.shape and held.stride() == used.stride()
 
 
 def link_layers(layers: Sequence[DecodeLayer]) -> None:
-    """Let each layer announce its step to the next one. The last layer announces it to the first, whose next step is
-    that of the next token."""
+    """Let each layer announce its step to the next one. The last layer announces the next token's step to the first
+    layer."""
     for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
         layer.following = weakref.ref(following)
 
 
 def copy_sliding(layers: dict[int, CacheLayerMixin]) -> dict[int, CacheLayerMixin]:
-    """Sliding layers that can go on from here without changing the originals (their updates replace tensors)."""
+    """Copies of sliding layers, which can be updated without changing the originals, because an update replaces
+    tensors."""
     return {i: copy.copy(layer) for i, layer in layers.items()}

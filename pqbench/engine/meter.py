@@ -14,11 +14,11 @@ _UNTIMED = nullcontext()
 
 
 class Meter:
-    """Counts of every step of one cohort in one layer. Nothing here waits for the device before a sum is asked for.
+    """Counts of every step of one cohort in one layer. The meter waits for the device only when a sum is read.
 
     Attributes:
-        steps: how many there were.
-        timed: those among them whose phases were timed, see :meth:`pqbench.engine.clock.Clock.samples`.
+        steps: number of steps.
+        timed: number of steps whose phases were timed, see :meth:`pqbench.engine.clock.Clock.samples`.
         index_bytes: bytes of the index that all steps read: those that the methods declare, and the keys that their
             selections read through the store.
         counts: tokens per KV head that each step attended to; None where only the device knows the number.
@@ -40,7 +40,7 @@ class Meter:
         self._sampled = self._clock.samples(self.steps)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time what is inside as a phase of the step, if the step is one of those that are timed."""
+        """Time the enclosed work as a phase of the step, if the phases of this step are timed."""
         return self._phases[name] if self._sampled else _UNTIMED
 
     def count(self, selection: Selection, held: int, index_bytes: int) -> None:
@@ -54,12 +54,12 @@ class Meter:
         self._add(None, held, index_bytes)
 
     def replayed(self, attended: int, held: int, index_bytes: int) -> None:
-        """Add one step that a graph has done, whose phases nobody can time."""
+        """Add one step that a graph has replayed. Its phases cannot be timed."""
         self._add(attended, held, index_bytes)
 
     @property
     def attended(self) -> float:
-        """Tokens per KV head attended to, all steps together. Waits for the device where only that knows them."""
+        """Tokens per KV head attended to, summed over all steps. Waits for the device if only the device knows them."""
         return self._attended + (0.0 if self.ragged is None else float(self.ragged))
 
     @property

@@ -1,4 +1,4 @@
-"""The prefill of a prompt: it runs once, for as many methods as wanted, and every method watches it."""
+"""The prefill of a prompt. It runs once for any number of methods, and every method observes it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def prefill(
     reserve: int = 256,
     setting: Setting | None = None,
 ) -> Prefilled:
-    """Run the prompt, once, in one shot or ``chunk`` tokens at a time: densely, or through the one method that brings a
-    prefill of its own.
+    """Prefill a batch of prompts once, in one shot or ``chunk`` tokens at a time. Attention is dense, unless the only
+    method has a prefill of its own.
 
     Args:
-        input_ids: ``[B, S]``, left-padded where lengths differ.
+        input_ids: ``[B, S]``, token ids, padded on the left where lengths differ.
         attention_mask: ``[B, S]``, 0 on padding.
-        reserve: decoded tokens that fit before buffers grow.
-        setting: how to run it.
+        reserve: number of decoded tokens that fit before buffers grow.
+        setting: how to run the prefill and the decoding after it.
 
     Raises:
         ModelError: a model that no method can serve exactly, or that one of these methods cannot serve.
@@ -77,7 +77,7 @@ def prefill(
             seen = None if prefilled.mask is None else mask[:, : start + chunk]
             block = slice(start, start + chunk)
             logits = forward(model, input_ids[:, block], cache, seen, positions[:, block])
-    check_logits(logits)  # The one time that the host waits: everything else has been queued.
+    check_logits(logits)  # The only time that the host waits: everything before this has only been queued.
     prefilled.logits = logits
     for m in range(len(methods)):
         own = [observer for layer in prefilled.layers.values() for observer in layer.observers[m]]
@@ -87,10 +87,12 @@ def prefill(
 
 
 def check_own_prefill(methods: Sequence[Method]) -> bool:
-    """Whether the one method prefills by itself. Raises ConfigError when it is not the only one."""
+    """Whether the only method has a prefill of its own. Raises ConfigError when such a method is not the only one."""
     own = [type(method).__name__ for method in methods if method.own_prefill]
     if own and len(methods) > 1:
-        raise ConfigError(f"{own[0]} has a prefill of its own and shares none: run it alone, or with a dense prefill")
+        raise ConfigError(
+            f"{own[0]} has a prefill of its own and cannot share one: run it alone, or with a dense prefill"
+        )
     return bool(own)
 
 
@@ -102,7 +104,7 @@ def _open(
     setting: Setting,
     chunk: int,
 ) -> Prefilled:
-    """Everything a prompt needs before its first token."""
+    """Prepare everything that a prompt needs before its first token is prefilled."""
     backend, streams = kernels(model.device, setting.backend), streams_of(model.device, setting.streams)
     backend.use_threads(torch.get_num_threads())
     known = profile(model)

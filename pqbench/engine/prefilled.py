@@ -29,11 +29,12 @@ class Built:
     """A method's finished index in one layer and cohort.
 
     Attributes:
-        rows: what the method answered, see :meth:`pqbench.store.base.Store.after_prefill`.
-        took: the time of all this.
-        stores: one store to go on with, or none. With a single method it is ready here and goes to the first caller
-            that asks for it. With several methods a store of ``rows`` is made only when it is asked for, since all of
-            them together would take too much memory; a store of all rows goes to the caller that spends the state.
+        rows: the rows that the method wants its store to hold, see :meth:`pqbench.store.base.Store.after_prefill`.
+        took: the time that building took.
+        stores: one store to decode with, or none. With a single method the store is made here and goes to the first
+            caller that asks for it. With several methods a store of ``rows`` is made only when it is asked for, because
+            all of them together would take too much memory. A store of all rows goes to the caller that spends the
+            state.
     """
 
     rows: Tensor | None
@@ -58,14 +59,14 @@ class Prefilled:
     beside: Beside | None = None  # where indices are built while the next layers compute
     graphs: bool = False  # see Setting
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, V] after the last prompt token
-    seconds: float = 0.0  # dense prefill, observers excluded
+    seconds: float = 0.0  # of the prefill, without the observers
     observe_seconds: list[float] = field(default_factory=list)
     _built: dict[tuple[int, int, int], Pending[Built]] = field(default_factory=dict)  # by method, layer and cohort
     _spent: set[int] = field(default_factory=set)  # methods whose own state went into a decode
 
     def check_reach(self, tokens: int) -> None:
-        """Raises ConfigError when so many tokens more would cross a length at which rotary frequencies change."""
-        if length_dependent(self.model.config) is None:  # else the host would wait for a GPU
+        """Raises ConfigError when ``tokens`` further tokens would cross a length at which rotary frequencies change."""
+        if length_dependent(self.model.config) is None:  # otherwise the host would wait for the GPU
             return
         longest = int(self.lengths.max())
         columns = longest if self.mask is None else self.mask.shape[1]  # generate() counts padding
@@ -73,8 +74,8 @@ class Prefilled:
             check_switch(self.model.config, first, first + tokens)
 
     def start(self, layer: int) -> None:
-        """Build a layer's indices beside the following layers, if there is a place for that. Called when the layer's
-        prompt is complete."""
+        """Start building a layer's indices beside the prefill of the next layers, if :attr:`beside` is set. Called when
+        the layer has the whole prompt."""
         if self.beside is None:
             return
         for method, cohort in product(range(len(self.methods)), range(len(self.cohorts))):
@@ -84,11 +85,11 @@ class Prefilled:
             self._built[method, layer, cohort] = self.beside.submit(work, state.geometry.device, uses)
 
     def build(self, method: int) -> float:
-        """Finish a method's indices, once, wait for them and check them. Returns the seconds that the work took, beside
-        the prefill or not.
+        """Build a method's indices unless that is done, wait for them and check them. Returns the seconds that building
+        took, beside the prefill or not.
 
         Raises:
-            ConfigError: an index was made of what it cannot be made of.
+            ConfigError: an index was built from values from which it cannot be built, such as NaN.
         """
         finished = self.finish(method)
         places = product(self.layers, range(len(self.cohorts)))
@@ -96,13 +97,13 @@ class Prefilled:
         return sum(built.took.total for built in finished)
 
     def finish(self, method: int) -> list[Built]:
-        """A method's indices of all layers and cohorts. On a GPU they may still be under way; they will be finished
+        """A method's indices of all layers and cohorts. On a GPU they may still be in progress; the GPU finishes them
         before anything that is queued later."""
         return [self.built(method, i, c) for i, c in product(self.layers, range(len(self.cohorts)))]
 
     def built(self, method: int, layer: int, cohort: int) -> Built:
-        """One layer's index, built now unless that was done beside the prefill. A GPU finishes it before what is queued
-        next; otherwise it is waited for."""
+        """One layer's index, built now unless it was built beside the prefill. A GPU finishes it before anything that
+        is queued later; on the CPU this call waits until it is finished."""
         key = method, layer, cohort
         if key not in self._built:
             self._built[key] = Finished(partial(self._build, *key))
@@ -113,8 +114,9 @@ class Prefilled:
         return self.layers[layer].observers[method][cohort]
 
     def fork(self, method: int, *, spend: bool = False) -> LayeredCache:
-        """A cache that goes on from the prompt with one method and leaves the prompt untouched. With ``spend`` the
-        method's own state goes into it, uncopied: no further fork of this method is possible."""
+        """A cache that continues from the prompt with one method and does not change the prompt. With ``spend`` the
+        cache gets the method's own state and no copy of it, so that this method cannot be forked again: RuntimeError is
+        raised."""
         if method in self._spent:
             raise RuntimeError("this method's state is spent: prefill again")
         if spend:
@@ -124,20 +126,20 @@ class Prefilled:
         link_layers(list(ours.values()))
         if self.beside is None:
             for layer in ours.values():
-                layer.cohorts  # noqa: B018 - made here, so that the first step is timed without
+                layer.cohorts  # noqa: B018 - made here, so that the first step's time does not include it
         return self.cache(ours)
 
     def cache(self, ours: Mapping[int, CacheLayerMixin]) -> LayeredCache:
-        """A cache of our layers and of sliding layers that go on from the prompt."""
+        """A cache of our layers and of copies of the sliding layers, which continue from the prompt."""
         layers = {**copy_sliding(self.sliding), **ours}
         return LayeredCache([layers[i] for i in range(len(layers))])
 
     def cohort(
         self, method: int, layer: int, cohort: int, shared: Store | None = None, *, spend: bool = False
     ) -> Cohort:
-        """A built method at work on one cohort of one layer, with its own copy of the state. It reads from ``shared``
-        when that is given and the method wants its rows as they are, else from a store of its own. With ``spend`` the
-        rows that no method will read any more are let go."""
+        """A method with a finished index that serves one cohort of one layer, with its own copy of the state. It reads
+        from ``shared`` if that is given and the method wants all rows as they are, and otherwise from a store of its
+        own. With ``spend`` the state is not copied, and rows that no method will read again are dropped."""
         observer, built = self.observer(method, layer, cohort), self.built(method, layer, cohort)
         if built.stores and (spend or built.rows is not None):
             store = built.stores.pop()
@@ -151,10 +153,10 @@ class Prefilled:
         return Cohort(observer.rows, store, state, self.methods[method], observer.clock)
 
     def over_one_store(self, layer: int, methods: Sequence[int]) -> tuple[Store, list[Cohort]]:
-        """A store of all rows of the only cohort in one layer, and these methods at work over it; those that want their
-        rows otherwise have stores of their own."""
+        """A store of all rows of the only cohort in one layer, and one cohort for each of these methods that reads from
+        it. Methods that want only some rows, or want them in another order, get stores of their own."""
         own = {m: self.cohort(m, layer, 0) for m in methods if self.built(m, layer, 0).rows is not None}
-        shared = self.store(layer, 0)  # last: the youngest store of the prompt may write
+        shared = self.store(layer, 0)  # made last, because only the youngest store of the prompt may write
         return shared, [own[m] if m in own else self.cohort(m, layer, 0, shared=shared) for m in methods]
 
     def store(self, layer: int, cohort: int, method: int | None = None) -> Store:
@@ -166,7 +168,7 @@ class Prefilled:
 
     @property
     def clock(self) -> Clock:
-        """The clock for whole steps: that of the device on which the model begins and ends."""
+        """The clock for whole steps, which is the clock of the device on which the model begins and ends."""
         return clock_of(self.model.device, self.streams, named=self.named)
 
     def close(self) -> None:
@@ -180,7 +182,7 @@ class Prefilled:
         self.placement.close()
 
     def _cohorts_of(self, method: int, layer: int, *, spend: bool) -> list[Cohort]:
-        """A method at work on every cohort of one layer."""
+        """The cohorts of one layer, all served by one method."""
         return [self.cohort(method, layer, cohort, spend=spend) for cohort in range(len(self.cohorts))]
 
     @torch.inference_mode()
@@ -192,6 +194,6 @@ class Prefilled:
             if rows is None or len(self.methods) == 1:
                 stores.append(store.after_prefill(rows, self.methods[method].evicts))
                 stores[0].usage.open()
-        if self.streams is None:  # nothing is under way, so that it can be said at once
+        if self.streams is None:  # nothing is in progress, so the check does not have to wait
             check_indices(observer.state.checks)
         return Built(rows, took, stores)

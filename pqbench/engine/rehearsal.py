@@ -1,11 +1,11 @@
-"""A rehearsal of a model on a few tokens, before any prompt runs: what its attention is like, and whether our layers
-compute the same as transformers.
+"""A rehearsal of a model on a few tokens, before any prompt runs. It finds the shapes of the model's attention and
+checks that our layers compute the same as transformers.
 
-A short sequence goes through transformers' own ``generate`` and through our layers with full attention, in one block;
-then two sequences, of which one is padded, do so in chunks. One token is decoded after each. The calls that our layers
-get are the model's :class:`Profile`. A model whose logits differ, or that calls attention in a way that our layers
-would not answer correctly, is refused in one line that starts with its type. The cost is nine forward passes of at most
-twelve tokens, once for every loaded model.
+First, one short sequence goes through transformers' own ``generate`` and through our layers with full attention, in one
+block. Then two sequences, one of them padded, do so in chunks. One token is decoded after each. The calls that our
+layers get are the model's :class:`Profile`. A model whose logits differ, or that calls attention in a way that our
+layers would not answer correctly, is refused in one line that starts with its type. The cost is nine forward passes of
+at most twelve tokens, once for every loaded model.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ from pqbench.errors import ModelError, PqbenchError
 from pqbench.store.tiers import DeviceTier
 
 _COLUMNS, _SHORT, _CHUNK = 6, 4, 4  # tokens of the sequences, of the shorter one, and of a prefill block
-# Largest relative difference of logits. Half precision rounds in another order here than there, and mixtures of experts
-# may then choose another expert; a fault of the kinds looked for changes logits as a whole.
+# Largest relative difference of logits. In half precision the two computations round in different orders, and a mixture
+# of experts may then choose another expert. The faults that are looked for change all logits by far more.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.2
-# In half precision rounding can send a token to another expert of a mixture, which changes everything behind it. It
-# does so for few prompts; what is wrong is wrong for all.
+# In half precision, rounding can send a token to another expert of a mixture, which changes everything after it. This
+# happens for few prompts, whereas a real fault shows for every prompt.
 _HALF_ATTEMPTS = 4
-_ATTRIBUTE = "pqbench_known"  # of a model, where its profile is kept
+_ATTRIBUTE = "pqbench_known"  # the attribute of a model that holds its profile
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The full-attention layers of a model by index, as its calls of attention show them."""
+    """The shapes of a model's full-attention layers by layer index, taken from its attention calls."""
 
     layers: Mapping[int, Shape]
 
     @property
     def row_numbers(self) -> int:
-        """How many numbers the keys and values of one token are, in all these layers."""
+        """How many numbers the keys and values of one token have, over all these layers together."""
         return sum(2 * shape.kv_heads * shape.head_dim for shape in self.layers.values())
 
     @property
     def kinds(self) -> list[int]:
-        """One layer of each kind: the first of those that differ in heads, width or scaling."""
+        """One layer of each kind. Layers are of one kind when they agree in heads, width and scaling; the first of them
+        is listed."""
         first: dict[tuple[float, ...], int] = {}
         for i, shape in self.layers.items():
             first.setdefault((shape.kv_heads, shape.group, shape.head_dim, shape.scaling), i)
@@ -59,8 +60,8 @@ class Profile:
 
 @dataclass(frozen=True)
 class Known:
-    """What a rehearsal found out, and of which model: a copy of the model, one that moved to another device or one
-    that changed its type is rehearsed again."""
+    """What a rehearsal found, and for which model. A copy of the model is rehearsed again, and so is a model that has
+    moved to another device or changed its dtype."""
 
     model: int
     device: torch.device
@@ -68,16 +69,17 @@ class Known:
     profile: Profile
 
     def of(self, model: PreTrainedModel) -> bool:
-        """Whether this is known of the model as it is now."""
+        """Whether this result applies to the model as it is now."""
         return (self.model, self.device, self.dtype) == (id(model), model.device, model.dtype)
 
 
 def profile(model: PreTrainedModel) -> Profile:
-    """The model's profile, from a rehearsal at first use. It is kept in an attribute of the model, as transformers
-    keeps ``hf_device_map`` there, so that it lives as long as the model.
+    """The model's profile. The first call rehearses the model and keeps the profile in an attribute of the model (as
+    transformers does with ``hf_device_map``), so that the profile lives as long as the model.
 
     Raises:
-        ModelError: no method can serve this model exactly; one line that names its type and the reason.
+        ModelError: no method can serve this model exactly. The message is one line with the model's type and the
+            reason.
     """
     known: Known | None = getattr(model, _ATTRIBUTE, None)
     if known is None or not known.of(model):
@@ -87,7 +89,7 @@ def profile(model: PreTrainedModel) -> Profile:
 
 
 def _named(model: PreTrainedModel) -> Profile:
-    """Rehearse a model. All errors are of pqbench's own kind and name the model's type."""
+    """Rehearse a model. Errors other than a lack of memory become ModelErrors that name the model's type."""
     kind = model.config.model_type
     try:
         return rehearse(model)
@@ -107,7 +109,7 @@ def rehearse(model: PreTrainedModel) -> Profile:
     """The profile of a model that computes the same through our layers as through transformers' ``generate``.
 
     Raises:
-        ModelError: it does not, or it has features that no method serves.
+        ModelError: the model computes something else through our layers, or it has features that no method serves.
     """
     config = model.config.get_text_config(decoder=True)
     check_config(model.config)
@@ -142,7 +144,7 @@ def _compared(
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
     for step, (mine, theirs) in enumerate(zip(ours, expected, strict=True)):
         difference = float((mine - theirs).norm() / theirs.norm())
-        if bool(theirs.isfinite().all()) and not difference <= limit:  # NaN is reported where the prompt runs
+        if bool(theirs.isfinite().all()) and not difference <= limit:  # NaN is reported when the prompt runs
             where = "a prompt" if step == 0 else "a decoded token"
             raise ModelError(
                 f"the logits after {where} differ from those of transformers by {difference:.1%}, so it "
@@ -154,7 +156,7 @@ def _compared(
 def check_config(config: PreTrainedConfig) -> None:
     """Raises ModelError for features that the configuration names and no method serves."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError("it has an encoder, pqbench serves decoders alone")
+        raise ModelError("it has an encoder, but pqbench serves only decoders")
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise ModelError("its last layers share keys and values with earlier ones (cross-layer shared KV)")
     if getattr(config, "attn_logit_softcapping", None):
@@ -200,7 +202,7 @@ def _by_layers(
     token: Tensor,
     chunk: int,
 ) -> tuple[list[Tensor], dict[int, Shape]]:
-    """The same logits computed through our layers, and the shapes of the calls that these got."""
+    """The same logits computed through our layers, and the shapes of the attention calls that these layers got."""
     rows, placement = rows_by_length(mask.bool()), DeviceTier().open(model.device)
     prompt = {i: PrefillLayer(_COLUMNS, 1, rows, placement) for i, kind in enumerate(types) if kind == "full_attention"}
     sliding = sliding_layers(config)
@@ -223,7 +225,7 @@ def _cache(layers: Mapping[int, CacheLayerMixin]) -> LayeredCache:
 
 
 def _decoding(layer: PrefillLayer, index: int, shape: Shape, rows: list[Rows]) -> DecodeLayer:
-    """A layer that goes on from the prompt with full attention."""
+    """A layer that decodes after the prompt with full attention."""
 
     dense = Dense()
 

@@ -1,8 +1,10 @@
-"""The rotary frequencies by which each layer of a model turns its keys, for methods that give keys other positions.
+"""The rotary frequencies with which each layer of a model rotates its keys, for methods that give keys other positions.
 
-Nothing is read from model code. Instead one token goes through the model at several positions, each time as a sequence
-of its own. Such a sequence attends to itself alone, so that no layer's input depends on the position, and a layer's
-keys differ by their rotation only. Our rotation must give the same keys; a layer whose keys do not change has none.
+The model's buffers hold candidate frequencies, and a measurement finds those that a layer uses; model code is not read.
+One token goes through the model at several positions, each time as a sequence of its own. Such a sequence attends only
+to itself. The input of each layer therefore does not depend on the position, and the keys of a layer differ only by
+their rotation. Our rotation with the right frequencies gives the same keys. A layer whose keys do not change has no
+rotation.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ class KeyLayer(OurLayer):
 
 @torch.inference_mode()
 def layer_frequencies(model: PreTrainedModel, layers: list[int]) -> dict[int, Tensor]:
-    """Rotary frequencies ``[D_rotary / 2]`` in radians per position of each of ``layers``; none of them, ``[0]``, where
-    a layer does not rotate.
+    """Rotary frequencies ``[D_rotary / 2]`` in radians per position of each of ``layers``; an empty tensor ``[0]``
+    where a layer does not rotate its keys.
 
     Raises:
         ModelError: the model has no rotary embedding, one that depends on the length, or one that pairs dimensions in
-            another way or turns other dimensions than the first.
+            another way or rotates other dimensions than the first ones.
         ConfigError: the model computes NaN.
     """
     name, frequencies = type(model).__name__, _candidates(model)
@@ -67,7 +69,7 @@ def layer_frequencies(model: PreTrainedModel, layers: list[int]) -> dict[int, Te
     with attached(model):
         check_logits(forward(model, torch.full_like(positions, 5), cache, None, positions))
     for layer in ours.values():
-        check_logits(layer.keys.flatten(1))  # keys that are no numbers are turned by nothing
+        check_logits(layer.keys.flatten(1))  # no frequencies would be found for NaN
     accuracy = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.03
     found = {i: _found(layer.keys[:, :, 0], positions[:, 0], frequencies, accuracy) for i, layer in ours.items()}
     if any(one is None for one in found.values()):
@@ -85,8 +87,8 @@ def _candidates(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _found(keys: Tensor, positions: Tensor, frequencies: list[Tensor], accuracy: float) -> Tensor | None:
-    """The frequencies that turn the first of the keys ``[n, H, D]`` into all of them. An empty tensor ``[0]`` where all
-    keys are equal; None where no frequencies do it."""
+    """The frequencies that rotate the first of the keys ``[n, H, D]`` into each of the others. An empty tensor ``[0]``
+    if all keys are equal; None if no frequencies give these keys."""
     none = torch.empty(0, device=keys.device)
     tolerance = accuracy * float(keys.norm(dim=-1).max())
     turns = positions[:, None].expand(keys.shape[:2])

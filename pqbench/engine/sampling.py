@@ -1,4 +1,4 @@
-"""Tokens that are drawn, or chosen by processed scores: transformers' own processors decide on the scores."""
+"""Tokens that are drawn at random or chosen by processed scores. Transformers' own processors process the scores."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Sampler:
     """Chooses the next token as transformers' ``generate`` does.
 
     Attributes:
-        prompt: ``[B, S]``, which processors see before the new tokens.
-        processors: what becomes of the scores, temperature, top-k and top-p among them.
-        draw: draw from the scores' distribution by torch's generator; otherwise take the highest score.
+        prompt: ``[B, S]``, token ids that processors see before the new tokens.
+        processors: the changes made to the scores, such as temperature, top-k and top-p.
+        draw: draw from the distribution of the scores with torch's generator; if False, take the highest score.
     """
 
     prompt: Tensor
@@ -31,7 +31,7 @@ class Sampler:
     draw: bool
 
     def __call__(self, tokens: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """The next token ``[B]`` after ``tokens``, each ``[B]``, and their logits ``[B, V]``."""
+        """The next token ``[B]``, given all new tokens so far, each ``[B]``, and the logits ``[B, V]`` after them."""
         seen = torch.cat([self.prompt, *(token[:, None] for token in tokens)], 1)
         scores = self.processors(seen, logits.to(torch.float32, copy=True))
         if self.draw:
@@ -41,14 +41,15 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from a model's distribution. What is None is as in the model's generation configuration, and
-    as in transformers where that does not say.
+    """How tokens are drawn from a model's distribution. An option that is None is taken from the model's generation
+    configuration or, if it is not set there, from the defaults of transformers.
 
     Attributes:
         temperature: above 0; the logits are divided by it.
-        top_k: as many of the likeliest tokens can be drawn.
-        top_p: the likeliest tokens whose probabilities reach this sum can be drawn, in (0, 1].
-        seed: of torch's generators, which are as before afterwards; None goes on with them as they are.
+        top_k: only this many of the likeliest tokens can be drawn.
+        top_p: only the likeliest tokens whose probabilities together reach this value can be drawn, in (0, 1].
+        seed: seed of torch's generators, whose former state is restored afterwards; None draws from their present
+            state.
 
     Raises:
         ConfigError: a value outside of its range.
@@ -71,7 +72,8 @@ class Sampling:
             check_count("seed", self.seed, 0)
 
     def sampler(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, new: int) -> Sampler:
-        """What transformers makes of these options for prompts ``[B, S]`` and at most ``new`` tokens."""
+        """The sampler that transformers builds from these options, for prompts ``[B, S]`` and at most ``new``
+        tokens."""
         found: list[Sampler] = []
 
         def keep(_: PreTrainedModel, prompt: Tensor, logits_processor: LogitsProcessorList, **__: Any) -> Tensor:
@@ -92,7 +94,7 @@ class Sampling:
 
     @contextmanager
     def seeded(self, device: torch.device) -> Iterator[None]:
-        """Torch's generators begin at :attr:`seed` inside, when there is one."""
+        """Inside this context, torch's generators start from :attr:`seed`. Without a seed nothing changes."""
         if self.seed is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""What is known of a prompt and of a model's layers before anything runs: padding, positions, geometry, devices."""
+"""What is known about a prompt and a model's layers before anything runs: padding, positions, geometry and devices."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def devices(model: PreTrainedModel) -> set[torch.device]:
 
 
 def frequencies(model: PreTrainedModel, methods: Sequence[Method]) -> dict[int, Tensor]:
-    """Rotary frequencies of every full-attention layer if any of the methods renumbers positions, else of none."""
+    """Rotary frequencies of every full-attention layer, see :func:`pqbench.engine.rotary.layer_frequencies`; empty when
+    no method renumbers positions."""
     wanted = any(method.needs_positions for method in methods)
     return layer_frequencies(model, list(profile(model).layers)) if wanted else {}
 
@@ -67,7 +68,7 @@ def frequencies(model: PreTrainedModel, methods: Sequence[Method]) -> dict[int, 
 def geometry(
     model: PreTrainedModel, layer: int, rows: Rows, columns: int, rotary: Tensor | None, setting: Setting
 ) -> Geometry:
-    """What a method's state of one layer and cohort needs to know; ``rotary`` are the layer's :func:`frequencies`."""
+    """The geometry for a method's state of one layer and cohort. ``rotary`` holds the layer's :func:`frequencies`."""
     layers = profile(model).layers
     known = layers[layer].geometry(layer, rows, columns - rows.padding, setting.backend)
     return replace(
@@ -81,9 +82,9 @@ def geometry(
 
 
 def working_bytes(model: PreTrainedModel, shape: PromptShape, block: int) -> int:
-    """About how many bytes the prefill takes at its peak besides weights, keys and values, and gives back: the
-    activations of one layer for ``block`` tokens of each sequence, the mask that padding needs, and the index of one
-    layer under construction, for which clustering takes two copies of its keys in float32."""
+    """Estimate of the bytes that the prefill temporarily needs at its peak, in addition to weights, keys and values.
+    They are the activations of one layer for ``block`` tokens of each sequence, the mask that padding needs, and two
+    float32 copies of one layer's keys, which clustering takes while it builds an index."""
     config, known = model.config.get_text_config(decoder=True), profile(model)
     hidden = int(config.hidden_size)
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)

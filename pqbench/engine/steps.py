@@ -1,8 +1,8 @@
-"""The decode steps after a prompt, one by one: tokens go in, and logits and the state of the cache come out.
+"""The decode steps after a prompt, one by one. Each step reads a token and gives logits and the state of the cache.
 
-Everybody who decodes goes through :class:`Steps`: generation, the probe, both kinds of fidelity, and lm-eval. They
-differ in which tokens are read (:class:`Forced` ones, or those of a :class:`pqbench.engine.chooser.Chooser`), in
-the layers of the cache, and in what they do with the logits.
+Generation, the probe, both kinds of fidelity and lm-eval all decode through :class:`Steps`. They differ in the tokens
+that are read (given by :class:`Forced` or by a :class:`pqbench.engine.chooser.Chooser`), in the layers of the cache,
+and in what they do with the logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pqbench.engine.graphs.steps import GraphedSteps
 from pqbench.engine.layers import LayeredCache
 from pqbench.engine.prefilled import Prefilled
 
-# The next token ``[B]`` to read after logits ``[B, V]``; None when there is none.
+# Gives the next token ``[B]`` to read after logits ``[B, V]``, or None when decoding ends.
 Source = Callable[[Tensor], Tensor | None]
 
 
@@ -39,13 +39,13 @@ class Forced:
 
 @dataclass(frozen=True)
 class Step:
-    """One step that is done.
+    """One finished step.
 
     Attributes:
         number: counted from 0.
-        token: ``[B]``, what was read.
-        logits: ``[B, V]`` after it. With a captured step the next one overwrites them.
-        cache: its layers hold stores, states and meters as they are after the step.
+        token: ``[B]``, the token that was read.
+        logits: ``[B, V]`` after the token. If steps are captured, the next step overwrites them.
+        cache: the cache, whose layers hold stores, states and meters as they are after the step.
     """
 
     number: int
@@ -55,12 +55,12 @@ class Step:
 
 
 class Steps(Iterator[Step]):
-    """Iterates over decode steps; used as ``with Steps(...) as steps: for step in steps: ...``, since the model's
-    attention is ours only inside.
+    """Iterates over decode steps. Use it as ``with Steps(...) as steps: for step in steps: ...``, because the model
+    uses our attention only inside the ``with`` block.
 
     Attributes:
-        logits: ``[B, V]`` after the last token read, at first those after the prompt.
-        spans: the seconds of every step but those of given tokens.
+        logits: ``[B, V]`` after the last token read; before the first step, the logits after the prompt.
+        spans: the seconds of every step, except the steps that read given tokens.
         asked: the seconds of the steps that read given tokens.
     """
 
@@ -76,13 +76,13 @@ class Steps(Iterator[Step]):
     ) -> None:
         """
         Args:
-            prefilled: the prompt after which decoding goes on.
+            prefilled: the prompt from which decoding continues.
             cache: what the model reads and writes; see :meth:`Prefilled.fork` and :meth:`Prefilled.cache`.
             source: gives the tokens.
-            most: the largest number of steps there can be; needed with ``graphs`` alone.
-            given: so many of the first tokens are a question's, whose steps are timed apart.
-            sequences: sequences of the cache, where each is a copy of a prompt of one sequence; None for the prompt's
-                own sequences.
+            most: the largest possible number of steps; needed only with ``graphs``.
+            given: the number of first tokens that belong to a question. Their steps are timed separately.
+            sequences: number of sequences of the cache, when each of them is a copy of the only sequence of the prompt;
+                None for the prompt's own sequences.
             graphs: capture one step and replay it, see :class:`pqbench.engine.setting.Setting`.
         """
         count = len(prefilled.lengths) if sequences is None else sequences
@@ -91,8 +91,8 @@ class Steps(Iterator[Step]):
         self.spans = prefilled.clock.spans("step", listed=True)
         self._prefilled, self._cache, self._source, self._given = prefilled, cache, source, given
         self._position, self._count = prefilled.lengths[:, None].expand(count, 1), 0
-        # Our own layers know padding by their cohorts. Transformers' layers do not, and they look at the mask in every
-        # step.
+        # Our own layers know the padding from their cohorts. Transformers' layers do not, so they need the mask in
+        # every step.
         padded = prefilled.mask is not None and len(prefilled.sliding) > 0
         self._mask = prefilled.mask.expand(count, -1) if padded and prefilled.mask is not None else None
         self._graphed = GraphedSteps(cache, self._logits, most) if graphs else None
@@ -117,13 +117,13 @@ class Steps(Iterator[Step]):
         return Step(self._count - 1, token, self.logits, self._cache)
 
     def run(self) -> None:
-        """Do all steps, for a caller that wants nothing of any single one."""
+        """Do all steps, for a caller that does not look at single steps."""
         for _ in self:
             pass
 
     def seconds(self, cohorts: Sequence[Cohort]) -> tuple[float, list[float]]:
-        """Seconds of all given tokens together, and of every other step, without the check of the first step. Waits
-        for the device. ``cohorts`` are all that took part."""
+        """Seconds of all given tokens together, and of every other step, without the check of the first step. Waits for
+        the device. ``cohorts`` are all cohorts that took part."""
         asked, each = self.asked.total, self.spans.each
         checking = sum(cohort.checking.total for cohort in cohorts)
         if self._given:
@@ -132,7 +132,7 @@ class Steps(Iterator[Step]):
 
     @property
     def phased(self) -> frozenset[int]:
-        """Which of :attr:`spans` had their phases timed although that costs time, see
+        """The steps of :attr:`spans` that were slowed because their phases were timed, see
         :class:`pqbench.engine.decode.Generation`."""
         clock = self._prefilled.clock
         if self._graphed is not None:
@@ -142,7 +142,7 @@ class Steps(Iterator[Step]):
 
     @property
     def replays(self) -> frozenset[int] | None:
-        """Which of :attr:`spans` replayed a captured step; None without ``graphs``."""
+        """The steps of :attr:`spans` that replayed a captured step; None without ``graphs``."""
         if self._graphed is None:
             return None
         return frozenset(step - self._given for step in self._graphed.replays if step >= self._given)

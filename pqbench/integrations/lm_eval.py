@@ -1,9 +1,9 @@
 """Our methods inside lm-eval: ``lm_eval --model pqbench --model_args model=smollm2,method=pqcache --tasks ...``.
 
-``python -m pqbench.lm_eval_model`` is the same command where the model is not registered (see
-``lm_eval_plugin``). Prompts, truncation, chat templates and stop strings are those of lm-eval's own ``hf`` model;
-our loop decodes the answer, greedily. The whole prompt is prefilled densely; the answer, or the continuation to be
-scored, goes through the method.
+``python -m pqbench.lm_eval_model`` is the same command for installations in which the model is not registered (see
+``lm_eval_plugin``). Prompts, truncation, chat templates and stop strings are those of lm-eval's own ``hf`` model. The
+whole prompt is prefilled densely. The method then decodes the answer greedily, or reads the continuation that is
+scored.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ _OPTIONS = ("chunk", "threads", "budget", "model.", "methods.", "budget.")
 _GREEDY = {"do_sample": (False, None), "num_beams": (1, None), "use_cache": (True, None)}
 _UNUSED_BY_GREEDY = ("temperature", "top_k", "top_p", "typical_p", "min_p")
 
-Request = tuple[tuple[str, str], list[int], list[int]]  # context and continuation, as text and as tokens
+Request = tuple[tuple[str, str], list[int], list[int]]  # both texts, and the tokens of context and continuation
 
 
 class PqbenchLM(HFLM):
     """lm-eval's ``hf`` model with pqbench's prefill and decode.
 
     Args:
-        model: a name of conf/model; or give ``pretrained``, a local folder or hub name.
-        method: a name of conf/method.
-        batch_size: prompts decoded together by ``generate_until``; log-likelihoods are computed one by one.
-        device: where to run; lm-eval's command says ``cuda:0`` unless told otherwise, so without a GPU that means the
+        model: a name in conf/model. Instead, ``pretrained`` can name a local folder or a model on the hub.
+        method: a name in conf/method.
+        batch_size: number of prompts that ``generate_until`` decodes together. Log-likelihoods are computed one by one.
+        device: where to run. ``cuda:0`` is the default of lm-eval's command, so on a machine without a GPU it means the
             device of the model's configuration.
-        settings: overrides of the configuration, e.g. ``{"budget.ratio": 0.2, "methods.pqcache.m": 4}``, also
-            ``chunk``, ``threads`` and the group ``budget``; ``dtype`` and ``max_length`` mean the model's.
+        settings: overrides of the configuration, e.g. ``{"budget.ratio": 0.2, "methods.pqcache.m": 4}``. ``chunk``,
+            ``threads`` and the group ``budget`` are allowed too. ``dtype`` and ``max_length`` set the model's fields.
 
     Raises:
         ConfigError: an unknown name or setting, or a value that cannot work.
@@ -112,7 +112,7 @@ class PqbenchLM(HFLM):
         return {"model_num_parameters": self.model.num_parameters(), "method": repr(self.method)}
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        """Prompts ``[B, S]`` and their greedy answers, ``[B, S + new]``; called by ``generate_until``."""
+        """The prompts ``[B, S]`` followed by their greedy answers, ``[B, S + new]``. Called by ``generate_until``."""
         mask = options.pop("attention_mask", None)
         check_greedy(options)
         room = max_length - context.shape[1]
@@ -124,17 +124,19 @@ class PqbenchLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood and greediness of every continuation; one prefill serves all continuations of a context.
+        """The log-likelihood of every continuation, and whether greedy decoding would give it. One prefill serves all
+        continuations of a context.
 
         Raises:
-            DataError: a continuation without tokens, or longer than the model; lm-eval's ``hf`` refuses these too.
+            DataError: a continuation has no tokens or exceeds the model's limit. lm-eval's ``hf`` model refuses these
+                too.
         """
         check_continuations(requests, self.max_length)
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             whole = (context + continuation)[
                 -(self.max_length + 1) :
-            ]  # lm-eval's truncation: the last token is not read
+            ]  # as lm-eval truncates: the last token is scored but not read
             groups.setdefault(tuple(whole[: len(whole) - len(continuation)]), []).append(i)
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
@@ -152,8 +154,8 @@ class PqbenchLM(HFLM):
 
 
 def check_continuations(requests: Sequence[Request], longest: int) -> None:
-    """Raises DataError when a request cannot be scored: its continuation merges with the last token of the context, so
-    that it has no tokens of its own, or it is longer than the model."""
+    """Raises DataError when a request cannot be scored. Either its continuation has no tokens of its own, because it is
+    empty or merges with the last token of the context; or it has no context; or it exceeds the model's limit."""
     for texts, context, continuation in requests:
         shown = "" if texts is None else f" {texts[1][:60]!r}"
         if not continuation:
@@ -172,14 +174,14 @@ def check_continuations(requests: Sequence[Request], longest: int) -> None:
 
 @torch.inference_mode()
 def likelihood(prefilled: Prefilled, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Log-probability of the tokens after a prompt, read one by one through its first method, and whether greedy
-    decoding would have chosen each of them.
+    """The log-probability of the tokens after a prompt, which the prompt's first method reads one by one, and whether
+    greedy decoding would have chosen all of them.
 
     Raises:
         SelectionError: the method selected invalid rows, or attended to more tokens than its budget allows.
     """
     cache = prefilled.fork(0)
-    told: list[Tensor] = []  # log-probability, and whether the token is the likeliest: read once, at the end
+    told: list[Tensor] = []  # log-probability, and whether the token is the likeliest; read once, at the end
 
     def tell(logits: Tensor) -> None:
         token = continuation[len(told)]
@@ -196,7 +198,7 @@ def likelihood(prefilled: Prefilled, continuation: Sequence[int]) -> tuple[float
 
 
 def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig:
-    """The configuration of a model and a method with settings. Raises ConfigError in one line."""
+    """The composed configuration of a model and a method with these settings. Raises ConfigError with one line."""
     values = {_SYNONYMS.get(name, name): None if value == "null" else value for name, value in settings.items()}
     unknown = [name for name in values if not name.startswith(_OPTIONS)]
     if unknown:
@@ -222,7 +224,7 @@ def composed(model: str, method: str, settings: Mapping[str, Any]) -> DictConfig
 
 
 def check_greedy(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError when generation options ask for anything but greedy decoding."""
+    """Raises ConfigError when the generation options ask for something else than greedy decoding."""
     for name, value in options.items():
         if name not in _UNUSED_BY_GREEDY and value not in _GREEDY.get(name, ()):
             raise ConfigError(f"generation option {name}={value!r}: pqbench decodes greedily; take it out of the task")

@@ -1,4 +1,5 @@
-"""The way in from transformers: ``model.generate(**inputs, custom_generate=decoding_with(method))``."""
+"""Decoding by a method from within transformers:
+``model.generate(**inputs, custom_generate=decoding_with(method))``."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ from pqbench.method import Method
 
 Answer: TypeAlias = Tensor | GenerateDecoderOnlyOutput
 
-# What generate() adds by itself and our loop decides by itself.
+# Arguments that generate() adds by itself. Our loop does not need them.
 _OURS = frozenset({"attention_mask", "use_cache", "logits_to_keep", "cache_position"})
-# Options of a generation that our loop does not follow, with the values that ask for nothing.
+# Options of a generation that our loop does not support, with the values that request nothing.
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
@@ -39,7 +40,7 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "cache_implementation": (None, "dynamic"),
 }
 _UNAVAILABLE = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-# Arguments of generate() that it drops when it is given a function, and the names under which they reach our loop.
+# Arguments that generate() drops when it is given a function, and the names under which our loop gets them.
 _DROPPED = {
     "streamer": "handed_streamer",
     "tokenizer": "tokenizer",
@@ -53,14 +54,13 @@ def decoding_with(method: Method) -> Callable[..., Answer]:
     """A decoding function for ``generate(custom_generate=...)`` that runs ``method``.
 
     Sampling, logits processors, stopping criteria, stop strings, a streamer, several return sequences, and the
-    generation config's lengths and end tokens work as in transformers. The result is ``[B, S + new]``, or an object
-    with that as ``sequences`` where ``return_dict_in_generate`` is set.
+    generation config's lengths and end tokens work as in transformers. The result is ``[B, S + new]`` or, if
+    ``return_dict_in_generate`` is set, an object with this tensor as ``sequences``.
 
     Raises:
-        ConfigError: ``method`` is not an object of a method's class. The function itself raises it, with the name of
-            the option, when it is asked to search with beams, to be assisted by another model, to return scores or
-            states, to fill or read a cache of the caller, or to read anything but token ids and their mask, such as
-            images or embeddings.
+        ConfigError: ``method`` is not an object of a method's class. The returned function raises it, with the name of
+            the option, for beam search, an assistant model, returned scores or states, a cache of the caller, and
+            inputs other than token ids and their mask, such as images or embeddings.
     """
     check_method(method)
     return Decoding(method)
@@ -74,8 +74,8 @@ class Decoding:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The parameters of a call. ``generate`` asks for them to learn which of its arguments to pass on; those that
-        it would drop are handed over at that moment."""
+        """The parameters of a call. ``generate`` reads them to learn which of its arguments to pass on. At that moment
+        the arguments that it would drop are added to them, see :func:`hand_over`."""
         hand_over(inspect.currentframe())
         return inspect.signature(self.__call__)
 
@@ -94,7 +94,7 @@ class Decoding:
         assistant_tokenizer: Any = None,
         **inputs: Any,
     ) -> Answer:
-        """Prompts ``[B, S]`` and what follows them, ``[B, S + new]``; called by ``generate``."""
+        """The prompts ``[B, S]`` followed by the new tokens, ``[B, S + new]``. Called by ``generate``."""
         check_options(generation_config, assistant_model)
         mask = inputs.get("attention_mask")
         check_inputs(input_ids, mask, inputs)
@@ -122,16 +122,17 @@ class Decoding:
 
 
 def hand_over(frame: FrameType | None) -> None:
-    """Give a decoding function the arguments of ``generate`` that it only passes to its own ones.
+    """Give a decoding function those arguments that ``generate`` passes only to its own decoding functions.
 
-    ``generate`` collects streamer, tokenizer and assistant model, and then, for a function of the caller, keeps nothing
-    but what the function names and what is still among the remaining arguments. So they are put back there.
+    ``generate`` first takes streamer, tokenizer and assistant model out of its arguments. For a function of the caller,
+    it then passes on only those of the remaining arguments that the function names. The missing ones are therefore put
+    back among the remaining arguments.
 
     Args:
-        frame: where the function's parameters are asked for. Nothing happens when that is not inside ``generate``.
+        frame: the frame in which the function's parameters are read. Nothing happens if it is not inside ``generate``.
 
     Raises:
-        ConfigError: the prompts are no tensor ``[B, S]``; transformers would fail on them before it calls our loop.
+        ConfigError: the prompts are not a tensor ``[B, S]``. Transformers would fail on them before it calls our loop.
     """
     while frame is not None and frame.f_code.co_name != _COLLECTS:
         frame = frame.f_back
@@ -142,15 +143,15 @@ def hand_over(frame: FrameType | None) -> None:
         remaining.update({ours: collected[name] for name, ours in _DROPPED.items() if name in collected})
         prompts = frame.f_back.f_locals.get("inputs") if frame.f_back else None
         prompts = remaining.get("input_ids") if prompts is None else prompts
-        if prompts is not None:  # otherwise embeddings, which are refused by their name
+        if prompts is not None:  # otherwise the prompts are embeddings, which check_inputs refuses
             check_ids(prompts)
 
 
 class Steps:
-    """What happens after each step of a decode: stopping criteria are asked, and a streamer gets the token."""
+    """The work after each step of a decode: stopping criteria are checked, and a streamer gets the token."""
 
     def __init__(self, prompt: Tensor, criteria: StoppingCriteriaList, streamer: BaseStreamer | None) -> None:
-        """``prompt`` ``[B, S]`` is what criteria see before the new tokens."""
+        """``prompt`` ``[B, S]`` holds the tokens that criteria see before the new tokens."""
         self._prompt, self._criteria, self._streamer = prompt, criteria, streamer
         self._stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -158,19 +159,19 @@ class Steps:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody looks at the tokens while they come."""
+        """Whether there are stopping criteria or a streamer."""
         return len(self._criteria) > 0 or self._streamer is not None
 
     def finished(self, tokens: Tensor) -> Tensor:
-        """Which sequences have ended, bool ``[B]``, for the tokens so far ``[B, n]``. As in transformers, sequences go
-        on until all have ended when there is no end token, since nothing pads them then."""
+        """Which sequences have ended, bool ``[B]``, given the tokens so far ``[B, n]``. As in transformers, if there is
+        no end token, every sequence continues until all have ended, because nothing would pad them."""
         self._stream(tokens)
         if self._criteria:
             self._stopped = self._stopped | stopping(self._criteria, self._prompt)(tokens)
         return self._stopped if self._pads else self._stopped.all().expand(len(tokens))
 
     def end(self, tokens: Tensor) -> None:
-        """The decode is over, with these tokens ``[B, new]``."""
+        """End the decode, whose new tokens are ``[B, new]``."""
         self._stream(tokens)
         if self._streamer is not None:
             self._streamer.end()
@@ -183,22 +184,22 @@ class Steps:
 
 
 def check_options(config: GenerationConfig, assistant_model: PreTrainedModel | None = None) -> None:
-    """Raises ConfigError for an option of ``generate`` that our loop does not follow; the message names it."""
+    """Raises ConfigError for an option of ``generate`` that our loop does not support. The message names the option."""
     if assistant_model is not None:
         raise ConfigError("assistant_model is given, but pqbench decodes by itself: leave it out")
     for name, neutral in _REFUSED.items():
         value = getattr(config, name, None)
         if not any(value is one or (type(value) is type(one) and value == one) for one in neutral):
-            raise ConfigError(f"{name} is {value!r}, which pqbench does not follow: leave it out")
+            raise ConfigError(f"{name} is {value!r}, which pqbench does not support: leave it out")
     for name in _UNAVAILABLE:
         if config.return_dict_in_generate and getattr(config, name, False):
-            raise ConfigError(f"pqbench returns tokens alone: set {name}=False")
+            raise ConfigError(f"pqbench returns only tokens: set {name}=False")
 
 
 def check_inputs(input_ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> None:
-    """Raises ConfigError for inputs that change what the model computes and that our loop would not pass on. Those that
-    say nothing new are let through: the empty cache that ``generate`` makes, token types that are all zero, the usual
-    positions."""
+    """Raises ConfigError for inputs that change what the model computes and that our loop would not pass on. Inputs
+    that change nothing are allowed: the empty cache that ``generate`` makes, token types that are all zero, and the
+    usual positions."""
     for name, value in inputs.items():
         if value is None or value is False or name in _OURS:
             continue
@@ -215,18 +216,19 @@ def check_inputs(input_ids: Tensor, mask: Tensor | None, inputs: Mapping[str, An
             continue
         if name == "position_ids" and isinstance(value, Tensor) and torch.equal(value, usual(input_ids, mask)):
             continue
-        raise ConfigError(f"{name} is given, but pqbench reads token ids and attention_mask alone: leave it out")
+        raise ConfigError(f"{name} is given, but pqbench reads only token ids and attention_mask: leave it out")
 
 
 def usual(input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions ``[B, S]`` of a left-padded batch as our loop counts them."""
+    """The usual positions ``[B, S]`` of a left-padded batch, which our loop uses too."""
     present = torch.ones_like(input_ids) if mask is None else mask.long()
     return (present.cumsum(-1) - 1).clamp(min=0)
 
 
 def stopping(criteria: Callable[..., Any], prompt: Tensor) -> Callable[[Tensor], Tensor]:
-    """Stopping criteria of transformers as :func:`pqbench.engine.decode.decode` takes them: bool ``[B]`` for the
-    tokens so far; ``prompt`` ``[B, S]`` is what the criteria see before those."""
+    """Stopping criteria of transformers in the form that :func:`pqbench.engine.decode.decode` needs: a function of the
+    tokens so far ``[B, n]`` that returns bool ``[B]``. ``prompt`` ``[B, S]`` holds the tokens that the criteria see
+    before those."""
 
     def finished(tokens: Tensor) -> Tensor:
         stopped = torch.as_tensor(criteria(torch.cat([prompt, tokens], 1), None), device=tokens.device)

@@ -1,7 +1,7 @@
-"""What every measurement is made of: the job, the ledger of its records, and what becomes of a failure.
+"""The parts of every measurement: the job, the ledger of its records, and the record of a failure.
 
-There is one runner. Scores, times and fidelity are measurements alike: each gets a :class:`Job`, asks its
-:class:`Ledger` what is still missing, and records one outcome for each sample.
+Scores, times and fidelity are measured in the same way. Each measurement gets a :class:`Job`, asks its :class:`Ledger`
+which samples are still missing, and records one outcome for each sample.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from pqbench.terminal import plain
 
 log = logging.getLogger(__name__)
 
-COMPILING = "compile"  # the part of a run's seconds in which kernels were compiled
+COMPILING = "compile"  # names the part of a run's seconds in which kernels were compiled
 
 
 @dataclass
 class Job:
-    """What is to be measured, and where the records go.
+    """What to measure, and where to write the records.
 
     Attributes:
-        loaded: the model; None where the measurement needs none (:attr:`Measurement.needs_model`).
-        methods: the methods by the name that results use.
-        files: the record file of each method, and of every name in :attr:`Measurement.further`.
+        loaded: the model; None for measurements that need none (:attr:`Measurement.needs_model`).
+        methods: the methods by their names in the results.
+        files: the record file of each method and of every name in :attr:`Measurement.further`.
         setting: where KV lies, which kernels compute, and what overlaps.
-        retry_failed: measure samples again whose record is an error.
-        chunk: tokens of a block of the prefill; None prefills a prompt in one piece.
+        retry_failed: measure again the samples whose record is an error.
+        chunk: tokens of one prefill block; None prefills a prompt in one shot.
     """
 
     loaded: LoadedModel | None
@@ -57,10 +57,10 @@ class Measured:
     """What a run did.
 
     Attributes:
-        measured: samples that this run put on record.
-        resumed: samples that were on record already.
+        measured: number of samples that this run recorded.
+        resumed: number of samples that were already recorded.
         failures: one line for each sample that failed, in this run or before.
-        wall_s: seconds of the whole run; compiling kernels is left out.
+        wall_s: seconds of the whole run, without compiling kernels.
         seconds: the parts of the run that a measurement timed by itself, by name.
     """
 
@@ -77,13 +77,14 @@ class Measured:
 
 
 class Measurement(ABC):
-    """Something that can be measured of methods. Subclasses are dataclasses, validated in ``__post_init__``.
+    """A way to measure methods. Subclasses are dataclasses that validate themselves in ``__post_init__``.
 
     Attributes:
-        kind: what its records hold; tables and figures choose by it.
-        further: the names of record files that it writes besides those of the job's methods.
-        needs_answers: whether its figures depend on what the model has learnt, which random weights lack.
-        shared: whether several processes may work on one run at a time; times would be the times of neither.
+        kind: the kind of its records, by which tables and figures choose records.
+        further: names of the record files that it writes in addition to those of the job's methods.
+        needs_answers: whether its figures are only meaningful for trained weights, and not for random ones.
+        shared: whether several processes may work on one run at the same time. Measurements of times forbid it, because
+            the processes would slow each other.
     """
 
     kind: ClassVar[str]
@@ -102,31 +103,32 @@ class Measurement(ABC):
         return True
 
     def subject(self, model: str) -> str:
-        """What results call the thing that is measured; ``model`` is the configured model's name."""
+        """The name in the results of what is measured; ``model`` is the name of the configured model."""
         return model
 
     @abstractmethod
     def measure(self, job: Job) -> Measured:
-        """Measure everything that lacks a record. A measurement that fails becomes a record, and the run goes on.
+        """Measure everything that lacks a record. A sample that fails gets a record of the error, and the run
+        continues.
 
         Raises:
-            ConfigError: something cannot be measured at all; nothing was run then.
-            DeviceError: the accelerator no longer answers after a failure, which is on record.
+            ConfigError: something cannot be measured at all. In this case nothing was run.
+            DeviceError: the accelerator no longer answers after a failure. The failure has been recorded.
         """
 
     def footer(self, done: Measured, results: str) -> str:
-        """What is said below the table of a run."""
+        """The text below the table of a run."""
         return f"{done.counts} in {done.wall_s:.1f} s; {torch.get_num_threads()} threads; records in {results}/"
 
 
 class Ledger:
-    """What is on record already, and what this run adds.
+    """The samples that are already recorded, and those that this run adds.
 
     Args:
         measurement: what is measured.
-        subject: what results call the model or layer that is measured.
-        job: the job at work.
-        kernels: the backend that computes; never ``auto``.
+        subject: the name in the results of the model or layer that is measured.
+        job: the present job.
+        kernels: the name of the backend that computes; never ``auto``.
     """
 
     def __init__(self, measurement: Measurement, subject: str, job: Job, kernels: str) -> None:
@@ -138,7 +140,8 @@ class Ledger:
         self._resumed: set[tuple[str, str]] = set()
 
     def missing(self, name: str, sample_id: str) -> bool:
-        """Whether a sample is still to be measured under a name that has a file. Samples on record count as resumed."""
+        """Whether a sample must still be measured for a method with this name. The answer is False if the job has no
+        record file of the name. Recorded samples are counted as resumed."""
         if name not in self.job.files:
             return False
         known, asked = self._known[name], self._asked[name]
@@ -159,9 +162,9 @@ class Ledger:
 
     @contextmanager
     def claim(self, sample_id: str, names: Sequence[str]) -> Iterator[tuple[list[str], list[str]]]:
-        """Claim a sample under several names until the block ends. Gives the names under which this process measures
-        it, and those under which another process is at work on it. What another process has recorded meanwhile counts
-        as resumed.
+        """Claim a sample for several names until the ``with`` block ends. Gives the names for which this process
+        measures the sample, and the names for which another process is measuring it. Records that another process has
+        written since then are counted as resumed.
 
         Raises:
             DataError: the results folder cannot be written.
@@ -192,12 +195,12 @@ class Ledger:
         self._append(name, sample_id, {**outcome(error), **facts})
 
     def refused(self, name: str, sample_id: str, reason: Exception, facts: Mapping[str, Any]) -> None:
-        """Record that this machine does not offer what was to be measured, which is no failure. Raises DataError when
-        the file cannot be written."""
+        """Record that this machine cannot do what was to be measured. This is not counted as a failure. Raises
+        DataError when the file cannot be written."""
         self._append(name, sample_id, {"status": "refused", "reason": " ".join(str(reason).split())[:500], **facts})
 
     def close(self) -> Measured:
-        """What was done, with the time it took."""
+        """What this run did, with the time it took."""
         self.done.wall_s = time.perf_counter() - self._began - self.done.seconds[COMPILING]
         return self.done
 
@@ -217,7 +220,7 @@ class Ledger:
             "threads": torch.get_num_threads(),
             **facts,
         }
-        new = file.append(record)  # full attention is timed beside every budget and recorded once
+        new = file.append(record)  # full attention is timed with every budget but recorded only once
         if record["status"] in FINISHED:
             self.done.measured += new
             return
@@ -227,21 +230,22 @@ class Ledger:
 
 
 def outcome(error: Exception) -> Record:
-    """Status and message of a failure; running out of memory is a status of its own."""
+    """Status and message of a failure. Running out of memory has a status of its own."""
     status = "oom" if isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
     message = " ".join(str(error).split())[:500] or type(error).__name__
     return {"status": status, "error": f"{type(error).__name__}: {message}"}
 
 
 def at_least(field_name: str, value: Any, least: int) -> None:
-    """Raises ConfigError when an option is no whole number from ``least`` up."""
+    """Raises ConfigError when an option is not a whole number of at least ``least``."""
     if type(value) is not int or value < least:
         raise ConfigError(f"benchmark.{field_name} is {value!r}: use a whole number from {least} up")
 
 
 @contextmanager
 def tracked(name: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar. Call the function it gives with a description of what comes next."""
+    """Show a progress bar of ``total`` steps. The context gives a function: call it before each step with a description
+    of the step."""
     what = TextColumn("{task.description}", markup=False)  # names come from data files
     columns = (what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:

@@ -1,4 +1,4 @@
-"""What the timing of one layer can be asked for: budgets in place of the methods' own, and dtypes."""
+"""Options of the timing of one layer: budgets that replace those of the methods, and dtypes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def with_budget(method: Method, budget: float) -> Method:
-    """The method with another budget: tokens from 2 up, else a share of the context. One without a budget stays.
+    """The method with another budget: a number of tokens if ``budget`` is above 1, and otherwise a share of the
+    context. A method without a budget is returned unchanged.
 
     Raises:
-        BudgetError: the method's kind of budget cannot be that.
+        BudgetError: the method's budget cannot take this value.
     """
     if method.budget is None:
         return method
@@ -25,7 +26,8 @@ def with_budget(method: Method, budget: float) -> Method:
 
 
 def selects(method: Method, length: int) -> bool:
-    """Whether a method leaves tokens out at this length, as far as its budget says."""
+    """Whether, by its budget, a method leaves out tokens of a context of this length. False if the budget does not fit
+    the length."""
     try:
         split = method.split(length, length)
     except BudgetError:
@@ -34,7 +36,7 @@ def selects(method: Method, length: int) -> bool:
 
 
 def budgets_of(values: Any) -> list[float]:
-    """Values of the option ``budgets``. Raises ConfigError for anything but different shares and numbers of tokens."""
+    """Values of the option ``budgets``. Raises ConfigError unless they are different shares or numbers of tokens."""
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not good or not all(_is_budget(value) for value in values) or len(set(values)) < len(values):
         raise ConfigError(
@@ -49,7 +51,7 @@ def _is_budget(value: Any) -> bool:
 
 
 def dtypes_of(values: Any) -> list[str]:
-    """Values of the option ``dtypes``. Raises ConfigError for anything but different names of dtypes."""
+    """Values of the option ``dtypes``. Raises ConfigError unless they are different names of dtypes."""
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not good or any(value not in DTYPES for value in values) or len(set(values)) < len(values):
         raise ConfigError(f"benchmark.dtypes is {values}: use a list of different ones of {', '.join(DTYPES)}")

@@ -1,8 +1,8 @@
-"""Times of this hardware by length, measured once and kept: the dense prefill of one layer, and K-Means.
+"""Times on this hardware for different lengths, measured once and kept: the dense prefill of one layer, and K-Means.
 
-Both are fitted as in PQCache (arXiv 2407.12820): layer time a + b s + c s^2, clustering time a + b s T. The file
-``calibration.json`` in the cache folder is keyed by processor, accelerator, threads, model shape, dtype and versions,
-so that it never serves another machine.
+Both are fitted as in PQCache (arXiv 2407.12820): layer time a + b s + c s^2, clustering time a + b s T. The entries of
+``calibration.json`` in the cache folder have keys made of processor, accelerator, threads, model shape, dtype and
+versions, so that they are never used for another machine.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from pqbench.records.file import run_key, write_atomically
 
 log = logging.getLogger(__name__)
 
-LENGTHS = (128, 256, 512, 1024, 2048)  # prompts timed for the layer fit, as far as the model allows
-POINTS = (1024, 2048, 4096)  # keys timed for the clustering fit
-ITERATIONS = (3, 9)  # the released code's choice
-SHARED = 0.05  # of a layer's time, where model and clustering compete for the same cores
+LENGTHS = (128, 256, 512, 1024, 2048)  # lengths of the prompts timed for the layer fit, up to the model's limit
+POINTS = (1024, 2048, 4096)  # numbers of keys timed for the clustering fit
+ITERATIONS = (3, 9)  # as in PQCache's released code
+SHARED = 0.05  # share of a layer's time, where the model and clustering use the same cores
 
 
 @dataclass
 class HardwareCalibration:
-    """Fits for one model on this machine; satisfies :class:`pqbench.method.Calibration`.
+    """Fitted times for one model on this machine. It has the interface of :class:`pqbench.method.Calibration`.
 
     Attributes:
         layer: a, b, c of the seconds of one layer's dense prefill, a + b s + c s^2.
-        share: how much of that time clustering may take: all of it beside an accelerator; :data:`SHARED` where the
-            model runs on the CPU, which leaves no core idle.
-        backend, device: what clusters, and where: the model's device holds the keys when an index is made of them.
+        share: the share of that time that clustering may take. It is 1 if the model runs on an accelerator, and
+            :data:`SHARED` if it runs on the CPU and leaves no core idle.
+        backend, device: the backend that clusters, and the model's device, which holds the keys when an index is built.
     """
 
     layer: tuple[float, float, float]
@@ -61,7 +61,7 @@ class HardwareCalibration:
         return self.share * max(0.0, a + b * length + c * length * length)
 
     def clustering(self, problems: int, width: int, clusters: int) -> tuple[float, float]:
-        """a, b of the clustering time in seconds, a + b * points * iterations; measured at first use."""
+        """a, b of the clustering time in seconds, a + b * points * iterations. It is measured at first use."""
         shape = problems, width, clusters
         if shape not in self._fits:
             name = f"{self.key}-kmeans-{self.backend.__name__.rpartition('.')[2]}-{problems}x{width}x{clusters}"
@@ -71,7 +71,8 @@ class HardwareCalibration:
 
 
 def calibrate(model: PreTrainedModel, backend: str = "auto", folder: Path | None = None) -> HardwareCalibration:
-    """The calibration of a model on this machine, from the cache folder or, at first use, from a few short prompts."""
+    """The calibration of a model on this machine. It is read from the cache folder; at first use it is measured with a
+    few short prompts."""
     folder = cache_folder() if folder is None else folder
     config = model.config.get_text_config()
     facts = {name: value for name, value in environment().items() if name != "commit"}
@@ -93,13 +94,13 @@ def calibrate(model: PreTrainedModel, backend: str = "auto", folder: Path | None
 
 
 def stored(folder: Path, name: str, measure: Callable[[], Sequence[float]]) -> list[float]:
-    """A fit from ``calibration.json``, measured and added when it is not there."""
+    """A fit from ``calibration.json``. A missing fit is measured and added."""
     path = folder / "calibration.json"
     with FileLock(f"{path}.lock"):
         try:
             known = json.loads(path.read_bytes()) if path.exists() else {}
         except ValueError:
-            known = {}  # cut short or edited: measured again
+            known = {}  # the file is damaged, so the fit is measured again
         if name not in known:
             known[name] = [float(value) for value in measure()]
             write_atomically(path, json.dumps(known, indent=1).encode())
@@ -108,16 +109,16 @@ def stored(folder: Path, name: str, measure: Callable[[], Sequence[float]]) -> l
 
 @torch.inference_mode()
 def fit_layer(model: PreTrainedModel) -> list[float]:
-    """Coefficients of the seconds of one layer, from prompts of random tokens.
+    """Coefficients a, b, c of the seconds of one layer's prefill, measured with prompts of random tokens.
 
     Raises:
-        ConfigError: the model's context is too short to fit anything.
+        ConfigError: the model's context is too short for a fit.
     """
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or LENGTHS[-1]
     lengths = [length for length in LENGTHS if length <= limit]
     if len(lengths) < 3:
-        raise ConfigError(f"a model of {limit} tokens is too short to calibrate: set the method's iterations")
+        raise ConfigError(f"a model of {limit} tokens is too short for a calibration: set the method's iterations")
     log.info("calibrating prefill time once, on prompts of %d to %d tokens", lengths[0], lengths[-1])
     layers = len(layer_types(config))
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +130,7 @@ def fit_layer(model: PreTrainedModel) -> list[float]:
 
 
 def fit_clustering(backend: Kernels, problems: int, width: int, clusters: int, device: torch.device) -> list[float]:
-    """Coefficients of the seconds of K-Means by this backend on this device, from random points."""
+    """Coefficients a, b of the seconds of K-Means with this backend on this device, measured with random points."""
     rows, seconds = [], []
     generator = torch.Generator().manual_seed(0)
     for points in (max(count, 2 * clusters) for count in POINTS):
@@ -141,14 +142,14 @@ def fit_clustering(backend: Kernels, problems: int, width: int, clusters: int, d
 
 
 def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Least squares on relative errors, so that short runs count as much as long ones."""
+    """Least squares of relative errors, so that short runs weigh as much as long ones."""
     weights = 1 / np.maximum(np.array(seconds), 1e-9)
     matrix = np.array(rows) * weights[:, None]
     return [float(value) for value in np.linalg.lstsq(matrix, np.ones(len(rows)), rcond=None)[0]]
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of three runs after one to warm up."""
+    """Median seconds of three runs after one warm-up run."""
     clock = clock_of(device, streams_of(device))
     run()
     spans = Spans(clock, listed=True)

@@ -1,4 +1,4 @@
-"""What is checked before a run starts, and what is checked of a generation before it counts."""
+"""Checks before a run starts, and checks of a generation before it is counted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_split(name: str, method: Method, length: int) -> None:
 
 
 def check_budgets(methods: Mapping[str, Method], samples: Sequence[Sample]) -> None:
-    """Raises BudgetError when a method's budget cannot be met on some sample, or exceeds every context."""
+    """Raises BudgetError when a method's budget cannot be met on some sample, or is larger than every context."""
     lengths = sorted({len(sample.input_ids) for sample in samples})
     longest = max((len(s.input_ids) + s.max_new_tokens for s in samples), default=0)
     for name, method in methods.items():
@@ -51,7 +51,7 @@ def check_methods(methods: Mapping[str, Method], model: PreTrainedModel, setting
     check_kernels(setting.backend, model.device)
     setting.check(methods, model)
     if setting.tier.offloads and (evicting := [name for name, method in methods.items() if method.evicts]):
-        log.info("store=host, methods that evict (%s): the rows they keep lie on the device", ", ".join(evicting))
+        log.info("store=host: methods that evict (%s) keep their rows on the device", ", ".join(evicting))
     for (name, method), layer in product(methods.items(), profile(model).kinds):
         try:
             rotary = frequencies(model, [method]).get(layer)
@@ -79,7 +79,7 @@ def _attended_all(cohort: Cohort) -> bool:
 
 
 def check_alive(method: Method, generation: Generation, prompt: int) -> None:
-    """Raises LivenessError when a method attended to every token in every step although its budget said fewer."""
+    """Raises LivenessError when a method attended to every token in every step although its budget is smaller."""
     split = method.split(prompt + 1, prompt)
     if split is None or split.total >= prompt or method.attends_all(prompt):
         return

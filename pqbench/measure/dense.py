@@ -1,4 +1,4 @@
-"""Every way to compute full attention of one decode step here, each to be timed beside the methods."""
+"""All ways to compute full attention of one decode step on this machine. Each is timed together with the methods."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Backend:
-    """An SDPA back-end that torch offers on a GPU. ``widened``: copies of K and V in float32, in units of their own
-    bytes; ``repeats``: whether KV heads are repeated for the query heads that share them."""
+    """An SDPA back-end that torch offers on a GPU. ``widened`` is the size of its float32 copies of K and V, in units
+    of the bytes of K and V. ``repeats`` says whether it repeats KV heads for the query heads that share them."""
 
     name: str
     backend: SDPBackend
@@ -32,7 +32,7 @@ class Backend:
     repeats: bool = False
 
     def copies(self, repeated: int) -> int:
-        """How often K and V are copied where a form repeats the KV heads ``repeated`` times."""
+        """How often K and V are copied if the form repeats the KV heads ``repeated`` times."""
         own = repeated if self.repeats else 0
         return own + self.widened * max(1, own)
 
@@ -46,7 +46,7 @@ BACKENDS = (
 
 
 class RefusedError(Exception):
-    """A kernel does not serve this shape, dtype or machine. That is an answer, not a failure of the run."""
+    """A kernel does not support this shape, dtype or machine. This is a result, not a failure of the run."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class DenseKernel:
     """Full attention of one query per head.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         copies: how often it copies K and V.
-        backend: the SDPA back-end that must compute it; None leaves the choice to torch.
-        captured: its step is replayed from a graph where the setting asks for graphs.
+        backend: the SDPA back-end that must compute; None leaves the choice to torch.
+        captured: whether its step is replayed from a graph if the setting asks for graphs.
     """
 
     name: str
@@ -68,7 +68,7 @@ class DenseKernel:
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
-        """Its back-end and no other serves SDPA meanwhile. Entered before a step is timed."""
+        """Inside this context only its back-end computes SDPA. It is entered before a step is timed."""
         if self.backend is None:
             yield
             return
@@ -76,13 +76,13 @@ class DenseKernel:
             yield
 
     def check(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> None:
-        """Try it once, so that no timed step has anything to find out.
+        """Run the kernel once, so that problems are found before a step is timed.
 
         q ``[B, H, G, D]``, keys and values ``[B, H, S, D]``.
 
         Raises:
-            MemoryError: it would have to copy keys and values into memory that is not there.
-            RefusedError: its back-end does not serve such tensors; the message holds torch's reasons.
+            MemoryError: the memory does not suffice for its copies of keys and values.
+            RefusedError: its back-end does not support such tensors. The message contains torch's reasons.
         """
         needed = self.copies * (keys.nbytes + values.nbytes)
         if needed > available_bytes(keys.device):
@@ -102,19 +102,21 @@ class DenseKernel:
 
 @dataclass(frozen=True)
 class DenseGeometry(Geometry):
-    """A geometry whose full attention is computed by a kernel of choice; without one, by the body's own."""
+    """A geometry whose full attention is computed by a given kernel, or by the backend's own kernel if none is
+    given."""
 
     dense: DenseKernel | None = None
 
     @property
     def kernels(self) -> Kernels:
-        """The body's kernels, the dense one replaced."""
+        """The backend's kernels, with the dense one replaced if a kernel was given."""
         body = super().kernels
         return body if self.dense is None else cast(Kernels, WithDense(body, self.dense))
 
 
 class WithDense:
-    """A kernels body whose dense attention is another kernel; satisfies :class:`pqbench.kernels.backend.Kernels`."""
+    """A backend whose dense attention is another kernel. It has the interface of
+    :class:`pqbench.kernels.backend.Kernels`."""
 
     def __init__(self, body: Kernels, kernel: DenseKernel) -> None:
         self.__name__ = kernel.name
@@ -124,16 +126,17 @@ class WithDense:
         return getattr(self._body, name)
 
     def dense_attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, *count: Any) -> Tensor:
-        """Attention over all rows. This runs inside a timed step: what has to be known beforehand is asked in
-        :meth:`DenseKernel.check`. Where ``count`` says how many rows count, the body's own kernel computes."""
+        """Attention over all rows. It runs inside a timed step, so everything that can be checked before is checked in
+        :meth:`DenseKernel.check`. If a ``count`` of rows is given, the backend's own kernel computes."""
         if count and count[0] is not None:
             return self._body.dense_attention(q, keys, values, scaling, *count)
         return self._kernel.run(q, keys, values, scaling)
 
 
 def dense_kernels(body: Kernels, group: int, device: torch.device) -> list[DenseKernel]:
-    """Every way to compute full attention on a device: torch's two forms by the back-end that torch chooses, on a GPU
-    also by each back-end there is, and the body's own where it has one. ``group`` query heads share a KV head."""
+    """All ways to compute full attention on a device: torch's two forms with the back-end that torch chooses, on a GPU
+    also with each back-end that torch has, and the backend's own kernel if it has one. ``group`` query heads share a KV
+    head."""
     forms = (("grouped", _grouped, 0), ("enable_gqa", _enable_gqa, group))
     found = [DenseKernel(f"torch sdpa {form}", run, copies) for form, run, copies in forms]
     if device.type == "cuda":
@@ -148,21 +151,21 @@ def dense_kernels(body: Kernels, group: int, device: torch.device) -> list[Dense
 
 
 def captured_kernel(body: Kernels) -> DenseKernel:
-    """The body's own kernel in a captured step; it alone reads on the device how many rows there are."""
+    """The backend's own kernel in a captured step. No other kernel can read the number of rows on the device."""
     return DenseKernel(f"{body_name(body)} dense captured", body.dense_attention, captured=True)
 
 
 def body_name(body: Kernels) -> str:
-    """``pqbench.kernels.cpu`` as ``cpu``."""
+    """The short name of a backend, such as ``cpu`` for ``pqbench.kernels.cpu``."""
     return body.__name__.rpartition(".")[2]
 
 
 def _grouped(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """The query group as rows of one KV head: nothing is repeated."""
+    """Attention with the query group as query rows of one KV head, so that no KV head is repeated."""
     return functional.scaled_dot_product_attention(q, keys, values, scale=scaling)
 
 
 def _enable_gqa(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """One query row per query head; torch spreads the KV heads."""
+    """Attention with one query row per query head, where torch assigns KV heads to query heads."""
     flat = q.flatten(1, 2)[:, :, None]  # [B, H * G, 1, D]
     return functional.scaled_dot_product_attention(flat, keys, values, scale=scaling, enable_gqa=True).view_as(q)

@@ -1,4 +1,4 @@
-"""Shapes of one attention layer of known models."""
+"""The shape of one attention layer in known models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pqbench.errors import ConfigError
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer: heads, width of a head, and how many such layers the model has; base of its rotary embedding."""
+    """One attention layer: its heads, the width of a head, the number of such layers in the model, and the base of the
+    rotary embedding."""
 
     name: str
     query_heads: int
@@ -33,7 +34,7 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim * dtype.itemsize
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Rotary frequencies ``[D / 2]``."""
+        """Rotary frequencies ``[D / 2]`` in radians per position."""
         exponents = torch.arange(0, self.head_dim, 2, device=device) / self.head_dim
         return 1.0 / self.theta**exponents
 
@@ -53,7 +54,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 
 def shape_of(name: str) -> Shape:
-    """The shape of that name. Raises ConfigError when there is none."""
+    """The shape with this name. Raises ConfigError when there is none."""
     if name not in SHAPES:
         raise ConfigError(f"benchmark.geometry is {name!r}: use one of {', '.join(SHAPES)}")
     return SHAPES[name]

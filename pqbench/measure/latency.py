@@ -1,4 +1,5 @@
-"""``benchmark=latency``: time to first token, second token and per output token of a whole model, and what takes it."""
+"""``benchmark=latency``: time to first token, time to second token and time per output token of a whole model, and
+where the time goes."""
 
 from __future__ import annotations
 
@@ -45,13 +46,14 @@ from pqbench.store.tiers import Need
 
 log = logging.getLogger(__name__)
 
-LAYERS_AWAY = 4  # layers whose keys and values lie on the device while the prefill of a host tier goes on
-INDEX_SHARE = 0.05  # of the bytes of keys and values: 36 to 100 bits beside the 4096 of a row in half precision
+LAYERS_AWAY = 4  # layers whose keys and values lie on the device at the same time during a prefill with a host tier
+INDEX_SHARE = 0.05  # share of the bytes of keys and values: 36 to 100 bits, where a row has 4096 bits in half precision
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One measurement of a method on a prompt, which is cut to ``prompt`` tokens so that the answer fits the model."""
+    """One measurement of a method on a prompt. The prompt is shortened to ``prompt`` tokens so that the answer fits the
+    model."""
 
     repeat: int
     context: int
@@ -60,24 +62,26 @@ class Turn:
 
     @property
     def sample_id(self) -> str:
-        """Unique within a method's records."""
+        """The id of its record, unique within a method's records."""
         return f"{self.context}-{self.repeat}"
 
 
 @dataclass
 class Latency(Measurement):
-    """Greedy decoding of prose by one method at a time, each with a prefill of its own. Where the package with the
-    prose is missing, made-up words stand in for it; records say which text it was.
+    """Greedy decoding of prose by one method at a time, each with a prefill of its own. If the package with the prose
+    is missing, made-up words are used. Records name the text.
 
     Attributes:
-        contexts: prompt lengths in tokens. Where prompt and answer together exceed the model, the prompt is cut to what
-            leaves room for the answer; records hold both lengths.
-        new_tokens: tokens generated, whatever the model says about the end; at least 3.
-        repeats: rounds; each goes through all contexts and methods.
-        warmup: runs of every method on the shortest prompt before the first round; kernels are compiled there.
+        contexts: prompt lengths in tokens. Where prompt and answer together exceed the model's limit, the prompt is
+            shortened to leave room for the answer. Records hold both lengths.
+        new_tokens: number of tokens generated, also beyond the model's end token; at least 3.
+        repeats: number of rounds; each round goes through all contexts and methods.
+        warmup: number of runs of every method on the shortest prompt before the first round. Kernels are compiled in
+            these runs.
         profile: run every method once more on every prompt under torch's profiler, which slows it, and record launches,
-            synchronisations and times by phase; the trace lies beside the records, for Perfetto.
-        seed: of the prose.
+            synchronisations and times by phase. The trace is written to the folder of the records and can be opened in
+            Perfetto.
+        seed: seed of the prose.
 
     Raises:
         ConfigError: a value that cannot work; the message names the field.
@@ -104,7 +108,7 @@ class Latency(Measurement):
         """See the base class.
 
         Raises:
-            ConfigError: a context beyond the model, or a method or budget that does not fit it.
+            ConfigError: a context exceeds the model's limit, or a method or budget does not fit the model.
         """
         if job.loaded is None:
             raise ConfigError("benchmark=latency needs a model")
@@ -130,7 +134,7 @@ class Latency(Measurement):
         return ledger.close()
 
     def _turns(self, methods: Mapping[str, Method], max_length: int) -> list[Turn]:
-        """Everything to measure, in the order in which it is: methods take turns."""
+        """Everything to measure, in order of measurement. Methods take turns."""
         longest = max_length - self.new_tokens
         if max(self.contexts) > max_length or longest < 1:
             raise ConfigError(
@@ -153,7 +157,8 @@ class Latency(Measurement):
         check_memory(job, model, longest, self.new_tokens, row)
 
     def _warm(self, job: Job, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
-        """Seconds of the runs that do not count. A failure is ignored here: it happens again later, and is recorded."""
+        """Do the warm-up runs and return their seconds. A failure is ignored here, because it happens again later and
+        is then recorded."""
         total = 0.0
         for _ in range(self.warmup):
             try:
@@ -192,7 +197,7 @@ class Latency(Measurement):
             figures = times(generation) | step_costs(generation, model, roof) | link_facts(generation, prefilled)
             figures |= {"peak_rss_bytes": peak_rss(), **peak_device(model.device)}
             figures["built_beside"] = prefilled.beside is not None
-        except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run goes on
+        except Exception as error:  # noqa: BLE001 - any failure of one measurement becomes a row, the run continues
             ledger.failed(turn.method, turn.sample_id, error, facts)
             job.setting.check_device(error)
         else:
@@ -202,8 +207,8 @@ class Latency(Measurement):
             ledger.ok(turn.method, turn.sample_id, record)
 
     def _profile(self, job: Job, turn: Turn, model: PreTrainedModel, prompt: list[int], figures: Record) -> Record:
-        """The facts of one more run under the profiler, in which every part of the work runs by itself. When the
-        profiler fails, that is logged and recorded, and the measurement stays."""
+        """Fields of a record from one more run under the profiler, in which no parts of the work overlap. If the
+        profiler fails, the failure is logged and recorded, and the measurement itself remains valid."""
         setting = replace(job.setting, overlap=False, named=True)
         apart, path = replace(job, setting=setting), job.files[turn.method].folder / f"trace-{turn.context}.json.gz"
         tokens = min(TOKENS, self.new_tokens)
@@ -218,7 +223,7 @@ class Latency(Measurement):
 def run_once(
     job: Job, model: PreTrainedModel, method: Method, prompt: list[int], new_tokens: int
 ) -> tuple[Generation, Prefilled]:
-    """Prefill with one method alone, decode ``new_tokens``, and end what runs in the background."""
+    """Prefill with one method alone, decode ``new_tokens``, and end all background work."""
     gc.collect()
     ids = torch.tensor([prompt], device=model.device)
     prefilled = prefill(model, ids, [method], None, job.chunk, new_tokens, job.setting)
@@ -232,8 +237,8 @@ def run_once(
 
 
 def times(generation: Generation) -> Record:
-    """Times of one generation in seconds. ``tpot_s`` is the median step after the first, on a GPU of those whose phases
-    were not timed; ``tpot_released_s`` follows PQCache's released code: (time of all n tokens - TT2T) / (n - 2)."""
+    """Times of one generation in seconds. ``tpot_s`` is the median of :attr:`Generation.usual_steps_s`.
+    ``tpot_released_s`` follows PQCache's released code: (time of all n tokens - TT2T) / (n - 2)."""
     later, usual = generation.steps_s[1:], generation.usual_steps_s
     wait = max(0.0, generation.steps_s[0] - median(usual))
     return {
@@ -245,15 +250,15 @@ def times(generation: Generation) -> Record:
         "build_s": generation.build_s,
         "index_build_s": generation.index_s,
         "pending_s": generation.pending_s,
-        "wait_s": generation.pending_s + wait,  # for the index, between first token and a step of the usual length
+        "wait_s": generation.pending_s + wait,  # spent on the index before steps have their usual length
         "first_wait_s": wait,
         "steps_s": [round(seconds, 9) for seconds in generation.steps_s],
     }
 
 
 def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) -> Record:
-    """Where the time of a step goes, as means in seconds over the steps whose phases were timed; and the bytes that a
-    step reads, with their rate as a share of the bandwidth of a copy."""
+    """Where the time of a step goes, in seconds, as means over the steps whose phases were timed. Also the bytes that a
+    step reads, and the rate of reading them as a share of the bandwidth of a copy."""
     cohorts, meters = generation.cohorts(), generation.meters()
     steps, layers = len(generation.steps_s), max(1, len(generation.cache.selective))
     spent = [(meter.seconds, max(1, meter.timed)) for meter in meters]
@@ -270,7 +275,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     rate = (weights + kv_bytes + index_bytes) / usual
     phases["dense_step_s"] = max(0.0, mean - sum(phases.values()))
     return {
-        **(phases if generation.replays is None else {}),  # nobody can time the phases of a captured step
+        **(phases if generation.replays is None else {}),  # the phases of a captured step cannot be timed
         "attended_tokens": attended,
         "skipped_nothing": attended_all(cohorts),
         "weight_bytes": weights,
@@ -285,7 +290,8 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
 
 
 def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
-    """Bytes on the device, on the host and over the link per step, hits of the block cache, and what the link is."""
+    """Bytes on the device, bytes on the host, bytes over the link per step, hit rate of the block cache, and the kind
+    of link."""
     stores, steps = [cohort.store for cohort in generation.cohorts()], len(generation.steps_s)
     link: Any = getattr(prefilled.placement, "link", None)
     lookups = sum(store.usage.cache_lookups for store in stores)
@@ -304,28 +310,29 @@ def link_facts(generation: Generation, prefilled: Prefilled) -> Record:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that one step reads: all weights but an input embedding that no output layer shares."""
+    """Bytes of the weights that one step reads: all weights except an input embedding that the output layer does not
+    share."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     untied = head is not None and embedding.weight is not head.weight
     skipped = {id(embedding.weight)} if untied else set()
-    return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied one is listed once
+    return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied weight is listed once
 
 
 def check_memory(job: Job, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
-    """Check that the prefill and the decoding of a prompt fit the device beside the weights that lie there already.
+    """Check that the prefill and the decoding of a prompt fit into the free memory of the device.
 
-    Three parts are counted: keys and values, of which only :data:`LAYERS_AWAY` layers lie on the device when they leave
-    for the host; the index, as a share of these; and what a block of the prefill computes in one layer.
+    Three parts are counted: keys and values, of which only :data:`LAYERS_AWAY` layers lie on the device with a host
+    tier; the index, as a share of all keys and values; and what a block of the prefill computes in one layer.
 
     Args:
-        job: the job at work, for its store and the size of its blocks.
+        job: the present job, for its tier and the size of its prefill blocks.
         model: the loaded model.
-        prompt: tokens of the prompt.
-        new_tokens: tokens that are generated.
+        prompt: number of tokens of the prompt.
+        new_tokens: number of tokens that are generated.
         row: bytes of the keys and values of one token in all layers.
 
     Raises:
-        ConfigError: they do not fit; the message has the bytes and the option that lowers them.
+        ConfigError: they do not fit. The message contains the bytes and the options that lower them.
     """
     config = model.config.get_text_config()
     layers = max(1, len(layer_types(config)))
@@ -346,7 +353,7 @@ def check_memory(job: Job, model: PreTrainedModel, prompt: int, new_tokens: int,
         away = "" if job.setting.tier.offloads or model.device.type == "cpu" else "store=host"
         remedy = " or ".join(filter(None, (chunk, away, "shorter benchmark.contexts")))
         raise ConfigError(
-            f"benchmark.contexts has {prompt}: beside its weights the model "
+            f"benchmark.contexts has {prompt}: in addition to its weights the model "
             f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
             f"use {remedy}"
         )

@@ -1,4 +1,4 @@
-"""What this machine gives: memory free and used, a clock, and how fast it moves bytes."""
+"""Facts about this machine: used memory, a clock, and how fast it moves bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from pqbench.records.environment import environment
 
-COPIED = 1 << 28  # bytes of the buffer that bandwidth is measured with; far above any CPU cache
-QUEUED = 10  # copies timed together on a GPU, which takes as long for one as a launch and a synchronisation take
+COPIED = 1 << 28  # bytes of the buffer with which bandwidth is measured; far larger than any CPU cache
+QUEUED = 10  # copies timed together on a GPU, because one copy takes no longer than a launch and a synchronisation
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """A wall clock in seconds that waits for everything queued on the device."""
+    """A wall clock in seconds that first waits for everything queued on the device."""
     if device.type != "cuda":
         return time.perf_counter
 
@@ -37,7 +37,8 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No garbage is collected meanwhile: a collection takes milliseconds and would land in some step or other."""
+    """Turn off Python's garbage collection inside this context, because a collection takes milliseconds and would be
+    counted as part of a step."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -56,17 +57,19 @@ def device_name(device: torch.device) -> str:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start the peaks anew, where the system can: Linux lets a process reset its own peak of resident memory."""
+    """Reset the peaks of memory, if the system allows it: Linux lets a process reset its own peak of resident
+    memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # the peak then counts from the start of the process
+        return  # the peak is then that of the whole process
 
 
 def peak_rss() -> int:
-    """Peak bytes of resident memory of this process, since :func:`forget_peak` where the system can."""
+    """Peak bytes of resident memory of this process since :func:`forget_peak`, or since its start if the system cannot
+    reset the peak."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -79,7 +82,7 @@ def peak_rss() -> int:
 
 
 def peak_device(device: torch.device) -> dict[str, int]:
-    """Peak bytes of the CUDA allocator; nothing elsewhere."""
+    """Peak bytes of the CUDA allocator; empty for other devices."""
     if device.type != "cuda":
         return {}
     return {
@@ -90,12 +93,13 @@ def peak_device(device: torch.device) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes per second this machine moves in this process: the roof that times are compared with.
+    """Bytes per second that this process can move on this machine. Times are compared with this upper limit.
 
     Attributes:
-        copy: a large contiguous copy, bytes read and bytes written.
-        read: the same copy, bytes read alone (half of ``copy``).
-        gather: rows of ``row_bytes`` at random places of a large buffer, copied together; bytes read and written.
+        copy: rate of a large contiguous copy, counting bytes read and bytes written.
+        read: rate of the same copy, counting only bytes read (half of ``copy``).
+        gather: rate of copying rows of ``row_bytes`` from random places of a large buffer, counting bytes read and
+            written.
     """
 
     copy: float
@@ -103,14 +107,14 @@ class Bandwidth:
     gather: float
 
     def facts(self) -> dict[str, float]:
-        """For a record, in GB/s."""
+        """The rates in GB/s, for a record."""
         names = {"copy": "copy_bandwidth_gbps", "read": "copy_read_gbps", "gather": "gather_bandwidth_gbps"}
         return {names[name]: value / 1e9 for name, value in asdict(self).items()}
 
 
 @torch.inference_mode()
 def bandwidth(device: torch.device, row_bytes: int = 512, size: int | None = None, repeats: int = 5) -> Bandwidth:
-    """Measure it with buffers of ``size`` bytes; fastest of ``repeats`` after one to warm up."""
+    """Measure the bandwidth with buffers of ``size`` bytes: the fastest of ``repeats`` runs after one warm-up run."""
     size = COPIED if size is None else size
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -136,8 +140,8 @@ def _fastest(run: Callable[[], Tensor], device: torch.device, repeats: int) -> f
 
 
 class Sweeper:
-    """Overwrites a buffer, so that nothing a timed step left behind is still in the CPU caches when the next begins: in
-    a model the other layers do the same."""
+    """Overwrites a buffer, so that CPU caches no longer hold data of the previous timed step when the next step begins.
+    In a model, the other layers have the same effect."""
 
     def __init__(self, megabytes: int, device: torch.device) -> None:
         self._buffer = torch.zeros(megabytes * (1 << 20) // 4, device=device)
@@ -149,7 +153,7 @@ class Sweeper:
 
 
 def spread(name: str, values: Sequence[float], digits: int = 9) -> dict[str, float]:
-    """Median of seconds as ``<name>_s``, with ``<name>_p10_s``, ``<name>_p90_s`` and ``<name>_min_s``."""
+    """The median of some seconds as ``<name>_s``, and ``<name>_p10_s``, ``<name>_p90_s`` and ``<name>_min_s``."""
     low, high = np.percentile(values, [10, 90])
     figures = {"": median(values), "_p10": low, "_p90": high, "_min": min(values)}
     return {f"{name}{suffix}_s": round(float(value), digits) for suffix, value in figures.items()}

@@ -1,7 +1,7 @@
-"""How well a method's selections serve the exact attention: retained mass, top-k recall and output error.
+"""How well a method's selections approximate exact attention: retained mass, top-k recall and output error.
 
-The probe is teacher-forced on a given continuation, and its inputs are clean: every layer passes the dense output on.
-Therefore all methods see the same queries, and one pass measures them all. Nothing here is timed.
+The probe is teacher-forced on a given continuation. Its inputs are clean: every layer passes the output of dense
+attention on. All methods therefore see the same queries, and one pass measures all of them. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pqbench.store.base import Store
 
 
 class Exact:
-    """Full attention of one step in one layer, with which every method's answer to the same query is compared.
+    """Full attention of one step in one layer. Every method's answer to the same query is compared with it.
 
     Attributes:
-        weights: probabilities ``[B, H, G, S]``; with sinks that the model learned they add up to less than one.
+        weights: probabilities ``[B, H, G, S]``; if the model has learned sinks, they add up to less than one.
         output: ``[B, H, G, D]`` float32.
-        sunk: probability that learned sinks hold, ``[B, H]``: mean over the query group. No method can lose it.
+        sunk: probability ``[B, H]`` that learned sinks hold, as a mean over the query group. Every method retains it.
     """
 
     def __init__(self, weights: Tensor, output: Tensor, sunk: Tensor | float = 0.0) -> None:
@@ -43,7 +43,7 @@ class Exact:
         return self.weights.sum(2)
 
     def best(self, split: Split) -> Tensor:
-        """Positions ``[B, H, k]`` of the exact top-k among the middle tokens, computed once for each split."""
+        """Positions ``[B, H, k]`` of the exact top-k among the middle tokens. They are computed once for each split."""
         first, stop = split.middle(self.weights.shape[3])
         key = first, stop, max(0, min(split.top_k, stop - first))
         if key not in self._best:
@@ -57,21 +57,22 @@ class Seen:
 
     Attributes:
         positions: ``[B, H, n]``, no token twice.
-        visible: which of them a query head sees, ``[B, H, G, n]`` bool; None for all.
+        visible: which of these tokens each query head sees, ``[B, H, G, n]`` bool; None if all heads see all of them.
     """
 
     positions: Tensor
     visible: Tensor | None
 
     def mass(self, exact: Exact) -> Tensor:
-        """Share of the exact probability that they and learned sinks hold, ``[B, H]``: mean over the query group."""
+        """Share ``[B, H]`` of the exact probability that these tokens and learned sinks hold, as a mean over the query
+        group."""
         if self.visible is None:
             return exact.received.gather(2, self.positions).sum(-1) / exact.weights.shape[2] + exact.sunk
         at = self.positions[:, :, None].expand(self.visible.shape)
         return (exact.weights.gather(3, at) * self.visible).sum(-1).mean(2) + exact.sunk
 
     def hits(self, wanted: Tensor, length: int) -> Tensor:
-        """Which of the positions ``wanted`` ``[B, H, k]`` some query head attends to, bool."""
+        """Which of the positions ``wanted`` ``[B, H, k]`` at least one query head attends to, bool ``[B, H, k]``."""
         any_head = (
             self.visible.any(2) if self.visible is not None else torch.ones_like(self.positions, dtype=torch.bool)
         )
@@ -81,8 +82,8 @@ class Seen:
 
 @dataclass
 class Fidelity:
-    """Figures of one method. Each list holds one number ``[]`` for each layer and step, a mean over KV heads, on the
-    device where it was computed.
+    """Figures of one method. Each list holds one number ``[]`` for each layer and step, on the device where it was
+    computed; ``mass`` and ``recall`` are means over KV heads.
 
     Attributes:
         mass: share of the exact attention probability that the attended tokens hold.
@@ -95,7 +96,7 @@ class Fidelity:
     output_error: list[Tensor] = field(default_factory=list)
 
     def means(self) -> dict[str, float | None]:
-        """Each figure's mean; None where it does not apply. Waits for the device."""
+        """The mean of each figure; None for a figure that does not apply. Waits for the device."""
         figures = {"mass": self.mass, "recall": self.recall, "output_error": self.output_error}
         return {
             name: sum(torch.stack(values).tolist()) / len(values) if values else None
@@ -113,7 +114,7 @@ class Fidelity:
 
 
 class ProbeLayer(OurLayer):
-    """Answers with dense attention, and also lets every method answer the same query."""
+    """Answers each query with dense attention, and also lets every method answer it."""
 
     def __init__(
         self, dense: Store, cohorts: Sequence[Cohort], fidelities: Sequence[Fidelity], splits: Any, seen: int
@@ -158,13 +159,13 @@ class ProbeLayer(OurLayer):
 
 @torch.inference_mode()
 def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | None = None) -> list[Fidelity]:
-    """Fidelity over the steps that read ``tokens`` as the continuation of a prefilled prompt.
+    """Measure fidelity over the steps that read ``tokens`` as the continuation of a prefilled prompt.
 
-    ``methods`` are indices into the prompt's methods, None for all of them; there is one result for each.
+    ``methods`` are indices into the prompt's methods; None for all of them. Returns one result for each method.
 
     Raises:
-        RuntimeError: a batch of different lengths.
-        SelectionError: a method breaks its contract in any of the steps.
+        RuntimeError: the sequences of the batch have different lengths.
+        SelectionError: a method breaks its contract in one of the steps.
     """
     if len(prefilled.cohorts) != 1:
         raise RuntimeError("probe() needs sequences of equal length")
@@ -180,7 +181,7 @@ def probe(prefilled: Prefilled, tokens: Sequence[int], methods: Sequence[int] | 
 
 
 def read_clean(prefilled: Prefilled, layers: Mapping[int, ProbeLayer], tokens: Sequence[int]) -> None:
-    """Read ``tokens`` after a prompt with these layers in place of the model's own, and let all transfers end."""
+    """Read ``tokens`` after a prompt with these layers as the cache, and wait for all transfers."""
     with Steps(prefilled, prefilled.cache(layers), Forced(tokens, prefilled.lengths)) as steps:
         steps.run()
     for probed in layers.values():

@@ -1,8 +1,9 @@
-"""What a torch profiler saw of a run, phase by phase: launches, synchronisations, and time on the host and the device.
+"""What a torch profiler recorded of a run, phase by phase: launches, synchronisations, and time on the host and on the
+device.
 
-The phases are spans of :class:`pqbench.engine.clock.NamedClock`. A decode step is made of the phases select, fetch,
-attend and append of every layer, and of the rest of the model; before it come the prefill, what a method watches of
-it, and its index.
+The phases are spans of :class:`pqbench.engine.clock.NamedClock`. A decode step consists of the phases select, fetch,
+attend and append of every layer, and of the rest of the model. The phases before the decode steps are the prefill, the
+method's observation of it, and building its index.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from pqbench.records.file import Record
 
 STEP = "step"
 REST = "rest of the model"
-ONCE = ("prefill", "observe", "index")  # phases that a run has once; the others are of every step
+ONCE = ("prefill", "observe", "index")  # phases that happen once in a run; all others happen in every step
 ORDER = (*ONCE, "select", "fetch", "attend", "append", REST)
-TOKENS = 6  # of a profiled run: enough steps after the first, which is unlike the others
+TOKENS = 6  # generated in a profiled run, which leaves enough steps after the untypical first one
 _RUNTIME = ("cuda_runtime", "cuda_driver")
 _LAUNCHES = ("LaunchKernel", "GraphLaunch")
-_WAITING_COPY = "cudaMemcpy"  # by its whole name: cudaMemcpyAsync does not wait
+_WAITING_COPY = "cudaMemcpy"  # compared as a whole name, because cudaMemcpyAsync does not wait
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 Event = Mapping[str, Any]
@@ -39,7 +40,7 @@ Result = TypeVar("Result")
 @dataclass
 class Phase:
     """Sums over one phase: operations that torch ran, launches, calls that waited for the device, seconds that the host
-    was inside, seconds that the device worked on what was launched there, and bytes that crossed the link."""
+    spent in it, seconds that the device worked on what was launched in it, and bytes that crossed the link."""
 
     operations: float = 0.0
     launches: float = 0.0
@@ -49,12 +50,13 @@ class Phase:
     copied_bytes: float = 0.0
 
     def over(self, count: int) -> Phase:
-        """The mean over ``count`` of them."""
+        """The mean, if the sums are over ``count`` phases."""
         return Phase(**{name: value / count for name, value in asdict(self).items()})
 
 
 def profiled(run: Callable[[], Result], path: Path, device: torch.device) -> Result:
-    """Run something under the profiler and write its trace, gzipped JSON that Perfetto and chrome://tracing open."""
+    """Run something under the profiler and write its trace as gzipped JSON, which Perfetto and chrome://tracing can
+    open."""
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
         result = run()
@@ -72,12 +74,12 @@ def read_trace(path: Path) -> list[Event]:
 
 
 def phases(events: Sequence[Event]) -> dict[str, Phase]:
-    """What each phase did, by its name: those of :data:`ONCE` as they were, the others per step, the first step left
-    out where there are more. What a step does outside its phases is the :data:`REST`; times of phases inside others
-    count for the inner ones alone."""
+    """The sums of each phase by its name. Phases in :data:`ONCE` are given as they were. All others are means per step,
+    without the first step if there are more. What a step does outside its phases is counted as :data:`REST`. If one
+    phase lies inside another, its time counts only for the inner phase."""
     spans = [Span.of(event) for event in events if _named(event)]
     steps = sorted((span for span in spans if span.name == STEP), key=lambda span: span.began)
-    first = steps[1].began if len(steps) > 1 else float("-inf")  # of the steps that count
+    first = steps[1].began if len(steps) > 1 else float("-inf")  # start of the steps that are counted
     kept = [span for span in spans if span.name in ONCE or span.began >= first]
     found: dict[str, Phase] = defaultdict(Phase)
     nesting = Nesting(kept)
@@ -95,8 +97,9 @@ def phases(events: Sequence[Event]) -> dict[str, Phase]:
 
 
 def profile_facts(found: Mapping[str, Phase], figures: Record) -> dict[str, Record]:
-    """The phases for a record, with the bytes that each of them reads or moves as far as the ``figures`` of the same
-    record know them, and the seconds that memory needs at least for those that it holds."""
+    """The phases for a record. If the ``figures`` of the same record say how many bytes a phase reads or moves, these
+    bytes are added. For phases that do not use the link, the fewest seconds that memory needs for the bytes are added
+    too."""
     known = {"select": "index_bytes", "attend": "attended_bytes", REST: "weight_bytes", "fetch": "link_bytes_step"}
     facts: dict[str, Record] = {}
     for name in sorted(found, key=ORDER.index):
@@ -104,7 +107,7 @@ def profile_facts(found: Mapping[str, Phase], figures: Record) -> dict[str, Reco
         size = figures.get(known.get(name, ""))
         if size:
             facts[name]["bytes"] = size
-            if name != "fetch":  # which crosses the link
+            if name != "fetch":  # fetched bytes cross the link
                 facts[name]["memory_s"] = size / (1e9 * figures["copy_bandwidth_gbps"])
     return facts
 
@@ -120,16 +123,16 @@ class Span:
 
     @classmethod
     def of(cls, event: Event) -> Span:
-        """The span that an event of a trace is."""
+        """The span of an event of a trace."""
         name, began = str(event["name"]).removeprefix(PREFIX), float(event["ts"])
         return cls(name, event.get("tid"), began, began + float(event.get("dur", 0.0)))
 
 
 class Nesting:
-    """Which span of a thread lies inside which."""
+    """How the spans of each thread are nested."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
-        self._inner: dict[Any, list[tuple[float, Span | None]]] = {}  # by thread: from when on which span is innermost
+        self._inner: dict[Any, list[tuple[float, Span | None]]] = {}  # by thread: when the innermost span changes
         self._children: dict[int, float] = defaultdict(float)
         by_thread: dict[Any, list[Span]] = defaultdict(list)
         for span in spans:
@@ -138,7 +141,7 @@ class Nesting:
             self._inner[thread] = self._changes(sorted(listed, key=lambda span: (span.began, -span.ended)))
 
     def innermost(self, thread: Any, moment: float) -> Span | None:
-        """The innermost span of a thread at a moment, None outside all."""
+        """The innermost span of a thread at a moment; None outside all spans."""
         changes = self._inner.get(thread, [])
         place = bisect_right(changes, moment, key=lambda change: change[0])
         return changes[place - 1][1] if place else None
@@ -167,7 +170,7 @@ def _named(event: Event) -> bool:
 
 
 def _by_correlation(events: Iterable[Event]) -> dict[Any, list[Event]]:
-    """What the device did, by the number of the call that asked for it."""
+    """The events on the device, by the number of the call that launched them."""
     found: dict[Any, list[Event]] = defaultdict(list)
     for event in events:
         if event.get("cat") in _DEVICE:
@@ -176,11 +179,11 @@ def _by_correlation(events: Iterable[Event]) -> dict[Any, list[Event]]:
 
 
 def _count(phase: Phase, event: Event, device: Mapping[Any, list[Event]], covered: dict[Any, float]) -> None:
-    """Add one event of the host to the phase it lies in."""
+    """Add one event of the host to the phase in which it lies."""
     category, name = event.get("cat"), str(event.get("name", ""))
     if category == "cpu_op":
         began, thread = float(event["ts"]), event.get("tid")
-        if began >= covered[thread]:  # else it is a part of another
+        if began >= covered[thread]:  # otherwise the operation is part of another one
             covered[thread] = began + float(event.get("dur", 0.0))
             phase.operations += 1
     elif category in _RUNTIME:

@@ -1,4 +1,5 @@
-"""The scores of a benchmark: each sample is prefilled once, and every method that lacks a record decodes from that."""
+"""The scores of a benchmark: each sample is prefilled once, and every method that lacks a record decodes from this
+prefill."""
 
 from __future__ import annotations
 
@@ -24,23 +25,24 @@ from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record
 from pqbench.records.kinds import SCORES
 
-TAIL = 200  # tokens of a prompt's end that a record shows
-WAIT_S = 0.5  # between two looks at what other processes are at work on
-COMPILED_S = 5  # seconds of compiling that are worth a line; below, the kernels came from the cache
+TAIL = 200  # number of tokens at the end of a prompt that a record shows
+WAIT_S = 0.5  # seconds between two looks at the samples that other processes are measuring
+COMPILED_S = 5  # seconds of compiling from which on they are reported; below, the kernels came from the cache
 
 
 @dataclass
 class Scored(Measurement):
-    """The samples of a benchmark, answered with every method and scored.
+    """Answers the samples of a benchmark with every method and scores the answers.
 
-    Methods with a dense prefill share one prefill of each sample; the others have their own.
+    Methods with a dense prefill share one prefill of each sample. Methods with a prefill of their own run it for
+    themselves.
 
     Attributes:
         benchmark: yields the samples and scores the predictions.
-        question: ``dense`` prefills the question with the context; ``select`` sends it through the method token by
-            token.
-        probe_tokens: tokens of the reference answer over which fidelity is measured; 0 measures none.
-        chat: whether prompts are put into the chat template of the tokenizer, where it has one.
+        question: ``dense`` prefills the question together with the context; with ``select`` the method reads it token
+            by token.
+        probe_tokens: number of tokens of the reference answer over which fidelity is measured; 0 for no measurement.
+        chat: whether prompts are put into the tokenizer's chat template, if it has one.
         chat_options: variables that the chat template understands.
     """
 
@@ -59,14 +61,15 @@ class Scored(Measurement):
         return self.benchmark.name
 
     def prompter(self, loaded: LoadedModel) -> Prompter:
-        """What makes the prompts for a model."""
+        """The object that makes prompts for a model."""
         return Prompter(loaded.tokenizer, loaded.max_length, self.chat, self.chat_options)
 
     def measure(self, job: Job) -> Measured:
         """See the base class.
 
         Raises:
-            ConfigError: a budget cannot fit the samples, or a method not the model; nothing was run then.
+            ConfigError: a budget does not fit the samples, or a method does not fit the model. In this case nothing was
+                run.
         """
         if job.loaded is None:
             raise ConfigError(f"benchmark={self.name} needs a model")
@@ -89,16 +92,16 @@ class Scored(Measurement):
                             follow(f"{sample.id} ({len(sample.input_ids)} tokens)")
                             SampleRun(self, job, loaded, prompter, ledger, sample).measure(mine)
                     busy += [(sample, others)] if others else []
-                if len(busy) == len(work):  # other processes are at work on all that is left
+                if len(busy) == len(work):  # other processes are measuring all that is left
                     time.sleep(WAIT_S)
                 work = busy
         return ledger.close()
 
     def footer(self, done: Measured, results: str) -> str:
-        """What the run cost, and what it would have cost without sharing prefills."""
+        """The text below the table: records, seconds of the run and its parts, and how the figures were measured."""
         lines, spent = [f"{done.counts}; records in {results}/"], done.seconds
         if spent[COMPILING] > COMPILED_S:
-            lines.append(f"kernels were compiled first, in {spent[COMPILING]:.0f} s that no figure holds")
+            lines.append(f"kernels were compiled first, in {spent[COMPILING]:.0f} s that no figure includes")
         if done.measured:
             own = spent["prefill"] + spent["decode"] + spent["index"]
             lines.append(
@@ -108,7 +111,7 @@ class Scored(Measurement):
             )
         lines.append(
             f"{torch.get_num_threads()} threads; one prefill serves all methods, so TTFT is that prefill plus the "
-            "time in which the method watches it; mass, recall and error: teacher-forced on the reference answer, "
+            "time in which the method observes it; mass, recall and error: teacher-forced on the reference answer, "
             "clean inputs"
         )
         return "\n".join(lines)
@@ -116,7 +119,7 @@ class Scored(Measurement):
 
 @dataclass
 class Answer:
-    """What became of one method on one sample: the facts of its record, or the error."""
+    """The outcome of one method on one sample: the fields of its record, or the error."""
 
     name: str
     facts: Record = field(default_factory=dict)
@@ -125,7 +128,7 @@ class Answer:
 
 @dataclass
 class SampleRun:
-    """One sample being measured with the methods that lack a record of it."""
+    """The measurement of one sample with the methods that lack a record of it."""
 
     scored: Scored
     job: Job
@@ -139,14 +142,14 @@ class SampleRun:
 
         Raises:
             DataError: a record cannot be written.
-            DeviceError: the accelerator no longer answers after a failure, which is on record then. Methods that
+            DeviceError: the accelerator no longer answers after a failure. The failure has been recorded; methods that
                 could not be measured any more have no record.
         """
         answers: list[Answer] = []
         for sharing in self._prefills(names):
             try:
                 answers += self._evaluate(sharing)
-            except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run goes on
+            except Exception as error:  # noqa: BLE001 - any failure of one sample becomes a row, the run continues
                 answers += [Answer(name, error=error) for name in sharing]
             if answers[-1].error is not None and not self.job.setting.device_answers():
                 break
@@ -160,13 +163,14 @@ class SampleRun:
             self.job.setting.check_device(self.ledger.done.failures[-1])
 
     def _prefills(self, names: Sequence[str]) -> list[list[str]]:
-        """Which methods share a prefill: all that take a dense one; each of the others has its own."""
+        """The groups of methods that share a prefill. All methods with a dense prefill form one group; each of the
+        others forms a group of its own."""
         dense = [name for name in names if not self.job.methods[name].own_prefill]
         return [*([dense] if dense else []), *([name] for name in names if name not in dense)]
 
     def _evaluate(self, names: Sequence[str]) -> list[Answer]:
-        """The answers of the methods ``names`` from one prefill. Where the device no longer answers, those of the
-        methods up to the one at fault."""
+        """The answers of the methods ``names`` from one prefill. If the device stops answering, the list ends with the
+        method at fault."""
         sample, job, seconds = self.sample, self.job, self.ledger.done.seconds
         model, methods = self.loaded.model, [job.methods[name] for name in names]
         ids = torch.tensor([sample.input_ids], device=model.device)  # [1, S]
@@ -205,8 +209,9 @@ class SampleRun:
     def _add_fidelity(self, prefilled: Prefilled, answers: list[Answer]) -> None:
         """Measure fidelity over the reference answer, for the methods that succeeded.
 
-        A method with a prefill of its own made other keys and values, so there is no full attention to compare with;
-        and a probe has no earlier step with whose query it could select ahead.
+        A method with a prefill of its own is not measured: it computed other keys and values, so there is no full
+        attention to compare with. With selection ahead nothing is measured, because the probe has no previous step
+        whose query could be used.
         """
         references, prompter = self.sample.references, self.prompter
         tokens = prompter.encode(f" {references[0]}")[: self.scored.probe_tokens] if references else []
@@ -217,7 +222,7 @@ class SampleRun:
         try:
             for i, fidelity in zip(good, probe(prefilled, tokens, good), strict=True):
                 answers[i].facts |= fidelity.means()
-        except Exception:  # noqa: BLE001 - one method's fault must not be another's: each is probed by itself
+        except Exception:  # noqa: BLE001 - one method's error must not affect others: each is probed alone
             for i in good:
                 try:
                     answers[i].facts |= probe(prefilled, tokens, [i])[0].means()
@@ -226,7 +231,7 @@ class SampleRun:
         self.ledger.done.seconds["probe"] += time.perf_counter() - began
 
     def _success(self, name: str, generation: Generation) -> Record:
-        """The facts of one generation, and its scores."""
+        """The fields of a record that describe one generation, and its scores."""
         facts = {
             "prompt_tokens": len(self.sample.input_ids),
             "prediction": self.prompter.decode(generation.tokens[0].tolist()),
@@ -236,7 +241,7 @@ class SampleRun:
         return facts | {"score": scores["score"], "scores": scores}
 
     def _facts(self, name: str) -> Record:
-        """What a record says of the sample, whatever came of it."""
+        """The fields of a record that describe the sample, whatever the outcome."""
         sample = self.sample
         dense = [known for known, method in self.job.methods.items() if not method.own_prefill]
         return {
@@ -253,7 +258,8 @@ class SampleRun:
 
 
 def generation_facts(generation: Generation) -> Record:
-    """Tokens, times in seconds, and bytes of one generation; bytes of the index and over the link are per step."""
+    """Tokens, times in seconds, and bytes of one generation. Bytes of the index and bytes over the link are given per
+    step."""
     meters, cohorts = generation.meters(), generation.cohorts()
     steps = max(1, sum(meter.steps for meter in meters))
     layers = len(generation.cache.selective)

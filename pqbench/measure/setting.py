@@ -14,19 +14,19 @@ from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
 from pqbench.store.tiers import Tier
 
-OPTIONS = ("graphs", "select_ahead", "correction")  # those of a run that a setting takes as they are
+OPTIONS = ("graphs", "select_ahead", "correction")  # options of a run that are passed on to the setting unchanged
 
 
 def run_setting(
     tier: Tier, options: Mapping[str, Any], methods: Mapping[str, Method], loaded: LoadedModel | None
 ) -> Setting:
-    """The setting for some methods; a model is calibrated when one of them asks for it.
+    """The setting for these methods. The model is calibrated if one of the methods needs it.
 
     Args:
         tier: where keys and values lie.
         options: the options of the run, by their names on the command line.
-        methods: the methods that are to be measured.
-        loaded: the model; None where the measurement needs none.
+        methods: the methods to measure.
+        loaded: the model; None if the measurement needs none.
     """
     device = torch.device("cpu") if loaded is None else loaded.model.device
     kernels(device, options["kernels"]).use_threads(torch.get_num_threads())

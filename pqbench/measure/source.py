@@ -1,4 +1,5 @@
-"""Keys, values and queries of one layer, at any length and shape: made up, or taken from a real model reading prose."""
+"""Keys, values and queries of one layer, for any length and shape. They are random, or come from a real model that
+reads prose."""
 
 from __future__ import annotations
 
@@ -17,20 +18,21 @@ from pqbench.measure.geometries import Shape
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.models.sources import LoadedModel
 
-BASE = 4096  # rows that longer contexts are tiled from
+BASE = 4096  # number of rows from which longer contexts are tiled
 CLUSTERS = 64
-_LATE = 1 << 20  # number of the first block of decoded tokens; no context has as many
+_LATE = 1 << 20  # number of the first block of decoded tokens; no context has so many blocks
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows to tile with noise, so that no two tokens are equal and any length costs the memory of one block.
+    """Rows that are repeated with noise. No two tokens are equal, and a context of any length needs only the memory of
+    one block.
 
     Attributes:
         keys, values: ``[1, H, R, D]`` float32.
         queries: ``[1, H, G, R, D]``.
-        noise: standard deviation of what is added to keys and values, as a share of their own.
-        seed: of all draws.
+        noise: standard deviation of the noise on keys and values, as a share of their own standard deviation.
+        seed: seed of all draws.
     """
 
     keys: Tensor
@@ -40,7 +42,7 @@ class Source:
     seed: int
 
     def block(self, number: int, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[1, H, count, D]`` of a block; ``count`` is at most R."""
+        """Keys and values, each ``[1, H, count, D]``, of the block with this number; ``count`` is at most R."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         return self._noisy(self.keys, count, generator), self._noisy(self.values, count, generator)
 
@@ -50,21 +52,23 @@ class Source:
         return self.keys.shape[2]
 
     def decoded(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values ``[1, H, count, D]`` and queries ``[1, H, G, count, D]`` of tokens after the context."""
+        """Keys and values, each ``[1, H, count, D]``, and queries ``[1, H, G, count, D]`` of tokens after the
+        context."""
         blocks = [self.block(_LATE + start, min(self.rows, count - start)) for start in range(0, count, self.rows)]
         keys, values = (torch.cat(parts, 2) for parts in zip(*blocks, strict=True))
         return keys, values, self.last_queries(count, 1)
 
     def last_queries(self, count: int, draw: int = 0) -> Tensor:
-        """``[1, H, G, count, D]``, rows picked at random."""
+        """The queries at the end of a prompt, ``[1, H, G, count, D]``: rows picked at random."""
         generator = torch.Generator().manual_seed(self.seed + draw)
         chosen = torch.randint(self.queries.shape[3], (count,), generator=generator)
         return self.queries[:, :, :, chosen.to(self.queries.device)]
 
     def _noisy(self, base: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Rows plus other rows, centred and in random order: cheaper than new noise, and alike in every dimension.
+        """Add noise to rows. The noise consists of other rows, centred and in random order. This is cheaper than new
+        noise, and has the right size in every dimension.
 
-        What is random is drawn on the CPU, so that the rows are the same on every device, and moved to the rows.
+        Random numbers are drawn on the CPU and then moved to the device, so that the rows are the same on every device.
         """
         order = torch.randperm(base.shape[2], generator=generator)[:count].to(base.device)
         sign = (torch.randint(2, (count, 1), generator=generator) * 2.0 - 1).to(base.device)
@@ -72,7 +76,7 @@ class Source:
 
 
 def synthetic(shape: Shape, seed: int) -> Source:
-    """Keys scattered round cluster centres of their head, and queries that look for such a centre."""
+    """Random keys around cluster centres of their head, and queries that point to such a centre."""
     generator = torch.Generator().manual_seed(seed)
     heads, width = shape.kv_heads, shape.head_dim
     centres = torch.randn(heads, CLUSTERS, width, generator=generator)
@@ -90,8 +94,9 @@ def synthetic(shape: Shape, seed: int) -> Source:
 def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
     """Keys after rotary embedding, values and queries of a real model that reads prose.
 
-    KV heads of the model are laid side by side, layer by layer from the middle on, until the shape's width and number
-    of heads are filled: two heads of 64 make one of 128. Heads are used again once all are.
+    KV heads of the model are put side by side, layer by layer from the middle layer on, until the shape's width and
+    number of heads are reached: two heads of width 64 make one of width 128. When all heads of the model are used up,
+    they are used again.
     """
     limit = min(BASE, loaded.max_length)
     prompt = torch.tensor([prose_tokens(Prompter(loaded.tokenizer, loaded.max_length), limit, seed)])
@@ -113,7 +118,8 @@ def prose_tokens(prompter: Prompter, count: int, seed: int) -> list[int]:
 
 
 def timing_tokens(prompter: Prompter, count: int, seed: int) -> tuple[list[int], str]:
-    """As :func:`prose_tokens`, of made-up words where the package with the prose is missing; and which text it is."""
+    """As :func:`prose_tokens`, but with made-up words if the package with the prose is missing. Also returns the name
+    of the text."""
     name, text = any_text(seed)
     return _tokens(prompter, count, text), name
 
@@ -127,14 +133,14 @@ def _tokens(prompter: Prompter, count: int, text: Iterator[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class Capture(Method):
-    """Full attention that remembers what it saw."""
+    """Full attention that keeps the queries, keys and values that it observes."""
 
     def layer(self, geometry: Geometry) -> CaptureState:
         return CaptureState(geometry)
 
 
 class CaptureState(LayerState):
-    """q ``[1, H, G, S, D]``, keys and values ``[1, H, S, D]`` of a prompt prefilled in one shot."""
+    """Keeps q ``[1, H, G, S, D]`` and keys and values ``[1, H, S, D]`` of a prompt that is prefilled in one shot."""
 
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         self.q, self.keys, self.values = (x.float().cpu().clone() for x in (q, keys[:, :, None], values[:, :, None]))
@@ -146,13 +152,13 @@ def _parts(state: LayerState, name: str) -> list[Tensor]:
 
 
 def _heads(parts: Sequence[Tensor], shape: Shape) -> Tensor:
-    """Heads of the wanted width and number, ``[1, H, G or 1, S, D]``."""
-    width = -(-shape.head_dim // parts[0].shape[-1])  # parts side by side in one head
+    """Heads of the shape's width and number, ``[1, H, G or 1, S, D]``."""
+    width = -(-shape.head_dim // parts[0].shape[-1])  # number of parts side by side in one head
     chosen = [parts[i % len(parts)] for i in range(width * shape.kv_heads)]
     joined = [torch.cat(chosen[i : i + width], -1)[..., : shape.head_dim] for i in range(0, len(chosen), width)]
     return torch.stack(joined)[None]
 
 
 def on(source: Source, device: torch.device) -> Source:
-    """The same source on a device, where blocks are then made."""
+    """The same source on a device. Blocks are then made on that device."""
     return replace(source, **{name: getattr(source, name).to(device) for name in ("keys", "values", "queries")})

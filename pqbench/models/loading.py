@@ -1,4 +1,4 @@
-"""Loading a model folder or a hub name with transformers; whatever is wrong with it is one line.
+"""Loads a model from a folder or from the hub with transformers. Every problem is reported in one line.
 
 Only safetensors files are read, and no code from a model repository is ever run.
 """
@@ -28,15 +28,15 @@ from transformers import (
 
 from pqbench.errors import ModelError
 
-# Tensors that old checkpoints hold and that the model computes by itself: rotary frequencies and their tables, causal
-# masks, and position numbers. They may be missing or unexpected.
+# Tensors that old checkpoints hold although the model computes them by itself: rotary frequencies and their tables,
+# causal masks, and position numbers. They may be missing or unexpected.
 _COMPUTED = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|position_ids|masked_bias|(attn|attention|self_attn)\.bias)$"
 )
 _JSON = ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
-_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # names of files, one of which every tokenizer has
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # file names; every tokenizer has at least one of them
 _NO_TOKENIZER = "copy tokenizer.json and tokenizer_config.json of the model to its other files"
-_SHOWN = 4  # tensors of a kind that a message names
+_SHOWN = 4  # number of tensors of a kind that a message names
 
 
 def load_folder(
@@ -45,8 +45,8 @@ def load_folder(
     """Load the model and the tokenizer of a folder or of a hub name.
 
     Raises:
-        ModelError: the configuration, the tokenizer or the weights are missing or broken, or the weights are not those
-            of the configuration; the message says which of these in one line.
+        ModelError: the configuration, the tokenizer or the weights are missing or broken, or the weights do not fit the
+            configuration. The message says in one line which of these is the case.
     """
     folder = Path(path).is_dir()
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder or not hub_reachable()}
@@ -55,7 +55,7 @@ def load_folder(
     config = _configuration(path, folder, options)
     with one_line(f"cannot load the tokenizer of model {path!r}", _NO_TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    with one_line(f"cannot load the weights of model {path!r}", "copy its .safetensors files once more"):
+    with one_line(f"cannot load the weights of model {path!r}", "copy its .safetensors files again"):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -63,7 +63,7 @@ def load_folder(
             use_safetensors=True,
             device_map=device_map,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names these tensors, transformers' own error does not
+            ignore_mismatched_sizes=True,  # the report names these tensors, and transformers' own error does not
             **options,
         )
     check_report(model, report, path)
@@ -71,15 +71,16 @@ def load_folder(
 
 
 def check_report(model: PreTrainedModel, report: Mapping[str, Any], path: str) -> None:
-    """Compare what a checkpoint held with what its model needs; ``report`` is transformers' loading information.
+    """Compare the tensors of a checkpoint with those that its model needs. ``report`` is transformers' loading
+    information.
 
-    Transformers itself leaves out tied weights and what a model class declares to be harmless. Tensors that the model
-    computes by itself are left out here, and unexpected ones of a part that the model does not have at all, such as
+    Transformers itself ignores tied weights and tensors that a model class declares to be harmless. Here, tensors that
+    the model computes by itself are ignored too, and unexpected tensors of a part that the model does not have, such as
     the head of another task.
 
     Raises:
-        ModelError: a tensor is missing, unexpected or of another shape. The model would run with random numbers in its
-            place, or without it.
+        ModelError: a tensor is missing, unexpected or of another shape. The model would otherwise run without it or
+            with random numbers in its place.
     """
     parts = {name for name, _ in model.named_children()}
     missing = sorted(key for key in report["missing_keys"] if not _COMPUTED.search(key))
@@ -99,10 +100,10 @@ def check_report(model: PreTrainedModel, report: Mapping[str, Any], path: str) -
 
 
 def check_files(folder: Path) -> None:
-    """Look at the small files in a model folder; transformers skips some of them silently when they are broken.
+    """Check the small files in a model folder, because transformers silently skips some of them when they are broken.
 
     Raises:
-        ModelError: there is no tokenizer, or a file of settings is not JSON or is not made of names with values.
+        ModelError: there is no tokenizer, or a settings file is not a JSON object.
     """
     for path in (folder / name for name in _JSON):
         if not path.exists():
@@ -110,16 +111,16 @@ def check_files(folder: Path) -> None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            raise ModelError(f"{path} is broken ({brief(error)}): copy this file of the model once more") from error
+            raise ModelError(f"{path} is broken ({brief(error)}): copy this file of the model again") from error
         if not isinstance(found, dict):
-            raise ModelError(f"{path} holds no names with values: copy this file of the model once more")
+            raise ModelError(f"{path} is not a JSON object: copy this file of the model again")
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         raise ModelError(f"there is no tokenizer in {folder}: {_NO_TOKENIZER}")
 
 
 @contextmanager
 def one_line(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever transformers raises into a ModelError that says ``what`` failed, why, and the ``remedy``."""
+    """Turn any error of transformers into a ModelError that says ``what`` failed and why, and gives the ``remedy``."""
     try:
         yield
     except ModelError:
@@ -135,12 +136,12 @@ def brief(error: BaseException) -> str:
 
 
 def hub_reachable(timeout: float = 5.0) -> bool:
-    """Whether the hub answers. Asked once, so that without a network only local and cached files are looked at: the
-    hub's own client would retry for most of a minute."""
+    """Whether the hub answers. It is asked only once. If it does not answer, only local and cached files are used,
+    because the hub's own client would retry for most of a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True  # a direct connection says nothing behind a proxy
+        return True  # behind a proxy, a direct connection proves nothing
     address = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname or "", address.port or 443), timeout).close()
@@ -150,9 +151,9 @@ def hub_reachable(timeout: float = 5.0) -> bool:
 
 
 def _configuration(path: str, folder: bool, options: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model. Raises ModelError when there is none, or none that transformers understands."""
+    """The configuration of a model. Raises ModelError when it is missing or transformers does not understand it."""
     if folder:
-        with one_line(f"cannot use {path}/config.json", "copy this file of the model once more"):
+        with one_line(f"cannot use {path}/config.json", "copy this file of the model again"):
             return AutoConfig.from_pretrained(path, **options)
     what = f"cannot load model {path!r}, which is neither a local folder nor reachable on the hub"
     with one_line(what, "download it elsewhere and set model.path=/folder/of/the/model"):

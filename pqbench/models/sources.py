@@ -1,6 +1,6 @@
 """Models and tokenizers: from the hub, a local folder, a GGUF file inside an installed package, or random weights.
 
-Safetensors only, and no code from a model repository is ever run.
+Of model repositories, only safetensors files are read, and no code from them is ever run.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A model ready to run, with the longest context to use in tokens.
 
-    ``weights`` says where its weights come from: ``pretrained`` or ``random``. ``stand_in`` is set where it only has
-    the shape of the model whose name it bears, so that its times count and its answers do not.
+    ``weights`` says where the weights come from: ``pretrained`` or ``random``. ``stand_in`` is set if the model has
+    random weights and only the shape of the model with its name. Then its times are meaningful and its answers are not.
     """
 
     name: str
@@ -52,15 +52,16 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource(ABC):
-    """Base of all sources; subclasses are what conf/model/*.yaml names.
+    """Base class of all sources of models. The files conf/model/*.yaml name its subclasses.
 
     Attributes:
-        name: how results call the model.
+        name: the name of the model in the results.
         dtype: float32, bfloat16 or float16.
         device: where the model runs: cpu, cuda, cuda:1, or auto, which spreads its layers over all GPUs.
-        device_map: device by module name, as transformers understands it, for another spread; replaces ``device``.
-        max_length: longest context to use; None takes what the model was made for, with rotary scaling. A greater one
-            is used with a warning, unless the model has a table of positions that ends before.
+        device_map: device by module name, as in transformers, for another distribution; replaces ``device``.
+        max_length: longest context to use in tokens; None for the length that the model was made for, rotary scaling
+            included. A greater length is used with a warning, unless the model has a table of positions that is
+            shorter.
     """
 
     name: str
@@ -76,14 +77,14 @@ class ModelSource(ABC):
         check_least("model.max_length", self.max_length, 1, "null for what the model was made for")
 
     def check(self) -> None:
-        """Look at what can be seen of the model without loading it. Raises ModelError when it cannot be loaded."""
+        """Check what can be checked without loading the model. Raises ModelError when the model cannot be loaded."""
         torch_dtype(self.dtype)
 
     def load(self) -> LoadedModel:
         """Load model and tokenizer.
 
         Raises:
-            ModelError: with one line that says what is missing and what to do.
+            ModelError: the model cannot be loaded. The message is one line that says what is missing and what to do.
         """
         placement = self.placement
         if placement is None:
@@ -97,22 +98,23 @@ class ModelSource(ABC):
 
     @property
     def fingerprint(self) -> str | None:
-        """What changes with the weights where the fields do not; part of every record's key. None where the fields say
-        all."""
+        """Text that changes when the weights change although the fields of the source do not. It is part of the key of
+        every run. None if the fields describe the weights completely."""
         return None
 
     @property
     def origin(self) -> str:
-        """Where the weights come from: pretrained or random."""
+        """Where the weights come from: ``pretrained`` or ``random``."""
         return "pretrained"
 
     @property
     def stand_in(self) -> bool:
-        """Whether the model only has the shape of the one whose name it bears."""
+        """Whether the model has random weights and only the shape of the model with its name."""
         return False
 
     def check_answers(self, use: str) -> None:
-        """Raises ModelError when this model's answers mean nothing; ``use`` is what would be measured of them."""
+        """Raises ModelError when the answers of this model are meaningless; ``use`` names the measurement that needs
+        them."""
         if self.stand_in:
             raise ModelError(
                 f"{use} needs the model's own weights, and model.weights=random has only the shape of "
@@ -121,26 +123,26 @@ class ModelSource(ABC):
 
     @property
     def placement(self) -> str | dict[str, Any] | None:
-        """What transformers takes as ``device_map``; None for a model on one device."""
+        """The argument ``device_map`` for transformers; None for a model on one device."""
         if self.device_map is not None:
             return dict(self.device_map)
         return "auto" if self.device == "auto" else None
 
     @abstractmethod
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model in ``dtype`` and its tokenizer."""
+        """Load the model in ``dtype``, and its tokenizer."""
 
 
 @dataclass(frozen=True)
 class Pretrained(ModelSource):
-    """A model by hub name or local folder; or one of the same shape with random weights.
+    """A model from the hub or a local folder, or a model of the same shape with random weights.
 
     Attributes:
         path: hub name or folder.
-        weights: pretrained; or random, which downloads nothing and builds the model in seconds on the device itself.
-            A timing needs no more; answers mean nothing then and are not scored.
-        shape: the model's own config.json as far as it concerns the shape; what ``weights=random`` builds.
-        seed: of the random weights.
+        weights: pretrained or random. With random, nothing is downloaded, and the model is made in seconds on its
+            device. This is enough for timings; the answers are meaningless and are not scored.
+        shape: the fields of the model's config.json that concern its shape; used by ``weights=random``.
+        seed: seed of the random weights.
     """
 
     path: str = ""
@@ -195,13 +197,13 @@ class Pretrained(ModelSource):
 
 @dataclass(frozen=True)
 class PackagedGGUF(ModelSource):
-    """A GGUF file inside an installed package, dequantised once into a cache folder and loaded from there; see
+    """A GGUF file inside an installed package. It is dequantised once into a cache folder and loaded from there; see
     :mod:`pqbench.models.gguf`.
 
     Attributes:
-        package: the package, as Python imports it.
-        file: the GGUF file inside it.
-        version: of the package. Another one is refused, since records tell models apart by it.
+        package: the name under which Python imports the package.
+        file: the GGUF file inside the package.
+        version: version of the package. Other versions are refused, because records identify models by the version.
     """
 
     package: str = ""
@@ -218,11 +220,12 @@ class PackagedGGUF(ModelSource):
 
 @dataclass(frozen=True)
 class Random(ModelSource):
-    """A small Llama with random weights and a byte tokenizer: runs every code path in seconds, answers nothing.
+    """A small Llama with random weights and a byte tokenizer. It runs every code path in seconds; its answers are
+    meaningless.
 
     Attributes:
         intermediate: width of the feed-forward layers; None for twice the hidden size.
-        vocab: size of the vocabulary; None for the bytes and the special tokens alone.
+        vocab: size of the vocabulary; None for the bytes and the special tokens only.
     """
 
     hidden: int = 64
@@ -273,8 +276,8 @@ class Random(ModelSource):
 
 
 def shape_config(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration of a model of that shape which speaks the byte tokenizer's tokens; ``shape`` holds fields of a
-    config.json. Raises ModelError when its vocabulary does not hold them."""
+    """The configuration of a model of this shape with the end and padding tokens of the byte tokenizer. ``shape`` holds
+    fields of a config.json. Raises ModelError when the vocabulary is smaller than that of the tokenizer."""
     if shape.get("vocab_size", 0) < len(tokenizer):
         raise ModelError(
             f"a vocabulary of {shape.get('vocab_size')} is too small: the byte tokenizer has {len(tokenizer)} tokens"
@@ -285,14 +288,15 @@ def shape_config(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
 
 
 def random_model(source: ModelSource, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """A model with random weights, made on the device where it will run, so that eight billion take seconds.
+    """A model with random weights. They are made on the device where the model will run, so that eight billion weights
+    take only seconds.
 
-    The weights are normal with the configuration's ``initializer_range``, by transformers' own initialisation, with
-    which activations stay small over any number of layers. They follow the seed and the kind of device; the global
-    generators are left as they were.
+    Transformers' own initialisation draws normal weights with the configuration's ``initializer_range``, with which
+    activations stay small over any number of layers. The weights depend on the seed and on the kind of device. The
+    state of the global generators is not changed.
 
     Raises:
-        ModelError: the model is to be spread over devices, or the device has no room for it.
+        ModelError: the model should be spread over several devices, or it does not fit the device.
     """
     if source.placement is not None:
         raise ModelError("random weights are made for one device: set model.device=cpu or cuda")
@@ -320,7 +324,7 @@ def _moved(model: PreTrainedModel, device: torch.device, name: str) -> PreTraine
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per byte, plus ``<|end|>`` and ``<|pad|>``; needs no file and no network."""
+    """A tokenizer with one token per byte, plus ``<|end|>`` and ``<|pad|>``. It needs no file and no network."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -329,13 +333,14 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def check_least(name: str, value: int | None, least: int, otherwise: str = "") -> None:
-    """Raises ModelError for a number below ``least``; None stands for ``otherwise``."""
+    """Raises ModelError for a number below ``least``. None is allowed; ``otherwise`` says in the message what None
+    means."""
     if value is not None and value < least:
         raise ModelError(f"{name} is {value}: use at least {least}{f', or {otherwise}' if otherwise else ''}")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name. Raises ModelError when it is not one to run models in."""
+    """The dtype with this name. Raises ModelError when models cannot be run in it."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise ModelError(f"model.dtype is {name!r}: use one of {', '.join(known)}")
@@ -343,8 +348,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def reach(model: PreTrainedModel, wanted: int | None) -> int:
-    """The longest context to use: ``wanted``, or what the model was made for. Raises ModelError beyond learned
-    positions."""
+    """The longest context to use, in tokens: ``wanted``, or the length that the model was made for. Raises ModelError
+    when ``wanted`` is beyond the model's learned positions, or beyond the length at which its rotary frequencies change
+    with every token."""
     made_for = longest_context(model.config)
     if wanted is None or wanted <= made_for:
         return wanted or made_for
@@ -355,7 +361,7 @@ def reach(model: PreTrainedModel, wanted: int | None) -> int:
         )
     table = learned_positions(model)
     if table is not None:
-        raise ModelError(f"model.max_length is {wanted}, but the model has learned positions for {table} tokens alone")
+        raise ModelError(f"model.max_length is {wanted}, but the model only has learned positions for {table} tokens")
     log.warning(
         "model.max_length is %d, above the %d tokens that the model was made for: its answers may be worthless",
         wanted,
@@ -365,10 +371,10 @@ def reach(model: PreTrainedModel, wanted: int | None) -> int:
 
 
 def check_placement(model: PreTrainedModel) -> None:
-    """Raises ModelError when some layers wait in host memory or on disk for their turn on a GPU."""
+    """Raises ModelError when some layers of a model on GPUs lie in host memory or on disk."""
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ModelError(
             "the model does not fit the GPUs here, some layers would lie on "
-            f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: more GPUs or a smaller model"
+            f"{' and '.join(sorted(places & {'cpu', 'disk'}))}: use more GPUs or a smaller model"
         )

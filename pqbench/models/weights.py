@@ -1,4 +1,4 @@
-"""What tells the weights of a model from others under the same path."""
+"""Fingerprints, which distinguish different weights under the same path."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HEADER = struct.Struct("<Q")  # a safetensors file begins with the length of it
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Hexadecimal digits that change with a model folder: of the configuration, tokenizer and template files their
-    content; of the safetensors files the header, the size and the time of the last change, since they are too large to
-    read. A copy that keeps its times keeps its fingerprint."""
+    """Hexadecimal digits that change when a model folder changes. They depend on the content of the configuration,
+    tokenizer and template files. The safetensors files are too large to read, so only their headers, sizes and times of
+    the last change are used. A copy that keeps these times keeps the fingerprint."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
@@ -31,8 +31,8 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def hub_fingerprint(name: str, reachable: bool) -> str | None:
-    """The commit of a model on the hub that loading takes: the newest one there or, without a network, the one in the
-    cache. None where neither is known."""
+    """The commit of the hub model that would be loaded: the newest commit on the hub or, without a network, the commit
+    in the cache. None if neither is known."""
     if reachable:
         try:
             commit = HfApi().model_info(name, timeout=10).sha
@@ -42,6 +42,6 @@ def hub_fingerprint(name: str, reachable: bool) -> str | None:
             return commit[:_DIGITS]
     try:
         cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no name of a model; loading says so
+    except HFValidationError:  # not a valid name of a model; loading reports this
         return None
     return Path(cached).parent.name[:_DIGITS] if isinstance(cached, str) else None

@@ -1,7 +1,7 @@
-"""Who measures what, where several processes share a results folder.
+"""Claims, which divide the samples among several processes that share a results folder.
 
-A claim is a lock of the operating system: it ends with the process that holds it, however that ends, so that nothing
-stays claimed after a kill. Should a claim ever be held twice, a sample is measured twice and recorded once.
+A claim is a lock of the operating system. It ends with its process, however that ends, so that nothing stays claimed
+after a kill. If a claim is ever held twice, a sample is measured twice and recorded once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pqbench.records.file import RecordFile, unwritable
 
 log = logging.getLogger(__name__)
 
-CLAIMS = "claims"  # the folder of the locks, beside the records
+CLAIMS = "claims"  # the folder of the locks, next to the records
 
 
 @contextmanager
 def claimed(file: RecordFile, sample_id: str) -> Iterator[bool]:
-    """Claim a sample for this process until the block ends. Gives False where another process has claimed it.
+    """Claim a sample for this process until the ``with`` block ends. Gives False if another process has claimed it.
 
     Raises:
         DataError: the folder of the run cannot be written.
@@ -48,8 +48,8 @@ def claimed(file: RecordFile, sample_id: str) -> Iterator[bool]:
 
 @contextmanager
 def alone(files: Sequence[RecordFile], patience: float = -1) -> Iterator[None]:
-    """Wait until no other process holds one of these runs, and hold them all until the block ends: times that are
-    measured by two processes at once are the times of neither.
+    """Wait until no other process holds one of these runs, then hold all of them until the ``with`` block ends. Times
+    would be wrong if two processes measured at once.
 
     Args:
         files: the records of the runs.
@@ -60,7 +60,7 @@ def alone(files: Sequence[RecordFile], patience: float = -1) -> Iterator[None]:
         TimeoutError: another process still held a run when patience ended.
     """
     with ExitStack() as held:
-        for folder in sorted({file.folder for file in files}):  # in one order, so that nobody waits in a circle
+        for folder in sorted({file.folder for file in files}):  # in one order, which excludes deadlocks
             held.enter_context(_held(folder, patience))
         yield
 

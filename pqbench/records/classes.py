@@ -1,7 +1,7 @@
-"""The classes that records name, found by name in the configuration of today. Loads nothing that runs a model.
+"""The classes that records name, found by their names in the present configuration. Loads nothing that runs a model.
 
-A record names its classes by import path, as it was then. A class has another path when its file has moved, so the
-class of an old record is the one that has its name in a yaml of ``conf/``.
+A record names its classes by their import paths at the time of the run. A path changes when a file is moved. Therefore
+the class of an old record is the class with the same name in a yaml of ``conf/``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pqbench.records.identity import class_name
 
 @dataclass(frozen=True)
 class Described:
-    """A class as a yaml of the configuration describes it: the yaml's name, and the place that the class has now."""
+    """A class that a yaml of the configuration describes: the name of the yaml, and the present place of the class."""
 
     name: str
     target: str
 
 
 def conf_folder() -> Path:
-    """The configuration folder: beside the package in a checkout, inside it when installed from a wheel."""
+    """The configuration folder: next to the package in a checkout, inside the package when installed from a wheel."""
     package = Path(__file__).resolve().parents[1]
     checkout = package.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else package / "conf"
 
 
 def described(group: str) -> dict[str, Described]:
-    """The classes that the yamls of a group describe, by class name alone; yamls that name a constructor of a class are
-    left out."""
+    """The classes that the yamls of a group describe, by class name without the module. Yamls that name a constructor
+    of a class are left out."""
     found: dict[str, Described] = {}
     for path in sorted((conf_folder() / group).glob("*.yaml")):
         node = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a figure may depend on besides its configuration: versions, commit, machine, threads."""
+"""What figures may depend on apart from the configuration: versions, commit, machine and threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What changed between two environments, as ``name old -> new``."""
+    """The differences between two environments, each as ``name old -> new``."""
     flat_old, flat_new = _flat(old), _flat(new)
     names = [*flat_old, *(name for name in flat_new if name not in flat_old)]
     return [
@@ -63,7 +63,8 @@ def _processor() -> str:
 
 @cache
 def _commit() -> str | None:
-    """Commit of the checkout this package lies in, with + when it has local changes; None outside a checkout."""
+    """Commit of the checkout that contains this package, followed by + if there are local changes; None outside a
+    checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None  # an installed package may lie inside somebody else's checkout

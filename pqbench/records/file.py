@@ -1,6 +1,7 @@
-"""Append-only results: one JSON object a line, one folder per configuration, named by a hash of all that can change it.
+"""Append-only records: one JSON object per line, and one folder per configuration, named by a hash of its settings.
 
-Several processes may write to one folder: every write holds the lock ``records.jsonl.lock``. Reading takes none.
+Several processes may write to one folder, because every write holds the lock ``records.jsonl.lock``. Reading needs no
+lock.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from pqbench.records.identity import class_names, harness_code
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the record format; part of every key, so that formats never mix in one file
+VERSION = 2  # version of the record format; part of every key, so that no file mixes formats
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
-FINISHED = ("ok", "refused")  # statuses that are no failure; refused: this machine lacks what was to be measured
+FINISHED = ("ok", "refused")  # statuses that are not failures; refused: this machine cannot run what was to be measured
 
 
 def run_key(settings: Mapping[str, Any]) -> str:
-    """Twelve hex digits that name a configuration; equal for equal settings in any order, wherever classes lie."""
+    """Twelve hex digits that identify a configuration. They depend neither on the order of the settings nor on the
+    modules of classes."""
     text = json.dumps({"version": VERSION, **class_names(settings)}, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -42,9 +44,9 @@ def run_key(settings: Mapping[str, Any]) -> str:
 class RecordFile:
     """The records of one method on one benchmark and model, at ``root/<benchmark>/<model>/<method>-<key>/``.
 
-    Beside ``records.jsonl`` lie ``config.yaml``, the settings behind the key, written once; and ``environment.json``, a
-    list: the environment of the first run, then an entry for each later run whose environment was another.
-    ``planned`` is how many samples the job at work wants here, None until it knows.
+    The folder also holds ``config.yaml``, the settings behind the key, written once, and ``environment.json``, a list
+    of all different environments in which the run was measured, oldest first. ``planned`` is the number of samples that
+    the present job wants here; None until it is known.
     """
 
     folder: Path
@@ -52,11 +54,11 @@ class RecordFile:
     _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _offset: int = field(default=0, init=False, repr=False)
     _inode: int = field(default=-1, init=False, repr=False)
-    _home: int | None = field(default=None, init=False, repr=False)  # inode of the folder that was made ready
+    _home: int | None = field(default=None, init=False, repr=False)  # inode of the folder that create() prepared
 
     @classmethod
     def create(cls, root: Path, benchmark: str, model: str, method: str, settings: Mapping[str, Any]) -> RecordFile:
-        """The file for these settings, its folder made ready.
+        """The file for these settings. Its folder is created if it is missing.
 
         Raises:
             DataError: the results folder cannot be written.
@@ -71,7 +73,7 @@ class RecordFile:
                     tell_of_older(file.folder, settings)
                     write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
                 file._note_environment()
-                file.path.open("ab").close()  # better refused now than after the first measurement
+                file.path.open("ab").close()  # fail now rather than after the first measurement
             file._home = file.folder.stat().st_ino
         except OSError as error:
             raise unwritable(file.folder, error) from error
@@ -88,13 +90,13 @@ class RecordFile:
         return key_of(self.folder)
 
     def lock(self) -> FileLock:
-        """What a process must hold while it writes to this folder."""
+        """The lock that a process must hold while it writes to this folder."""
         return FileLock(f"{self.path}.lock")
 
     def read(self) -> list[Record]:
         """The newest record of every sample, in the order samples first appeared.
 
-        Broken lines and records of another format version are counted and left out.
+        Broken lines and records of another format version are left out. A warning counts them.
         """
         newest, foreign = newest_of(read_lines(self.path))
         if foreign:
@@ -102,13 +104,13 @@ class RecordFile:
         return newest
 
     def count(self) -> int:
-        """Samples that have a record. Says nothing of broken lines: :meth:`read` does."""
+        """Number of samples that have a record. It does not warn of broken lines, as :meth:`read` does."""
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         return len({found["sample_id"] for found in map(parse, lines) if found and found.get("version") == VERSION})
 
     def outcomes(self) -> dict[str, str | None]:
-        """What went wrong with each sample that has a record; None when nothing did. A failure of other code
-        than this is none: the sample runs again."""
+        """The error of each sample that has a record; None if the sample did not fail. Failures of other versions of
+        the code are left out, so that these samples run again."""
         return {
             record["sample_id"]: None if record["status"] in FINISHED else str(record.get("error"))
             for record in self.read()
@@ -116,10 +118,10 @@ class RecordFile:
         }
 
     def outcome(self, sample_id: str) -> tuple[bool, str | None]:
-        """Whether a sample has a record by now, whoever wrote it, and what went wrong with it: see :meth:`outcomes`.
+        """Whether a sample has a record now, also one of another process, and its error as in :meth:`outcomes`.
 
         Raises:
-            DataError: the folder cannot be written, which taking its lock asks for.
+            DataError: the folder cannot be written, which is needed to take its lock.
         """
         try:
             with self.lock():
@@ -131,8 +133,8 @@ class RecordFile:
         return finished or (status is not None and code == harness_code()), None if finished else error_text
 
     def append(self, record: Record) -> bool:
-        """Write one line durably. Returns False, and writes nothing, when it would say nothing new: another process has
-        finished the sample meanwhile, or it failed again in the same way.
+        """Write one line durably. If the record says nothing new, nothing is written and the result is False. This is
+        the case when another process has finished the sample since then, or when it failed again in the same way.
 
         Raises:
             DataError: the file cannot be written, or the disk is full.
@@ -149,7 +151,7 @@ class RecordFile:
                 if known and (known[0] == "ok" or known == _outcome(record)):
                     return False
                 with self.path.open("ab") as file:
-                    file.truncate(self._offset)  # what follows is a line cut by a kill: all writers hold the lock
+                    file.truncate(self._offset)  # remove a line that was cut by a kill
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
@@ -161,8 +163,8 @@ class RecordFile:
         return True
 
     def _check_home(self) -> None:
-        """Raises DataError when the folder was deleted or replaced since it was made ready: what is written now would
-        lie there without its configuration, and what was written is gone."""
+        """Raises DataError when the folder was deleted or replaced after it was prepared. Earlier records are then
+        gone, and a new record would lie in a folder without its configuration."""
         present = self.folder.stat().st_ino if self.folder.is_dir() else None
         if self._home is not None and present != self._home:
             raise DataError(
@@ -171,7 +173,8 @@ class RecordFile:
             )
 
     def _catch_up(self) -> None:
-        """Read what the file gained since this object last looked; all of it at first. Call with the lock held."""
+        """Read the lines that were added to the file since the last call; the first call reads all lines. The caller
+        must hold the lock."""
         if not self.path.exists():
             self._written, self._offset, self._inode = {}, 0, -1
             return
@@ -184,7 +187,7 @@ class RecordFile:
                 file.seek(0)
             data = file.read()
             whole, newline, rest = data.rpartition(b"\n")
-            if parse(rest):  # a whole record that lacks only its newline, as some editors leave it
+            if parse(rest):  # a whole record that lacks only its newline, which some editors remove
                 file.write(b"\n")
                 whole, newline = data, b"\n"
         self._offset += len(whole) + len(newline)
@@ -199,7 +202,7 @@ class RecordFile:
             return
         if known:
             changes = "; ".join(differences(known[-1], present))
-            log.warning("%s: this run goes on in another environment: %s", path, changes)
+            log.warning("%s: this run continues in another environment: %s", path, changes)
         write_atomically(path, json.dumps([*known, present], indent=1).encode())
 
 
@@ -209,7 +212,7 @@ def encode(record: Record) -> bytes:
 
 
 def parse(line: bytes) -> Record | None:
-    """The record on a line, None when it is none."""
+    """The record on a line; None if the line is not a record."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -220,7 +223,7 @@ def parse(line: bytes) -> Record | None:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """Records of a jsonl file, broken lines skipped with one warning that counts them.
+    """Records of a jsonl file. Broken lines are skipped, and one warning counts them.
 
     Raises:
         DataError: the file cannot be read.
@@ -242,13 +245,13 @@ def read_lines(path: Path) -> Iterator[Record]:
 
 
 def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | None = None) -> list[Record]:
-    """Every record under a results folder. Records of another format version are left out with one warning, and so are
-    those of older code whose run was measured again.
+    """Every record under a results folder. Records of another format version are left out with one warning. So are
+    records of older code whose run was measured again.
 
     Args:
         root: the results folder.
-        all_code: keep the records of older code; their method says so.
-        folders: the run folders under ``root``, where the caller has read them already.
+        all_code: keep the records of older code, and mark their method as such.
+        folders: the run folders under ``root``, if the caller has already read them.
 
     Raises:
         DataError: the folder does not exist, or a file in it cannot be read.
@@ -275,7 +278,7 @@ def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | 
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content at once: a reader or a kill never meets half of it."""
+    """Replace a file's content in one step, so that a reader never sees half of it, not even after a kill."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -290,7 +293,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def plain_json(value: Any) -> Any:
-    """``value`` in JSON's types: non-finite numbers as null, numpy and torch scalars as numbers, the rest as text."""
+    """``value`` in JSON's types. Non-finite numbers become null, numpy and torch scalars become numbers, and other
+    objects become text."""
     if isinstance(value, Mapping):
         return {str(name): plain_json(member) for name, member in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -309,7 +313,7 @@ def plain_name(text: str) -> str:
 
 
 def unwritable(folder: Path, error: OSError) -> DataError:
-    """The error of a results folder that does not take what is to be written."""
+    """The error for a results folder that cannot be written."""
     return DataError(
         f"cannot write results to {folder}: {error.strerror or error}; set results=FOLDER to one you may write"
     )
@@ -320,7 +324,7 @@ def _outcome(record: Record) -> tuple[str, Any]:
 
 
 def newest_of(lines: Iterable[Record]) -> tuple[list[Record], list[Any]]:
-    """The newest record of every sample, and the versions of those that are of another format."""
+    """The newest record of every sample, and the format versions of the records that have another format."""
     newest: dict[str, Record] = {}
     foreign = []
     for record in lines:

@@ -1,4 +1,5 @@
-"""Run folders, which hold records, settings and environments; and which runs were measured again with other code."""
+"""Run folders, which hold records, settings and environments, and the search for runs that were measured again with
+other code."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from pqbench.records.identity import class_names
 
 log = logging.getLogger(__name__)
 
-CONFIG_LIMIT = 1 << 20  # bytes; ours have about two thousand
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language, ten times as fast
+CONFIG_LIMIT = 1 << 20  # largest size in bytes of a configuration that is read; ours have about two thousand
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both accept the same files; the C loader is ten times as fast
 
 
 def key_of(folder: Path) -> str:
@@ -29,7 +30,7 @@ def run_folders(root: Path) -> list[Path]:
     """The folders under ``root`` that hold records, in alphabetical order.
 
     Raises:
-        DataError: ``root`` is no folder.
+        DataError: ``root`` is not a folder.
     """
     if not root.is_dir():
         raise DataError(f"no results folder {root}: run `python -m pqbench` first, or name another folder")
@@ -38,7 +39,7 @@ def run_folders(root: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, with the settings behind its key; these are empty where they cannot be read."""
+    """The folder of one run, with the settings behind its key. The settings are empty if they cannot be read."""
 
     path: Path
     settings: dict[str, Any]
@@ -55,10 +56,10 @@ class RunFolder:
 
 
 def read_folders(root: Path) -> list[RunFolder]:
-    """Every run folder under ``root``, each configuration read once.
+    """Every run folder under ``root``, with its configuration.
 
     Raises:
-        DataError: ``root`` is no folder.
+        DataError: ``root`` is not a folder.
     """
     return [RunFolder(path, settings_of(path)) for path in run_folders(root)]
 
@@ -74,8 +75,8 @@ def environments(path: Path) -> list[dict[str, Any]]:
 
 
 def older_code(folders: Iterable[RunFolder]) -> set[Path]:
-    """The folders whose settings another of them has too, measured later with other code of the method or by another
-    version of pqbench."""
+    """The folders for which a later folder has the same settings, but was measured with other code of the method or by
+    another version of pqbench."""
     runs: dict[str, list[Path]] = {}
     for folder in folders:
         if folder.settings:
@@ -86,16 +87,16 @@ def older_code(folders: Iterable[RunFolder]) -> set[Path]:
 
 
 def tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Say that a new run repeats an old one, and why."""
+    """Warn when a new run repeats an old run, and say why."""
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/records.jsonl")):
         known = settings_of(path.parent)
         if path.parent != folder and known and _bare(known) == _bare(settings):
             reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
-            log.warning("%s: measured %s; this run measures anew in %s", path.parent, reason, folder.name)
+            log.warning("%s: measured %s; this run measures again in %s", path.parent, reason, folder.name)
 
 
 def _begun(folder: Path) -> float:
-    """When the run in a folder began: its configuration is written once."""
+    """The time when the run in a folder began, which is the time when its configuration was written."""
     return (folder / "config.yaml").stat().st_mtime
 
 
@@ -105,7 +106,7 @@ def _bare(settings: Mapping[str, Any]) -> Any:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """The settings of a run; empty when its configuration is absent, damaged, far too large, or none."""
+    """The settings of a run; empty if its configuration is absent, damaged, far too large, or has no settings."""
     path = folder / "config.yaml"
     try:
         if path.stat().st_size > CONFIG_LIMIT:

@@ -1,6 +1,8 @@
-"""Signs of life beside the records: ``progress.json`` says who works on a run, how much there is, and that it goes on.
+"""Signs of life next to the records: ``progress.json`` says which process works on a run, how many samples there are,
+and that the process is alive.
 
-It changes no figure and may be deleted. Where several processes share a run, the file speaks of the last that wrote.
+The file changes no figure and may be deleted. If several processes share a run, it describes the last process that
+wrote it.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ from pqbench.records.file import RecordFile, write_atomically
 log = logging.getLogger(__name__)
 
 NAME = "progress.json"
-INTERVAL_S = 10.0  # between two beats
-SILENCE_S = 60.0  # without a beat, after which nobody is taken to be at work
+INTERVAL_S = 10.0  # seconds between two beats
+SILENCE_S = 60.0  # seconds without a beat after which the process is taken to be gone
 
 
 @dataclass(frozen=True)
 class Beat:
-    """One sign of life. Times in seconds since 1970, by the clock of ``host``.
+    """One sign of life. Times are in seconds since 1970, by the clock of ``host``.
 
     Attributes:
-        planned: samples the run consists of; None until that is known.
-        before: samples that had a record when the process started.
-        ended: the process left the run, finished or not; a killed one never says so.
+        planned: number of samples of the run; None until it is known.
+        before: number of samples that had a record when the process started.
+        ended: whether the process has left the run, finished or not. It stays False when the process is killed.
     """
 
     host: str
@@ -45,12 +47,12 @@ class Beat:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody is at work."""
+        """Whether the process still works on the run."""
         return not self.ended and time.time() - self.beat < SILENCE_S
 
 
 def read_beat(folder: Path) -> Beat | None:
-    """The last sign of life in the folder of a run; None when there is none that can be read."""
+    """The last sign of life in the folder of a run; None if there is none or it cannot be read."""
     try:
         found = Beat(**json.loads((folder / NAME).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -62,7 +64,8 @@ def read_beat(folder: Path) -> Beat | None:
 
 @contextmanager
 def heartbeat(files: Sequence[RecordFile], interval: float = INTERVAL_S) -> Iterator[None]:
-    """Beat for these runs until the block ends, whichever way; ``RecordFile.planned`` may become known meanwhile."""
+    """Write signs of life for these runs until the ``with`` block ends. ``RecordFile.planned`` may be set inside the
+    block."""
     before = [file.count() for file in files]
     started, stop = time.time(), threading.Event()
 
@@ -71,7 +74,7 @@ def heartbeat(files: Sequence[RecordFile], interval: float = INTERVAL_S) -> Iter
             sign = Beat(socket.gethostname(), os.getpid(), started, time.time(), count, file.planned, ended)
             try:
                 write_atomically(file.folder / NAME, json.dumps(asdict(sign)).encode())
-            except OSError as error:  # records themselves say so when they cannot be written
+            except OSError as error:  # if records cannot be written either, writing them raises an error
                 log.debug("%s: %s", file.folder / NAME, error)
 
     def keep_beating() -> None:

@@ -1,6 +1,6 @@
-"""What makes two runs the same: class names and settings, and the source of the method; never a module's path.
+"""What makes two runs the same: class names, settings and the source of the method, but never the path of a module.
 
-A file that moves loses no result. A method whose code was edited gets records of its own; the older ones remain.
+Moving a file therefore loses no results. A method whose code was edited gets new records, and the older ones remain.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-OWN = __name__.partition(".")[0]  # the harness, whose code is no method's
+OWN = __name__.partition(".")[0]  # the harness, whose code does not count as code of a method
 
 
 def class_names(settings: Any) -> Any:
@@ -28,14 +28,14 @@ def class_names(settings: Any) -> Any:
 
 
 def class_name(target: Any) -> str:
-    """The class that a ``_target_`` names: ``Name`` for ``package.module.Name``, and for its constructor
+    """The class that a ``_target_`` names: ``Name`` for ``package.module.Name`` and also for its constructor
     ``package.module.Name.preset``."""
     names = str(target).split(".")
     return next((name for name in reversed(names) if name[:1].isupper()), names[-1])
 
 
 def method_code(method: Any) -> str:
-    """Twelve hex digits of the source behind a method, and behind the methods that are its fields."""
+    """Twelve hex digits that depend on the source of a method and of the methods in its fields."""
     inner = [getattr(method, field.name) for field in fields(method)]
     others = [one for one in inner if is_dataclass(one) and type(one).__module__.partition(".")[0] != OWN]
     codes = [source_code(type(method).__module__), *map(method_code, others)]
@@ -44,16 +44,16 @@ def method_code(method: Any) -> str:
 
 @cache
 def harness_code() -> str:
-    """Twelve hex digits of the source of the whole harness: what a failure is a failure of."""
+    """Twelve hex digits that depend on the source of the whole harness. Records of failures hold them."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return _digest([_plain(ast.parse(path.read_text(encoding="utf-8"))) for path in files])
 
 
 @cache
 def source_code(module: str) -> str:
-    """Twelve hex digits of a module's source and of the modules of the same package that it imports, directly or not.
-    Comments, docstrings, layout and the places of imported modules do not count. ``unknown`` where there is no source
-    file."""
+    """Twelve hex digits that depend on the source of a module and of the modules of the same package that it imports,
+    directly or indirectly. Comments, docstrings, layout and the places of imported modules do not count. The result is
+    ``unknown`` if there is no source file."""
     found = getattr(sys.modules.get(module), "__file__", None)
     if found is None or not Path(found).is_file():
         return "unknown"
@@ -73,7 +73,7 @@ def source_code(module: str) -> str:
 
 
 def _siblings(tree: ast.Module, package: str, top: str, root: Path) -> Iterator[tuple[str, Path]]:
-    """Modules of the package ``top``, which lies in ``root``, that a module of ``package`` imports."""
+    """The modules of the package ``top`` that a module of ``package`` imports. ``root`` is the folder of ``top``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -92,20 +92,20 @@ def _siblings(tree: ast.Module, package: str, top: str, root: Path) -> Iterator[
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes docstrings and imports out of a tree, and keeps the names that were imported, but not from where."""
+    """Removes docstrings and imports from a tree, and collects the imported names without their modules."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
 
     def visit_imports(self, node: ast.Import | ast.ImportFrom) -> ast.AST:
-        """A statement that does nothing instead of an import."""
+        """Replace an import by a statement that does nothing."""
         self.names |= {f"{alias.name.rpartition('.')[2]} as {alias.asname or alias.name}" for alias in node.names}
         return ast.Pass()
 
     visit_Import = visit_ImportFrom = visit_imports  # noqa: N815 - the names that ast calls
 
     def visit_documented(self, node: ast.AST) -> ast.AST:
-        """A module, class or function without its docstring."""
+        """Remove the docstring of a module, class or function."""
         if ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
             node.body[:1] = [ast.Pass()]  # type: ignore[attr-defined]
         return self.generic_visit(node)
@@ -114,7 +114,7 @@ class _Bare(ast.NodeTransformer):
 
 
 def _plain(tree: ast.Module) -> str:
-    """Source text without comments, docstrings, layout and the places from where names are imported."""
+    """Source text without comments, docstrings, layout and the modules from which names are imported."""
     bare = _Bare()
     lines = ast.unparse(bare.visit(tree)).splitlines()
     return "\n".join([*sorted(bare.names), *(line for line in lines if line.strip() != "pass")])

@@ -1,7 +1,8 @@
-"""What a record holds: its kind is the name of a kind of measurement, which tables, figures and the report choose by.
+"""The kinds of records. The kind of a record is that of its measurement; tables, figures and the report choose records
+by it.
 
-Every measurement declares its kind and every record carries it. Records that were written before that are told apart
-by their fields; the name of a benchmark never decides.
+Every measurement declares its kind, and every new record contains it. The kind of older records is recognised by their
+fields, and never by the name of the benchmark.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ LATENCY = "latency"
 ATTENTION = "attention"
 ATTENTION_SCORES = "attention_scores"
 FIDELITY = "fidelity"
-DENSE = "full"  # the name under which full attention is recorded; times are compared with its times
+DENSE = "full"  # the name under which full attention is recorded
 
-# Fields that every old record of a kind holds, failed ones included, and no old record of a later kind in this list.
+# Fields by which old records are recognised. All old records of a kind have them, also failed ones, and no old record
+# of a kind further down in this list has them.
 _TELLING = (
     (FIDELITY, ("document", "ratio", "steps")),
     (ATTENTION, ("geometry", "kernel")),
@@ -26,19 +28,19 @@ _TELLING = (
 
 
 def kind_of(record: Mapping[str, Any]) -> str:
-    """The kind of a record: the one it carries, or for an old record the one that its fields tell."""
+    """The kind of a record: the kind that it contains or, for an old record, the kind that fits its fields."""
     kind = record.get("kind")
     if isinstance(kind, str):
         return kind
     return next((name for name, fields in _TELLING if all(field in record for field in fields)), SCORES)
 
 
-TOO_SHORT = "dense: too short"  # what tables say of measurements in which nothing could be skipped
+TOO_SHORT = "dense: too short"  # how tables mark measurements in which nothing could be skipped
 _EVERYTHING = (None, "all", "-", "100 %")  # budgets that leave nothing out by design
 
 
 def budget_of(record: Mapping[str, Any]) -> Any:
-    """The budget of a record in a word, for tables: it ``varies`` where the method does not keep to it by design."""
+    """The budget of a record as text for tables, with ``(varies)`` if the method by design does not keep to it."""
     return f"{record.get('budget')} (varies)" if record.get("beyond_budget") else record.get("budget")
 
 

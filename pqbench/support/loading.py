@@ -1,4 +1,4 @@
-"""Models that are ready to be measured: loaded, and compared with transformers on a few tokens."""
+"""Loads models and compares them with transformers on a few tokens, so that they are ready to be measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_model(name: str = "smollm2", /, **options: Any) -> LoadedModel:
         options: fields that replace those of the yaml, e.g. ``dtype="bfloat16"``.
 
     Raises:
-        ConfigError: no such name or field.
+        ConfigError: there is no model or field with this name.
         ModelError: the model cannot be loaded.
     """
     folder = conf_folder() / "model"
@@ -42,7 +42,7 @@ def rehearsed(source: ModelSource) -> LoadedModel:
     """The model of a source, rehearsed: see :mod:`pqbench.engine.rehearsal`.
 
     Raises:
-        ModelError: it cannot be loaded, or no method can serve it exactly.
+        ModelError: the model cannot be loaded, or no method can serve it exactly.
     """
     found = source.load()
     profile(found.model)

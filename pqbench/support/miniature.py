@@ -1,7 +1,7 @@
-"""Small random models of any type that transformers has, to find out whether a type is served.
+"""Small random models of every type in transformers, to find out whether pqbench serves a type.
 
-The default configuration of a type is built again with small sizes, under the names that the type uses. Everything
-else, such as the order of layer types, stays as it is in the type.
+The default configuration of a type is rebuilt with small sizes under the names that the type uses. Everything else,
+such as the order of layer types, is not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 128
 _LAYERS, _HEADS, _WIDTH = 6, 4, 64
 
-# Sizes by the names that configurations give them; a configuration takes those that it has.
+# Small sizes by the names that configurations use. A configuration takes the sizes whose names it has.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "n_vocab", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(
@@ -161,7 +161,7 @@ _VISION = {
     "patch_size": 14,
 }
 
-# What single types need besides: sizes that must fit each other, or lists as long as the model has layers.
+# Further fields that single types need: sizes that must fit each other, or lists with one entry per layer.
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 _BOTH = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _OWN: dict[str, dict[str, Any]] = {
@@ -205,9 +205,9 @@ def causal_types() -> list[str]:
 
 
 def small_config(kind: str, **own: Any) -> PreTrainedConfig:
-    """A configuration of this type with small sizes; ``own`` are fields that replace what is here.
+    """A configuration of this type with small sizes. ``own`` are fields that replace those of this module.
 
-    Raises whatever the configuration raises when the sizes do not fit each other.
+    Raises the errors of the configuration when the sizes do not fit each other.
     """
     default = CONFIG_MAPPING[kind]()
     fields = _small(default) | _OWN.get(kind, {}) | own
@@ -222,7 +222,7 @@ def small_config(kind: str, **own: Any) -> PreTrainedConfig:
 
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:
-    """The small sizes of the names that a configuration has; an option that is off stays off."""
+    """The small sizes for those names that a configuration has. Options that are off stay off."""
     aliases = set(getattr(config, "attribute_map", {}))
     taken = set(inspect.signature(type(config).__init__).parameters) | set(config.to_dict())
     sizes = {name: size for name, size in _SIZES.items() if name in taken and name not in aliases}
@@ -230,12 +230,13 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
         name for name in ("sliding_window", "q_lora_rank", "attention_chunk_size") if vars(config).get(name, 0) is None
     }
     if "kv_lora_rank" in sizes:
-        sizes["num_key_value_heads"] = _HEADS  # latent attention has no groups
+        sizes["num_key_value_heads"] = _HEADS  # latent attention has no query groups
     return {name: size for name, size in sizes.items() if name not in off}
 
 
 def small_model(kind: str, seed: int = 0, **own: Any) -> PreTrainedModel:
-    """A random causal model of this type, in evaluation mode: weights N(0, 0.2), norms as they are made."""
+    """A random causal model of this type in evaluation mode. Weights are drawn from N(0, 0.2); norms are not
+    changed."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(small_config(kind, **own))
     torch.manual_seed(seed)
@@ -244,5 +245,5 @@ def small_model(kind: str, seed: int = 0, **own: Any) -> PreTrainedModel:
             torch.nn.init.normal_(parameter, 0.0, 0.2)
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.1)
-    model.generation_config = GenerationConfig(pad_token_id=0)  # nothing ends or changes a continuation
+    model.generation_config = GenerationConfig(pad_token_id=0)  # so that no setting ends or changes a continuation
     return model.eval()

@@ -1,8 +1,8 @@
 """``python -m pqbench.support --all > docs/models.md``: which model types of the installed transformers are served.
 
-A small random model of every type is compared with transformers' own ``generate``. Each comparison runs in a process
-of its own with a time limit, so that a fault of one type, even a crash, is one row of the table. Without ``--all`` and
-without names of types, only a few common types are tried, which takes about a minute.
+A small random model of every type is compared with transformers' own ``generate``. Each comparison runs in a process of
+its own with a time limit, so that a fault of one type, even a crash, becomes one row of the table. Without ``--all``
+and without names of types, only a few common types are tried, which takes about a minute.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COMMON = (
 METHODS = ("full", "pqcache", "h2o", "snapkv", "streaming_llm")
 LENGTHS = (1, 3, 20, 130)
 _NEW, _CHUNK = 8, 16
-_SECONDS = 120  # for one type
+_SECONDS = 120  # time limit for one type
 _INTRODUCTION = """# Model types
 
 Made by `python -m pqbench.support --all > docs/models.md` with transformers {version}: every causal model type, built
@@ -79,12 +79,12 @@ class Outcome:
 
     @property
     def fault(self) -> bool:
-        """Whether the type is at fault, which means that it is neither served nor refused properly."""
+        """Whether the result is a fault: the type is neither served exactly nor refused properly."""
         return self.result in ("wrong", "error", "crash")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table to stdout. Returns 1 when some type is at fault."""
+    """Write the table to stdout. Returns the exit code, which is 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m pqbench.support", description=__doc__.partition("\n")[0])
     parser.add_argument("types", nargs="*", help="model types; a few common ones without")
     parser.add_argument("--all", action="store_true", help="every causal model type, some minutes on two cores")
@@ -117,9 +117,9 @@ def page(outcomes: Sequence[Outcome]) -> str:
 def tried(
     kinds: Sequence[str], jobs: int = 1, seconds: float = _SECONDS, find: Callable[[str], Outcome] | None = None
 ) -> Iterator[Outcome]:
-    """The outcome of each type, in the order in which they end, each from a process of its own. ``find`` gives an
-    outcome, :func:`outcome` by default."""
-    context = multiprocessing.get_context("forkserver")  # a process that has imported all and computed nothing
+    """The outcome of each type, each from a process of its own, in the order in which they end. ``find`` is the
+    function that finds an outcome; None for :func:`outcome`."""
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has computed nothing
     context.set_forkserver_preload([__name__])
     waiting, running = list(reversed(kinds)), list[tuple[str, float, Connection, BaseProcess]]()
     while waiting or running:
@@ -189,7 +189,7 @@ def outcome(kind: str) -> Outcome:
                 continue
             if wrong:
                 return Outcome(kind, "wrong", f"{name}: {', '.join(wrong)}")
-    except Exception as error:  # noqa: BLE001 - what this table is made to find
+    except Exception as error:  # noqa: BLE001 - any error is an outcome of the trial
         return Outcome(kind, "error", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     notes = [(names, text.partition(" is not supported: ")[2] or text) for text, names in refusals.items()]
     if any(METHODS[0] in names for names, _ in notes):
@@ -198,8 +198,8 @@ def outcome(kind: str) -> Outcome:
 
 
 def _without_model(kind: str, error: Exception) -> Outcome:
-    """The outcome of a type of which transformers cannot run a small model. Its default configuration may say why the
-    type is refused."""
+    """The outcome of a type whose small model transformers cannot run. The default configuration of the type may show
+    why it is refused."""
     try:
         found = refusal(CONFIG_MAPPING[kind]())
     except Exception as worse:  # noqa: BLE001 - transformers' own faults, whatever they are
@@ -211,7 +211,7 @@ def _without_model(kind: str, error: Exception) -> Outcome:
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a model of this configuration is refused before anything of it runs, if so."""
+    """The reason why a model of this configuration is refused before it runs; None if it is not refused."""
     try:
         check_config(config)
         check_config(config.get_text_config(decoder=True))
@@ -222,7 +222,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
 
 
 def differences(model: PreTrainedModel, method: Method, alone: Mapping[int, Tensor], together: Tensor) -> list[str]:
-    """The ways of running a method that give other tokens than transformers does."""
+    """The ways of running a method that give other tokens than transformers."""
     found = [
         f"prompt of {length}"
         for length, right in alone.items()
@@ -245,7 +245,7 @@ def methods() -> dict[str, Method]:
 
 
 def ids_of(length: int) -> Tensor:
-    """A prompt ``[1, length]`` of tokens that mean nothing special."""
+    """A prompt ``[1, length]`` without special tokens."""
     return torch.randint(5, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(length))
 
 
@@ -259,7 +259,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What transformers generates, ``[B, new]``."""
+    """The tokens that transformers generates, ``[B, new]``."""
     mask = torch.ones_like(ids) if mask is None else mask
     tokens: Tensor = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=_NEW, pad_token_id=0)
     return tokens[:, ids.shape[1] :]

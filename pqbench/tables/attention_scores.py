@@ -1,4 +1,4 @@
-"""Records of sorted attention probabilities to a table. Loads nothing that runs a model."""
+"""Makes a table from records of sorted attention probabilities. Loads nothing that runs a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pqbench.tables.section import Section, facts, group_records, telling
 
 
 def attention_scores_sections(records: Sequence[Record]) -> list[Section]:
-    """The mass of the heaviest tokens by context, mean over layers and KV heads."""
+    """The probability of the heaviest tokens by context, as a mean over layers and KV heads."""
     good = [record for record in records if record["status"] == "ok" and _masses(record)]
     shares = list(dict.fromkeys(share for record in good for share in record["mass_shares"]))
     labels = telling(good, ["context"], "variant", "key")
@@ -26,7 +26,7 @@ def attention_scores_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _masses(record: Record) -> dict[float, list[float]]:
-    """For each share of the tokens, the mass that they hold in every KV head of a layer."""
+    """For each share of heaviest tokens, the probability that they hold in every KV head of a layer."""
     shares: Any = record.get("mass_shares")
     heads: Any = record.get("mass")
     if not isinstance(shares, list) or not isinstance(heads, list):

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rescore(results: Path) -> int:
-    from pqbench.tables.rescore import rescore  # loads the benchmarks, which plain tables do not need
+    from pqbench.tables.rescore import rescore  # loads the benchmarks, which tables do not need
 
     total = rescore(results)
     counts = f"{total.changed} scores changed, {total.failed} runs or records could not be scored"
@@ -74,7 +74,7 @@ def _rescore(results: Path) -> int:
 
 
 def _check_base(base: str, records: Sequence[Record]) -> None:
-    """Raises DataError when there is nothing to compare with."""
+    """Raises DataError when the method ``base`` has no fidelity records."""
     known = dict.fromkeys(str(record["method"]) for record in records if kind_of(record) == FIDELITY)
     if base not in known:
         there = f"there are {', '.join(known)}" if known else "there are no fidelity records"
@@ -89,9 +89,9 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def print_document(text: str) -> None:
-    """Write to standard output; a reader that left (``| head``) is no error."""
+    """Write to standard output. It is not an error when the reader has closed it (``| head``)."""
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's flush raises nothing

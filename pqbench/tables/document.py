@@ -1,4 +1,4 @@
-"""Records to tables: on a terminal, as markdown, as LaTeX, and as one row per run."""
+"""Makes tables from records: for a terminal, as markdown, as LaTeX, and with one row per run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIRST = [*KEYS, "n", "failed", "too_short", "score"]
 
 
 def run_table(records: Sequence[Record]) -> Table:
-    """What a run prints: the tables of the kinds of records that it wrote, one below the other."""
+    """The table that a run prints: one table for each kind of record that it wrote, one below the other."""
     grid = Table.grid()
     scored = [record for record in records if has_scores(record)]
     if scored:
@@ -52,7 +52,7 @@ def scores_table(records: Sequence[Record]) -> Table:
     for heading in ("method", "budget", "n", *(SHOWN[column][0] for column in ("score", *COSTS))):
         table.add_column(heading, justify="left" if heading in ("method", "budget") else "right", no_wrap=True)
     for _, row in summary.iterrows():
-        dense = f" ({row['too_short']} dense)" if row["too_short"] else ""  # a terminal has no room for more
+        dense = f" ({row['too_short']} dense)" if row["too_short"] else ""  # short, because a terminal has little room
         cells = [row["method"], row["budget"], _count(row["n"], row["failed"]) + dense]
         cells += [_figure(row[column], column) for column in ("score", *COSTS)]
         table.add_row(*(Text(plain(cell)) for cell in cells))  # Text, not str: a name is never markup
@@ -60,7 +60,7 @@ def scores_table(records: Sequence[Record]) -> Table:
 
 
 def score_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
-    """Headings, rows and number of label columns of a suite's scores: mean [95 % interval] n."""
+    """Headings, rows and number of label columns of a suite's scores. A score is shown as mean [95 % interval] n."""
     headings = [*suite.labels, "n", *suite.columns]
     rows = [
         [
@@ -74,7 +74,8 @@ def score_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
 
 
 def further_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
-    """The same for scores beside the official one (other metrics, length buckets), one row per run and task."""
+    """The same for scores in addition to the official score (other metrics, length buckets), with one row per run and
+    task."""
     names = list(dict.fromkeys(name for run in suite.runs for other in run.further.values() for name in other))
     rows = [
         [*_labels(suite, run), task, *(str(other.get(name, "-")) for name in names)]
@@ -86,7 +87,7 @@ def further_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
 
 
 def cost_rows(suite: Suite) -> tuple[list[str], list[list[str]], int]:
-    """The same for fidelity, time and memory: means, and medians of timings."""
+    """The same for fidelity, time and memory. Timings are medians, and all other figures are means."""
     headings = [*suite.labels, *(SHOWN[column][0] for column in COSTS)]
     rows = [[*_labels(suite, run), *(_figure(run.costs.get(name), name) for name in COSTS)] for run in suite.runs]
     return headings, rows, len(suite.labels)
@@ -101,7 +102,7 @@ def document(
         table: the records with scores, as :func:`pqbench.tables.summaries.frame` makes it.
         others: the records of all other kinds.
         latex: LaTeX instead of markdown.
-        base: a method, of whose fidelity that of the others is also shown as multiples.
+        base: a method; the fidelity figures of the others are also shown as multiples of its figures.
     """
     parts = []
     for suite in suites(table):
@@ -122,8 +123,8 @@ def document(
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per run: names, counts, mean score, every task and average with ``_low``, ``_high`` and ``_n``, and costs
-    in the units of the records. Columns of other benchmarks are empty."""
+    """One row per run: names, counts, mean score, costs in the units of the records, and every task and average with
+    ``_low``, ``_high`` and ``_n``. Columns of other benchmarks are empty."""
     rows = []
     for suite in suites(table):
         for run in suite.runs:
@@ -152,7 +153,8 @@ def _labels(suite: Suite, run: Run) -> list[str]:
 
 
 def _count(good: int, failed: int, too_short: int = 0) -> str:
-    """How many samples there are, how many failed, and in how many the method could not skip anything."""
+    """The number of samples, the number of failures, and the number of samples in which the method could not skip
+    anything."""
     dense = f" ({TOO_SHORT})" if too_short == good else f" ({too_short} {TOO_SHORT})"
     return f"{good}" + (dense if too_short else "") + (f" (+{failed} failed)" if failed else "")
 

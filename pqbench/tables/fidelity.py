@@ -1,4 +1,4 @@
-"""Records of ``benchmark=fidelity`` to tables. Loads nothing that runs a model."""
+"""Makes tables from records of ``benchmark=fidelity``. Loads nothing that runs a model."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ FIGURES: tuple[Column, ...] = (
     ("attended_tokens", "attended", 1, "{:.0f}", False),
     ("bytes_per_head", "KB/head", 1e-3, "{:.1f}", False),
 )
-PIVOTS = ("output_error", "kl", "top1_agreement", "recall")  # figures that have a table of method by budget
+PIVOTS = ("output_error", "kl", "top1_agreement", "recall")  # figures that get a table of methods by budgets
 RELATIVE: tuple[Column, ...] = (
     ("output_error", "output error", 1, "{:.2f}", True),
     ("kl", "KL", 1, "{:.2f}", True),
 )  # figures that make sense as a multiple of another method's
 AGES = {"prompt": "prompt", "early": "early decoded", "late": "late decoded"}
 THIRDS = ("low", "middle", "high")
-WIDE = ("ppl", "mass")  # what a terminal has no room for
+WIDE = ("ppl", "mass")  # columns for which a terminal has no room
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Mean:
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its labels, and the records behind it, one a document.
+    """One row: its labels, and its records, one per document.
 
     Attributes:
-        group: what rows must share to be compared: length and ratio.
+        group: length and ratio; only rows that agree in both are compared.
     """
 
     labels: dict[str, str]
@@ -73,21 +73,21 @@ class Line:
         return [value + (self.mark if name == "ratio" else "") for name, value in self.labels.items()]
 
     def mean(self, field: str) -> Mean | None:
-        """Mean of a field over documents; None where no record has it."""
+        """Mean of a field over documents; None if no record has the field."""
         ordered = sorted(self.good, key=lambda record: str(record.get("document")))
         numbers = [value for value in (figure(record, field) for record in ordered) if value is not None]
         return over_documents(numbers, str(self.group[0])) if numbers else None
 
 
 def over_documents(values: Sequence[float], seed: str) -> Mean:
-    """Mean and bootstrap interval; with the same ``seed``, methods over the same documents are resampled alike."""
+    """Mean and bootstrap interval. With the same ``seed``, methods with the same documents use the same resamples."""
     draws = resampled(seed, np.array(values, dtype=float))
     low, high = np.percentile(draws.means, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return Mean(draws.value, float(low), float(high), draws.n)
 
 
 def figure(record: Record, field: str) -> float | None:
-    """A number of a record, or one that follows from it; ``a.b.c`` looks into nested fields."""
+    """A number of a record, or a number computed from the record. ``a.b.c`` names a nested field."""
     if field == "excess_nll":
         mine, full = figure(record, "nll"), figure(record, "nll_full")
         return None if mine is None or full is None else mine - full
@@ -98,8 +98,9 @@ def figure(record: Record, field: str) -> float | None:
 
 
 def fidelity_sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
-    """Tables for each model: method by budget for the main figures of each length, all figures, what they depend on;
-    with a ``base`` method also the figures as multiples of its own."""
+    """Tables for each model. For each length, the main figures get a table of methods by budgets. Further tables hold
+    all figures, and figures by token age and by entropy. If a ``base`` method is given, figures are also shown as
+    multiples of its figures."""
     found = []
     for (model,), rows in group_records(records, "model").items():
         steps = "/".join(sorted({str(row.get("steps")) for row in rows}))
@@ -118,7 +119,8 @@ def fidelity_sections(records: Sequence[Record], base: str | None = None) -> lis
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
-    """Rows by length and budget, methods in the order in which they first appear, those without a budget first."""
+    """Rows in order of length and budget, with methods in the order in which they first appear. Rows without a budget
+    come first."""
     names = telling(records, ["length", "ratio", "method"], "steps", "dtype", "kernels", "variant", "key")
     lines = []
     for key, rows in group_records(records, *names).items():
@@ -131,7 +133,8 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
 
 def multiples(records: Sequence[Record], base: str) -> list[Record]:
     """Records whose :data:`RELATIVE` figures are divided by those of the method ``base`` with the same budget on the
-    same document: documents differ more than methods do, and cancel. Records without such a counterpart are left out.
+    same document. This removes the differences between documents, which are larger than those between methods. Records
+    without a counterpart are left out.
     """
 
     def place(record: Record) -> tuple[Any, ...]:
@@ -149,7 +152,7 @@ def multiples(records: Sequence[Record], base: str) -> list[Record]:
 
 
 def _pivots(title: str, lines: Sequence[Line], columns: Sequence[Column]) -> list[Section]:
-    """Methods against budgets, for each length and each figure; methods without a budget have no row."""
+    """Tables of methods by budgets, one for each length and figure. Methods without a budget have no row."""
     found = []
     for length in dict.fromkeys(line.labels["length"] for line in lines):
         chosen = [line for line in lines if line.labels["length"] == length and line.group[1] is not None]
@@ -188,7 +191,8 @@ def _figures(title: str, lines: Sequence[Line]) -> Section:
 
 
 def _times_best(line: Line, lines: Sequence[Line]) -> str:
-    """Output error over the smallest one at the same length and budget; nothing for a method without a budget."""
+    """Output error divided by the smallest output error at the same length and budget; empty for a method without a
+    budget."""
     mine = line.mean("output_error")
     peers = [other.mean("output_error") for other in lines if other.group == line.group]
     best = min((peer.value for peer in peers if peer is not None), default=0.0)
@@ -196,7 +200,8 @@ def _times_best(line: Line, lines: Sequence[Line]) -> str:
 
 
 def _parts(title: str, lines: Sequence[Line]) -> Section:
-    """Recall by age, with the share of such tokens in the exact top-k; output error by third of the heads."""
+    """A table of recall by token age, with the share of such tokens in the exact top-k, and of output error by thirds
+    of the heads."""
     labels = list(lines[0].labels) if lines else []
     rows = []
     for line in lines:

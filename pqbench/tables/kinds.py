@@ -1,4 +1,4 @@
-"""Which tables a record belongs to: chosen by the kind that it carries, see :mod:`pqbench.records.kinds`."""
+"""Chooses the tables of a record by its kind, see :mod:`pqbench.records.kinds`."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ _MAKERS: Mapping[str, Callable[[Sequence[Record], str | None], list[Section]]] =
 
 
 def has_scores(record: Record) -> bool:
-    """Whether a record holds a prediction and its scores; all others hold figures of another kind."""
+    """Whether a record holds a prediction and its scores. All other records hold figures of another kind."""
     return kind_of(record) == SCORES
 
 
 def sections(records: Sequence[Record], base: str | None = None) -> list[Section]:
-    """The tables of everything but scores, by kind and subject in the order in which they first appear.
+    """All tables except those of scores, by kind and subject, in the order in which these first appear.
 
     Records of a kind that has no table are counted in a warning.
 
     Args:
-        base: a method, of whose fidelity that of the others is also shown as multiples; None for none.
+        base: a method; the fidelity figures of the others are also shown as multiples of its figures. None for no such
+            table.
     """
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -63,7 +64,7 @@ def sections(records: Sequence[Record], base: str | None = None) -> list[Section
 
 
 def _marked(record: Record) -> Record:
-    """The record, its budget marked where the method does not keep to it by design, or could not skip anything."""
+    """The record. Its budget is marked if the method by design does not keep to it, or could not skip anything."""
     if "budget" not in record:
         return record
     return {**record, "budget": f"{budget_of(record)}" + (f" ({TOO_SHORT})" if skipped_nothing(record) else "")}

@@ -1,4 +1,4 @@
-"""Scores of stored predictions computed again, without a model: ``python -m pqbench.tables results/ --rescore``."""
+"""Computes the scores of stored predictions again, without a model: ``python -m pqbench.tables results/ --rescore``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Rescored:
-    """How many records were scored again, in how many runs, and for how many the scores changed."""
+    """Numbers of records that were scored again, of their runs, of records whose scores changed, and of failures."""
 
     records: int = 0
     runs: int = 0
@@ -34,18 +34,18 @@ class Rescored:
 def rescore(root: Path) -> Rescored:
     """Score every stored prediction under ``root`` again.
 
-    A file whose scores changed is rewritten at once and under its lock. Nothing else in a record changes; a run or
-    record that cannot be scored stays as it is, with a warning.
+    A file with changed scores is rewritten in one step, under its lock. Nothing else in a record changes. A run or
+    record that cannot be scored is not changed, and a warning names it.
 
     Raises:
-        DataError: ``root`` is no folder, or a results file cannot be written.
+        DataError: ``root`` is not a folder, or a results file cannot be written.
     """
     total = Rescored()
     for folder in run_folders(root):
         file = RecordFile(folder)
         try:
             if not _holds_scores(file.path):
-                continue  # it holds figures of another kind, and no predictions
+                continue  # the file holds figures of another kind and no predictions
             benchmark = stored_benchmark(folder)
             total.runs += 1
             _rescore_file(file, benchmark, total)
@@ -58,19 +58,20 @@ def rescore(root: Path) -> Rescored:
 
 
 def _holds_scores(path: Path) -> bool:
-    """Whether a file holds records with scores, or nothing that tells what it holds."""
+    """Whether a file holds records with scores. The answer is also True if the file does not show what it holds."""
     first = next(filter(None, map(parse, path.read_bytes().split(b"\n"))), None)
     return first is None or kind_of(first) == SCORES
 
 
 def stored_benchmark(folder: Path) -> Benchmark:
-    """The benchmark that the ``config.yaml`` of a run folder names, made by the class that has its name today.
+    """The benchmark that the ``config.yaml`` of a run folder names. It is made from the class that has this name now.
 
-    The file is data from disk: only classes that conf/benchmark/ describes are made from it, with plain values as
-    options. The module that it names may no longer exist.
+    The file is not trusted: only classes that conf/benchmark/ describes are made from it, with plain values as options.
+    The module that it names may no longer exist.
 
     Raises:
-        DataError: the file is missing or damaged, names something else, or its options no longer fit.
+        DataError: the file is missing or damaged, names a class that is not a benchmark, or has options that no longer
+            fit.
     """
     config, node = folder / "config.yaml", settings_of(folder).get("benchmark")
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):

@@ -1,4 +1,5 @@
-"""One table: a title, headings and rows of text; and the words and numbers that all tables of records are made of."""
+"""One table: a title, headings and rows of text. Also functions for words and numbers that all tables of records
+use."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from rich.text import Text
 from pqbench.records.file import Record
 from pqbench.terminal import plain
 
-RANDOM = "random"  # weights of a model that only has another's shape
-AUTO = "four digits"  # the format of a number that may be large or small
+RANDOM = "random"  # weights of a model that only has the shape of another model
+AUTO = "four digits"  # the format of numbers that may be large or small
 Column = tuple[str, str, float, str]  # field of a record, heading, factor, format
 
 
 @dataclass(frozen=True)
 class Section:
-    """One table: a title, headings, rows, how many columns from the left are labels, and which of the others a
-    terminal has no room for."""
+    """One table: a title, headings, rows, the number of label columns on the left, and the columns for which a terminal
+    has no room."""
 
     title: str
     headings: list[str]
@@ -31,7 +32,8 @@ class Section:
     wide: tuple[str, ...] = ()
 
     def rich(self) -> Table:
-        """For a terminal: units on a line of their own. Names are Text, never markup."""
+        """The table for a terminal, with units on a line of their own. Names are Text, so that they are never read as
+        markup."""
         table = Table(title=Text(plain(self.title)), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         shown = [i for i, heading in enumerate(self.headings) if heading not in self.wide]
         for i in shown:
@@ -43,7 +45,7 @@ class Section:
 
 
 def group_records(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Records by the values of some fields, in the order these first appear."""
+    """Records grouped by the values of some fields, in the order in which these first appear."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record.get(name) for name in names), []).append(record)
@@ -51,7 +53,7 @@ def group_records(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...
 
 
 def telling(records: Sequence[Record], labels: Sequence[str], *further: str) -> list[str]:
-    """The labels, and after them those of ``further`` that tell records apart which are alike in all labels before."""
+    """The labels, followed by those of ``further`` that differ between records whose labels so far are the same."""
     shown = list(labels)
     for name in further:
         if any(len({str(row.get(name)) for row in rows}) > 1 for rows in group_records(records, *shown).values()):
@@ -66,7 +68,8 @@ def middle(records: Sequence[Record], field: str) -> float | None:
 
 
 def facts(records: Sequence[Record]) -> str:
-    """Threads, kernels, dtype and roof of the records, as far as they agree, in words for a title or footer."""
+    """Threads, kernels, dtype and copy bandwidth of the records, if all records agree in them, as text for a title or
+    footer."""
     parts = []
     for field, form in (("dtype", "{}"), ("threads", "{} threads"), ("kernels", "kernels {}")):
         values = sorted({str(record[field]) for record in records if record.get(field) is not None})
@@ -79,7 +82,8 @@ def facts(records: Sequence[Record]) -> str:
 
 
 def link_of(records: Sequence[Record]) -> str:
-    """The link the records were measured over, empty without one; says so when time on it is a model's."""
+    """The link over which the records were measured; empty if there was none. The text says so if the times of the link
+    are emulated."""
     labels = sorted({str(record["link"]) for record in records if record.get("link")})
     emulated = any(record.get("emulated") for record in records)
     named = " and ".join(labels)
@@ -87,13 +91,13 @@ def link_of(records: Sequence[Record]) -> str:
 
 
 def over_link(records: Sequence[Record]) -> str:
-    """``, KV over LINK`` for a title, empty without a link."""
+    """``, KV over LINK`` for a title; empty if there is no link."""
     link = link_of(records)
     return f", KV over {link}" if link else ""
 
 
 def shown(value: Any, factor: float, form: str) -> str:
-    """A number of a record as the text of a cell, ``-`` where there is none."""
+    """A number of a record as the text of a cell; ``-`` if there is none."""
     if not isinstance(value, int | float) or value != value:
         return "-"
     figure = value * factor

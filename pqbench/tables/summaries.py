@@ -1,4 +1,4 @@
-"""Records to figures: scores by task with averages and intervals, and what each run cost."""
+"""Computes figures from records: scores by task with averages and intervals, and the costs of each run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pqbench.records.file import Record
 from pqbench.records.kinds import budget_of, kind_of, skipped_nothing
 from pqbench.terminal import plain
 
-KEYS = ["benchmark", "model", "method", "budget", "question", "variant", "key"]  # what tells one run from another
+KEYS = ["benchmark", "model", "method", "budget", "question", "variant", "key"]  # fields by which runs differ
 MEANS = ["score", "mass", "recall", "output_error"]
 MEDIANS = ["ttft_s", "tt2t_s", "tpot_s"]
 COSTS = [*MEANS[1:], *MEDIANS, "attended_tokens", "index_bytes", "kv_bytes"]
@@ -26,7 +26,7 @@ LEVEL = 95  # percent
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean score in percent over ``n`` samples, with its bootstrap interval; without one when n is 1."""
+    """A mean score in percent over ``n`` samples, with its bootstrap interval, which is not shown if n is 1."""
 
     value: float
     low: float
@@ -63,7 +63,8 @@ class Suite:
 
     @property
     def labels(self) -> list[str]:
-        """The names that tell the runs apart: always the method, others only where runs of a method differ in them."""
+        """The names that distinguish the runs: always the method, and others only if runs of a method differ in
+        them."""
         shown = ["method"]
         for name in ("budget", "question", "variant", "key"):
             alike = {tuple(run.names[label] for label in shown) for run in self.runs}
@@ -74,7 +75,7 @@ class Suite:
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
-    """Records as a table, one row each; columns that a record lacks are empty. Names are plain text."""
+    """A table with one row per record. Fields that a record lacks are empty. Names are plain text."""
     try:
         table = pd.DataFrame(list(records))
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and pandas cannot
@@ -89,11 +90,12 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         table[column] = [plain("-" if _missing(value) else value) for value in table[column]]
     sizes = table.reindex(columns=["device_bytes", "host_bytes"]).apply(pd.to_numeric, errors="coerce")
     table["kv_bytes"] = sizes.sum(axis=1, min_count=1)
-    return table.copy()  # in one piece, since columns were added one by one
+    return table.copy()  # as one block of memory, because columns were added one by one
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per run, in the order runs first appear: counts, mean score, and costs in the units of the records."""
+    """One row per run, in the order in which runs first appear: counts, mean score, and costs in the units of the
+    records."""
     rows = []
     for names, group in table.groupby(KEYS, sort=False, dropna=False):
         good = group[group["status"] == "ok"]
@@ -104,7 +106,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def centre(values: pd.Series, column: str) -> float | None:
-    """Mean of the numbers in a column of records, or median of timings; None when there is none."""
+    """Mean of the numbers in a column of records, or their median if they are timings; None if there are no numbers."""
     numbers = pd.to_numeric(values, errors="coerce").dropna()
     if numbers.empty:
         return None
@@ -152,7 +154,7 @@ def _by_task(good: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 def _further(task: str, good: pd.DataFrame) -> dict[str, Estimate]:
-    """Estimates of what a benchmark reports of each sample beside the official score."""
+    """Estimates of the scores that a benchmark reports in addition to the official score."""
     values: dict[str, list[float]] = {}
     rows = zip(good["sample_id"], good["scores"], strict=True) if "scores" in good else ()
     for _, scores in sorted(rows, key=lambda row: str(row[0])):
@@ -172,7 +174,8 @@ class Draws:
 
 
 def resampled(task: str, scores: np.ndarray) -> Draws:
-    """Bootstrap of a task's mean. Seeded by the task's name: the same for every run, independent between tasks."""
+    """Bootstrap of a task's mean. The seed depends on the task's name, so that resamples are the same for every run and
+    independent between tasks."""
     generator = np.random.default_rng(zlib.crc32(task.encode()))
     block = max(1, (1 << 20) // len(scores))
     means = [
@@ -188,7 +191,8 @@ def _estimate(draws: Draws) -> Estimate:
 
 
 def _averages(benchmark: str, tasks: Sequence[str], draws: Mapping[str, Draws]) -> dict[str, Estimate]:
-    """Averages over tasks: the official ones for LongBench, elsewhere the plain mean. None over an incomplete set."""
+    """Averages over tasks: the official averages for LongBench, and the plain mean for other benchmarks. There is no
+    average over an incomplete set of tasks."""
 
     official = benchmark.startswith("longbench")
 
@@ -207,13 +211,13 @@ def _averages(benchmark: str, tasks: Sequence[str], draws: Mapping[str, Draws]) 
 
 
 def _count(average: str, draws: Mapping[str, Draws]) -> int:
-    """Samples behind an average."""
+    """Number of samples in an average."""
     members = PQCACHE_TABLE2 if average == "pqcache_table2" else GROUPS.get(average.removesuffix("_e"), tuple(draws))
     return sum(draw.n for task, draw in draws.items() if task.removesuffix("_e") in members or task in members)
 
 
 def _whole(value: object) -> Any:
-    """Text with U+FFFD for each half of a surrogate pair; other values as they are."""
+    """Text in which every half of a surrogate pair is replaced by U+FFFD. Other values are returned unchanged."""
     if not isinstance(value, str):
         return value
     return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,4 +1,4 @@
-"""Records of times to tables: medians with their spread. Loads nothing that runs a model."""
+"""Makes tables from records of times: medians with their spread. Loads nothing that runs a model."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ TIMES: tuple[Column, ...] = (
     ("tpot_s", "TPOT ms", 1e3, "{:.1f}"),
 )
 
-# What may tell latency runs of one method and budget apart.
+# Fields in which latency runs of one method and budget may differ.
 VARYING = ("weights", "link", "kernels", "threads", "dtype", "overlap", "graphs", "select_ahead", "variant", "key")
 
 
 def attention_sections(records: Sequence[Record]) -> list[Section]:
-    """One row per dtype, context, budget, method and kernel, dense kernels first."""
+    """A table with one row per dtype, context, budget, method and kernel, dense kernels first."""
     varying = ("dtype", "threads", "kernels", "link", "keys")
     further = [name for name in varying if len({str(record.get(name)) for record in records}) > 1]
     labels = telling(records, [*further, "context", "budget", "method", "kernel"], "variant", "key")
@@ -83,7 +83,8 @@ def attention_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def latency_sections(records: Sequence[Record]) -> list[Section]:
-    """Times with their range and the ratio to full attention; then where a step's time goes."""
+    """Two tables and a profile: times with their range and their ratio to full attention; where the time of a step
+    goes; and the phases under the profiler."""
     records = [record | {"weights": record.get("weights") or "pretrained"} for record in records]
     title = f"latency of {records[0].get('model', '-')}{over_link(records)} ({facts(records)})"
     labels = telling(records, ["method", "budget"], *VARYING)
@@ -107,7 +108,8 @@ def latency_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _profiled(records: Sequence[Record], title: str, labels: Sequence[str]) -> Section:
-    """What a profiler saw of every phase; prefill, what is watched of it, and the index are those of the whole run."""
+    """The profiler's figures of every phase. Prefill, observation and index are phases of the whole run; all others are
+    given per step."""
     rows = [
         [
             *(str(record.get(name)) for name in ("context", *labels)),
@@ -122,8 +124,7 @@ def _profiled(records: Sequence[Record], title: str, labels: Sequence[str]) -> S
 
 
 def _dense(records: Sequence[Record], like: Record) -> list[Record]:
-    """Measurements of full attention at the same context with the same weights, link, kernels, threads, dtype, and
-    graphs or none."""
+    """Records of full attention with the same context, weights, link, kernels, threads, dtype and use of graphs."""
     alike = ("context", "weights", "link", "kernels", "threads", "dtype", "graphs")
     return [
         record
@@ -135,7 +136,7 @@ def _dense(records: Sequence[Record], like: Record) -> list[Record]:
 
 
 def _ranged(good: Sequence[Record], dense: Sequence[Record], column: Column) -> list[str]:
-    """Median, range over repeats, and the ratio of the median to full attention's."""
+    """Median, range over repeats, and the ratio of the median to that of full attention."""
     field, _, factor, form = column
     value, base = middle(good, field), middle(dense, field)
     numbers = [float(row[field]) * factor for row in good if isinstance(row.get(field), int | float)]

@@ -1,4 +1,4 @@
-"""What tells runs of one method apart: the settings in which they differ, in a few words for a column of a table."""
+"""The settings in which runs of one method differ, in a few words for a column of a table."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from pqbench.records.file import Record
 from pqbench.records.identity import class_names
 
-SHOWN = 3  # settings that are named; the others are counted
-WIDTH = 24  # characters of a value
-# Budgets have a column of their own, and other code of a method makes its runs older ones.
+SHOWN = 3  # number of settings that are named; further ones are counted
+WIDTH = 24  # largest number of characters of a value
+# Settings that are not named: budgets have a column of their own, and runs of other code are marked as older.
 _TOLD_ELSEWHERE = ("method.budget.", "code", "weights.")
 
 Settings = Mapping[str, Any]
 
 
 def with_variants(records: Sequence[Record], settings: Mapping[str, Settings]) -> list[Record]:
-    """The records, with a field ``variant`` where several runs of a method on one benchmark and model differ.
+    """The records. Where several runs of a method on one benchmark and model differ, they get a field ``variant``.
 
     Args:
-        records: of any kinds.
-        settings: of every run, by key.
+        records: records of any kinds.
+        settings: the settings of every run, by key.
     """
     runs: dict[tuple[str, str, str], dict[str, Settings]] = {}
     for record in records:
@@ -38,7 +38,7 @@ def with_variants(records: Sequence[Record], settings: Mapping[str, Settings]) -
 
 
 def variants(runs: Mapping[str, Settings]) -> dict[str, str]:
-    """For each run, by key, the settings that are not the same in all runs: ``b=8, m=2``."""
+    """For each run, by key, those of its settings that are not the same in all runs, such as ``b=8, m=2``."""
     flat = {key: dict(_flat(class_names(known))) for key, known in runs.items()}
     names = sorted({name for known in flat.values() for name in known if not name.startswith(_TOLD_ELSEWHERE)})
     differing = [name for name in names if len({known.get(name) for known in flat.values()}) > 1]

@@ -14,7 +14,8 @@ CHAT = (
 
 
 def byte_bpe(texts: Iterable[str], size: int, *, digits: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of ``size`` tokens learnt from ``texts``; with ``digits`` every digit is a token of its own."""
+    """A byte-level BPE tokenizer of ``size`` tokens, learnt from ``texts``; with ``digits`` every digit is a token of
+    its own."""
     bpe = Tokenizer(models.BPE())
     split = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -1,4 +1,4 @@
-"""Reading official files: where they are found, and one clear line for everything that can be wrong with them."""
+"""Reading official files: where they are found, and one clear error line for each of their possible faults."""
 
 import gzip
 import json
@@ -162,7 +162,7 @@ def test_the_hub_path_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return str(tmp_path / "file")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    for reachable in (True, False):  # without a network only earlier downloads are looked at
+    for reachable in (True, False):  # without a network only earlier downloads are used
         monkeypatch.setattr("pqbench.models.loading.hub_reachable", lambda reachable=reachable: reachable)
         assert hub_file("owner/set", "file", remedy=REMEDY, revision="abc") == tmp_path / "file"
         options = {"repo_type": "dataset", "revision": "abc", "local_files_only": not reachable}

@@ -24,7 +24,7 @@ REAL_ROW = {"id": 7, "context": "One day it rained. " * 50, "input": "Who came?"
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with one token a digit, learnt from a few prompts."""
+    """A byte-level BPE tokenizer with one token per digit, learnt from a few prompts."""
     return byte_bpe([generate(task, 20, Place(0, 4), "0").context for task in OFFICIAL], 600, digits=True)
 
 
@@ -89,7 +89,7 @@ def test_question_tokens_are_what_follows_the_context(task: str, tmp_path: Path)
     (sample,) = official(tmp_path, task).samples(prompter())
     question = text_of(sample).rpartition(row_for(task)["context"])[2]
     assert question.endswith("<|assistant|>\n")
-    # A newline may go into one token with its neighbour at either end of the context.
+    # At both ends of the context a newline may form one token with its neighbour.
     assert abs(len(prompter().encode(question)) - sample.question_tokens) <= 1
 
 
@@ -245,7 +245,7 @@ def test_long_prompts_are_cut_in_the_middle(chat: bool, limit: int, tmp_path: Pa
     assert limit - 20 <= len(sample.input_ids) + 40 <= limit
     assert sample.metadata["truncated"]
     assert sample.metadata["full_tokens"] == len(whole.input_ids)
-    half = room // 2 - 8  # a torn character takes some tokens at the seam
+    half = room // 2 - 8  # a character cut in two takes some tokens
     assert sample.input_ids[:half] == whole.input_ids[:half]
     assert sample.input_ids[-half:] == whole.input_ids[-half:]
     assert "Who came?" in text_of(sample)

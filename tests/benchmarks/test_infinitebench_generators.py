@@ -1,4 +1,4 @@
-"""Recipes against what they promise: labels are recomputed from the text alone, sweeps from the official sizes."""
+"""Recipes against their definition: labels are computed again from the text alone, sweeps from the official sizes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TASKS = tuple(OFFICIAL)
 
 
 def solve(task: str, row: Row) -> list[str]:
-    """The answer a careful reader gives: found in the prompt's text, by other means than the recipes'."""
+    """The answer of a careful reader, found in the text of the prompt without the code of the recipes."""
     match task:
         case "passkey" | "number_string":
             keys = set(re.findall(r"\d+", row.context))
@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_rows_and_samples_differ(task: str) -> None
 
 
 def test_rows_are_the_same_on_every_machine() -> None:
-    # Written down once: a change of Python's generator or of a recipe must not pass unseen.
+    # Stored values, so that a change of Python's generator or of a recipe is noticed.
     assert generate("passkey", 3, Place(0, 8), "0").answer == ["24629"]
     assert generate("kv_retrieval", 3, Place(7, 8), "0").answer == ["c8585cf2-bdc8-485b-b600-b9f62ae88a94"]
 
@@ -141,7 +141,7 @@ def test_keys_have_the_official_digits() -> None:
     for i in range(200):
         (digits,) = generate("number_string", 1, Place(i, 200), "0").answer
         assert re.fullmatch("[0-9]{10}", digits)
-        # Copies stand beside their digit, so ten digits come in at most five runs.
+        # Copies stand beside their digit, so ten digits form at most five runs.
         assert len(re.findall(r"(\d)\1*", digits)) <= 5
 
 
@@ -179,7 +179,7 @@ def test_math_find_draws_from_the_official_ranges(kind: str) -> None:
         assert len(numbers) == 2000
         lows.add(min(numbers))
         highs.add(max(numbers))
-    # 2000 draws from at most 100 values miss the ends with a chance of 2e-9 each.
+    # The chance that 2000 draws from at most 100 values miss one end is 2e-9.
     assert (lows == {0}) == ("largest" in kind)
     assert (highs == {99}) == ("smallest" in kind)
     assert lows <= set(range(20))
@@ -197,7 +197,7 @@ def test_math_calc_has_a_value_after_each_operator_and_stays_within_0_and_99() -
     assert len(row.answer) == 29999
     assert re.fullmatch(r"\d{1,2}( [+-] \d{1,2})*", row.context)
     assert {int(value) for value in row.answer} == set(range(100))
-    # Signs are drawn evenly: 15000 of each, give or take six standard deviations.
+    # Both signs are equally likely: about 15000 of each, within six standard deviations.
     assert abs(row.context.count("+") - 15000) < 520
 
 

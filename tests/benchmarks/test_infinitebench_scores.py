@@ -1,7 +1,7 @@
-"""Expected values are worked out from the official rules by hand; every row was also run through the official scorer.
+"""Expected values were worked out by hand from the official rules; every row was also run through the official scorer.
 
 The official scorer is ``src/compute_scores.py`` of OpenBMB/InfiniteBench (commit 88b3daa), run outside this repository
-with HF evaluate's rouge metric on rouge-score 0.1.2; rows marked "official: raises" are those on which it stops.
+with HF evaluate's rouge metric on rouge-score 0.1.2. It raises an exception on rows marked "official: raises".
 """
 
 # ruff: noqa: RUF001 (full-width marks are what the Chinese rule is about)

@@ -34,7 +34,7 @@ QUESTION_SETS = [
 
 @pytest.fixture(scope="module")
 def prompter() -> Prompter:
-    """One token per byte, with a chat template and a BOS token."""
+    """A prompter whose tokenizer has one token per byte, a chat template and a BOS token."""
     vocabulary = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""LongBench's metrics against figures of the official scorer, and the properties that every scorer must have."""
+"""LongBench's metrics against results of the official scorer, and the properties that every scorer must have."""
 
 import json
 import time
@@ -22,7 +22,7 @@ CASES = [
 ]
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 
-# Letters, digits and separators that the rules treat differently, so that random texts collide often enough.
+# Few letters, digits and separators that the rules treat differently, so that random texts often share words.
 TEXT = st.text(alphabet="ab .,\n#Aé12中国会议。", max_size=60)
 WORDS = st.lists(st.sampled_from(["one", "two", "three", "The", "four.", ".", "five"]), max_size=40).map(" ".join)
 

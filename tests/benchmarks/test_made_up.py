@@ -1,4 +1,4 @@
-"""Made-up words where prose is missing: the same again, without end, and only where times are measured."""
+"""Made-up words, used if the prose is missing: reproducible, endless, and only where times are measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTER = Prompter(byte_tokenizer(), 1 << 20)
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without the package of speeches."""
+    """Make the package of speeches look as if it were not installed."""
     find = importlib.util.find_spec
 
     def absent(name: str, *more: Any) -> Any:

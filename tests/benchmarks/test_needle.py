@@ -26,7 +26,8 @@ VARIANTS = ("number", "sandwich", "multi")
 
 @cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (GPT style) or BPE with a word marker (Llama 2 style), learnt from two speeches."""
+    """A byte-level BPE tokenizer (GPT style) or a BPE tokenizer with a word marker (Llama 2 style), learnt from two
+    speeches."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     if kind == "bytes":
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

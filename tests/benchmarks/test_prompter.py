@@ -1,4 +1,4 @@
-"""Prompts have the ids that the tokenizer gives their whole text, whatever it does at the beginning of a text."""
+"""Prompts have the token ids of their whole text, even if the tokenizer treats the beginning of a text differently."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ WORDS = "The secret number is hidden in the text below, [INST] find it [/INST] a
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
-    """As in Llama-2 and Mistral 0.2 (``legacy``: a normaliser puts a blank before every text), the same by Metaspace,
-    and bytes as in GPT-2."""
+    """Tokenizers as in Llama-2 and Mistral 0.2: ``legacy`` has a normaliser that puts a blank before every text,
+    ``first`` and ``always`` do it with Metaspace. ``bytes`` is a byte tokenizer as in GPT-2."""
     return {scheme: trained(scheme) for scheme in ("legacy", "first", "always", "bytes")}
 
 
@@ -86,7 +86,8 @@ def test_a_message_has_the_ids_of_the_chat_template(
 def test_a_prompt_of_parts_has_the_ids_of_its_text(
     tokenizers: dict[str, PreTrainedTokenizerFast], scheme: str, template: str | None
 ) -> None:
-    """The needle benchmark joins parts; their text, encoded once behind the leading token, gives the same ids."""
+    """The needle benchmark joins encoded parts; encoding their whole text after the leading token gives the same
+    ids."""
     tokenizer = tokenizers[scheme]
     asked = prompter(tokenizer, TEMPLATES[template] if template else None)
     for sample in Needle(lengths=[700], depths=[0, 50, 100]).samples(asked):

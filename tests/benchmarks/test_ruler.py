@@ -29,7 +29,7 @@ LENGTH = 3000
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from two speeches."""
+    """A byte-level BPE tokenizer learnt from two speeches."""
     return byte_bpe(speeches()[:2], 1500)
 
 
@@ -46,7 +46,7 @@ def draw(task: str, **options: Any) -> list[Sample]:
 
 
 def split(sample: Sample) -> tuple[str, str, str]:
-    """Context with any example, question and lead-in of a prompt."""
+    """Split a prompt into context (with an example, if any), question and lead-in."""
     prompt, lead_in = text_of(sample).split("<|end|>\n<|assistant|>\n")
     opening = {"niah": "\nWhat ", "qa": "\nQuestion:"}.get(sample.task.partition("_")[0], "\nQuestion:")
     context, _, question = prompt.rpartition(opening)
@@ -73,7 +73,7 @@ def test_needles_answer_the_question(task: str) -> None:
 
 
 def batches(references: list[str], keys: list[str]) -> list[list[str]]:
-    """References of each key: they come key by key."""
+    """The references grouped by key; they are listed key by key."""
     each = len(references) // len(keys)
     return [references[i : i + each] for i in range(0, len(references), each)]
 
@@ -130,7 +130,7 @@ def test_variables_can_be_tracked() -> None:
 
 
 def assigned(text: str, value: str) -> set[str]:
-    """Variables that have ``value`` once no assignment changes anything; each statement has a line of its own."""
+    """The variables that have ``value`` after all assignments; each statement has a line of its own."""
     statements = [line.split(" = ") for line in text.splitlines() if line.startswith("VAR ")]
     assert text.count("VAR ") == sum(1 + right.count("VAR ") for _, right in statements)
     known: set[str] = set()

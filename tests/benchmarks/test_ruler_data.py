@@ -68,7 +68,7 @@ HOTPOT = [
 
 
 def prompter() -> Prompter:
-    """One token a byte."""
+    """A prompter whose tokenizer has one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

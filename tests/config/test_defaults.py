@@ -1,4 +1,4 @@
-"""Every yaml that carries its class's own name gives each field the default that the class has."""
+"""Every yaml that is not a preset gives each field the default that its class has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from pqbench.config.compose import conf_folder
 
-# Presets: yamls that set other values than their class on purpose. Every other yaml describes the defaults.
+# Presets are yamls that deliberately set other values than their class. Every other yaml holds the defaults.
 PRESETS = {
     "model/smollm2": "a model of its own",
     "model/llama31_8b": "a model of its own",
@@ -23,7 +23,7 @@ PRESETS = {
     "benchmark/ruler_quick": "a part of ruler",
 }
 GROUPS = ("method", "budget", "store", "benchmark", "model")
-PROMPTS = {"chat", "chat_options"}  # of the group model: they concern prompts and are no field of the source
+PROMPTS = {"chat", "chat_options"}  # keys of the group model that concern prompts and are not fields of the source
 
 
 def plain_yamls() -> list[Path]:
@@ -38,7 +38,7 @@ def label(path: Path) -> str:
 
 
 def defaults(target: str) -> dict[str, Any]:
-    """Default of every field of a class, or of every parameter of a function, as yaml would write it."""
+    """The default of every field of a class, or of every parameter of a function, in the notation of yaml."""
     made = get_object(target)
     if is_dataclass(made):
         values = {

@@ -1,4 +1,4 @@
-"""docs/configuration.md lists every key of every yaml, says what each means, and is current."""
+"""docs/configuration.md lists every key of every yaml with its meaning, and is up to date."""
 
 from __future__ import annotations
 

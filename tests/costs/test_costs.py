@@ -1,4 +1,5 @@
-"""The latency model: equal to numbers worked out by hand, and its fit recovers a machine that made the records."""
+"""The latency model against numbers worked out by hand; and its fit, which must recover the machine behind given
+records."""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ def test_unknown_names_say_what_is_known() -> None:
 
 
 def made_by(machine: Hardware, contexts: tuple[int, ...], host: bool = True, stretch: float = 1.0) -> pd.DataFrame:
-    """Records as that machine would leave them, written down from the definition of a step; ``stretch`` multiplies the
+    """Records that the given machine would make, computed from the definition of a step; ``stretch`` multiplies the
     times of the second and fourth context."""
     rows = []
     for i, context in enumerate(contexts):

@@ -1,4 +1,5 @@
-"""A stand-in for the queues of a GPU: all runs at once on the CPU, and a log says in which order it was queued."""
+"""Replaces the streams of a GPU: all work runs immediately on the CPU, and a log records the order in which it was
+queued."""
 
 from __future__ import annotations
 
@@ -11,18 +12,18 @@ from torch import Tensor
 
 
 class Stream:
-    """A queue with a name."""
+    """A stream with a name."""
 
     def __init__(self, name: str, owner: Streams) -> None:
         self.name, self.owner = name, owner
 
     def wait_event(self, event: Event) -> None:
-        """What is queued here from now on runs after the event."""
+        """Work that is queued here from now on runs after the event."""
         self.owner.log.append(("waits", self.name, event.number))
 
 
 class Event:
-    """A point in a queue; its time is its place among all events recorded."""
+    """A point in a stream; its time is its number among all recorded events."""
 
     def __init__(self, number: int, owner: Streams) -> None:
         self.number, self.owner, self.time = number, owner, -1
@@ -47,8 +48,8 @@ class Event:
 
 
 class Streams:
-    """Satisfies :class:`pqbench.engine.clock.Streams`. Events count as passed when somebody has waited for them or a
-    later one, or when ``lag`` further ones were recorded."""
+    """Implements :class:`pqbench.engine.clock.Streams`. An event has passed if the host has waited for it or for a
+    later one, or if ``lag`` later events were recorded."""
 
     def __init__(self, lag: int | None = None) -> None:
         self.log: list[tuple[str, str, Any]] = []
@@ -63,7 +64,7 @@ class Streams:
 
     @property
     def passed(self) -> int:
-        """Time of the last event that the device has passed."""
+        """The time of the last event that the device has passed."""
         return max(self._passed, 0 if self._lag is None else self.recorded - self._lag)
 
     @passed.setter
@@ -95,5 +96,5 @@ class Streams:
         return self.answers
 
     def note(self, what: str, subject: object = None) -> None:
-        """Log that something is queued now."""
+        """Log that work is queued now."""
         self.log.append((what, self._current[-1].name, subject))

@@ -1,4 +1,5 @@
-"""Prompts in blocks on a GPU: no mask, the same attention, by flash attention; shown on the CPU and without memory."""
+"""Chunked prefill on a GPU needs no mask and uses flash attention with the same result; tested on the CPU and on meta
+tensors."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from tests.support import prompt_of, softmax, tiny_model
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operations that are called inside, and elements of the largest tensor that one of them takes or
-    makes."""
+    """Records the names of the operations called inside the block, and the number of elements of their largest
+    tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +86,8 @@ def test_blocks_without_a_mask_give_what_one_shot_gives(monkeypatch: pytest.Monk
 
 
 def test_flash_attention_serves_blocks_and_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU build of torch decides by the tensors; this one has no flash attention to offer, so its answer is given."""
+    """A GPU build of torch decides this from the tensors; a CPU build has no flash attention, so the answer is set
+    here."""
     asked = []
 
     def can_use(parameters: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Spans of a device's time: nothing waits before a sum is read, and few events wait however long the run."""
+"""Spans of device time: nothing waits before a sum is read, and only few events are pending however long the run."""
 
 from __future__ import annotations
 

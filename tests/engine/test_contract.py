@@ -1,4 +1,4 @@
-"""Methods that select wrongly, each with one fault: the decode ends with an error that names method, layer and step."""
+"""Methods with one fault in their selection: decoding ends with an error that names method, layer and step."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ def rows(q: Tensor, listed: list[int]) -> Tensor:
 
 
 def sound(q: Tensor, kv: KV) -> Selection:
-    """What the budget allows: the first and the last tokens."""
+    """A correct selection within the budget: the first and the last tokens."""
     return Selection(rows(q, [*range(32), *range(kv.length - 32, kv.length)]))
 
 
 def drifting(q: Tensor, kv: KV) -> Selection:
-    """Like :func:`sound` at first, and one token more in every step from the third on."""
+    """Like :func:`sound` in the first two steps, then with one more token in every step."""
     extra = max(0, kv.length - PROMPT - 2)
     return Selection(rows(q, [*range(32 + extra), *range(kv.length - 32, kv.length)]))
 
 
 def unseen(count: int) -> Choice:
-    """300 rows of which a query head sees ``count``, so that only the device knows how many are attended to."""
+    """300 rows of which a query head sees ``count``, so that the number of attended rows is known only on the
+    device."""
 
     def choose(q: Tensor, kv: KV) -> Selection:
         visible = torch.arange(300) >= 300 - count
@@ -58,7 +59,7 @@ def unseen(count: int) -> Choice:
 
 
 class State(LayerState):
-    """Selects as its method is told to."""
+    """Selects by the function of its method."""
 
     def __init__(self, method: Faulty, geometry: Geometry) -> None:
         super().__init__(geometry)
@@ -237,7 +238,7 @@ def test_methods_that_exceed_the_budget_by_design_declare_it(method: Method) -> 
 
 
 def test_layers_whose_share_differs_from_the_budget_keep_their_own_limit() -> None:
-    """Half of the tokens are sinks and window; the other 30 are 2 x 30 - 7 in the first layer and 7 in the second."""
+    """34 tokens are sinks and window. Of the other 2 x 30, the first layer has 53 and the second layer 7."""
     generation = run(PyramidKV(BUDGET, beta=4))
     assert [meter.counts for meter in generation.meters()] == [[34 + 53] * (NEW - 1), [34 + 7] * (NEW - 1)]
     dense, sparse = run(Quest(BUDGET, page_size=4, dense_layers=1)).meters()

@@ -1,4 +1,4 @@
-"""Prefill and decode against transformers' own generate, and every way of running a prompt against every other."""
+"""Prefill and decode against ``generate`` of transformers, and all ways of running a prompt against each other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = Budget(sink=4, ratio=0.3, minimum=12)
 
 
 def methods(budget: Budget) -> dict[str, Method]:
-    """Every method with this budget, its index small enough for short prompts."""
+    """Every method with this budget and an index that is small enough for short prompts."""
     return {
         "full": Full(),
         "oracle": Oracle(budget),
@@ -65,7 +65,7 @@ NEW = 10
 
 
 def reference(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """New tokens of transformers' greedy search."""
+    """The new tokens of greedy search in transformers."""
     mask = torch.ones_like(ids) if mask is None else mask
     output = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
     return output[:, ids.shape[1] :]
@@ -74,7 +74,7 @@ def reference(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -
 def run(
     model: PreTrainedModel, ids: Tensor, chosen: dict[str, Method], mask: Tensor | None = None, chunk: int | None = None
 ) -> dict[str, Tensor]:
-    """New tokens of each method, all from one prefill."""
+    """The new tokens of each method, all from one prefill."""
     prefilled = prefill(model, ids, list(chosen.values()), mask, chunk)
     return {name: decode(prefilled, i, NEW).tokens for i, name in enumerate(chosen)}
 
@@ -86,7 +86,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 def test_small_budgets_change_what_is_generated(model: PreTrainedModel) -> None:
-    """Otherwise the comparisons below would compare full attention with itself."""
+    """Without this, the comparisons below would compare full attention with itself."""
     changed = dict.fromkeys(methods(SMALL), False)
     for seed in range(3):
         tokens = run(model, prompt_of(130, seed), methods(SMALL))
@@ -98,7 +98,7 @@ def test_small_budgets_change_what_is_generated(model: PreTrainedModel) -> None:
 def test_a_budget_for_everything_gives_what_transformers_gives(model: PreTrainedModel, length: int) -> None:
     ids = prompt_of(length)
     expected = reference(model, ids)
-    assert len(set(expected[0].tolist())) > 2 or length < 50  # a continuation that says something
+    assert len(set(expected[0].tolist())) > 2 or length < 50  # a continuation of several different tokens
     same(run(model, ids, EXACT), dict.fromkeys(EXACT, expected))
 
 

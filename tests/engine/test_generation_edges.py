@@ -1,4 +1,4 @@
-"""Ends, padding, the way in through transformers, refusals, and what is left behind after an exception."""
+"""Ends, padding, the call from transformers, refusals, and cleanup after an exception."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, new:
 
 @pytest.fixture
 def ending() -> Iterator[PreTrainedModel]:
-    """A Llama whose end tokens a test may set; others never see them."""
+    """A Llama of its own, so that a test may set its end tokens without effect on other tests."""
     model = deepcopy(tiny_model("llama"))
     yield model
     assert model.config._attn_implementation != NAME
 
 
 def batch_that_ends(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
-    """A padded batch of two, and what it generates when nothing ends it."""
+    """A padded batch of two prompts, and their continuations without end tokens."""
     ids, mask = left_padded(prompt_of(20, 4), prompt_of(31, 5))
     return ids, mask, greedy(model, ids, mask)
 
@@ -134,7 +134,7 @@ def test_custom_generate_of_a_padded_batch_with_ends(ending: PreTrainedModel) ->
 
 
 def test_custom_generate_honours_the_calls_own_ends(ending: PreTrainedModel) -> None:
-    """End and padding tokens of the call replace those of the model."""
+    """The end and padding tokens of a call replace those of the model."""
     ids, mask, free = batch_that_ends(ending)
     ending.generation_config.eos_token_id = int(free[0, 0])
     options = {"eos_token_id": int(free[0, 5]), "pad_token_id": 77}
@@ -227,7 +227,7 @@ def test_keys_that_are_not_finite_are_refused_for_every_method(ending: PreTraine
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Nothing collects rings: what a long run may rely on, for tensors do not make the collector run."""
+    """Switch the garbage collector off: memory must not depend on it, since tensors do not make the collector run."""
     gc.disable()
     yield
     gc.enable()

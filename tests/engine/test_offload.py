@@ -1,4 +1,4 @@
-"""What the host holds after decoding a whole model: every token's own key and value, every key's own code."""
+"""After decoding with a whole model, the host holds each token's key and value, and each key's code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHOD = partial(PQCache, m=2, b=4)
 
 
 def decoded(model: PreTrainedModel, method: PQCache, tier: Tier, seed: int = 3) -> Generation:
-    """One prompt decoded and everything settled."""
+    """Decode one prompt and wait for all transfers."""
     generation = decode(prefill(model, prompt_of(PROMPT, seed), [method], setting=Setting(tier)), 0, NEW)
     generation.settle()
     return generation
@@ -38,7 +38,8 @@ def decoded(model: PreTrainedModel, method: PQCache, tier: Tier, seed: int = 3) 
 
 @pytest.mark.parametrize("budget", [GROWING, FIXED])
 def test_every_host_row_is_its_own_token_in_every_layer(llama: PreTrainedModel, budget: Budget) -> None:
-    """The released code stores a new token in place of the evicted one, and a row late in all layers but the first."""
+    """The released code stores a new token in place of the evicted one, and one row too late in all layers but the
+    first."""
     kept = decoded(llama, METHOD(budget), DeviceTier())
     moved = decoded(llama, METHOD(budget), HostTier(link="local", margin=4, debug=True))
     assert len(kept.cohorts()) > 1
@@ -60,7 +61,7 @@ def test_every_middle_token_has_the_code_of_its_own_key(llama: PreTrainedModel, 
 
 
 def test_codebooks_come_from_middle_tokens_of_this_prompt_alone(llama: PreTrainedModel) -> None:
-    """The released code clusters rows that were never written, or hold the prompt before. In debug mode fresh host
+    """The released code clusters rows that were never written, or that hold the previous prompt. In debug mode new host
     memory is NaN, so that one such row would make a centroid NaN."""
     tier = HostTier(link="local", debug=True)
     decoded(llama, METHOD(GROWING), tier, seed=5)
@@ -72,7 +73,7 @@ def test_codebooks_come_from_middle_tokens_of_this_prompt_alone(llama: PreTraine
 
 
 def test_codes_from_the_host_cost_a_byte_each_and_only_the_valid_ones(llama: PreTrainedModel) -> None:
-    """The released code moves its whole reserved buffer of 8-byte codes in every step."""
+    """The released code transfers its whole reserved buffer of 8-byte codes in every step."""
     near = decoded(llama, METHOD(FIXED), HostTier(link="local"))
     far = decoded(llama, PQCache(FIXED, m=2, b=4, codes_on="host"), HostTier(link="local"))
     assert torch.equal(near.tokens, far.tokens)

@@ -1,4 +1,5 @@
-"""Indices built in the background: the same tokens, truly beside the prefill, awaited layer by layer, errors kept."""
+"""Indices built in the background: same tokens, really beside the prefill, awaited layer by layer, with errors
+reported."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ PATIENCE = 20.0  # seconds; reached only when the order under test does not hold
 
 @pytest.fixture(autouse=True)
 def idle_core() -> Iterator[None]:
-    """The model computes on one core, so that another is idle."""
+    """Let the model compute on one core, so that another core is idle."""
     if usable_cores() < 2:
         pytest.skip("one core: nothing can run beside the model")
     before = torch.get_num_threads()
@@ -41,7 +42,7 @@ def idle_core() -> Iterator[None]:
 
 @dataclass
 class Log:
-    """Events of an index that watches the order of things."""
+    """The events of an index, in their order."""
 
     entered: dict[int, threading.Event] = field(default_factory=lambda: {i: threading.Event() for i in range(2)})
     passed: dict[int, threading.Event] = field(default_factory=lambda: {i: threading.Event() for i in range(2)})
@@ -54,7 +55,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Watcher(Method):
-    """Full attention whose index of layer ``layer`` is not finished before ``condition`` has happened."""
+    """Full attention whose index in layer ``layer`` is finished only after ``condition`` has happened."""
 
     log: Log
     rule: str
@@ -65,7 +66,7 @@ class Watcher(Method):
 
 
 class WatcherState(LayerState):
-    """Says when it was called, and waits for what should happen meanwhile."""
+    """Logs when it was called, and waits for the condition."""
 
     def __init__(self, method: Watcher, geometry: Geometry) -> None:
         super().__init__(geometry)

@@ -1,4 +1,4 @@
-"""Tokens that are drawn: by the same seed, and a budget that holds everything, those that transformers draws."""
+"""Sampled tokens: with the same seed and a budget for all tokens, they are those that transformers draws."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support import left_padded, prompt_of
 
 NEW = 16
 WHOLE = Budget(sink=8, ratio=1.0)
-# InfLLM is left out: it numbers positions in its own way, and samples of MagicPIG and vAttention are never everything.
+# InfLLM is left out because it renumbers positions, MagicPIG and vAttention because they always attend to a sample.
 METHODS: list[Method] = [
     Full(),
     H2O(WHOLE),
@@ -47,7 +47,7 @@ METHODS: list[Method] = [
 
 
 def drawn(model: PreTrainedModel, ids: Any, mask: Any = None, seed: int = 0, **options: Any) -> torch.Tensor:
-    """What transformers draws."""
+    """The tokens that transformers draws."""
     mask = torch.ones_like(ids) if mask is None else mask
     torch.manual_seed(seed)
     found = model.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=NEW, **options)

@@ -1,4 +1,4 @@
-"""How prompts run on a device that works through queues: shown on the CPU by queues that only keep a log."""
+"""How prompts run on a device with streams: tested on the CPU with streams that only keep a log."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ NEW = 12
 
 
 def queued(overlap: bool = True, tier: Tier | None = None, lag: int | None = None) -> tuple[Setting, Streams]:
-    """A setting whose device works through queues, and their log."""
+    """A setting whose device has such streams, and their log."""
     streams = Streams(lag)
     return Setting(DeviceTier() if tier is None else tier, overlap, streams=streams), streams
 
 
 @dataclass(frozen=True)
 class Watcher(Method):
-    """Full attention that logs when its parts are queued; ``sound`` is whether its index is."""
+    """Full attention that logs when its parts are queued; ``sound`` is the result of the check of its index."""
 
     streams: Streams
     sound: bool = True
@@ -73,7 +73,7 @@ class WatcherState(LayerState):
 
 
 def ran(model: PreTrainedModel, method: Method, setting: Setting, new: int = NEW, **options: Any) -> Generation:
-    """A decode after a prompt of 90 tokens."""
+    """Decode after a prompt of 90 tokens."""
     prefilled = prefill(model, prompt_of(90, seed=4), [method], setting=setting)
     generation = decode(prefilled, 0, new, **options)
     generation.settle()
@@ -105,11 +105,11 @@ def test_an_index_is_built_on_the_side_and_used_after_it_is_done(llama: PreTrain
     ran(llama, Watcher(streams), setting, 3)
     for layer in range(2):
         build = streams.log.index(("builds", "side", layer))
-        # The side stream first waits for what made the layer's keys.
+        # The side stream first waits for the work that made the layer's keys.
         waits = max(i for i, entry in enumerate(streams.log[:build]) if entry[:2] == ("waits", "side"))
         made = streams.log.index(("records", "main", streams.log[waits][2]))
         assert streams.log.index(("observes", "main", layer)) < made < waits
-        # When it is done there is an event, and the first use of the layer waits for that one.
+        # An event marks the end of the build, and the first use of the layer waits for it.
         select = streams.log.index(("selects", "main", layer))
         done = [e[2] for e in streams.log[build:] if e[:2] == ("records", "side")]
         waited = [e[2] for e in streams.log[build:select] if e[:2] == ("waits", "main")]
@@ -168,7 +168,7 @@ def test_phases_are_timed_in_a_few_steps_which_the_time_of_a_step_leaves_out(lla
     assert all(set(meter.seconds) and min(meter.seconds.values()) > 0 for meter in generation.meters())
     usual = [seconds for i, seconds in enumerate(generation.steps_s) if i not in {0, 1, 9, 17}]
     assert generation.usual_steps_s == usual
-    # In the log's time an event takes a millisecond: ten in each of two layers are in the timed steps alone.
+    # In the log an event takes a millisecond; only the timed steps count, with ten events in each of two layers.
     assert generation.tpot_s == pytest.approx(1e-3)
     assert generation.steps_s[9] == pytest.approx(21e-3)
     plain = ran(llama, PQCache(SMALL, m=2, b=3), PLAIN, 20)
@@ -178,7 +178,7 @@ def test_phases_are_timed_in_a_few_steps_which_the_time_of_a_step_leaves_out(lla
 
 
 class Reads(TorchFunctionMode):
-    """Counts what the host asks tensors for: each would wait for a GPU."""
+    """Counts how often the host reads a tensor's value, since each read would wait for a GPU."""
 
     NAMES = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "numpy", "equal", "cpu")
 
@@ -192,7 +192,7 @@ class Reads(TorchFunctionMode):
 
 
 def reads_of_a_step(prefilled: Prefilled, **options: Any) -> float:
-    """Numbers read in one more step of a decode, all layers together."""
+    """The number of reads in one further decode step, over all layers."""
     counts = []
     for new in (4, 24):
         with Reads() as reads:

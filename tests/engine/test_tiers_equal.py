@@ -1,4 +1,4 @@
-"""One prompt, every way of holding and moving its KV: the same tokens for every method."""
+"""One prompt gives the same tokens for every method, however its keys and values are held and moved."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_left_padded_batches_and_chunks_on_the_host(llama: PreTrainedModel) -> N
 
 
 def several(model: PreTrainedModel, ids: Tensor, chosen: dict[str, Method], setting: Setting) -> dict[str, Tensor]:
-    """Tokens of each method, all from one prefill."""
+    """The tokens of each method, all from one prefill."""
     prefilled = prefill(model, ids, list(chosen.values()), setting=setting)
     return {name: decode(prefilled, m, NEW).tokens for m, name in enumerate(chosen)}
 
@@ -80,7 +80,7 @@ def test_a_second_prompt_equals_the_same_prompt_alone(llama: PreTrainedModel) ->
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8, 9, 16, 17, 18, 19, 20, 21, 22, 26])
 def test_short_prompts_equal_full_attention(llama: PreTrainedModel, length: int) -> None:
-    """At most 2**3 middle tokens beside 4 sinks and a window of 6: no codebook yet, everything is attended to."""
+    """With at most 2**3 middle tokens, 4 sinks and a window of 6 there is no codebook, and all tokens are attended."""
     method = PQCache(Budget(sink=4, window=6, tokens=26, ratio=None), m=2, b=3)
     ids, new = prompt_of(length, seed=length), max(1, min(8, 19 - length))
     expected = generate(llama, ids, methods(SMALL)["full"], max_new_tokens=new)

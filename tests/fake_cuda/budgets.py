@@ -1,4 +1,5 @@
-"""What one layer's decode may cost on a GPU: launches of a step, what comes on top now and then, and waits."""
+"""The allowed cost of decoding with one layer on a GPU: launches of a step, additional launches in some steps, and
+waits."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ class Cost:
     """The most that a decode of 80 steps may do in one layer.
 
     Attributes:
-        launches: kernels of an ordinary step, Triton's and torch's.
-        more: kernels that all steps together launch beyond that. Tokens are encoded every 16 steps and sent to the host
-            every 32, and the first step makes room.
-        copies: memcpys of all steps together.
-        waits: how often the host waits for the GPU, all steps together.
-        late: kernels that may be compiled in mid-decode.
+        launches: kernels of Triton and torch in an ordinary step.
+        more: additional kernels of all steps together. Tokens are encoded every 16 steps and sent to the host every 32
+            steps, and the first step makes room.
+        copies: memcpys in all steps together.
+        waits: how often the host waits for the GPU in all steps together.
+        late: kernels that may be compiled while decoding.
     """
 
     launches: int
@@ -30,8 +31,8 @@ class Cost:
     late: tuple[str, ...] = ()
 
     def exceeded(self, decode: Decode) -> str:
-        """What a decode did beyond this, with the lines that did it; empty where it did not. The check of the first
-        step has a budget of its own, see :func:`beyond_check`."""
+        """What a decode did beyond this cost, with the lines of code; empty if nothing. The check of the first step has
+        a budget of its own, see :func:`beyond_check`."""
         parts = [beyond_check(decode)] if beyond_check(decode) else []
         more = decode.all(TRITON, TORCH, without=CHECK) - len(decode.steps) * decode.launches
         if decode.launches > self.launches:
@@ -55,8 +56,8 @@ _CHECKING = 16  # launches that the check of a selection takes at most
 
 
 def beyond_check(decode: Decode) -> str:
-    """What the check of a method's selections did beyond one wait and a few launches in the first step, and nothing in
-    any later one; empty where it did not."""
+    """What the check of a method's selections did beyond its budget; empty if nothing. It may wait once and launch a
+    few kernels in the first step, and must do nothing in later steps."""
     first, *later = (step.of(TRITON, TORCH) - step.of(TRITON, TORCH, without=CHECK) for step in decode.steps)
     waits, *more = (step.of(SYNC, COPY) - step.of(SYNC, COPY, without=CHECK) for step in decode.steps)
     if first > _CHECKING or waits > 1 or any(later) or any(more):
@@ -65,10 +66,10 @@ def beyond_check(decode: Decode) -> str:
 
 
 Row = tuple[Cost, Cost, Cost]  # on the device, on the host, on the host with cached blocks
-_ENCODING = 10  # launches that 80 steps need to encode tokens, sixteen at a time, and to keep their codes
-_HEADS = 8  # a window of some thousand tokens is filled by a copy for each head, once
+_ENCODING = 10  # launches in 80 steps to encode tokens, sixteen at a time, and to store their codes
+_HEADS = 8  # a window of some thousand tokens is filled once, by a copy for each head
 _PQ: Row = (Cost(6, _ENCODING), Cost(7, 42, _HEADS), Cost(10, 44, _HEADS))
-# Codes in host memory cross by one copy in each step, and are joined with those of later tokens.
+# Codes in host memory are copied once in each step, and joined with the codes of later tokens.
 CODES_ON_HOST: Row = (Cost(7, _ENCODING + 1, 81), Cost(8, 43, 81 + _HEADS), Cost(11, 45, 81 + _HEADS))
 # Every head's rows are one copy, but for those that came to the host later, by a kernel that nothing needed before.
 _FLUSHING = Cost(3, 38, 640, late=("copy_rows",))

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: torch.cuda by counting fakes, for the length of one test."""
+"""A fake CUDA device: during one test, functions of torch.cuda are replaced by fakes that count."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.fake_cuda.tally import Tally
 
 CUDA = torch.device("cuda", 0)
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry, by type of device
-_CUDA, _META = 1, 14  # places of two types of device in it
+_CUDA, _META = 1, 14  # indices of two types of device in it
 
 
 class FakeStream:
-    """A stream that orders nothing; waiting for it on the host is counted."""
+    """A stream that orders nothing; waits of the host for it are counted."""
 
     cuda_stream = 0
 
@@ -40,13 +40,13 @@ class FakeStream:
         """Work of this stream comes after an event."""
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
-        """An event at the end of what the stream was given."""
+        """An event after all work that the stream was given."""
         event = event or FakeEvent(self.tally)
         event.record(self)
         return event
 
     def query(self) -> bool:
-        """Whether all is done."""
+        """Whether all work is done."""
         self.tally.known(self.name, self.tally.record())
         return True
 
@@ -56,17 +56,17 @@ class FakeStream:
 
 
 class FakeEvent:
-    """An event; waiting for it on the host is counted, unless the host knows that it has passed."""
+    """An event; waits of the host for it are counted, unless the host knows that it has passed."""
 
     def __init__(self, tally: Tally) -> None:
         self.tally, self.stream, self.number = tally, "", 0
 
     def record(self, stream: FakeStream | None = None) -> None:
-        """The event comes after what the stream was given."""
+        """The event comes after all work that the stream was given."""
         self.stream, self.number = self.tally.stream if stream is None else stream.name, self.tally.record()
 
     def wait(self, stream: object = None) -> None:
-        """Orders streams; the host goes on."""
+        """Orders streams; the host does not wait."""
 
     def query(self) -> bool:
         """Whether it has passed."""
@@ -83,8 +83,8 @@ class FakeEvent:
 
 
 class FakeGenerator(torch.Generator):
-    """A generator that says it is on a device. Operations see another object with the same state, so the last bit of
-    its seed tells them where it is; see :func:`tests.fake_cuda.mode.on_device`."""
+    """A generator that says that it is on a device. Operations see another object with the same state, so the last bit
+    of the seed marks the device; see :func:`tests.fake_cuda.mode.on_device`."""
 
     place: torch.device
 
@@ -180,7 +180,7 @@ def _nested(shape: list[int], numbers: Iterator[int]) -> Any:
 
 
 def _host_kernel(tally: Tally, name: str) -> Any:
-    """A kernel of the CPU backend: noted, and its result taken from the reference's shapes."""
+    """A kernel of the CPU backend: its call is noted, and its result has the shapes of the reference."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(part, Tensor) and part.is_cuda for part in args):
@@ -197,8 +197,8 @@ class NoGuardsError(Exception):
 
 @contextmanager
 def _device_guard() -> Iterator[None]:
-    """A build of torch without CUDA has no guard that switches to a CUDA device, and indexing asks for one: here it
-    finds the guard of another type of device that has nothing to switch."""
+    """A build of torch without CUDA has no guard that switches to a CUDA device, but indexing needs one. Inside this
+    block it finds the guard of another type of device, which has nothing to switch."""
     libraries = sorted((Path(torch.__file__).parent / "lib").glob("libc10.*"))
     try:
         guards = (ctypes.c_void_p * 20).in_dll(ctypes.CDLL(str(libraries[0])), _GUARDS)
@@ -214,11 +214,11 @@ def _device_guard() -> Iterator[None]:
 
 
 def _nothing(*args: object) -> None:
-    """Stands for a call that orders or keeps something alive."""
+    """Replaces a call that only orders work or keeps something alive."""
 
 
 class Device:
-    """The fake device of one test: its tally, and the memory that is page-locked."""
+    """The fake device of one test: its tally, and its page-locked memory."""
 
     def __init__(self, tally: Tally, pinned: Pinned, counting: Counting) -> None:
         self.tally, self.pinned, self.counting = tally, pinned, counting
@@ -226,10 +226,10 @@ class Device:
 
 @contextmanager
 def fake_device(patch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Inside, ``cuda:0`` exists and nothing is computed. ``patch`` is undone by its owner.
+    """Inside this block ``cuda:0`` exists and nothing is computed. The owner of ``patch`` undoes it.
 
     Raises:
-        NoGuardsError: see there.
+        NoGuardsError: this build of torch does not show its device guards.
     """
     from triton.runtime.jit import JITFunction
 

@@ -1,4 +1,4 @@
-"""One layer of a real shape, decoded on the fake device by a method of the configuration, step by step."""
+"""Decodes step by step on the fake device, with one layer of a real shape and a method of the configuration."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def method_of(name: str, ratio: float | None = None, **fields: Any) -> Method:
 
 @dataclass
 class Decode:
-    """What a decode of one layer did.
+    """The counts of decoding with one layer.
 
     Attributes:
-        building: counts of making the index.
+        building: counts while the index was built.
         steps: counts of every step.
-        late: kernels that would have been compiled after the first steps, with the step in which they were launched so.
+        late: kernels that would have been compiled after the first steps, with the step of that launch.
         host_work: operations on large host tensors in the steps.
     """
 
@@ -60,15 +60,16 @@ class Decode:
 
     @property
     def launches(self) -> int:
-        """Kernels of an ordinary step, one of the most frequent kind."""
+        """The number of kernels in an ordinary step: the most frequent number."""
         return Counter(step.launches for step in self.steps[FIRST:]).most_common(1)[0][0]
 
     def all(self, *kinds: str, without: tuple[str, ...] = ()) -> int:
-        """Events of these kinds in all steps together, but not in files whose paths begin with one of ``without``."""
+        """The number of events of these kinds in all steps, except in files whose paths begin with one of
+        ``without``."""
         return sum(step.of(*kinds, without=without) for step in self.steps)
 
     def listed(self, *kinds: str) -> str:
-        """Where these kinds happened, over all steps."""
+        """The lines of code of these events, over all steps."""
         every = Counts()
         for step in self.steps:
             every.events.update(step.events)

@@ -1,4 +1,4 @@
-"""Stands in for Triton's launcher: checks what a kernel is given, and whether it would have to be compiled again."""
+"""Replaces Triton's launcher: checks the arguments of a kernel, and whether it would have to be compiled again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMITS = (2**31 - 1, 65535, 65535)  # programs along each axis of a grid
 
 
 class Launcher:
-    """Takes the place of ``triton.runtime.jit.JITFunction.run``."""
+    """Replaces ``triton.runtime.jit.JITFunction.run``."""
 
     def __init__(self, tally: Tally, pinned: Pinned, counting: Counting) -> None:
         self.tally, self.pinned, self.counting = tally, pinned, counting
@@ -49,8 +49,9 @@ class Launcher:
 
 
 def specialisation(param: Any, value: Any) -> object:
-    """What Triton compiles a kernel anew for: the value of a constant; of an integer whether it is 1 or a multiple of
-    16, unless it is not specialised, and whether it needs 64 bits; type and alignment of a pointer."""
+    """The properties of the arguments for which Triton compiles a kernel again: the value of a constant; whether an
+    integer needs 64 bits and, if it is specialised, whether it is 1 or a multiple of 16; type and alignment of a
+    pointer."""
     if param.is_constexpr:
         return param.name, "constant", value
     return param.name, _kind(param, value)

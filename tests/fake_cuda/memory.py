@@ -1,4 +1,4 @@
-"""Which fake host tensors stand for page-locked memory, and how fake tensors lie."""
+"""Which fake host tensors represent page-locked memory, and the memory layout of fake tensors."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 class Pinned:
-    """The storages of page-locked tensors; they are kept, so that no other storage takes their place."""
+    """The storages of page-locked tensors; they are kept, so that no other storage gets the same address."""
 
     def __init__(self) -> None:
         self._storages: dict[int, object] = {}
 
     def add(self, *tensors: Tensor) -> None:
-        """These tensors, and all views of their memory, are page-locked."""
+        """Mark these tensors, and all views of their memory, as page-locked."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._storages[storage._cdata] = storage
@@ -22,7 +22,7 @@ class Pinned:
 
 
 def dense(one: Tensor, other: Tensor) -> bool:
-    """Whether both lie densely and in the same order of dimensions, so that one memcpy moves them."""
+    """Whether both tensors are dense with the same order of dimensions, so that one memcpy copies them."""
     kept = [i for i, size in enumerate(one.shape) if size > 1]
     strides = [[tensor.stride()[i] for i in kept] for tensor in (one, other)]
     if strides[0] != strides[1]:

@@ -1,4 +1,4 @@
-"""Every torch operation on fake tensors passes here: devices are checked, launches, copies and waits are counted."""
+"""Handles every torch operation on fake tensors: checks devices, and counts launches, copies and waits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pqbench.kernels import reference
 from tests.fake_cuda.memory import Pinned, dense
 from tests.fake_cuda.tally import COPY, TORCH, Tally
 
-LARGE = 1 << 16  # elements of host work worth a line
+LARGE = 1 << 16  # host operations with at least this many elements are noted
 aten = torch.ops.aten
-# Operations that read from the device how large their result is, and so wait for it.
+# Operations that read the size of their result from the device, and therefore wait.
 SIZED = {
     "nonzero",
     "masked_select",
@@ -69,7 +69,7 @@ KEEPS = {
 
 
 class FakeCuda(FakeTensorMode):
-    """Fake tensors that never ask for a real device, whatever ``torch.cuda.is_available`` answers in a test."""
+    """Fake tensors that never ask for a real device, whatever ``torch.cuda.is_available`` returns in a test."""
 
     @property
     def avoid_device_init(self) -> bool:
@@ -77,7 +77,7 @@ class FakeCuda(FakeTensorMode):
 
 
 class Counting(TorchDispatchMode):
-    """Passes operations on to the fake tensors' own mode. What depends on data is given a plausible answer."""
+    """Passes operations on to the mode of fake tensors. Results that depend on data get plausible values."""
 
     def __init__(self, tally: Tally, pinned: Pinned) -> None:
         super().__init__()
@@ -131,7 +131,8 @@ class Counting(TorchDispatchMode):
         self.tally.streams[self.tally.stream, name] += 1
 
     def _on_one_device(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments on one device: beside tensors on it, a host tensor is a fault and a single number is not."""
+        """The arguments on one device. Beside tensors of the device, a host tensor is a fault, unless it is a single
+        number."""
         tensors = _tensors((args, kwargs))
         if not any(tensor.is_cuda for tensor in tensors):
             return args, kwargs
@@ -142,7 +143,7 @@ class Counting(TorchDispatchMode):
         return tree_map_only(Tensor, lambda x: x if x.is_cuda or x.dim() == 0 else x.to("cuda:0"), (args, kwargs))
 
     def _indexed(self, func: Any, args: Any) -> Any:
-        """Indexing takes host indices, by a copy that waits; a mask is turned into numbers, which waits as well."""
+        """Indexing accepts host indices, but copies them and waits. A mask is turned into indices, which also waits."""
         source, indices, *rest = args
         if not source.is_cuda:
             return args
@@ -165,7 +166,7 @@ class Counting(TorchDispatchMode):
         return (source, changed, *rest)
 
     def _sized(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """The result of an operation that waits to know how large it is, of a plausible size."""
+        """The result, with a plausible size, of an operation that waits for the size of its result."""
         first: Tensor = args[0]
         if first.is_cuda:
             self.tally.wait(name)
@@ -185,7 +186,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _mark(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        """Remember of truth values what they are likely to be: keys are finite, no sequence has ended."""
+        """Remember the likely values of booleans: keys are finite, and no sequence has ended."""
         truth = None
         if name in TRUE | FALSE:
             truth = name in TRUE
@@ -229,8 +230,8 @@ class Counting(TorchDispatchMode):
         return result
 
     def _crossed(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
-        """A copy between host and device: it waits unless it was told not to, the host side is pinned and both lie
-        densely in the same order; otherwise torch goes through a temporary in pageable memory."""
+        """A copy between host and device. It does not wait if it is non-blocking, the host side is pinned and both
+        sides are dense in the same order. Otherwise torch copies through a temporary buffer in pageable memory."""
         if not target.numel():
             return
         device, host = (target, source) if target.is_cuda else (source, target)
@@ -265,12 +266,12 @@ class Counting(TorchDispatchMode):
 
 
 def on_device(generator: torch._C.Generator) -> bool:
-    """Whether a generator stands for one on the device."""
+    """Whether a generator represents one on the device."""
     return generator.initial_seed() % 2 == 1
 
 
 def _found_by_top_k() -> int:
-    """How many numbers the reference's top_k is about to find, 0 where it is not at work."""
+    """How many numbers the reference's top_k is about to find; 0 if it is not running."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         if frame.f_code is reference.top_k.__code__:
@@ -291,6 +292,6 @@ def _is_view(func: Any) -> bool:
 
 @contextmanager
 def fake_cuda_mode(tally: Tally, pinned: Pinned) -> Iterator[Counting]:
-    """Tensors made inside are fake; the operations on them are counted."""
+    """Tensors made inside this block are fake, and operations on them are counted."""
     with FakeCuda(allow_non_fake_inputs=True), Counting(tally, pinned) as counting, torch.inference_mode():
         yield counting

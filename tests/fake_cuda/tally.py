@@ -1,4 +1,4 @@
-"""What a run on fake CUDA tensors did: launches, copies, synchronisations and faults, each with its line."""
+"""Counts of a run on fake CUDA tensors: launches, copies, synchronisations and faults, each with its line of code."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ TRITON, TORCH, COPY, SYNC = "triton launch", "torch launch", "memcpy", "synchron
 KINDS = (TRITON, TORCH, COPY, SYNC)
 
 
-MOST = 4000  # copies of one part of a run; beyond, something moves row by row
+MOST = 4000  # copies of one part of a run; with more, something is copied row by row
 
 
 class RunawayError(Exception):
-    """So many copies in one part of a run that to go on would take minutes."""
+    """One part of a run made so many copies that the rest would take minutes."""
 
 
 def caller() -> str:
-    """The innermost line of the project that is at work, as ``pqbench/engine/cohort.py:94``; ``model`` inside
-    transformers, ``test`` where nobody of these is."""
+    """The innermost running line of the project, such as ``pqbench/engine/cohort.py:94``; ``model`` inside
+    transformers, ``test`` elsewhere."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -39,13 +39,14 @@ def caller() -> str:
 
 @dataclass
 class Counts:
-    """How often each thing was done, by kind, place and name. What the model itself does is counted apart."""
+    """The number of events by kind, place and name. Events of the model itself are counted separately."""
 
     events: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # kind, place, what
     copies: int = 0  # those of the model included
 
     def of(self, *kinds: str, without: tuple[str, ...] = ()) -> int:
-        """Events of these kinds in our code, but not in files whose paths begin with one of ``without``."""
+        """The number of events of these kinds in our code, except in files whose paths begin with one of
+        ``without``."""
         return sum(
             count
             for (kind, place, _), count in self.events.items()
@@ -54,7 +55,7 @@ class Counts:
 
     @property
     def launches(self) -> int:
-        """Kernels that the GPU was given by our code, Triton's and torch's."""
+        """The number of kernels of Triton and torch that our code launched."""
         return self.of(TRITON, TORCH)
 
     def listed(self, *kinds: str) -> str:
@@ -65,13 +66,13 @@ class Counts:
 
 @dataclass
 class Tally:
-    """Counts of the part of a run that is at work, and the faults of the whole run.
+    """Counts of the present part of a run, and the faults of the whole run.
 
     Attributes:
-        faults: what would fail or go wrong on a real GPU, and how often.
+        faults: what would fail or be wrong on a real GPU, and how often it happened.
         host_work: operations on large tensors in host memory, with the number of elements of the largest.
-        keys: of each kernel, the specialisations that it was launched with.
-        streams: launches by the name of the stream they were given to, and their own.
+        keys: the specialisations with which each kernel was launched.
+        streams: launches by the name of their stream and their own name.
         stream: the name of the current stream.
     """
 
@@ -86,7 +87,7 @@ class Tally:
     _reached: dict[str, int] = field(default_factory=dict)  # in each stream, the last event known to have passed
 
     def add(self, kind: str, what: str) -> None:
-        """Count one event where the project is at work."""
+        """Count one event at the running line of the project."""
         self.counts.events[kind, caller(), what] += 1
         self.counts.copies += kind == COPY
         if self.counts.copies > MOST:
@@ -94,8 +95,8 @@ class Tally:
             raise RunawayError(f"more than {MOST} copies at {caller()}")
 
     def wait(self, what: str, stream: str | None = None, event: int | None = None) -> None:
-        """Count a wait of the host for an event of a stream, by default for all that the current stream was given. What
-        the host knows to have passed is not waited for."""
+        """Count a wait of the host for an event of a stream, by default for all work of the current stream. Events that
+        the host knows to have passed are not counted."""
         stream, last = stream or self.stream, self._recorded if event is None else event
         if event is None or last > max(self._reached.get(stream, 0), self._all_reached):
             self.add(SYNC, what)
@@ -107,16 +108,16 @@ class Tally:
         self._all_reached = self._recorded
 
     def record(self) -> int:
-        """The number of an event that is recorded now; numbers grow."""
+        """The number of an event that is recorded now; later events have larger numbers."""
         self._recorded += 1
         return self._recorded
 
     def known(self, stream: str, event: int) -> None:
-        """The host has learnt that an event has passed."""
+        """Note that the host knows that an event has passed."""
         self._reached[stream] = max(event, self._reached.get(stream, 0))
 
     def fault(self, what: str) -> None:
-        """Note something that a GPU would not do."""
+        """Note something that would fail on a GPU."""
         self.faults[f"{caller()}: {what}"] += 1
 
     def on_host(self, what: str, size: int) -> None:
@@ -126,7 +127,7 @@ class Tally:
 
     @contextmanager
     def part(self) -> Iterator[Counts]:
-        """Count what is done inside apart from the rest."""
+        """Count events inside this block separately."""
         before, self.counts = self.counts, Counts()
         try:
             yield self.counts

@@ -1,4 +1,5 @@
-"""``benchmark=attention benchmark.device=cuda`` from its rows to its records, and the link between host and device."""
+"""``benchmark=attention benchmark.device=cuda`` from its rows to its records, and the link between host and device, on
+the fake device."""
 
 from __future__ import annotations
 

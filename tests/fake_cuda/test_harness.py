@@ -1,4 +1,4 @@
-"""The harness finds what is planted, and counts nothing that a GPU would not do."""
+"""The fake device finds planted faults, and counts nothing that a GPU would not do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decode of every method on every tier, on tensors of a GPU that is not there."""
+"""Decoding with every method on every tier, on the fake device."""
 
 from __future__ import annotations
 

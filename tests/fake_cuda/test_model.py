@@ -36,14 +36,14 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 LAYERS, PROMPT, NEW = 2, 2048, 6
-# The choice of tokens asks in every step whether the answer has ended, because the tests watch each step.
-# The check of a selection waits once in each layer, in the first step alone, as tests/fake_cuda/budgets.py verifies.
+# The choice of tokens waits in every step to see whether the answer has ended, because the tests watch each step.
+# The check of a selection waits once in each layer, only in the first step, as tests/fake_cuda/budgets.py verifies.
 LOOP = ("pqbench/engine/chooser.py", *CHECK)
 
 
 @dataclass
 class Run:
-    """Counts of a prefill, and the waits so far after each decoded token."""
+    """The counts of a prefill, and the number of waits so far after each decoded token."""
 
     prefill: Counts
     decode: Counts
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def later_waits(self) -> int:
-        """Waits of the last steps: in the first ones an index is waited for and buffers are made."""
+        """The waits of the last steps, since the first steps wait for an index and make buffers."""
         return self.waits[-1] - self.waits[2]
 
 
@@ -60,7 +60,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """A fake device, on which every model passes its rehearsal."""
 
     def shapes_alone(*arguments: Any) -> Any:
-        """Fake tensors hold no logits to compare with, and no mask of torch's own class."""
+        """Fake tensors have no logits that could be compared, and no mask of torch's own class."""
         *given, ids, mask, _ = arguments
         return rehearsal._by_layers(*given, ids, mask, ids[:, 0], rehearsal._COLUMNS)[1]
 

@@ -53,7 +53,7 @@ def test_pageable_memory_is_refused() -> None:
 
 
 def test_launches_are_on_the_current_stream() -> None:
-    """The stream sleeps before it fills the inputs; a launch anywhere else would read zeros."""
+    """The stream sleeps before it fills the inputs; a launch on another stream would read zeros."""
     keys, q = normal(CUDA, 1, 4, 5_000, 64), normal(CUDA, 1, 4, 4, 64)
     expected = reference.attention(q, keys, keys, 0.2)[0]
     late = torch.zeros_like(keys)
@@ -71,7 +71,7 @@ def test_launches_are_on_the_current_stream() -> None:
 
 
 def test_nothing_waits_for_the_gpu() -> None:
-    """While the GPU sleeps the host gets through training, scoring, ranking and attention."""
+    """While the GPU sleeps, the host finishes its calls of training, scoring, ranking and attention."""
     q, keys = normal(CUDA, 1, 8, 4, 128), normal(CUDA, 1, 8, 6_000, 128)
 
     def step() -> None:
@@ -103,7 +103,7 @@ def test_threads_launch_side_by_side() -> None:
 
 @torch.inference_mode()
 def test_a_long_context() -> None:
-    """128K tokens, whose logits and rows exceed what small shapes reach."""
+    """128K tokens have logits and row numbers that small shapes do not reach."""
     q, keys = normal(CUDA, 1, 8, 4, 128, dtype=torch.bfloat16), normal(CUDA, 1, 8, 131_072, 128, dtype=torch.bfloat16)
     scores = backend().exact_probabilities(q, keys, 0.1)
     close_each(scores, reference.exact_probabilities(q, keys, 0.1))

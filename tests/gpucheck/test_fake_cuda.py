@@ -1,4 +1,4 @@
-"""The steps for a GPU on fake CUDA tensors: what they launch there is on the device, and nothing of it dies."""
+"""The steps of the GPU check on fake CUDA tensors: they run to their end, and their launches are valid on a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pqbench.store.tiers import HostTier
 from tests.fake_cuda.device import CUDA, Device, fake_device
 
 FULL = Options("cuda:0")
-# Poison is found by its values, and fake tensors have none.
+# Poison is recognised by its values, which fake tensors do not have.
 UNPOISONED = [name for name, fields in stores.TIERS.items() if not fields.get("debug")]
 
 

@@ -1,4 +1,4 @@
-"""What the check brings along, and what it says when something is missing."""
+"""The packages that the check carries, and its messages if a package is missing."""
 
 from __future__ import annotations
 

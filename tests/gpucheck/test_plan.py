@@ -1,4 +1,4 @@
-"""How steps share the time, and what the command line accepts."""
+"""How steps share the time, and which options the command line accepts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_elastic_step_also_gets_what_nobody_behind_it_could_use() -> None:
 
 
 def test_the_steps_keep_to_the_limit_however_long_each_takes() -> None:
-    """Whatever the global limit, no order of events lets the granted seconds exceed it."""
+    """For every limit and every order of events, the granted seconds together stay below the limit."""
     for limit in (60.0, 300.0, LIMIT, 2 * LIMIT):
         left = limit
         for i, one in enumerate(STEPS):

@@ -1,4 +1,4 @@
-"""What remains when a step fails, dies or hangs, and what the summary makes of it."""
+"""The results that remain if a step fails, dies or hangs, and their summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparisons of the steps notice what they are there to notice."""
+"""The comparisons of the steps notice the faults that they look for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ for number in range(int(sys.argv[1]), 4):
 def test_a_comparison_that_ends_its_process_does_not_end_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that dies without a word, and one that is wrong and leaves the device unusable, so that its process stops."""
+    """One comparison dies silently; another is wrong and makes the device unusable, so that its process stops."""
 
     def start(self: kernels.Worker) -> None:
         self._started = self._done

@@ -1,4 +1,4 @@
-"""Our methods as an lm-eval model, beside lm-eval's own ``hf`` model. Tasks, data and model are made here."""
+"""Our methods as an lm-eval model, compared with lm-eval's own ``hf`` model. Tasks, data and model are made here."""
 
 from __future__ import annotations
 
@@ -166,7 +166,8 @@ def test_full_scores_what_hf_scores(folder: Path, hf: HFLM) -> None:
 def test_what_hf_does_not_score_is_refused_before_anything_runs(
     folder: Path, hf: HFLM, continuation: list[int], words: str
 ) -> None:
-    """lm-eval's own model asserts; a continuation that its tokenizer merges away would otherwise have probability 1."""
+    """lm-eval's own model fails with an assertion. A continuation that disappears when its tokenizer merges it with the
+    context would otherwise have probability 1."""
     good, bad = (("a", "b"), [1], [2]), (("a", "b"), [3], continuation)
     with pytest.raises(AssertionError):
         hf._loglikelihood_tokens([good, bad], disable_tqdm=True)

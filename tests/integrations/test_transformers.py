@@ -1,4 +1,4 @@
-"""Inside ``model.generate``: what transformers offers works as there, or is refused by its name in one line."""
+"""Inside ``model.generate``, options of transformers work as usual, or are refused by name in one line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
 
 
 class Heard(BaseStreamer):
-    """Keeps what it is given."""
+    """A streamer that keeps all tokens."""
 
     def __init__(self) -> None:
         self.parts: list[Any] = []
@@ -56,7 +56,7 @@ class Prefer(LogitsProcessor):
 
 
 def both(model: PreTrainedModel, method: Method, *inputs: Any, **options: Any) -> tuple[Any, Any]:
-    """What transformers gives, and what it gives with our loop; drawn tokens begin with the same seed."""
+    """The result of transformers, and its result with our loop; sampled tokens use the same seed."""
     answers = []
     for route in ({}, {"custom_generate": decoding_with(method)}):
         torch.manual_seed(4)
@@ -218,7 +218,7 @@ def test_a_generation_config_is_followed(llama: PreTrainedModel) -> None:
 
 
 def test_one_decoding_serves_many_calls_and_threads(llama: PreTrainedModel) -> None:
-    """Nothing of a call stays behind: streamers of other calls hear nothing."""
+    """A call leaves no state behind: streamers of other calls receive nothing."""
     decoding, first, second = decoding_with(Full()), Heard(), Heard()
     for streamer in (first, second):
         llama.generate(prompt_of(30), **GREEDY, streamer=streamer, custom_generate=decoding)

@@ -1,4 +1,4 @@
-"""What releases of transformers say differently: the layers of a cache are the same by each."""
+"""Releases of transformers describe the layers of a cache differently; we read the same layers from each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, list[str], list[int]]] = {
 
 
 def of_5_17(config: Any) -> tuple[list[str], dict[str, Any]]:
-    """As release 5.17 answers: one set of arguments for the layers of all types."""
+    """The answer of release 5.17: one set of arguments for the layers of all types."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:

@@ -1,7 +1,7 @@
 """Comparisons of the Triton backend with the reference, for any device: Triton's interpreter on CPU tensors, or a GPU.
 
-``python -m tests.kernels.gpu_checks FILE`` runs them all on the CPU and writes what failed, as JSON. It must be a
-process of its own: Triton reads ``TRITON_INTERPRET`` when it is imported.
+``python -m tests.kernels.gpu_checks FILE`` runs all comparisons on the CPU and writes the failures as JSON. It must be
+a process of its own, because Triton reads ``TRITON_INTERPRET`` when it is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def attention(group: int, width: int, dtype: torch.dtype, rows: str, device: torch.device, scale: int) -> None:
-    """Rows all, given, or given and hidden from some query heads; keys and values side by side in storage."""
+    """Attention to all rows, to given rows, and to given rows of which some are hidden from some query heads; keys and
+    values lie side by side in storage."""
     total, count = 150 * scale, 70 * scale
     q = normal(device, 2, 2, group, width, dtype=dtype)
     pairs = normal(device, 2, 2, total, 2, width, seed=1, dtype=dtype)
@@ -69,7 +70,8 @@ def exact(group: int, width: int, dtype: torch.dtype, device: torch.device, scal
 
 
 def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) -> None:
-    """Codes are a view into a growing buffer; logits are so large that exponentials overflow without a maximum."""
+    """Codes are a view of a growing buffer; logits are so large that exponentials overflow unless a maximum is
+    subtracted."""
     width = 4 * parts
     q, codebook = normal(device, 2, 2, group, width), normal(device, 2, 2, parts, clusters, 4, seed=1)
     drawn = torch.randint(clusters, (2, 2, 300 * scale, parts), generator=torch.Generator().manual_seed(2))
@@ -82,8 +84,8 @@ def pq(parts: int, clusters: int, group: int, device: torch.device, scale: int) 
 
 
 def cells(parts: int, bits: int, group: int, device: torch.device, scale: int) -> None:
-    """The best tokens by the reference's own scores, up to ties by rounding, and the weight of the others; a third of
-    the tokens waits, and some cells are empty."""
+    """The best tokens by the scores of the reference, up to ties by rounding, and the weight of the other tokens. A
+    third of the tokens is not in the lists yet, and some cells are empty."""
     q, codebook = normal(device, 2, 2, group, 4 * parts) * 2, normal(device, 2, 2, parts, 2**bits, 4, seed=1)
     total = 60 * scale
     drawn = torch.randint(2**bits - 1, (2, 2, total, parts), generator=torch.Generator().manual_seed(2))
@@ -106,7 +108,7 @@ def cells(parts: int, bits: int, group: int, device: torch.device, scale: int) -
 
 
 def top_k(total: int, device: torch.device, scale: int) -> None:
-    """Ties, zeros of both signs, infinities and NaN; rows of a buffer."""
+    """Top-k with ties, zeros of both signs, infinities and NaN, on rows of a buffer."""
     total *= scale
     scores = (normal(device, 2, 3, total) * 3).round(decimals=1)
     scores[0, 0, ::7], scores[0, 1, 3], scores[0, 2, 5:9] = float("nan"), float("inf"), float("-inf")
@@ -121,7 +123,7 @@ def top_k(total: int, device: torch.device, scale: int) -> None:
 
 
 def encode(parts: int, width: int, clusters: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
-    """The nearest centroid, or one that is as near up to rounding."""
+    """Codes name the nearest centroid, or one that is equally near up to rounding."""
     keys = normal(device, 2, 2, 90 * scale, parts * width, dtype=dtype)
     codebook = normal(device, 2, 2, parts, clusters, width, seed=1)
     got, expected = backend().encode(keys, codebook), reference.encode(keys, codebook)
@@ -135,7 +137,7 @@ def encode(parts: int, width: int, clusters: int, dtype: torch.dtype, device: to
 
 
 def encode_ties(device: torch.device, scale: int) -> None:
-    """Integers make distances exact: ties go to the lowest index, also across blocks of centroids."""
+    """With integers distances are exact, so ties go to the lowest index, also across blocks of centroids."""
     keys = torch.arange(-8.0, 9.0, device=device)[None, None, :, None]
     codebook = torch.cat([torch.arange(-8.0, 9.0, 2.0)] * 12)[:100].to(device)[None, None, None, :, None]
     assert torch.equal(backend().encode(keys, codebook), reference.encode(keys, codebook))
@@ -143,8 +145,9 @@ def encode_ties(device: torch.device, scale: int) -> None:
 
 
 def blobs(device: torch.device, count: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Keys ``[2, 2, N, D]`` around few far points. A third are equal, so that clusters stay empty; all are integers,
-    so that a point has the very same distance to equal centroids, however products are summed."""
+    """Keys ``[2, 2, N, D]`` around few points that are far apart. A third of them are equal, so that clusters stay
+    empty. All are integers, so that a point has exactly the same distance to equal centroids, in whatever order sums
+    are taken."""
     centres, which = normal(device, 6, width, seed=7) * 20, torch.arange(count, device=device) % 6
     keys = centres[which] + 2 * normal(device, 2, 2, count, width, seed=8)
     keys[:, :, : count // 3] = keys[:, :, :1]
@@ -168,12 +171,12 @@ def train(parts: int, width: int, sample: int | None, dtype: torch.dtype, device
         if device.type == "cpu" or iterations == 0:
             close(codebook, expected)
             assert torch.equal(codes, theirs)
-        else:  # tensor cores round otherwise, and one point that falls to another cluster has consequences
+        else:  # tensor cores round differently, and a single point in another cluster changes later steps
             assert error(keys, codebook, codes) < 1.02 * error(keys, expected, theirs)
 
 
 def train_again(device: torch.device, scale: int) -> None:
-    """The same bits again: sums are ordered."""
+    """A second training gives the same bits, since sums have a fixed order."""
     keys = normal(device, 1, 2, 200 * scale, 16)
     first, again = backend().train_codebook(keys, 2, 16, 4, 1), backend().train_codebook(keys, 2, 16, 4, 1)
     assert torch.equal(first[0], again[0])
@@ -181,7 +184,7 @@ def train_again(device: torch.device, scale: int) -> None:
 
 
 def columns(band: int | None, group: int, width: int, dtype: torch.dtype, device: torch.device, scale: int) -> None:
-    """All queries at once, and in blocks that add up."""
+    """Column sums over all queries at once, and over blocks whose sums are added."""
     total = 100 * scale
     q = normal(device, 1, 2, total, group, width, dtype=dtype).transpose(2, 3)
     keys = normal(device, 1, 2, total, width, seed=1, dtype=dtype)
@@ -195,7 +198,7 @@ def columns(band: int | None, group: int, width: int, dtype: torch.dtype, device
 
 
 def gather(dtype: torch.dtype, device: torch.device, scale: int) -> None:
-    """Numbers, rows, pairs of rows in one piece, and in pieces."""
+    """Gather numbers, rows, and pairs of rows that are contiguous or not."""
     total, count = 60 * scale, 21 * scale
     indices = draw_rows(device, 2, 3, total, count)
     source = (normal(device, 2, 3, total, 2, 24) * 50).to(dtype)
@@ -210,7 +213,7 @@ def gather(dtype: torch.dtype, device: torch.device, scale: int) -> None:
 
 
 def noise(device: torch.device, scale: int) -> None:
-    """The very numbers of the reference."""
+    """Exactly the numbers of the reference."""
     for seed in (0, 2**31, 2**40 + 12345, 2**63 - 1):
         expected = reference.noise(3, 1100 * scale, seed, torch.device("cpu"))
         assert torch.equal(backend().noise(3, 1100 * scale, seed, device).cpu(), expected)
@@ -268,7 +271,7 @@ CHECKS: dict[str, Check] = {
 
 
 def main(path: Path) -> None:
-    """Run every check, and keep the file up to date in case the process dies."""
+    """Run every check, and update the file after each in case the process dies."""
     results: dict[str, str] = {}
     for name, check in CHECKS.items():
         try:

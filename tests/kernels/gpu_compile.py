@@ -1,7 +1,7 @@
-"""Compiling every Triton kernel as it would be launched, without a GPU.
+"""Compiles every Triton kernel as it would be launched, without a GPU.
 
-A driver that only names a target takes the place of the real one, the public functions are called, and a hook of Triton
-notes what they would have compiled instead of compiling and launching it. Triton's wheel brings the assemblers.
+The real driver is replaced by one that only names a target. Then the public functions are called, and a hook of Triton
+notes what they would have compiled instead of compiling and launching it. Triton's wheel contains the assemblers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pqbench.kernels.reference.rows import Blocks, HostTokens
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that one block may use
-PROCESSORS = 132  # of an H100: how many parts a row has decides what is compiled
+PROCESSORS = 132  # of an H100; they determine the number of parts of a row, and so the compiled code
 HALF = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch would have compiled."""
+    """The code that a launch would have compiled."""
 
     fn: Any
     signature: dict[str, Any]
@@ -46,7 +46,7 @@ class Launch:
 
 
 class Target:
-    """A driver that knows a target and no device."""
+    """A driver with a target but without a device."""
 
     def get_current_target(self) -> Any:
         return triton.backends.compiler.GPUTarget("cuda", 80, 32)
@@ -63,7 +63,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def calls(backend: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Representative uses: 4 query heads per KV head, head dimension 128, keys and values side by side in storage."""
+    """Representative calls: 4 query heads per KV head, head dimension 128, keys and values side by side in storage."""
     q, rows = random(1, 2, 4, 128, dtype=dtype), random(1, 2, 640, 2, 128, dtype=dtype)
     keys, values, mha = rows[:, :, :, 0], rows[:, :, :, 1], random(1, 2, 1, 128, dtype=dtype)
     indices, visible = torch.zeros(1, 2, 96, dtype=torch.int64), torch.ones(1, 2, 4, 96, dtype=torch.bool)
@@ -142,7 +142,8 @@ def calls(backend: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], obj
 
 
 def row_calls(backend: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """How a step on the host tier writes, finds and copies rows, and how blocks come and go."""
+    """Calls by which a step with a host store writes, finds and copies rows, and moves blocks into and out of the block
+    cache."""
     rows, table = random(1, 2, 640, 2, 128, dtype=dtype), random(1000, 2, 128, dtype=dtype)
     new, indices, known = random(1, 2, 1, 128, dtype=dtype), torch.zeros(1, 2, 96, dtype=torch.int64), torch.zeros(700)
     local, tally, at = known.long(), torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
@@ -180,7 +181,7 @@ def row_calls(backend: ModuleType, dtype: torch.dtype) -> dict[str, Callable[[],
 
 @contextmanager
 def noting(folder: Path) -> Iterator[Callable[[str, Callable[[], object]], list[Launch]]]:
-    """A function that makes a call under a name, and returns what it would have compiled."""
+    """A function that makes a call under a name, and returns the code that it would have compiled."""
     from pqbench.kernels.gpu import launch as gpu_launch
 
     with triton.knobs.cache.scope(), triton.knobs.runtime.scope(), pytest.MonkeyPatch.context() as patch:
@@ -202,7 +203,7 @@ def note(name: str, call: Callable[[], object]) -> list[Launch]:
 
 
 def launches(folder: Path) -> dict[str, Launch]:
-    """Everything that representative uses would compile, by name, each code once."""
+    """All code that the representative calls would compile, by name, without duplicates."""
     from pqbench.kernels import gpu
 
     noted: dict[str, Launch] = {}
@@ -216,7 +217,7 @@ def launches(folder: Path) -> dict[str, Launch]:
 
 
 class Recorder:
-    """Notes launches under a name, each code once; its answer tells Triton not to compile."""
+    """Notes launches under a name, without duplicates; its return value tells Triton not to compile."""
 
     def __init__(self, name: str, noted: dict[str, Launch]) -> None:
         self.name, self.noted = name, noted
@@ -241,7 +242,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 
 
 def resources(cubin: bytes, folder: Path) -> SimpleNamespace:
-    """Registers, and bytes of local memory, of a thread: where registers do not suffice, values spill there."""
+    """Registers and bytes of local memory per thread; values spill to local memory if there are too few registers."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -251,8 +252,8 @@ def resources(cubin: bytes, folder: Path) -> SimpleNamespace:
 
 
 def check(arch: int, folder: Path) -> None:
-    """Compile everything for one architecture; nothing may spill, nor ask for more shared memory than there is. The
-    message of a failure holds registers and shared memory of every kernel."""
+    """Compile all code for one architecture. No kernel may spill registers or need more shared memory than there is.
+    The message of a failure lists registers and shared memory of every kernel."""
     table, bad = [], []
     for name, launch in launches(folder).items():
         kernel = compiled(launch, arch)

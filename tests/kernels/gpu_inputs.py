@@ -1,4 +1,4 @@
-"""What the checks of the Triton backend share: the backend, and its inputs."""
+"""Shared by the checks of the Triton backend: the backend and its inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def normal(device: torch.device, *shape: int, seed: int = 0, dtype: torch.dtype 
 
 
 def draw_rows(device: torch.device, batch: int, heads: int, total: int, count: int) -> Tensor:
-    """Distinct rows ``[B, H, n]`` in no order."""
+    """Distinct rows ``[B, H, n]`` in random order."""
     noise = torch.rand(batch, heads, total, generator=torch.Generator().manual_seed(5))
     return noise.argsort(-1)[..., :count].to(device)
 

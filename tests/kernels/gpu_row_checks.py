@@ -22,12 +22,12 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def on_host(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows where a GPU reads them: in page-locked memory."""
+    """Rows in page-locked memory, where a GPU can read them."""
     return rows.pin_memory() if device.type == "cuda" else rows
 
 
 def append(known: bool, ring: bool, dtype: torch.dtype, device: torch.device, scale: int) -> None:
-    """Several rows at once, behind others or around a ring, into part of a buffer."""
+    """Append several rows at once, after others or around a ring, into part of a buffer."""
     width, room = 24, 10
     buffers = [numbers(BATCH, HEADS, room + 2, 2, width).to(device, dtype) for _ in range(2)]
     locals_ = [torch.full((40,), -1, device=device) for _ in range(2)]
@@ -44,7 +44,7 @@ def append(known: bool, ring: bool, dtype: torch.dtype, device: torch.device, sc
 
 
 def copy(dtype: torch.dtype, device: torch.device, scale: int) -> None:
-    """Keys alone, rows out of a ring, codes of two numbers, and what is not cut into rows."""
+    """Copy keys alone, rows of a ring, codes of two numbers, and tensors that are not rows."""
     rows = (numbers(BATCH, HEADS, 30 * scale, 2, 24) * 50).to(dtype)
     source = on_host(rows, device)
     for part in (source[:, :, 3:20, :1], source[..., 1, :], source[:, :, 5:9], source[:, :, :, 0, :2], source[0, 0]):
@@ -100,7 +100,7 @@ class Scene:
         )
 
     def equal(self, other: Scene) -> None:
-        """Whether the same has happened to both."""
+        """Whether both have the same content."""
         assert torch.equal(self.table, other.table)
         assert torch.equal(self.tally, other.tally)
         if self.blocks is not None and other.blocks is not None:
@@ -109,12 +109,12 @@ class Scene:
 
 
 def scenes(device: torch.device, scale: int, cached: bool, per_head: bool) -> tuple[Scene, Scene]:
-    """One for the reference, one for the backend under test."""
+    """Two scenes: one for the reference, one for the backend under test."""
     return Scene(device, scale, cached, per_head), Scene(device, scale, cached, per_head)
 
 
 def fetch(cached: bool, per_head: bool, count: str, device: torch.device, scale: int) -> None:
-    """All tokens; then those of a part of the host's rows, as where there are more buffers than two."""
+    """Fetch all tokens, then tokens from part of the host's rows, as if there were more than two buffers."""
     one, other = scenes(device, scale, cached, per_head)
     number = {"all": None, "int": one.number - 5, "tensor": torch.tensor([one.number - 5], device=device).int()}[count]
     for start, stop in ((0, one.length), (one.length // 3, one.length // 2)):
@@ -129,7 +129,7 @@ def fetch(cached: bool, per_head: bool, count: str, device: torch.device, scale:
 
 
 def vacate(per_head: bool, device: torch.device, scale: int) -> None:
-    """A third of the blocks leave or change places after tokens were found."""
+    """A third of the blocks leave the cache or change places after tokens were found."""
     one, other = scenes(device, scale, True, per_head)
     for kernels_, scene in ((reference, one), (backend(), other)):
         slots = scene.fetch(kernels_, scene.tokens)
@@ -143,7 +143,7 @@ def vacate(per_head: bool, device: torch.device, scale: int) -> None:
 
 
 def admit(frequent: bool, device: torch.device, scale: int) -> None:
-    """Many steps of wishes: what enters, what is held, and the blocks themselves."""
+    """Many steps of requests: which blocks enter, which are held, and their content."""
     owners, every, slots = BATCH, 19, 5
     states, tallies = [], []
     for _ in range(2):
@@ -171,7 +171,7 @@ def admit(frequent: bool, device: torch.device, scale: int) -> None:
 
 
 def blocks(per_head: bool, device: torch.device, scale: int) -> None:
-    """Blocks that lie in one buffer, across two, and at the end; and no move."""
+    """Move blocks that lie in one buffer, across two buffers, and at the end; and move none."""
     one, other = scenes(device, scale, True, per_head)
     assert one.blocks is not None
     owners, last = len(one.blocks.where), one.length // SIZE

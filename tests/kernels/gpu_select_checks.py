@@ -1,4 +1,4 @@
-"""Comparisons for :mod:`tests.kernels.gpu_checks` of what takes its lengths as numbers: selection and attention."""
+"""Comparisons for :mod:`tests.kernels.gpu_checks` of kernels that take lengths as numbers: selection and attention."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Selecting:
         return self.sink + min(self.top_k, self.middle) + self.window
 
     def row(self, top: Tensor) -> Tensor:
-        """The selection with ``top`` ``[B, H, k]`` as the best of the middle."""
+        """The selection whose middle tokens are ``top`` ``[B, H, k]``."""
         ends = torch.arange(self.numbers[2], device=top.device).expand(self.batch, self.heads, -1)
         return torch.cat([ends[..., : self.sink], self.sink + top, ends[..., self.sink + self.middle :]], dim=2)
 
 
 def select(sizes: Selecting, device: torch.device, scale: int) -> None:
-    """Exactly the tokens, and ties, of the backend's own probabilities, with numbers that are passed and with numbers
-    that are read on the device. What lies behind a selection is left alone."""
+    """The selected tokens, ties included, are exactly those of the backend's own probabilities, with numbers that are
+    passed or read on the device. Memory after the selection is not changed."""
     sizes = replace(sizes, middle=sizes.middle * scale, top_k=sizes.top_k * scale)
     q, book, codes, scaling = sizes.inputs(device, room=300)
     probabilities = backend().pq_probabilities(q, book, codes[:, :, : sizes.middle], scaling)
@@ -76,7 +76,7 @@ def select(sizes: Selecting, device: torch.device, scale: int) -> None:
 
 
 def select_some(kind: torch.dtype, device: torch.device, scale: int) -> None:
-    """Heads that are not set keep their middle part."""
+    """Heads that are not to be selected keep their middle part."""
     sizes = Selecting(5000 * scale, 90 * scale, heads=3)
     inputs, (sink, top_k, length, middle) = sizes.inputs(device), sizes.numbers
     whole = backend().pq_select(*inputs, sink, top_k, length, middle, sizes.used)
@@ -89,7 +89,8 @@ def select_some(kind: torch.dtype, device: torch.device, scale: int) -> None:
 
 
 def select_again(device: torch.device, scale: int) -> None:
-    """The same buffers with other numbers, as a captured graph would replay them; the last with most of the room."""
+    """The same buffers with other numbers, as in the replay of a captured graph; the last numbers use most of the
+    room."""
     sizes = Selecting(9000 * scale, 60)
     q, book, codes, scaling = sizes.inputs(device)
     sink, top_k, length, middle = (on_device(0, device) for _ in range(4))
@@ -105,7 +106,7 @@ def select_again(device: torch.device, scale: int) -> None:
 
 
 def first_rows(dtype: torch.dtype, indexed: bool, device: torch.device, scale: int) -> None:
-    """Attention over the first of the rows given: those behind are NaN, or no rows at all."""
+    """Attention over the first of the given rows; the others are NaN or invalid."""
     total, count = 300 * scale, 170 * scale
     q, keys, values = (normal(device, 2, 2, n, 32, seed=n, dtype=dtype) for n in (4, total, total + 1))
     values = values[:, :, 1:]
@@ -135,7 +136,7 @@ def first_rows(dtype: torch.dtype, indexed: bool, device: torch.device, scale: i
 
 
 def long_rows(device: torch.device, scale: int) -> None:
-    """As many tokens as the longest context has, so that every probability is small."""
+    """As many tokens as in the longest context, so that every probability is small."""
     sizes = Selecting(131_072, 1024, batch=1, heads=1)
     q, book, codes, scaling = sizes.inputs(device)
     expected = reference.pq_probabilities(q, book, codes, scaling)
@@ -149,7 +150,7 @@ def long_rows(device: torch.device, scale: int) -> None:
 
 
 def far_rows(device: torch.device, scale: int) -> None:
-    """Heads that lie more than 2**31 elements apart; memory between them is never touched."""
+    """Heads that lie more than 2**31 elements apart; the memory between them is never used."""
     sizes = Selecting(1000 * scale, 90, batch=1)
     q, book, near, scaling = sizes.inputs(device)
     space = torch.empty(2**31 + 2 * near.numel(), dtype=near.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Where new rows are written: every backend against plain dicts of what lies where."""
+"""Where new rows are written: every backend against plain dicts of the content of each place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference"
 
 
 def tokens(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Keys ``[2, 3, count, 4]`` in which every row of every head is a number of its own, and their negatives."""
+    """Keys ``[2, 3, count, 4]`` in which every row of every head has its own number, and their negatives as values."""
     head = torch.arange(6).view(2, 3, 1)
     keys = (torch.arange(first, first + count) * 6 + head)[..., None].expand(2, 3, count, 4).float()
     return keys, -keys

@@ -12,7 +12,7 @@ from pqbench.kernels.buffers import GrowingBuffer, NibbleBuffer, gather_rows, sw
 
 
 def rows(start: int, count: int) -> Tensor:
-    """``[2, 2, count, 3]`` in which every row of every head holds a number of its own."""
+    """Rows ``[2, 2, count, 3]`` in which every row of every head has its own number."""
     ids = torch.arange(start, start + count) * 4
     return (ids[None, None] + torch.tensor([[0, 1], [2, 3]])[..., None])[..., None].expand(2, 2, count, 3).float()
 

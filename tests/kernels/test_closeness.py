@@ -1,4 +1,4 @@
-"""The comparisons of kernels catch an error of one percent in one value, whatever the size of the values."""
+"""The comparisons of kernels notice an error of one percent in a single value, however large the values are."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.kernels.closeness import close, close_each, close_logs
 
 
 def planted(values: Tensor, place: int, error: float = 0.01) -> Tensor:
-    """The same values, one of them larger by a share ``error``."""
+    """The same values, with one of them larger by a share ``error``."""
     other = values.clone()
     other.view(-1)[place] *= 1 + error
     return other
 
 
 def logits(scale: float) -> Tensor:
-    """``[1, 2, 4, S]`` of the longest context."""
+    """Logits ``[1, 2, 4, S]`` of the longest context."""
     return torch.randn(1, 2, 4, 131_072, generator=torch.Generator().manual_seed(1)) * scale
 
 

@@ -1,4 +1,5 @@
-"""Compiled attention against the reference on strided views, and what the reference cannot say: threads, bad rows."""
+"""Compiled attention against the reference on strided views, and its own properties: threads, and errors for bad
+rows."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tensors(shape: Shape, dtype: torch.dtype, layout: str = "growing") -> tuple[Tensor, Tensor, Tensor]:
-    """q ``[B, H, G, D]``, keys and values ``[B, H, S, D]`` as a store would hold them."""
+    """Queries ``[B, H, G, D]``, and keys and values ``[B, H, S, D]`` in the layout of a store."""
     generator = torch.Generator().manual_seed(shape.seed)
     q = torch.randn(shape.batch, shape.heads, shape.group, shape.dims, generator=generator).to(dtype)
     slack = 0 if layout == "plain" else 3
@@ -225,7 +226,7 @@ def test_two_python_threads_at_once() -> None:
 
 
 def test_starting_numba_s_threads_leaves_torch_s_number_alone() -> None:
-    """In a process of its own: they start once."""
+    """This runs in a process of its own, because the threads start only once."""
     code = (
         "import torch; from pqbench.kernels import cpu; torch.set_num_threads(1); cpu.use_threads(1); "
         "raise SystemExit(torch.get_num_threads())"
@@ -250,6 +251,6 @@ def test_bfloat16_queries_give_the_rounded_answer_of_float32_ones(shape: Shape, 
     ours, lse, _ = cpu.attention(q, keys, values, 0.3)
     exact, exact_lse, _ = cpu.attention(q.float(), keys, values, 0.3)
     assert ours.dtype == torch.bfloat16
-    assert torch.equal(ours.isnan(), exact.isnan())  # of a NaN the bits are anybody's
+    assert torch.equal(ours.isnan(), exact.isnan())  # the bits of a NaN may differ
     assert torch.equal(ours.nan_to_num(), exact.to(torch.bfloat16).nan_to_num())
     assert torch.equal(lse, exact_lse)

@@ -37,7 +37,8 @@ def made(batch: int, heads: int, count: int, dims: int, seed: int = 0, dtype: to
 
 
 def distances(keys: Tensor, codebook: Tensor) -> np.ndarray:
-    """Squared, ``[B, H, S, m, K]`` in float64, by differences and not by the expansion the kernel uses."""
+    """Squared distances ``[B, H, S, m, K]`` in float64, from differences and not from the expansion that the kernel
+    uses."""
     batch, heads, count, _ = keys.shape
     parts, width = codebook.shape[2], codebook.shape[4]
     points = keys.double().numpy().reshape(batch, heads, count, parts, 1, width)
@@ -52,7 +53,7 @@ def assert_nearest(keys: Tensor, codebook: Tensor, codes: Tensor) -> None:
 
 
 def error(keys: Tensor, codebook: Tensor, codes: Tensor) -> np.ndarray:
-    """Sum of squared errors of each problem ``[B, H, m]``."""
+    """The sum of squared errors of each problem ``[B, H, m]``."""
     every = distances(keys, codebook)
     return np.take_along_axis(every, codes.numpy()[..., None].astype(int), -1)[..., 0].sum(2)
 
@@ -86,7 +87,8 @@ def test_256_centroids_fit_a_byte() -> None:
 
 @given(sizes, st.sampled_from(DTYPES), st.integers(0, 6), st.sampled_from([None, 1, 30, 60, 1000]))
 def test_training_is_that_of_the_reference(size: Size, dtype: torch.dtype, iterations: int, sample: int | None) -> None:
-    """Same rows drawn and same rules, so the same centroids: rounding may tip a point that lies between two."""
+    """Both draw the same rows and follow the same rules, so centroids agree, except where rounding decides for a point
+    between two centroids."""
     batch, heads, count, parts, clusters, width, seed = size
     keys = made(batch, heads, max(count, clusters), parts * width, seed, dtype)
     codebook, codes = cpu.train_codebook(keys, parts, clusters, iterations, seed, sample)
@@ -121,7 +123,7 @@ def test_error_never_rises() -> None:
 
 
 def test_duplicates_and_empty_clusters_keep_their_centroid() -> None:
-    """Four distinct keys for 16 centroids: at most four clusters own points, the others stay where they started."""
+    """With four distinct keys for 16 centroids at most four clusters have points; the other centroids do not move."""
     keys = made(1, 2, 4, 16)[:, :, torch.arange(100) % 4]
     start, _ = cpu.train_codebook(keys, 1, 16, 0, seed=1)
     codebook, codes = cpu.train_codebook(keys, 1, 16, 10, seed=1)
@@ -159,7 +161,8 @@ def test_settled_problems_stop_and_others_go_on() -> None:
 @pytest.mark.parametrize("iterations", [2, 4, 7, 40])
 @pytest.mark.parametrize("kept", [0.0, 0.02, 0.1])
 def test_few_points_per_centroid_and_an_early_stop_are_the_references(iterations: int, kept: float) -> None:
-    """With few keys per centroid few centroids move after the first steps; the compiled search skips the others."""
+    """With few keys per centroid, few centroids move after the first iterations, and the compiled search skips the
+    others."""
     keys = made(1, 3, 800, 32)
     codebook, codes = cpu.train_codebook(keys, 2, 200, iterations, 3, tolerance=kept)
     theirs, their_codes = reference.train_codebook(keys, 2, 200, iterations, 3, tolerance=kept)

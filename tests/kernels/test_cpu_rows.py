@@ -38,7 +38,7 @@ def test_gather_copies_rows_of_any_shape_and_type(
     expected = torch.zeros_like(storage)
     for b, h, n in np.ndindex(batch, heads, count):
         expected[b, h, n + 3] = source[b, h, indices[b, h, n]]
-    assert torch.equal(storage, expected)  # nothing beside the target is touched
+    assert torch.equal(storage, expected)  # memory outside the target is not changed
 
 
 def test_gather_from_and_into_every_second_row() -> None:

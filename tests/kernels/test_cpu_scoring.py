@@ -28,7 +28,8 @@ Size = tuple[int, int, int, int, int, int, int]
 
 
 def made(size: Size, width: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """q ``[B, H, G, D]``, codebook ``[B, H, m, K, D/m]`` and codes ``[B, H, S, m]``, a view of a larger buffer."""
+    """Queries ``[B, H, G, D]``, codebook ``[B, H, m, K, D/m]``, and codes ``[B, H, S, m]`` as a view of a larger
+    buffer."""
     batch, heads, group, count, parts, clusters, seed = size
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, heads, group, parts * width, generator=generator)
@@ -38,7 +39,7 @@ def made(size: Size, width: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact(q: Tensor, codebook: Tensor, codes: Tensor, scaling: float) -> np.ndarray:
-    """Group-summed softmax in float64, by reconstructing every key."""
+    """Softmax summed over the query group, in float64, from reconstructed keys."""
     parts = range(codebook.shape[2])
     index = codes.long()[..., None].expand(*codes.shape, codebook.shape[4])  # [B, H, S, m, D/m]
     keys = torch.cat([codebook[:, :, j].gather(2, index[:, :, :, j]) for j in parts], -1)  # [B, H, S, D]
@@ -57,7 +58,7 @@ def test_probabilities_equal_float64(size: Size, scaling: float) -> None:
 
 @given(sizes, st.sampled_from([30.0, 100.0, 1000.0]))
 def test_sharp_scores(size: Size, scaling: float) -> None:
-    """Scores spread over hundreds to thousands: no overflow, no sum of zeros, and tiny values keep their rank."""
+    """Scores differ by hundreds to thousands: nothing overflows, no sum is zero, and tiny values keep their order."""
     q, codebook, codes = made(size)
     ours = cpu.pq_probabilities(q, codebook, codes, scaling)
     theirs = exact(q, codebook, codes, scaling)
@@ -67,7 +68,7 @@ def test_sharp_scores(size: Size, scaling: float) -> None:
 
 
 def test_best_token_far_below_the_best_of_every_subspace() -> None:
-    """The table of each sub-space has an entry 400 above all that any token combines."""
+    """The table of each sub-space has an entry that is 400 above the entries of all tokens."""
     q = torch.ones(1, 1, 2, 2)
     codebook = torch.tensor([[0.0, -400.0, -401.0], [0.0, -400.0, -402.0]])[None, None, :, :, None]
     codes = torch.tensor([[0, 1], [1, 0], [2, 0], [0, 2], [1, 1]], dtype=torch.uint8)[None, None]
@@ -113,7 +114,7 @@ def test_top_k_of_any_floats(numbers: list[float], count: int) -> None:
 
 @given(st.integers(2, 700), st.data(), st.integers(0, 999), st.sampled_from([1, 4, 40, 10**6]))
 def test_top_k_against_sorting(total: int, data: st.DataObject, seed: int, levels: int) -> None:
-    """With few levels there are many ties; the lower index wins."""
+    """Few distinct values give many ties, in which the lower index wins."""
     count = data.draw(st.integers(1, total))
     generator = torch.Generator().manual_seed(seed)
     rows = (torch.randn(2, 3, total, generator=generator) * levels).round() / levels

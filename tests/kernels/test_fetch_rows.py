@@ -1,4 +1,4 @@
-"""Finding, copying and counting in one: every backend against a plain dict of what lies where."""
+"""Finding, copying and counting rows in one call: every backend against a plain dict of the content of each place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH, HEADS, PAIRS, LENGTH, SIZE, SLOTS, FIRST = 2, 2, 4, 30, 4, 3, 9
 
 
 def world(per_head: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Blocks]:
-    """Rows by (head, token), where all heads have some, a table, and blocks in some of its slots."""
+    """Rows by (head, token), a table of the places of rows, and blocks in some of its slots."""
     generator = torch.Generator().manual_seed(seed)
     pair, token = torch.meshgrid(torch.arange(PAIRS), torch.arange(LENGTH), indexing="ij")
     rows = torch.stack([pair, token], -1).float()[:, :, None, :].repeat(1, 1, 2, 1)  # [B * H, S, 2, 2]
@@ -87,11 +87,11 @@ def test_rows_of_blocks_that_left_are_saved(backend: ModuleType, per_head: bool,
     slots = backend.fetch_rows(indices, local, table, resident, staging, tokens, torch.zeros(2).long(), blocks)
     before = slots.clone()
     blocks.where[torch.rand(blocks.where.shape, generator=generator) < 0.5] = -1
-    blocks.where[:, -1] = 0  # a block that nobody asked for takes the place of another
+    blocks.where[:, -1] = 0  # a block that was not requested replaces another
     gone = blocks.where[:, :-1] == 0
     blocks.where[:, :-1][gone] = -1
     backend.vacate_rows(indices, slots, table, resident, staging, blocks)
-    for p in range(PAIRS):  # what is not held any more is overwritten
+    for p in range(PAIRS):  # rows that are no longer held are overwritten
         for slot in set(range(SLOTS)) - set(blocks.where[p // (PAIRS // len(blocks.where)), :-1].tolist()):
             table[p * resident + FIRST + slot * SIZE :][:SIZE] = float("nan")
     expected = rows.flatten(0, 1)[torch.arange(PAIRS)[:, None], indices.flatten(0, 1)]

@@ -1,4 +1,4 @@
-"""Where tokens lie on the device: both backends against a plain dict of what is where."""
+"""Where tokens lie on the device: both backends against a plain dict of the place of each token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs of compute capability 9.0 and keeps everything in registers."""
+"""Every Triton kernel compiles for GPUs of compute capability 9.0 without spilling registers."""
 
 from __future__ import annotations
 

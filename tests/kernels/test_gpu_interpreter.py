@@ -1,7 +1,7 @@
 """The Triton backend against the reference without a GPU: Triton's interpreter runs the kernels on CPU tensors.
 
-One process for all checks, because Triton reads ``TRITON_INTERPRET`` when it is imported and importing torch takes
-longer than most checks; every check is a test of its own.
+All checks run in one process, because Triton reads ``TRITON_INTERPRET`` when it is imported, and importing torch takes
+longer than most checks. Every check is a test of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Tracebacks by check, empty for those that passed, and what the process said."""
+    """Tracebacks by check (empty for checks that passed), and the output of the process."""
 
     results: dict[str, str]
     said: str

@@ -1,4 +1,4 @@
-"""No length of a context compiles a kernel again: a compilation in the middle of decoding takes seconds."""
+"""No context length makes Triton compile a kernel again, since a compilation while decoding takes seconds."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Use = Callable[[int], object]
 
 
 def rows(count: int, width: int = 128, dtype: torch.dtype = HALF, heads: int = 2) -> Tensor:
-    """Not initialised: long ones take no memory."""
+    """Rows that are not initialised, so that long ones take no memory."""
     return torch.empty(1, heads, count, width, dtype=dtype)
 
 
 def uses(width: int) -> dict[str, Use]:
-    """Calls by the length of a context, of keys that lie one behind the other: their strides grow with it."""
+    """Calls for a context length, on contiguous keys, whose strides grow with that length."""
     from pqbench.kernels import gpu
 
     q = torch.zeros(1, 2, 4, width, dtype=HALF)
@@ -79,7 +79,7 @@ def uses(width: int) -> dict[str, Use]:
 
 
 def codes_of(note: Callable[[str, Callable[[], object]], list[Any]], use: Use, length: int) -> set[str]:
-    """What a call would compile."""
+    """The code that a call would compile."""
     return {launch.key for launch in note("", lambda: use(length))}
 
 
@@ -115,7 +115,7 @@ def test_one_kernel_serves_every_length(name: str, width: int, tmp_path: Path) -
 
 
 def test_one_kernel_serves_every_long_row(tmp_path: Path) -> None:
-    """Rows that are split, and contexts up to a million tokens."""
+    """This holds for rows that are split, and for contexts of up to a million tokens."""
     from tests.kernels.gpu_compile import noting
 
     lengths = (4999, 5008, 8192, 131_072, 1_000_001)

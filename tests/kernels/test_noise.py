@@ -1,4 +1,4 @@
-"""Random numbers by hash: the same in every backend, and as random as a sample needs."""
+"""Random numbers from a hash are the same in every backend, and random enough for a sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_bodies_draw_the_same(seed: int) -> None:
 
 
 def test_the_definition_in_python() -> None:
-    """One number by integers of any size."""
+    """The definition of one number with Python's integers."""
 
     def mixed(word: int) -> int:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -36,7 +36,7 @@ def test_the_definition_in_python() -> None:
 
 
 def test_numbers_are_uniform_and_uncorrelated() -> None:
-    """Bounds that a good generator exceeds once in about ten thousand runs; the draws are fixed."""
+    """A good generator exceeds these bounds once in about ten thousand runs; the draws here are fixed."""
     distances = (1, 2, 4, 16, 128, 1024, 4096)
     for seed in range(20):
         numbers = reference.noise(8, 8192, seed, CPU).double().numpy() / 2**32 + 0.5
@@ -53,7 +53,7 @@ def test_numbers_of_a_head_differ() -> None:
 
 
 def test_every_token_of_the_rest_is_drawn_as_often_as_the_others() -> None:
-    """Counts of a binomial law, by chi-square, at every place of the order; the selected are never drawn."""
+    """A chi-square test of the counts at every place of the order; selected tokens are never drawn."""
     selected, draws = torch.tensor([[[0, 7, 9, 20], [3, 4, 5, 6]]]), 2000
     counts = np.zeros((2, 24))
     firsts = np.zeros((2, 24))

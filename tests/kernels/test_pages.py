@@ -1,4 +1,4 @@
-"""Large row buffers: ordinary tensors, in huge pages where the system has them, returned when nobody looks any more."""
+"""Large row buffers are ordinary tensors, use huge pages if the system has them, and are freed with their last view."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def huge_kilobytes(address: int) -> int:
-    """Kilobytes in huge pages of the mapping that holds an address."""
+    """The kilobytes in huge pages of the mapping that contains an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]

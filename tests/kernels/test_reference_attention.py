@@ -1,4 +1,4 @@
-"""Attention, ranking, H2O's column sums and rotation against SDPA, full matrices and transformers."""
+"""Attention, top-k, H2O's column sums and rotation against SDPA, full matrices and transformers."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def test_column_sums_equal_the_full_matrix(total: int, rows: int, band: int | No
     q, keys = normal(2, 2, 2, total, 8, seed=seed) * 2, normal(2, 2, total, 8, seed=seed + 1)
     expected = causal_matrix(q, keys, 0.4, band).sum((2, 3))  # [B, H, S]
     assert np.allclose(reference.column_sums(q, keys, 0.4, band, rows).numpy(), expected, atol=1e-4)
-    assert np.allclose(expected.sum(-1), 2 * total)  # every query of every head hands out one
-    sums = torch.zeros(2, 2, total)  # chunked prefill adds up
+    assert np.allclose(expected.sum(-1), 2 * total)  # the probabilities of every query of every head add up to one
+    sums = torch.zeros(2, 2, total)  # the sums of a chunked prefill are added
     for first in range(0, total, block):
         stop = min(total, first + block)
         sums[:, :, :stop] += reference.column_sums(q[:, :, :, first:stop], keys[:, :, :stop], 0.4, band, rows)

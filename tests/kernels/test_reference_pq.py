@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def squared_distances(points: Tensor, centroids: Tensor) -> np.ndarray:
-    """``[P, N, K]`` in float64, by differences and not by the expansion the kernel uses."""
+    """Squared distances ``[P, N, K]`` in float64, from differences and not from the expansion that the kernel uses."""
     difference = points.double().numpy()[:, :, None] - centroids.double().numpy()[:, None]
     return (difference**2).sum(-1)
 
@@ -142,7 +142,7 @@ def test_few_distinct_subvectors_make_scores_exact(m: int) -> None:
     pool = normal(m, clusters, width // m)
     picks = torch.randint(clusters, (m, count), generator=torch.Generator().manual_seed(0))
     keys = torch.cat([pool[j, picks[j]] for j in range(m)], -1)[None, None]  # [1, 1, S, D]
-    # Start from the distinct vectors themselves: each is its own cluster.
+    # K-Means starts from the distinct vectors, so each is its own cluster.
     codebook = pool[None, None]
     q = normal(1, 1, 3, width, seed=7)
     scores = reference.pq_scores(q, codebook, reference.encode(keys, codebook))

@@ -1,4 +1,4 @@
-"""Selection in one call, and attention over the first rows of those given: reference and compiled backend."""
+"""Selection in one call, and attention over the first of the given rows: reference and compiled backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A selection, its codes a view of a larger buffer that holds more of them than count."""
+    """A selection whose codes are a view of a larger buffer, which holds further codes."""
 
     batch: int
     heads: int
@@ -64,8 +64,8 @@ cases = st.builds(
 
 
 def brute_force(case: Case) -> np.ndarray:
-    """Rows ``[B, H, used]`` by sorting (probability, index) in Python; probabilities are the reference's own, so that
-    ties are the same."""
+    """Rows ``[B, H, used]`` by sorting (probability, index) in Python. The probabilities are those of the reference, so
+    that ties are the same."""
     q, codebook, codes, scaling = case.inputs
     rows = []
     for scores in reference.pq_probabilities(q, codebook, codes[:, :, : case.middle], scaling).flatten(0, 1).tolist():
@@ -93,7 +93,8 @@ def test_a_selection_is_sinks_the_best_of_the_middle_and_the_window(case: Case, 
 
 @given(cases, small, st.booleans())
 def test_the_compiled_body_selects_by_its_own_probabilities(case: Case, more: int, tensors: bool) -> None:
-    """Equal codes are ties in every backend. Other tokens may swap where probabilities nearly agree."""
+    """Tokens with equal codes are ties in every backend. Other tokens may change places if probabilities are nearly
+    equal."""
     q, codebook, codes, scaling = case.inputs
     room = case.used + more
     found = cpu.pq_select(q, codebook, codes, scaling, *numbers(case, tensors), room)[:, :, : case.used]
@@ -142,7 +143,7 @@ def test_selections_that_cannot_be_are_refused(backend: Kernels) -> None:
 @pytest.mark.parametrize("by", [int, lambda n: torch.tensor([n], dtype=torch.int32)], ids=["int", "tensor"])
 @pytest.mark.parametrize("given_rows", [True, False])
 def test_rows_behind_the_count_may_hold_anything(backend: Kernels, by: type, given_rows: bool) -> None:
-    """Against float64 over the rows that count; behind them lie NaN, or indices of no row."""
+    """Compared with float64 over the counted rows; the others are NaN or have invalid indices."""
     generator = torch.Generator().manual_seed(3)
     q, keys, values = (torch.randn(2, 2, n, 32, generator=generator) for n in (3, 50, 50))
     count, total = 13, 21 if given_rows else 50

@@ -1,4 +1,4 @@
-"""Jobs over the tiny geometry and model: every figure a timing has, in milliseconds."""
+"""Jobs on the tiny geometry and model, which give every figure of a timing within milliseconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = Callable[..., tuple[Measured, list[Record]]]
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bandwidth and the memory of former runs are not what these tests are about."""
+    """Make buffers small, since these tests are not about bandwidth or the memory of earlier runs."""
     monkeypatch.setattr(machine, "COPIED", 1 << 16)
     monkeypatch.setattr(gc, "collect", lambda: 0)  # a third of a second in a process with torch
     torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture
 def measure(tmp_path: Path) -> Run:
-    """Runs a measurement into one folder; returns what it did and all records there are."""
+    """Runs a measurement into one folder; returns its summary and all records of the folder."""
 
     def call(
         measurement: Measurement, methods: dict[str, Method], loaded: LoadedModel | None = None, **options: Any

@@ -1,4 +1,4 @@
-"""One layer's attention: what a record holds, who takes turns with whom, and what becomes of failures."""
+"""``benchmark=attention``: the content of a record, the turns of methods and dense kernels, and failures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Hungry(Method):
-    """Runs out of memory when its state is made, or when it selects."""
+    """Runs out of memory when its state is made, or in its selection."""
 
     budget: Budget = field(default_factory=Budget)
     late: bool = False
@@ -289,7 +289,7 @@ def test_what_cannot_be_measured_is_one_line_before_anything_runs(
 
 
 class Counting(HostClock):
-    """Seconds are marks."""
+    """A clock that counts its marks as seconds."""
 
     def __init__(self) -> None:
         self._marks = itertools.count()
@@ -321,6 +321,6 @@ def test_what_is_asked_for_ahead_may_arrive_while_the_layer_before_computes() ->
     times = subject.step(layer, 0, lambda: order.append("layer before"))
     assert order == ["asks", "layer before", "selects"]
     assert times["select"] == 2.0  # asking, and selecting
-    # Asking; then two marks each around the whole, the two parts of append, select, fetch and attend. The check of the
-    # first step adds two marks, and the second between them is subtracted.
+    # The request ahead, then two marks each around the whole step, the two parts of append, select, fetch and attend.
+    # The check of the first step adds two marks, and the second between them is subtracted.
     assert times["total"] == 1.0 + 11.0 + 1.0

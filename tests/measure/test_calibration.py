@@ -1,4 +1,4 @@
-"""Fits of this hardware's times, where they are kept, and the paper's rule that reads them."""
+"""Fits of the times of this hardware, their file, and the paper's rule that reads them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_fit_recovers_its_own_law(a: float, b: float, c: float) -> None:
     [(0.131, 1000, 10), (0.0, 1000, 3), (0.05, 10_000, 3), (100.0, 1000, 300), (0.1309, 1000, 9)],
 )
 def test_iterations_fill_the_idle_time_within_the_released_limits(idle: float, points: int, expected: int) -> None:
-    """T = (idle - a) / (b s), here with a = 0.031 s and b = 10 us, clipped to 3..300."""
+    """T = (idle - a) / (b s) with a = 0.031 s and b = 10 us, clipped to 3..300."""
     assert adaptive_iterations(idle, (0.031, 1e-5), points) == expected
 
 
@@ -55,7 +55,7 @@ def test_a_calibration_is_measured_once_for_a_machine_and_a_shape(
 
 
 def test_what_clusters_is_what_is_timed(llama: PreTrainedModel, tmp_path: Path) -> None:
-    """Where the model is, the keys are: the body that the model's device has there is timed, and each by itself."""
+    """Keys lie on the device of the model, so its backend there is timed. Each backend has times of its own."""
     for body in ("reference", "cpu"):
         found = calibrate(llama, body, tmp_path)
         assert (found.device, found.backend) == (llama.device, kernels(llama.device, body))
@@ -83,7 +83,7 @@ def test_a_model_too_short_to_calibrate_says_what_to_do(tmp_path: Path) -> None:
 
 
 class Fixed:
-    """A calibration that says how long everything takes."""
+    """A calibration with fixed times."""
 
     def __init__(self, idle: float) -> None:
         self.idle, self.asked = idle, 0

@@ -1,4 +1,4 @@
-"""Timings with ``graphs=true``: rows of captured steps, that say so and compute what steps one by one compute."""
+"""Timings with ``graphs=true``: records name captured steps, which compute the same as ordinary steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense kernels: every back-end of torch has its row, one that refuses says why, and a timed step only computes."""
+"""Dense kernels: every back-end of torch has a row, a refusal has a reason, and a timed step only computes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FORMS = ("grouped", "enable_gqa")
 
 
 def tensors(group: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q ``[2, 2, G, 16]``, keys and values ``[2, 2, 40, 16]``."""
+    """Queries ``[2, 2, G, 16]``, keys and values ``[2, 2, 40, 16]``."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 2, group, 16), (2, 2, 40, 16), (2, 2, 40, 16)]
     q, keys, values = (torch.randn(*shape, generator=generator) for shape in shapes)
@@ -142,7 +142,7 @@ def test_where_rows_are_counted_on_the_device_the_body_computes() -> None:
 
 @pytest.mark.parametrize("name", ["block", "decoded", "last_queries"])
 def test_a_source_makes_its_rows_where_its_tensors_are(name: str) -> None:
-    """Tensors without memory refuse those of another device, as a GPU's do."""
+    """Meta tensors cannot be combined with tensors of another device, like tensors of a GPU."""
     source = on(synthetic(SHAPES["tiny"], 0), torch.device("meta"))
     makers: dict[str, Any] = {"block": partial(source.block, 3), "decoded": source.decoded}
     made = makers.get(name, source.last_queries)(100)
@@ -159,7 +159,7 @@ def test_a_layer_is_made_on_its_device() -> None:
 
 
 def test_rows_are_the_same_on_every_device() -> None:
-    """Draws are made on the CPU: a seed means the same layer everywhere."""
+    """Random numbers are drawn on the CPU, so a seed gives the same layer on every device."""
     source = synthetic(SHAPES["tiny"], 0)
     keys, values = source.block(1, 50)
     again = on(source, torch.device("cpu")).block(1, 50)
@@ -171,7 +171,7 @@ def test_on_a_gpu_full_attention_reads_the_device_whatever_the_store(measure: Ru
     benchmark, setting = Attention(**{**SMALL, "device": "cpu"}), Setting(HostTier(), backend="reference")
     job = Job(None, METHODS, {}, setting)
     condition = attention.Condition("float32", 64, 0.5)
-    benchmark.device = "cuda"  # there is none to run on; the choice is what is looked at
+    benchmark.device = "cuda"  # nothing runs; only the choice of subjects is tested
     subjects = list(benchmark._subjects(job, condition, ["full"], reference))  # type: ignore[arg-type]
     assert {type(subject.tier) for subject in subjects} == {DeviceTier}
     layer = Layer(SHAPES["tiny"], torch.float32, 64, 2, synthetic(SHAPES["tiny"], 0), torch.device("cpu"), setting)

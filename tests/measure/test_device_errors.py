@@ -1,4 +1,4 @@
-"""An error of the device in the middle of a run: it belongs to the sample under way, and nothing measured is lost."""
+"""An error of the device during a run belongs to the present sample, and no finished measurement is lost."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tests.measure.test_scored import job, records, run
 
 @dataclass(frozen=True)
 class Failing(Method):
-    """Fails in prompts of ``length`` tokens; after ``error`` the device answers ``answers``, or nothing more.
+    """Fails in prompts of ``length`` tokens. ``answers`` says whether the device still works after ``error``.
 
-    ``late`` fails where the work's result is read, as an error of queued work does.
+    With ``where="late"`` it fails when the result is read, like an error of queued work.
     """
 
     streams: Streams
@@ -72,7 +72,7 @@ class FailingState(LayerState):
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bandwidth is not what these tests are about."""
+    """Make buffers small, since these tests are not about bandwidth."""
     monkeypatch.setattr(machine, "COPIED", 1 << 16)
 
 
@@ -92,14 +92,14 @@ def test_a_device_that_is_gone_stops_the_run_and_keeps_the_rows(
     streams = Streams()
     methods: dict[str, Method] = {"full": Full(), "failing": Failing(streams, 250, where=where), "h2o": H2O()}
     done = job(loaded, tmp_path, methods, setting=setting_of(streams))
-    with pytest.raises(DeviceError, match=r"failing on s250.*illegal memory access.*goes on from there"):
+    with pytest.raises(DeviceError, match=r"failing on s250.*illegal memory access.*continues from there"):
         run(done)
     outcomes = {name: [(r["sample_id"], r["status"]) for r in records(done, name)] for name in methods}
     assert outcomes["full"] == [("s200", "ok"), ("s250", "ok")]
     assert outcomes["failing"] == [("s200", "ok"), ("s250", "error")]
-    assert outcomes["h2o"] == [("s200", "ok")]  # nobody could have measured s250 with it
+    assert outcomes["h2o"] == [("s200", "ok")]  # no method could measure s250 on that device
     streams.answers = True
-    again = job(loaded, tmp_path, methods, setting=setting_of(streams))  # the process that is started anew
+    again = job(loaded, tmp_path, methods, setting=setting_of(streams))  # the process that is started again
     summary = run(again)
     assert len(summary.failures) == 1
     assert summary.measured == 2 + 1 + 1  # h2o on two samples, the others on the last
@@ -116,7 +116,7 @@ def test_a_device_that_runs_out_of_memory_goes_on(loaded: LoadedModel, tmp_path:
 def timed(
     tmp_path: Path, measurement: Measurement, methods: dict[str, Method], streams: Streams, loaded: LoadedModel | None
 ) -> list[Record]:
-    """Records of a timing run that the device ends."""
+    """The records of a timing run that a device error ends."""
     names = dict.fromkeys([*methods, *measurement.further])
     files = {name: RecordFile.create(tmp_path, measurement.name, "x", name, {}) for name in names}
     with pytest.raises(DeviceError, match="illegal memory access"):

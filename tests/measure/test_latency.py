@@ -1,4 +1,4 @@
-"""Latency of a whole model: what a record holds, in which order it is measured, and what becomes of failures."""
+"""``benchmark=latency``: the content of a record, the order of measurements, and failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Mass, recall and output error against transformers' own attention matrices, and by hand."""
+"""Mass, recall and output error against the attention matrices of transformers, and against values worked out by
+hand."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ PROMPT, STEPS = 60, 4
 
 
 def fixed_tokens(context: int) -> list[int]:
-    """Sinks, the first twelve even tokens of the middle, the window."""
+    """Sinks, the first twelve even tokens of the middle, and the window."""
     return [0, 1, 2, *range(4, 28, 2), *range(context - 5, context)]
 
 
@@ -61,7 +62,7 @@ def exact(model: PreTrainedModel, ids: Tensor) -> tuple[list[np.ndarray], list[n
 
 
 def expected(model: PreTrainedModel, ids: Tensor, tokens: list[list[int]], split: Split) -> dict[str, float]:
-    """The three figures when step t attends to ``tokens[t]`` in every head, straight from their definitions."""
+    """The three figures, directly from their definitions, if step t attends to ``tokens[t]`` in every head."""
     masses, recalls, errors = [], [], []
     for (attention, values), (step, chosen) in product(zip(*exact(model, ids), strict=True), enumerate(tokens)):
         context = PROMPT + step + 1
@@ -92,7 +93,7 @@ def test_figures_equal_their_definitions(model: PreTrainedModel) -> None:
 
 
 def test_an_evicting_method_is_measured_against_the_whole_context(llama: PreTrainedModel) -> None:
-    """Recall and mass count tokens by their position, also after rows were dropped and reordered."""
+    """Recall and mass count tokens by position, even after rows were dropped and reordered."""
     ids, answer = prompt_of(PROMPT), prompt_of(STEPS, seed=9)[0].tolist()
     method = StreamingLLM(Budget(sink=4, window=5, tokens=20, ratio=None), sink=4)
     (fidelity,) = probe(prefill(llama, ids, [method]), answer)
@@ -141,7 +142,7 @@ def test_padding_changes_nothing(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("visible", [None, torch.ones(1, 1, 2, 2, dtype=torch.bool)])
 def test_figures_by_hand(visible: torch.Tensor | None) -> None:
-    """One head, two query heads, four tokens; the method attends to tokens 1 and 3; sink 0, window 1, k 2."""
+    """One KV head, two query heads and four tokens; the method attends to tokens 1 and 3; no sinks, window 1, k 2."""
     fidelity = Fidelity()
     probabilities = torch.tensor([[[[0.5, 0.1, 0.2, 0.2], [0.3, 0.4, 0.1, 0.2]]]])
     seen = Seen(torch.tensor([[[3, 1]]]), visible)

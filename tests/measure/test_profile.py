@@ -1,4 +1,4 @@
-"""Profiles: what a trace says by phase, told from a trace written by hand, and a real run's trace on the CPU."""
+"""Profiles: the sums by phase of a trace that was written by hand, and of the trace of a real run on the CPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def span(name: str, ts: float, dur: float, tid: int = 1) -> dict[str, Any]:
 
 
 def test_a_trace_is_summed_by_phase() -> None:
-    """Times in microseconds. Two steps of two layers each after a first one, which does not count."""
+    """Times are in microseconds. A first step does not count; then there are two steps of two layers each."""
     events = [span("prefill", 0, 100), span("observe", 10, 20)]
     events.append(event("cuda_runtime", "cudaLaunchKernel", 15, 1, correlation=1))
     events.append(event("kernel", "k", 500, 7, 99, correlation=1))  # in "observe", whenever the device gets to it

@@ -1,4 +1,4 @@
-"""Runs that are really killed, and started again until done, end with the records of an undisturbed run."""
+"""Runs that are really killed and started again until they finish have the records of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Records = dict[str, list[dict[str, Any]]]
 
 
 def work(results: Path) -> None:
-    """The command, in a process that has already imported everything."""
+    """Run the command in a process that has already imported everything."""
     from pqbench.__main__ import main
 
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
@@ -46,7 +46,7 @@ def work(results: Path) -> None:
 
 @pytest.fixture(scope="module")
 def forks() -> ForkServerContext:
-    """Forks from a server process that has imported everything and has run nothing."""
+    """A context that forks from a server process, which has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.measure.test_resume", "pqbench.__main__", "pqbench.benchmarks.needle"])
     return context
@@ -59,7 +59,7 @@ def started(forks: ForkServerContext, results: Path) -> ForkServerProcess:
 
 
 def completed(forks: ForkServerContext, results: Path) -> Records:
-    """Records once the command has run to its end."""
+    """The records after the command has run to its end."""
     process = started(forks, results)
     process.join(100)
     assert process.exitcode == 0
@@ -68,7 +68,7 @@ def completed(forks: ForkServerContext, results: Path) -> Records:
 
 @pytest.fixture(scope="module")
 def undisturbed(forks: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> tuple[Records, float]:
-    """Records of a run left alone, and how long it takes; the first run also waits for the imports."""
+    """The records and the duration of an undisturbed run; the first run also waits for the imports."""
     results = tmp_path_factory.mktemp("undisturbed")
     records = completed(forks, results / "first")
     began = time.perf_counter()
@@ -79,7 +79,7 @@ def undisturbed(forks: ForkServerContext, tmp_path_factory: pytest.TempPathFacto
 
 
 def untimed(results: Path) -> Records:
-    """Every line of every file without timings; all must be whole records."""
+    """Every line of every file without timings; all lines must be complete records."""
     found: Records = {}
     for path in sorted(results.rglob("records.jsonl")):
         rows = [parse(line) for line in path.read_bytes().splitlines()]
@@ -107,20 +107,20 @@ def test_killed_at_random_moments(forks: ForkServerContext, undisturbed: tuple[R
         if process.exitcode is None:
             process.kill()
             process.join()
-        if process.exitcode == -signal.SIGKILL:  # else it ended before the signal came
+        if process.exitcode == -signal.SIGKILL:  # otherwise it ended before the signal came
             kills += 1
             with_progress += any(path.stat().st_size for path in results.rglob("records.jsonl"))
             continue
         assert process.exitcode == 0
         assert untimed(results) == expected
         finished += 1
-    if (tmp_path / str(finished)).exists():  # killed last: bring it to its end too
+    if (tmp_path / str(finished)).exists():  # if it was killed last, let it run to its end
         assert completed(forks, tmp_path / str(finished)) == expected
-    assert with_progress >= 3  # else the kills came before anything was measured and the test shows nothing
+    assert with_progress >= 3  # otherwise all kills came before the first record
 
 
 def command(results: Path) -> subprocess.Popen[str]:
-    """The command as a terminal starts it. Shells let background jobs ignore interrupts, and children inherit that."""
+    """The command as a terminal starts it: a shell makes background jobs ignore interrupts, which children inherit."""
     line = [sys.executable, "-m", "pqbench", *RUN, f"results={results}"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -130,7 +130,7 @@ def command(results: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_records(process: subprocess.Popen[str], results: Path, lines: int) -> None:
-    """Until the process has written so many lines to some file."""
+    """Wait until the process has written this many lines to a file."""
     for _ in range(6000):
         if process.poll() is not None:
             return
@@ -155,7 +155,7 @@ def test_the_command_killed(forks: ForkServerContext, undisturbed: tuple[Records
 
 def test_the_command_interrupted(forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path) -> None:
     expected, _ = undisturbed
-    for attempt in range(5):  # a process that gets no time may see the run's first record after its last
+    for attempt in range(5):  # on a busy machine this process may see the first record after the last
         results = tmp_path / str(attempt)
         process = command(results)
         wait_for_records(process, results, 1)
@@ -166,7 +166,8 @@ def test_the_command_interrupted(forks: ForkServerContext, undisturbed: tuple[Re
             break
     assert process.returncode == 130
     assert (
-        errors.splitlines()[-1] == "error: interrupted: finished samples are kept, the same command goes on from there"
+        errors.splitlines()[-1]
+        == "error: interrupted: finished samples are kept, the same command continues from there"
     )
     assert "Traceback" not in errors
     kept = untimed(results)
@@ -176,7 +177,7 @@ def test_the_command_interrupted(forks: ForkServerContext, undisturbed: tuple[Re
 
 
 def untimed_whole(results: Path) -> Records:
-    """As :func:`untimed`, of files that are being written: a last line without its end is left out."""
+    """Like :func:`untimed`, for files that are being written: an incomplete last line is left out."""
     copy = results.with_name("copy")
     for path in results.rglob("records.jsonl"):
         target = copy / path.relative_to(results)

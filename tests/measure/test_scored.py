@@ -1,4 +1,4 @@
-"""The main loop on a real, tiny model: one prefill per sample, records that add up, failures as rows."""
+"""Scored evaluation on a real, tiny model: one prefill per sample, consistent records, and failures as records."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Letters(Benchmark):
 
 @dataclass(frozen=True)
 class Lazy(Method):
-    """Claims a budget and attends to everything."""
+    """Has a budget, but attends to all tokens."""
 
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.3))
 
@@ -57,7 +57,7 @@ class Lazy(Method):
 
 @dataclass(frozen=True)
 class Varying(Lazy):
-    """Says that it exceeds its budget by design."""
+    """Declares that it exceeds its budget by design."""
 
     @property
     def beyond_budget(self) -> str | None:
@@ -85,7 +85,7 @@ class TwiceState(LayerState):
 
 @dataclass(frozen=True)
 class Twice(Lazy):
-    """Names the current token twice."""
+    """Selects the current token twice."""
 
     def layer(self, geometry: Geometry) -> LayerState:
         return TwiceState(geometry)
@@ -109,7 +109,7 @@ def run(job: Job, **options: Any) -> Measured:
 
 
 def prompts(loaded: LoadedModel) -> Prompter:
-    """What makes the prompts of the letters."""
+    """The prompter for the letters."""
     return Prompter(loaded.tokenizer, loaded.max_length)
 
 
@@ -232,7 +232,7 @@ def test_a_failing_method_costs_the_others_nothing(loaded: LoadedModel, tmp_path
     assert {r["status"] for r in records(done, "broken")} == {"oom"}
     assert {r["status"] for r in records(done, "full")} == {"ok"}
     assert all(r["mass"] == pytest.approx(1, abs=1e-5) for r in records(done, "full"))
-    # A selection the harness refuses is that method's failure, although its decoding went through.
+    # A selection that the harness refuses is a failure of that method, even if decoding finished.
     assert all("names a row twice" in r["error"] for r in records(done, "twice"))
 
 

@@ -1,6 +1,6 @@
-"""Two processes with the same command share the work, and one takes over what the other leaves when it is killed.
+"""Two processes with the same command share the samples, and if one is killed, the other measures its samples.
 
-``KILLS=50`` in the environment kills fifty times instead of a few.
+With ``KILLS=50`` in the environment there are fifty kills instead of a few.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("KILLS", "6"))
 
 
 def by_sample(records: Records) -> Records:
-    """Records in an order that does not depend on who wrote first."""
+    """Records in an order that does not depend on which process wrote first."""
     return {method: sorted(rows, key=lambda row: row["sample_id"]) for method, rows in records.items()}
 
 
@@ -52,7 +52,7 @@ def test_kills_of_two_processes_lose_and_double_nothing(  # type: ignore[no-unty
         for process in both:
             process.join(200)
         kills += victim.exitcode == -signal.SIGKILL
-        assert [process.exitcode for process in both if process is not victim] == [0]  # it did what the other left
+        assert [process.exitcode for process in both if process is not victim] == [0]  # it finished all samples
         assert by_sample(untimed(results)) == by_sample(expected)
         finished += 1
     assert by_sample(completed(forks, tmp_path / "0")) == by_sample(expected)

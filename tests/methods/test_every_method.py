@@ -1,4 +1,5 @@
-"""What holds for all methods: valid selections, the budget met to the token, exactness when everything fits."""
+"""Properties of all methods: valid selections, exactly as many tokens as the budget, and exactness if all tokens
+fit."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def test_selections_are_valid_and_meet_the_budget(name: str, budget: Budget, pro
             assert 0 <= int(rows[b, h].min()) <= int(rows[b, h].max()) < store.length
             assert set(range(sinks)) <= set(mine)
             held = store.positions[b, h].tolist()
-            # With a growing budget an evicting method cannot bring back what left the window's edge before it grew.
+            # With a growing budget an evicting method cannot bring back tokens that it dropped before the window grew.
             edge = context - window + (method.evicts and budget.grow and budget.ratio is not None)
             assert set(range(edge, context)) <= set(mine)
             assert not gone & {(b, h, token) for token in mine}
@@ -117,7 +118,8 @@ def test_the_harness_computes_what_the_selection_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_meters_follow_the_cost_table(name: str) -> None:
-    """Index bytes read per step and layer, from the formulas of the cost table; keys here take four bytes."""
+    """Index bytes that a step reads in a layer, by the formulas of the cost table; numbers of keys have four bytes
+    here."""
     batch, heads, width, length = 2, 2, 16, 70
     budget = Budget(sink=4, window=6, tokens=22, ratio=None)
     data = case(length - 1, 1, batch=batch, heads=heads, width=width)
@@ -151,7 +153,7 @@ def test_meters_follow_the_cost_table(name: str) -> None:
         "tova per head": 0,
         # two bytes per hash, and the keys of twelve tokens once more
         "magicpig": batch * heads * (middle * 12 * 2 + 12 * width * 4),
-        "vattention": batch * length * heads * 4 * 4,  # as the base: the sample is drawn, not searched
+        "vattention": batch * length * heads * 4 * 4,  # as the base method: the random sample needs no index
         "vattention oracle": batch * length * heads * width * 4,
     }
     assert read == formulas[name]
@@ -161,7 +163,8 @@ def test_meters_follow_the_cost_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_sequences_and_heads_do_not_mix(name: str) -> None:
-    """A batch of two equals two batches of one; a group of one head works like plain multi-head attention."""
+    """A batch of two gives the same as two batches of one; a query group of one head works like multi-head
+    attention."""
     budget = Budget(sink=4, ratio=0.3, minimum=8)
     method = small(name, budget)
     both = case(47, 6, group=1)
@@ -185,7 +188,7 @@ def test_sequences_and_heads_do_not_mix(name: str) -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4])
 def test_the_oracle_holds_the_most_mass_at_equal_size(ratio: float) -> None:
-    """Per KV head and sinks and window alike, no selection of the same size keeps more probability."""
+    """With the same sinks and window, no selection of the same size keeps more probability of a KV head."""
     budget = Budget(sink=4, window=6, ratio=ratio, minimum=12)
     data = case(150, 3, spread=2.5)
 
@@ -205,7 +208,7 @@ def test_the_oracle_holds_the_most_mass_at_equal_size(ratio: float) -> None:
         masses = {
             name: mass(method, step)
             for name, method in methods.items()
-            if not isinstance(method, Oracle | StreamingLLM)  # the one itself, and one with a window of another size
+            if not isinstance(method, Oracle | StreamingLLM)  # the oracle itself, and a method with another window
         }
         for name, value in masses.items():
             assert (value <= best + 1e-6).all(), name

@@ -13,7 +13,7 @@ from tests.support import Case, append, case, finish, softmax, start, weights_of
 
 
 def column_sums(data: Case, length: int) -> np.ndarray:
-    """Column sums of the full causal softmax over all queries and the group, ``[B, H, S]``."""
+    """Column sums of the full causal softmax, over all queries and the query group: ``[B, H, S]``."""
     sums = np.zeros((*data.keys.shape[:2], length))
     for stop in range(1, length + 1):
         sums[:, :, :stop] += data.probabilities(stop).sum(2)
@@ -37,7 +37,7 @@ def test_scores_are_column_sums_after_prefill_and_after_steps_without_eviction(c
         finish(state, store, state.select(q, store), q, data)
     scores = by_position(state, store)
     assert np.allclose(scores, column_sums(data, 49), atol=1e-4)
-    assert np.allclose(scores.sum(-1), 49 * 2)  # each query of each head of the group hands out one
+    assert np.allclose(scores.sum(-1), 49 * 2)  # the probabilities of each query of each head add up to one
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -15,13 +15,13 @@ BUDGET = Budget(sink=3, window=8, tokens=27, ratio=None)
 
 
 def unrotated(data: Case, token: int) -> np.ndarray:
-    """Keys ``[B, H, D]`` as they were before rotary embedding."""
+    """Keys ``[B, H, D]`` before rotary embedding."""
     return turned(data.keys[:, :, token].double().numpy(), -token, data.frequencies.double().numpy())
 
 
 def clipped_attention(data: Case, q: np.ndarray, tokens: np.ndarray, window: int, current: int) -> np.ndarray:
-    """Output ``[B, H, G, D]`` when each token outside the local window sits at distance ``window - 1``: query at that
-    angle, key at angle zero."""
+    """Output ``[B, H, G, D]`` if each token outside the local window is treated as ``window - 1`` tokens away: the
+    query is rotated to that position and the key to position zero."""
     frequencies = data.frequencies.double().numpy()
     far = turned(turned(q, -current, frequencies), window - 1, frequencies)
     output = np.zeros(q.shape)
@@ -40,7 +40,7 @@ def clipped_attention(data: Case, q: np.ndarray, tokens: np.ndarray, window: int
 
 
 def received(data: Case, window: int, prompt: int) -> np.ndarray:
-    """Probability each token got from the queries that saw it inside the local window, ``[B, H, prompt]``."""
+    """The probability that each token got from the queries with it in their local window, ``[B, H, prompt]``."""
     sums = np.zeros((*data.keys.shape[:2], prompt))
     for t in range(prompt):
         first = max(0, t - window + 1)
@@ -50,7 +50,8 @@ def received(data: Case, window: int, prompt: int) -> np.ndarray:
 
 
 def block_vectors(data: Case, sums: np.ndarray, first: int, stop: int, size: int, count: int) -> np.ndarray:
-    """Mean un-rotated representative of each block, ``[B, H, blocks, D]``; the last block may be partial."""
+    """The mean of the unrotated representatives of each block, ``[B, H, blocks, D]``; the last block may be
+    incomplete."""
     vectors = []
     for begin in range(first, stop, size):
         end = min(begin + size, stop)

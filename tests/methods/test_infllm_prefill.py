@@ -1,4 +1,4 @@
-"""InfLLM's own prefill: token by token in numpy, and its place beside methods that share a dense prefill."""
+"""InfLLM's own prefill against numpy, token by token; and runs with methods that share a dense prefill."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def own(budget: Budget, **options: int | bool) -> InfLLM:
 
 
 def visible(data: Case, method: InfLLM, first: int, end: int) -> list[list[np.ndarray]]:
-    """Tokens that an execution block attends to besides later ones, for each sequence and head: sinks, the best blocks
-    by the summed queries of the block, and all tokens that are in no block yet."""
+    """Tokens before an execution block to which it attends, for each sequence and head: sinks, the best blocks for the
+    summed queries of the execution block, and all tokens that are in no block yet."""
     split, size = method.budget.resolve(end, data.prompt), method.block_size
     whole = max(0, first + 1 - split.window - split.sink) // size
     stop = split.sink + whole * size
-    # Blocks outside the window have got all the attention they ever get from the queries so far.
+    # No later query adds attention to blocks outside the window.
     vectors = (
         block_vectors(
             data,

@@ -1,4 +1,4 @@
-"""MagicPIG: chances as they occur, unbiased estimates, the cap, and hashes of every token that left the window."""
+"""MagicPIG: sampling probabilities, unbiased estimates, the cap, and hashes of every token that left the window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pqbench.method import Budget, ConfigError
 from pqbench.store.device import DeviceStore
 from tests.support import Case, append, assert_unbiased, case, estimate_of, start, tokens_of
 
-WIDE = Budget(sink=3, window=6, tokens=80, ratio=None)  # of 91 tokens: the cap does not bind
+WIDE = Budget(sink=3, window=6, tokens=80, ratio=None)  # of 91 tokens, so the cap has no effect
 
 
 def started(method: MagicPIG, data: Case) -> tuple[MagicPIGState, DeviceStore]:
@@ -24,7 +24,7 @@ def started(method: MagicPIG, data: Case) -> tuple[MagicPIGState, DeviceStore]:
 
 @pytest.mark.parametrize(("bits", "tables"), [(1, 2), (4, 10), (10, 150)])
 def test_the_chance_is_how_often_two_hashes_agree(bits: int, tables: int) -> None:
-    """Over 4000 sets of projections drawn here, for angles from 0 to pi; within 4.5 standard errors."""
+    """Checked with 4000 sets of projections, for angles from 0 to pi, within 4.5 standard errors."""
     random = np.random.default_rng(0)
     angles = np.linspace(0, np.pi, 7)
     others = np.stack([np.cos(angles), np.sin(angles)], -1)
@@ -40,7 +40,7 @@ def test_the_chance_is_how_often_two_hashes_agree(bits: int, tables: int) -> Non
 
 
 def test_chances_too_small_for_a_difference_of_large_numbers() -> None:
-    """Where u^K is tiny two tables agree with chance C(L, 2) u^2K."""
+    """If u^K is tiny, two tables agree with probability C(L, 2) u^2K."""
     cosine = torch.tensor(-0.9, dtype=torch.float64)
     hit = (1 - np.arccos(-0.9) / np.pi) ** 8
     expected = 75 * 74 / 2 * hit**2
@@ -49,7 +49,8 @@ def test_chances_too_small_for_a_difference_of_large_numbers() -> None:
 
 @pytest.mark.parametrize("tokens", [80, 21])
 def test_numerator_and_denominator_are_unbiased(tokens: int) -> None:
-    """Mean over 1500 seeds within 4.5 standard errors of the truth (136 comparisons), capped or not."""
+    """The mean over 1500 seeds is within 4.5 standard errors of the truth (136 comparisons), with and without the
+    cap."""
     data = case(90, 1, spread=1.0)
     budget = Budget(sink=3, window=6, tokens=tokens, ratio=None)
     drawn, seen = [], []
@@ -62,7 +63,7 @@ def test_numerator_and_denominator_are_unbiased(tokens: int) -> None:
     assert_unbiased(np.stack(drawn), data.sums(91))
     assert np.max(seen) <= tokens
     capped = np.mean(np.stack(seen) == tokens)
-    assert capped > 0.9 if tokens == 21 else capped < 0.1  # left to chance, unless there is a cap
+    assert capped > 0.9 if tokens == 21 else capped < 0.1  # by chance, unless there is a cap
 
 
 def test_a_hash_is_the_signs_of_the_key_less_the_mean_also_of_tokens_that_left_the_window() -> None:
@@ -82,7 +83,8 @@ def test_a_hash_is_the_signs_of_the_key_less_the_mean_also_of_tokens_that_left_t
 
 
 def test_equal_directions_are_always_sampled_and_count_once() -> None:
-    """With keys that differ from their mean in the query's direction, p is 1: full attention over them."""
+    """Keys that differ from their mean in the direction of the query have p = 1, so the result is full attention over
+    them."""
     data = case(90, 1, group=1, batch=1)
     direction = data.q[:, :, :1, 90].expand(-1, -1, 91, -1).reshape(1, 2, 91, 16)
     sign = torch.where(torch.arange(91) % 2 == 0, 1.0, -1.0)[:, None]

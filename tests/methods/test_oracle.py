@@ -63,7 +63,7 @@ def test_query_head_rule_takes_each_heads_own_and_reads_the_union(seed: int) -> 
         unions.append(len(union))
         assert len(set(selection.indices[b, h].tolist())) == selection.indices.shape[2]  # padding is unique too
     assert selection.indices.shape[2] == max(unions)
-    assert max(unions) > 20  # heads of a group disagree, so this reads more than the budget: an upper bound
+    assert max(unions) > 20  # heads of a query group differ, so this rule reads more than the budget
     kv_head = select(Oracle(BUDGET), data)[1]
     assert ((exact * seen).sum(-1) >= (exact * kv_head).sum(-1) - 1e-9).all()
 
@@ -83,7 +83,7 @@ def test_top_p_rule_takes_the_smallest_set(top_p: float) -> None:
         middle = np.flatnonzero(mine[3:-5]) + 3
         if len(middle):
             assert held >= top_p - 1e-6
-            assert held - mean[b, h, middle].min() < top_p  # one fewer would not do
+            assert held - mean[b, h, middle].min() < top_p  # one token fewer is not enough
             assert mean[b, h, middle].min() >= np.delete(mean[b, h, 3:-5], middle - 3).max()
         else:
             assert held >= top_p

@@ -1,4 +1,4 @@
-"""PQCache against the paper's algorithm written out, and against the defects of the released code."""
+"""PQCache against the paper's algorithm, written out in numpy, and tests for the defects of the released code."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_centroid_per_key_makes_it_the_oracle() -> None:
 
 
 def _same_mass_as_oracle(state: PQCacheState, store: DeviceStore, data: Case) -> None:
-    """One query head per group: then a softmax over the middle ranks as one over all tokens does."""
+    """With one query head per group, a softmax over the middle ranks tokens like one over all tokens."""
     q, exact = data.q[:, :, :, data.prompt - 1], data.probabilities(data.prompt)[:, :, 0]
     oracle, oracle_store = start(Oracle(BUDGET), data)
     mine = tokens_of(state.select(q, store), store).numpy()
@@ -119,7 +119,7 @@ def test_an_appended_token_gets_the_nearest_centroid_of_its_own_key() -> None:
 
 
 def test_tokens_are_encoded_sixteen_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the newest token; they join the middle one by one all the same, as the test above says."""
+    """Codes exist up to the newest token; tokens still enter the middle one by one, as the test above shows."""
     asked: list[tuple[int, int]] = []
     encode = KeyIndex.encode
 
@@ -138,7 +138,7 @@ def test_tokens_are_encoded_sixteen_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_codebooks_see_the_middle_alone() -> None:
-    """Sinks, window and memory beyond the prompt must not be clustered (the released code clusters stale rows)."""
+    """Sinks, window and memory after the prompt must not be clustered; the released code clusters stale rows."""
     data, poisoned = case(80, 1), case(80, 1)
     for tokens in (slice(0, 3), slice(74, 81)):
         poisoned.keys[:, :, tokens] = float("nan")
@@ -159,7 +159,7 @@ def test_permuting_middle_tokens_permutes_the_selection() -> None:
     assert state.index.codebook is not None
     moved = case(90, 1)
     moved.keys, moved.values = data.keys[:, :, order], data.values[:, :, order]
-    # The start of K-Means is a draw of rows; give both the same codebooks and compare what follows from them.
+    # K-Means starts from randomly drawn rows, so both get the same codebooks, and the selections are compared.
     other, other_store = started(PQCache(BUDGET, m=2, b=3), moved)
     other.index.codebook = state.index.codebook
     other.index.codes = type(state.index.codes)(reference.encode(moved.keys[:, :, 3:84], state.index.codebook))  # type: ignore[misc]
@@ -171,14 +171,14 @@ def test_permuting_middle_tokens_permutes_the_selection() -> None:
     theirs = order[tokens_of(other.select(q, other_store), other_store)]
     logits = np.einsum("bhgd,bhsd->bhgs", q.double().numpy(), reconstructed(state)) / 4
     summed = softmax(logits).sum(2)
-    for b, h in np.ndindex(2, 2):  # tokens of one code pair tie: compare what was selected by score
+    for b, h in np.ndindex(2, 2):  # tokens of one code pair are ties, so scores are compared
         picks = [sorted(summed[b, h, t - 3] for t in chosen[b, h].tolist() if 3 <= t < 85) for chosen in (mine, theirs)]
         assert np.allclose(picks[0], picks[1], atol=1e-7)
 
 
 @pytest.mark.parametrize("budget", [BUDGET, Budget(sink=3, ratio=0.2, minimum=10), PaperBudget(sink=3, ratio=0.2)])
 def test_every_short_prompt_equals_full_attention(budget: Budget) -> None:
-    """Prompts of 1 to 2**b + sink + window + 2 tokens; the released code attends to the current token alone."""
+    """Prompts of 1 to 2**b + sink + window + 2 tokens; there the released code attends only to the current token."""
     method = PQCache(budget, m=2, b=3)
     whole = 0
     for prompt in range(1, 8 + 3 + 6 + 3):

@@ -40,7 +40,7 @@ def drawn(m: int, b: int, tokens: int, seed: int, few: bool) -> tuple[Tensor, Te
 
 
 def scanned(q: Tensor, codebook: Tensor, codes: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """By numpy, token by token: logits ``[B, H, G, S]`` and their softmax summed over the group."""
+    """Computed in numpy, token by token: logits ``[B, H, G, S]``, and their softmax summed over the query group."""
     book, number = codebook.double().numpy(), codes.long().numpy()
     batch, heads, count, m = number.shape
     keys = np.zeros((batch, heads, count, m * book.shape[-1]))
@@ -106,7 +106,7 @@ def test_lists_hold_every_token_once_oldest_first(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_merged_lists_select_the_same(backend: Kernels) -> None:
-    """Beyond 512 appended tokens."""
+    """Lists are merged after 512 appended tokens."""
     q, codebook, codes = drawn(2, 3, 700, 5, False)
     grown = InvertedLists(cell_numbers(codes[:, :, :50], 3), 6, backend)
     for first in range(50, 700, 13):
@@ -195,7 +195,7 @@ def test_tokens_of_a_cell_lie_side_by_side() -> None:
     for b, h in np.ndindex(2, 2):
         owner = np.repeat(np.arange(16), plain.index.lists.starts[b, h].diff().numpy())  # cell of each middle row
         chosen = rows[b, h, 3:-6].numpy() - 3
-        chosen = chosen[chosen < len(owner)]  # the token that has just left the window waits behind
+        chosen = chosen[chosen < len(owner)]  # the token that has just left the window comes after them
         assert (np.diff(chosen) > 0).all()
         for cell in np.unique(owner[chosen]):
             own = chosen[owner[chosen] == cell]
@@ -215,7 +215,7 @@ def test_compiled_cells_equal_the_reference(tokens: int, parts: int, bits: int) 
         found, weight = cpu.best_of_cells(*arguments)
         theirs, their_weight = reference.best_of_cells(*arguments)
         agreement = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found[0], theirs[0], strict=True)]
-        assert min(agreement) >= theirs.shape[2] - 1  # sums that differ in their last bit may change places
+        assert min(agreement) >= theirs.shape[2] - 1  # sums that differ in the last bit may change places
         assert torch.allclose(weight, their_weight, atol=1e-4) or wanted >= tokens - 1
 
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def anisotropic(count: int, width: int = 16, seed: int = 0, decay: float = 0.7) -> Tensor:
-    """Vectors ``[2, 2, count, width]`` with standard deviations decay**i along directions of their own per head."""
+    """Vectors ``[2, 2, count, width]`` with standard deviations decay**i along directions that differ by head."""
     generator = torch.Generator().manual_seed(seed)
     turns = torch.linalg.qr(torch.randn(2, 2, width, width, generator=generator, dtype=torch.float64))[0]
     scaled = torch.randn(2, 2, count, width, generator=generator, dtype=torch.float64) * decay ** torch.arange(width)
@@ -51,7 +51,7 @@ def test_squared_error_is_the_expected_error_of_the_product(ridge: float) -> Non
 
 
 def test_few_queries_give_a_well_conditioned_map() -> None:
-    """Three queries span three of sixteen directions."""
+    """Three queries span only three of sixteen directions."""
     q, keys = anisotropic(3), anisotropic(50, seed=1)
     mapping = query_aware(moment_of(q), 2)
     assert mapping.forward is not None
@@ -73,7 +73,7 @@ def test_without_queries_only_the_order_changes() -> None:
 def test_directions_are_dealt_evenly(width: int, parts: int) -> None:
     order = dealt(width, parts)
     assert sorted(order.tolist()) == list(range(width))
-    ranks = order.view(parts, -1).sum(1)  # of weights that fall geometrically, log of each sub-space's product
+    ranks = order.view(parts, -1).sum(1)  # weights fall geometrically; this is the log of the product in each sub-space
     rounds = width // parts
     assert ranks.max() - ranks.min() <= (0 if rounds % 2 == 0 else parts - 1)
 
@@ -104,7 +104,7 @@ def test_centred_keys_have_no_mean_and_the_same_softmax() -> None:
 
 
 def test_query_aware_codes_estimate_products_better_than_plain_ones() -> None:
-    """Keys that vary most where no query looks."""
+    """The keys vary most in directions that no query has."""
     q, keys = anisotropic(500, decay=0.6), anisotropic(600, seed=9, decay=0.98)
     exact = np.einsum("bhnd,bhsd->bhns", q.double().numpy(), keys.double().numpy())
     errors = {}

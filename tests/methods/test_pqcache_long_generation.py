@@ -1,4 +1,4 @@
-"""Long generation: how well codebooks find tokens by age, over four times the prompt's length of real decoding."""
+"""Long generation: how well codebooks find tokens of each age while four times the prompt's length is decoded."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class RecorderState(LayerState):
 
 
 def recall_by_age(method: PQCachePlus, data: Case) -> dict[str, float]:
-    """Share of the tokens of exact top-k that are found, over the last quarter of the steps: tokens of the prompt, and
-    those of the last half of the generation."""
+    """The share of the exact top-k that is found in the last quarter of the steps, separately for tokens of the prompt
+    and tokens of the last half of the generation."""
     state, store = start(method, data)
     prompt, new = data.prompt, data.q.shape[3] - data.prompt
     found, sought = dict.fromkeys(("prompt", "late"), 0), dict.fromkeys(("prompt", "late"), 0)
@@ -70,7 +70,8 @@ def recall_by_age(method: PQCachePlus, data: Case) -> dict[str, float]:
 
 
 def recorded(model: PreTrainedModel, prompt: int, new: int) -> Case:
-    """What the layers of a model saw over a prompt and its continuation, as sequences of one case."""
+    """Queries, keys and values of the layers of a model over a prompt and its continuation, as sequences of one
+    case."""
     recorder = Recorder()
     generate(model, prompt_of(prompt, seed=3), recorder, max_new_tokens=new + 1)
     layers = recorder.layers
@@ -86,7 +87,7 @@ def recorded(model: PreTrainedModel, prompt: int, new: int) -> Case:
 
 
 def test_refreshed_codebooks_find_late_tokens_as_well_as_those_of_the_prompt(llama: PreTrainedModel) -> None:
-    """Within 3 points; frozen ones find far fewer of them. Four times the prompt's length is decoded."""
+    """The two shares differ by at most 3 points; with frozen codebooks far fewer late tokens are found."""
     data = recorded(llama, 128, 512)
     options: dict[str, Any] = {"m": 2, "b": 4, "tail": "none", "spread": False}
     budget = Budget(sink=4, window=8, ratio=0.1)

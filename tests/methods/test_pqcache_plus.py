@@ -33,7 +33,7 @@ TAILS = ["none", "mean", "pq", "sampled"]
 
 
 def plus(budget: Budget = BUDGET, **options: Any) -> PQCachePlus:
-    """Small codebooks, uncalibrated and without spread unless asked for."""
+    """A method with small codebooks, by default without calibration and spread."""
     return PQCachePlus(budget, **{"b": 3, "m_v": 2, "b_v": 3, "calibrated": False, "spread": False, **options})
 
 
@@ -44,7 +44,7 @@ def started(method: PQCachePlus, data: Case, chunk: int | None = None) -> tuple[
 
 
 def decoded(codebook: Tensor | None, codes: Tensor) -> np.ndarray:
-    """Rows ``[B, H, n, D]`` float64 that codes ``[B, H, n, m]`` stand for."""
+    """The rows ``[B, H, n, D]`` in float64 that codes ``[B, H, n, m]`` represent."""
     assert codebook is not None
     book, number = codebook.double().numpy(), codes.long().numpy()
     batch, heads, count, m = number.shape
@@ -98,7 +98,7 @@ def unselected(selection: Selection, store: DeviceStore, budget: Budget, prompt:
 @pytest.mark.parametrize("tail", ["mean", "pq"])
 @pytest.mark.parametrize("spread", [False, True])
 def test_tail_is_the_estimate_of_exactly_the_unselected(kind: str, tail: str, spread: bool) -> None:
-    """Weight and value by numpy; selected and tail weight together are all that the scan estimates."""
+    """Compared with numpy; the weights of selection and tail together are the estimate of the whole scan."""
     data = case(90, 8, group=3)
     state, store = started(plus(codebook=kind, tail=tail, spread=spread), data)
     for step in range(8):
@@ -169,7 +169,7 @@ def test_identical_values_give_full_attention_at_any_budget(tail: str, tokens: i
 
 @pytest.mark.parametrize("prompt", [100, 60])
 def test_factor_is_true_over_estimated_mass_of_the_last_queries(prompt: int) -> None:
-    """Written out per query. With 60 tokens the earliest of the 64 queries see no middle token."""
+    """The factor is written out per query. With 60 tokens the earliest of the 64 queries see no middle token."""
     data = case(prompt, 0, group=3)
     state, _ = started(plus(calibrated=True, codebook="centred"), data)
     first, stop = 3, prompt - 6
@@ -200,7 +200,7 @@ def test_factor_is_added_to_the_weight() -> None:
 
 
 def test_exact_codes_need_no_correction() -> None:
-    """Eight distinct keys, eight centroids: then the whole output is that of full attention with quantised values."""
+    """With eight distinct keys and eight centroids, the output is that of full attention with quantised values."""
     data = case(100, 1)
     pool = torch.randn(2, 2, 4, 16, generator=torch.Generator().manual_seed(2))
     data.keys = pool[:, :, torch.arange(101) % 4]
@@ -217,12 +217,12 @@ def test_exact_codes_need_no_correction() -> None:
 
 
 def test_samples_are_unbiased() -> None:
-    """Mean over 1000 seeds of numerator and denominator, within 4.5 standard errors of the truth (136 comparisons)."""
+    """Means of numerator and denominator over 1000 seeds are within 4.5 standard errors of the truth (136 values)."""
     data = case(80, 1, spread=1.0)
     state, store = started(plus(tail="sampled"), data)
     q, sums = append(state, store, data, 0), []
     for seed in range(1000):
-        state.method = replace(state.method, seed=seed)  # of the draw: the codebooks are made
+        state.method = replace(state.method, seed=seed)  # seed of the sample; the codebooks exist already
         selection = state.select(q, store)
         assert selection.indices is not None
         assert selection.indices.shape == (2, 2, 21)
@@ -301,7 +301,7 @@ def test_refresh_learns_from_all_keys_and_queries_so_far() -> None:
         assert state.index.codebook is not None
         assert (state.index.codebook is not before) == (step in (4, 9))
     assert state.index.codes is not None
-    # Made anew in step 9: 90 tokens, of which the current one's query has not been seen.
+    # Codebooks are made again in step 9, from 90 tokens; the query of the current one has not been seen.
     x = data.q[:, :, :, :89].double().numpy()
     moment = np.einsum("bhgnd,bhgne->bhde", x, x) / (2 * 89)
     moment += 1e-3 * np.trace(moment, axis1=2, axis2=3)[..., None, None] / 16 * np.eye(16)
@@ -347,7 +347,7 @@ def test_defaults_read_36_bits_of_a_token() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 3, 5, 16])
 def test_sub_spaces_need_not_divide_the_head_dimension(kind: str, m: int) -> None:
-    """Zeros behind keys and queries change no product and get no weight."""
+    """Zeros that are appended to keys and queries change no product and get no weight."""
     data = case(90, 1)
     state, store = started(plus(codebook=kind, m=m), data)
     q, keys = data.q[:, :, :, 90], store.keys(3, 84)

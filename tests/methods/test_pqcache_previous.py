@@ -1,4 +1,4 @@
-"""PQCache selecting ahead: which heads are corrected, what they attend to, and what it changes in the tokens."""
+"""PQCache with selection ahead: which heads are corrected, what they attend to, and how the generated tokens change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIERS: dict[str, Tier] = {"device": DeviceTier(), "host": HostTier(link="local",
 
 
 def cosines(one: Tensor, other: Tensor) -> np.ndarray:
-    """Of query heads in float64, averaged over the group: ``[B, H]``."""
+    """Cosines of query heads in float64, averaged over the query group: ``[B, H]``."""
     a, b = one.double().numpy(), other.double().numpy()
     return ((a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))).mean(-1)
 

@@ -1,4 +1,4 @@
-"""The spread of estimated logits: its definition over the prompt's queries, its four bits, and what they are for."""
+"""The spread of estimated logits: its definition over the queries of the prompt, its four bits, and its effect."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support import Case, append, case, softmax, tokens_of
 
 
 def half_mean_square(state: PQCachePlusState, data: Case, stop: int) -> np.ndarray:
-    """Half the mean of (true - estimated logit) ** 2 of middle tokens over all prompt queries, ``[B, H, M]``, by numpy;
-    one constant per query left out."""
+    """Half the mean of (true - estimated logit) ** 2 of middle tokens over all prompt queries, ``[B, H, M]``, in numpy;
+    one constant per query is left out."""
     q = data.q[:, :, :, : data.prompt].flatten(2, 3)
     keys = data.keys[:, :, 3:stop].double().numpy()
     true = np.einsum("bhnd,bhsd->bhns", q.double().numpy(), keys) * state.geometry.scaling
@@ -29,7 +29,8 @@ def half_mean_square(state: PQCachePlusState, data: Case, stop: int) -> np.ndarr
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_bits_hold_half_the_mean_squared_error_over_the_prompts_queries(kind: str) -> None:
-    """Of prompt and of appended tokens, up to the steps of four bits; a later token is cut at the prompt's largest."""
+    """This holds for tokens of the prompt and appended tokens, up to the resolution of four bits. The spread of a later
+    token is at most the largest of the prompt."""
     data = case(90, 8, group=3)
     state, store = started(plus(codebook=kind, queries=None, spread=True), data)
     for step in range(8):
@@ -68,8 +69,8 @@ def test_keys_that_are_their_centroids_add_nothing() -> None:
 
 
 def test_rare_keys_are_found_in_the_steps_that_need_them() -> None:
-    """Ten keys of 400 lie away from the eight clusters of the others, each alone, and queries ask for one of them as
-    often as for a cluster."""
+    """Ten of 400 keys lie alone, away from the eight clusters of the others. Queries look for one of them as often as
+    for a cluster."""
     generator = torch.Generator().manual_seed(1)
     data = case(400, 1, batch=1, heads=4, group=1, width=16)
     clusters, rare = torch.randn(8, 16, generator=generator), torch.randn(10, 16, generator=generator)

@@ -1,4 +1,5 @@
-"""Budgets by estimated share against numpy: the fewest tokens that hold it, a cap, and a tail of exactly the others."""
+"""``top_p`` against numpy: the fewest tokens that hold the share, at most the budget, and a tail of exactly the
+others."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def test_top_p_takes_the_fewest_tokens_that_hold_the_share(tail: str, top_p: flo
             assert len(middle) == 0 or middle[0] >= rest.max() - 1e-6
             held = shares[b, h][mine].sum()
             assert held >= top_p - 1e-5 or len(middle) == 40
-            assert len(middle) == 0 or held - middle[0] < top_p + 1e-5  # one fewer is too few
+            assert len(middle) == 0 or held - middle[0] < top_p + 1e-5  # one token fewer is not enough
         if tail != "none":
             assert selection.residual is not None
             free = np.where(own[:, :, None], -np.inf, np.log(weights))[..., 3:-6]
@@ -61,7 +62,8 @@ def test_top_p_takes_the_fewest_tokens_that_hold_the_share(tail: str, top_p: flo
 
 
 def test_top_p_of_everything_is_the_fixed_budget() -> None:
-    data = case(90, 3, group=1)  # with several query heads, shares of all attention rank as shares of the middle do not
+    # With several query heads, shares of all attention and shares of the middle rank tokens differently.
+    data = case(90, 3, group=1)
     fixed, adaptive = started(plus(), data), started(plus(top_p=1.0), data)
     for step in range(3):
         selections = [advance(*pair, data, step) for pair in (fixed, adaptive)]

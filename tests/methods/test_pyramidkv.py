@@ -1,4 +1,4 @@
-"""PyramidKV: the schedule against the released formula and its own promises, selections against a naive loop."""
+"""PyramidKV: the schedule against the released formula and its stated properties, selections against a naive loop."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Layer(Case):
 
 
 def stack(data: Case, layers: int) -> list[Layer]:
-    """The same tensors as every layer of a model: their budgets alone differ."""
+    """The same tensors for every layer of a model, so that layers differ only in their budgets."""
     tensors = data.q, data.keys, data.values
     return [Layer(*tensors, data.prompt, data.frequencies, layers, rank) for rank in range(layers)]
 
 
 def released(mean: int, middle: int, beta: int, layers: int) -> list[int]:
-    """The released schedule: a floored step, so that the sum is a little too large."""
+    """The released schedule, which rounds the step down, so that the sum is slightly too large."""
     low = mean // beta
     high = 2 * mean - low
     if high >= middle:

@@ -1,4 +1,4 @@
-"""Quest against pages made and bounded token by token in numpy, and against exact scores where pages hold one token."""
+"""Quest against pages and bounds computed token by token in numpy, and against exact scores if pages hold one token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUDGET = Budget(sink=3, window=5, tokens=25, ratio=None)
 
 
 def pages_of(first: int, stop: int, size: int) -> list[range]:
-    """Tokens of each page; the last may be partial."""
+    """The tokens of each page; the last page may be incomplete."""
     return [range(begin, min(begin + size, stop)) for begin in range(first, stop, size)]
 
 
@@ -39,7 +39,7 @@ def bounds(data: Case, current: int, pages: list[range]) -> np.ndarray:
 
 
 def taken(scores: np.ndarray, pages: list[range], count: int) -> set[int]:
-    """Tokens of the best pages ``[pages]`` until ``count`` are taken; the last page is cut."""
+    """The first ``count`` tokens of the best pages ``[pages]``; the last page is cut off."""
     tokens: list[int] = []
     for page in sorted(range(len(pages)), key=lambda p: (-scores[p], p)):
         tokens += pages[page]
@@ -47,7 +47,7 @@ def taken(scores: np.ndarray, pages: list[range], count: int) -> set[int]:
 
 
 def seen_by(selection: Selection, store: DeviceStore, b: int, h: int, g: int) -> set[int]:
-    """Tokens that one query head attends to."""
+    """The tokens to which one query head attends."""
     tokens = tokens_of(selection, store)[b, h]
     mine = tokens if selection.visible is None else tokens[selection.visible[b, h, g]]
     assert len(set(mine.tolist())) == len(mine)
@@ -114,7 +114,7 @@ def test_selections_equal_a_naive_loop_over_pages(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pages_of_one_token_rank_by_the_exact_scores(seed: int) -> None:
-    """Each query head then takes its own most probable tokens: the per-query-head oracle."""
+    """Each query head then selects its own most probable tokens, like the oracle per query head."""
     data = case(80, 3, group=3, seed=seed, spread=2.0)
     state, store = start(Quest(BUDGET, 1, per_query_head=True), data)
     for step in range(3):
@@ -140,7 +140,7 @@ def test_pages_of_one_token_and_one_query_head_per_key_head_are_the_oracle() -> 
 @pytest.mark.parametrize("budget", [BUDGET, Budget(sink=3, ratio=0.4, minimum=9), Budget(sink=4, ratio=0.5)])
 @pytest.mark.parametrize(("size", "prompt"), [(4, 40), (7, 40), (4, 2), (1, 30), (16, 9)])
 def test_the_partial_page_follows_every_token(budget: Budget, size: int, prompt: int) -> None:
-    """After each step the extremes are those of pages made from scratch, the prompt's and later ones alike."""
+    """After each step the minima and maxima equal those of pages that are made from scratch, for all pages."""
     data = case(prompt, 40)
     state, store = start(Quest(budget, size), data)
     assert isinstance(state, QuestState)

@@ -15,7 +15,7 @@ BUDGET = Budget(sink=3, window=6, tokens=20, ratio=None)
 
 
 def votes(data: Case, observation: int, group: slice = slice(None)) -> np.ndarray:
-    """Probability each prompt token receives from the last queries, one query at a time: ``[B, H, S]``."""
+    """The probability that each prompt token receives from the last queries, one query at a time: ``[B, H, S]``."""
     total = np.zeros(data.keys[:, :, : data.prompt, 0].shape)
     for t in range(max(0, data.prompt - observation), data.prompt):
         q, keys = data.q[:, :, group, t].double().numpy(), data.keys[:, :, : t + 1].double().numpy()
@@ -24,7 +24,8 @@ def votes(data: Case, observation: int, group: slice = slice(None)) -> np.ndarra
 
 
 def pool(row: np.ndarray, kernel: int, kind: str) -> list[float]:
-    """Pooling by its definition: the mean counts what lies beyond the edges as zeros, the maximum does not count it."""
+    """Pooling by its definition: positions beyond the edges count as zeros for the mean, and are ignored by the
+    maximum."""
     half = kernel // 2
     out = []
     for at in range(len(row)):
@@ -34,13 +35,13 @@ def pool(row: np.ndarray, kernel: int, kind: str) -> list[float]:
 
 
 def best(scores: list[float], count: int) -> set[int]:
-    """The largest scores; equal ones by age. Sums in float32 and float64 may order near-equal ones differently, so
+    """The largest scores, with ties by age. Sums in float32 and float64 may order almost equal scores differently, so
     scores are compared to nine digits."""
     return set(sorted(range(len(scores)), key=lambda i: (-round(scores[i], 9), i))[:count])
 
 
 def expected_after_prefill(data: Case, method: SnapKV, b: int, h: int) -> set[int]:
-    """Tokens kept: sinks, the window less the token to come, and the highest pooled votes between them."""
+    """The kept tokens: sinks, the window without the next token, and the highest pooled votes between them."""
     split = method.budget.resolve(data.prompt + 1, data.prompt)
     edge = data.prompt - (split.window - 1)
     middle = votes(data, method.observation)[b, h, split.sink : edge]
@@ -83,7 +84,7 @@ def test_kept_tokens_equal_a_naive_loop(
 
 
 def test_votes_are_columns_of_the_last_rows_of_the_full_causal_softmax() -> None:
-    """With as many observed queries as tokens these are H2O's column sums."""
+    """If all tokens are observed queries, these are H2O's column sums."""
     data = case(40, 1)
     full = np.zeros((2, 2, 2, 40, 40))
     for t in range(40):
@@ -116,7 +117,7 @@ def test_kernel_of_one_is_no_pooling_and_wider_ones_keep_neighbours() -> None:
 
 
 def test_average_counts_zeros_beyond_the_edges_and_maximum_does_not() -> None:
-    """All middle tokens receive the same: only the two at its edges average it with a zero."""
+    """All middle tokens receive the same votes, so only the two at the edges are averaged with a zero."""
     data = case(24, 1)
     data.q[:] = 0
     budget = Budget(sink=3, window=2, tokens=3 + 2 + 18, ratio=None)  # 18 of the middle's 20

@@ -1,4 +1,5 @@
-"""StreamingLLM against its definition: keys kept un-rotated, renumbered by their index in the cache at every step."""
+"""StreamingLLM against its definition: keys are kept unrotated, and rotated in every step by their index in the
+cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOVA against greedy removal of tokens by attention rows that a simulation computes for itself."""
+"""TOVA against a simulation that computes attention rows itself and removes tokens greedily."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PAPER = Budget(sink=0, window=1, tokens=11, ratio=None)
 
 
 def row(data: Case, b: int, current: int, held: list[list[int]]) -> np.ndarray:
-    """Attention of the query at ``current`` over the tokens each KV head holds, one row per query head summed over its
-    group: float64 ``[H, n]``."""
+    """Attention of the query at ``current`` over the tokens that each KV head holds, summed over the query group:
+    float64 ``[H, n]``."""
     keys, q = data.keys[b].double().numpy(), data.q[b, :, :, current].double().numpy()
     return np.stack([softmax(q[h] @ keys[h, tokens].T * data.scaling).sum(0) for h, tokens in enumerate(held)])
 
@@ -33,7 +33,7 @@ def drop(tokens: list[int], scores: np.ndarray, split: tuple[int, int], seen: in
 
 
 def simulate(data: Case, budget: Budget, per_head: bool, steps: int) -> list[list[list[set[int]]]]:
-    """Tokens held after prefill and after each step: by step, sequence and KV head."""
+    """The tokens held after prefill and after each step, by step, sequence and KV head."""
     batch, heads = data.keys.shape[:2]
     held = [[list(range(data.prompt)) for _ in range(heads)] for _ in range(batch)]
     history = []

@@ -1,4 +1,4 @@
-"""vAttention around other methods: unbiased, within its error bound, and every token counted once."""
+"""vAttention with other methods: it is unbiased, within its error bound, and counts every token once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def started(method: VAttention, data: Case) -> tuple[VAttentionState, DeviceStor
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 @pytest.mark.parametrize("epsilon", [None, 0.3])
 def test_every_token_is_counted_once(base: Method, epsilon: float | None) -> None:
-    """Weights of what a KV head attends to add up to the context, and no row is taken twice."""
+    """The weights of the attended rows of a KV head add up to the context length, and no row is selected twice."""
     data = case(120, 4)
     state, store = started(VAttention(base, BUDGET, epsilon=epsilon, base_sample=4), data)
     for step in range(4):
@@ -79,7 +79,7 @@ def test_the_rest_of_the_budget_is_the_selection_of_the_base(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["oracle", "sparq"])
 def test_numerator_and_denominator_are_unbiased(name: str) -> None:
-    """Mean over 1000 seeds within 4.5 standard errors of the truth (136 comparisons)."""
+    """The mean over 1000 seeds is within 4.5 standard errors of the truth (136 comparisons)."""
     data = case(80, 1, spread=1.0)
     state, store = started(VAttention(BASES[name], BUDGET), data)
     q, drawn = append(state, store, data, 0), []
@@ -90,8 +90,8 @@ def test_numerator_and_denominator_are_unbiased(name: str) -> None:
 
 
 def test_the_denominator_is_rarely_off_by_more_than_epsilon() -> None:
-    """Of 1000 samples at most a share delta, for every KV and query head; and not because samples are needlessly large:
-    it does happen, and the budget would have allowed three times as many tokens."""
+    """For every KV and query head, at most a share delta of 1000 samples is off by more. Samples are not needlessly
+    large: some are off, and the budget would have allowed three times as many tokens."""
     epsilon, delta = 0.04, 0.1
     data = case(4000, 1, spread=0.8)
     budget = Budget(sink=3, window=6, tokens=9 + 2000, ratio=None)
@@ -111,7 +111,7 @@ def test_the_denominator_is_rarely_off_by_more_than_epsilon() -> None:
 
 
 def test_sizes_follow_the_bound() -> None:
-    """Written out in numpy for one step."""
+    """The bound is written out in numpy for one step."""
     data = case(400, 1, group=3)
     budget = Budget(sink=3, window=6, tokens=209, ratio=None)
     state, store = started(VAttention(BASES["oracle"], budget, epsilon=0.06, delta=0.2, base_sample=20), data)

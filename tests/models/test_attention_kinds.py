@@ -1,4 +1,5 @@
-"""Architectures whose attention is not Llama's: the tokens of transformers, or a refusal that names the reason."""
+"""Architectures whose attention differs from Llama's: they give the tokens of transformers, or a refusal with its
+reason."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Te
 
 
 def assert_exact(model: PreTrainedModel, chosen: dict[str, Method]) -> None:
-    """Every method gives transformers' tokens for short and long prompts, in blocks, and in a padded batch."""
+    """Check that every method gives the tokens of transformers for short and long prompts, in blocks, and in a padded
+    batch."""
     ids, mask = left_padded(prompt_of(20, 1), prompt_of(3, 2), prompt_of(41, 3))
     long, right, padded = prompt_of(130), truth(model, prompt_of(130)), truth(model, ids, mask)
     short = {length: truth(model, prompt_of(length)) for length in (1, 3)}
@@ -101,8 +103,8 @@ def test_the_scaling_of_the_call_is_used_not_the_modules() -> None:
 
 
 def kept(model: PreTrainedModel, ids: Tensor, sink: int, total: int) -> Tensor:
-    """Greedy tokens when every decoded token sees the first ``sink`` and the latest tokens, ``total`` together, by a
-    mask over transformers' own cache: what StreamingLLM is where positions mean nothing."""
+    """Greedy tokens if every decoded token sees the first ``sink`` and the latest tokens, together ``total``, by a mask
+    over the cache of transformers. This equals StreamingLLM in a model without positions."""
     tokens = ids
     past = None
     for _ in range(NEW):

@@ -1,4 +1,4 @@
-"""What a machine lacks is one line before any work: a GPU, one that is new enough, Triton, or memory."""
+"""If a machine has no GPU, too old a GPU, no Triton or too little memory, one line says so before any work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {"full": Full(), "pqcache": PQCache(m=2, b=4)}
 
 
 def command(*overrides: str) -> tuple[int, list[str], str]:
-    """Exit code, errors line by line and output of a command as users type it."""
+    """Exit code, error lines and output of a command as users type it."""
     line = [sys.executable, "-m", "pqbench", *overrides, "model=tiny", "threads=1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -56,7 +56,7 @@ def test_gpu_kernels_without_a_gpu_are_one_line_for_every_benchmark(tmp_path: Pa
     code, errors, output = command(*sweep, "kernels=gpu", f"results={tmp_path}")
     assert code == 1
     once, count, again = errors
-    assert once.endswith(again.removeprefix("error: "))  # the first time, the run is named
+    assert once.endswith(again.removeprefix("error: "))  # the first message also names the run
     assert "kernels=gpu computes on a GPU, not on cpu: there is none here, set kernels=auto" in once
     assert count == f"error: {len(BENCHMARKS)} failures in {len(BENCHMARKS)} runs:"
     assert output.strip() == ""
@@ -137,7 +137,7 @@ def test_memory_of_a_prefill_is_looked_at_before_it(
 
 
 def test_what_a_prefill_needs_grows_with_keys_values_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least memory that is accepted, found by bisection, against a sum by hand for a chunk of one token."""
+    """The least accepted memory, found by bisection, is compared with a sum by hand for a chunk of one token."""
     loaded = load_model("tiny")
 
     def least(chunk: int | None, tier: Tier) -> int:

@@ -1,5 +1,5 @@
-"""Half precision against transformers in the same precision. Both round attention, in another order, so logits may
-differ by a few roundings; tokens may differ only where the best two of transformers are closer than that."""
+"""Half precision against transformers in the same precision. Both round attention in different orders, so logits may
+differ by a few roundings. Tokens may differ only if the two best logits of transformers are closer than that."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
 
 def bound(logits: Tensor, dtype: torch.dtype) -> float:
-    """What rounding may do to a logit: four roundings of the largest one."""
+    """The largest allowed rounding error of a logit: four roundings of the largest logit."""
     return 4 * torch.finfo(dtype).eps * float(logits.abs().max())
 
 
 def agree(ours: Tensor, tokens: Tensor, logits: Tensor, within: float) -> None:
-    """Equal tokens up to the first that differs, which transformers must have found as good as its own; at least half
-    are equal."""
+    """Check that tokens are equal up to a first different one, to which transformers gave almost the same logit as to
+    its own. At least half of the tokens must be equal."""
     equal = 0
     for mine, theirs, rows in zip(ours, tokens, logits, strict=True):
         for step in range(NEW):

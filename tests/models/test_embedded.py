@@ -1,4 +1,5 @@
-"""The embedded default model on real prose: with a budget for everything, each method gives what transformers gives."""
+"""The embedded default model on real prose: with a budget for all tokens, each method gives the tokens of
+transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records belong to weights, not to a path: other weights in the same folder make new records."""
+"""Records belong to weights and not to a path: other weights in the same folder make new records."""
 
 from __future__ import annotations
 

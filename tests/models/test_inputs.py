@@ -1,4 +1,4 @@
-"""Inputs besides token ids are passed on or refused by name, never dropped."""
+"""Inputs other than token ids are passed on or refused by name, but never ignored."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str, value: torch
 
 @pytest.mark.parametrize("tokens", [0, 10])
 def test_a_cache_of_the_caller_is_refused(tokens: int) -> None:
-    """Transformers would fill an empty one, and go on from a filled one."""
+    """Transformers would fill an empty cache, and continue from a filled one."""
     model = small("qwen3")
     cache = DynamicCache(config=model.config)
     if tokens:

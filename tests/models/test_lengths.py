@@ -1,4 +1,4 @@
-"""How long contexts may be, and rotary frequencies that depend on the length: equal to transformers, or refused."""
+"""Longest contexts, and rotary frequencies that depend on the length: results equal transformers, or are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def truth(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Te
 
 
 def same_or_refused(model: PreTrainedModel, ids: Tensor, **options: Any) -> bool:
-    """Whether it ran; the tokens of transformers if so."""
+    """Whether the prompt was accepted; if so, the tokens must be those of transformers."""
     try:
         tokens = generate(model, ids, Full(), max_new_tokens=NEW, **options)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What is wrong with a model's files is one line that names it; no model runs with numbers that nobody trained."""
+"""Faults in the files of a model end in one line that names them; no model runs with untrained weights by mistake."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    """The one line that loading this folder ends with."""
+    """The one line with which loading this folder ends."""
     with pytest.raises(ModelError) as caught:
         Pretrained("mine", path=str(folder)).load()
     line = str(caught.value)
@@ -136,7 +136,7 @@ def _replaced(name: str, old: str, new: str) -> Callable[[Path], object]:
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 900), ["cannot load the weights", ".safetensors"]),
         (lambda f: (f / "model.safetensors").unlink(), ["cannot load the weights", "model.safetensors"]),
         (lambda f: (f / "config.json").write_text('{"model_type": '), ["config.json is broken", "line 1"]),
-        (lambda f: (f / "config.json").write_text("[1]"), ["config.json holds no names with values"]),
+        (lambda f: (f / "config.json").write_text("[1]"), ["config.json is not a JSON object"]),
         (lambda f: (f / "config.json").write_text("{}"), ["cannot use", "config.json", "model_type"]),
         (_replaced("config.json", '"llama"', '"nonsense"'), ["cannot use", "config.json", "nonsense"]),
         (_replaced("config.json", '"num_attention_heads": 4', '"num_attention_heads": 0'), ["config.json"]),
@@ -155,7 +155,7 @@ def test_each_broken_file_has_a_line_of_its_own(folder: Path, harm: Callable[[Pa
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package with a file that is no GGUF model, and an empty cache."""
+    """An installed package with a file that is not a GGUF model, and an empty cache."""
     home = tmp_path / "site" / "held_models"
     home.mkdir(parents=True)
     (home / "__init__.py").touch()
@@ -186,7 +186,7 @@ def first_weight(model: PackagedGGUF) -> Tensor:
 
 
 def test_no_file_is_answered_by_the_conversion_of_another(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is told apart by the package, the file and its content."""
+    """The cache distinguishes the package, the file and its content."""
     monkeypatch.setattr(gguf, "_convert", convert_to(1))
     first = first_weight(source())
     monkeypatch.setattr(gguf, "_convert", convert_to(2))
@@ -220,7 +220,7 @@ def test_an_interrupted_conversion_is_made_again(package: Path, monkeypatch: pyt
     ],
 )
 def test_a_missing_package_version_or_file_is_named(package: Path, options: dict[str, str], words: list[str]) -> None:
-    """Also when a conversion of another file of that name lies in the cache."""
+    """This holds even if the cache has a conversion of another file with that name."""
     with pytest.raises(ModelError) as caught:
         source(**options).load()
     line = str(caught.value)
@@ -245,5 +245,5 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused(package: Path) -> None:
 
 
 def test_settings_in_a_folder_are_read(folder: Path) -> None:
-    """The files that the checks look at are those that transformers wrote."""
+    """The checks read the files that transformers wrote."""
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"

@@ -1,4 +1,5 @@
-"""Models of a published shape without its weights: true sizes, made in seconds, finite, and good for times alone."""
+"""Models of a published shape with random weights: they have the true sizes, are made in seconds, and only serve
+timings."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def test_shapes_are_those_of_the_cards(name: str) -> None:
 
 
 def test_rotary_frequencies_are_llamas_own() -> None:
-    """Llama 3.1 slows the frequencies of long waves down, by formula (low 1, high 4, factor 8, 8192 before)."""
+    """Llama 3.1 lowers the frequencies of long waves by its formula (low 1, high 4, factor 8, original length 8192)."""
     loaded = load_model("llama31_8b", **{**fields("llama31_8b", weights="random", shape={**TINY, "head_dim": 128})})
     base = 1 / 500000.0 ** (torch.arange(0, 128, 2).double() / 128)
     waves = 2 * torch.pi / base
@@ -91,7 +92,7 @@ def test_a_random_model_decodes_and_follows_its_seed() -> None:
     expected = torch.rand(3)
     torch.manual_seed(5)
     first, second, other = made(), made(), made(seed=1)
-    assert torch.equal(torch.rand(3), expected)  # the global generator is left alone
+    assert torch.equal(torch.rand(3), expected)  # the global generator is not changed
     weights = [loaded.model.model.layers[1].mlp.up_proj.weight for loaded in (first, second, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

@@ -1,4 +1,5 @@
-"""Learned sinks, logits in a head's softmax that bring no value, against transformers' eager attention and float64."""
+"""Learned sinks (logits in the softmax of a head without a value) against eager attention of transformers and
+float64."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("count", [1, 5, 33])
 @pytest.mark.parametrize("masked", [False, True])
 def test_dense_attention_with_sinks(count: int, masked: bool) -> None:
-    """Against float64 with one more column in the softmax."""
+    """Compared with float64 and one more column in the softmax."""
     if count not in (1, 33) and not masked:
         pytest.skip("a block of a longer prompt always has a mask")
     module = torch.nn.Module()
@@ -102,7 +103,7 @@ def test_dense_attention_with_sinks(count: int, masked: bool) -> None:
 
 
 def with_column(logits: np.ndarray, sink: Tensor) -> np.ndarray:
-    """Softmax of ``[B, H, G, n, S]`` beside a sink ``[H, G]`` in float64, the sink's own column left out."""
+    """Softmax of ``[B, H, G, n, S]`` together with a sink ``[H, G]``, in float64, without the column of the sink."""
     column = np.broadcast_to(sink.double().numpy()[:, :, None, None], (*logits.shape[:-1], 1))
     return softmax(np.concatenate([logits, column], -1))[..., :-1]
 
@@ -138,8 +139,8 @@ def test_sinks_take_their_share_of_output_and_weights() -> None:
 
 
 def test_the_probe_counts_the_mass_of_sinks() -> None:
-    """Mass is what attended tokens and the sink hold of transformers' own eager weights; a full budget has all of it
-    and no error."""
+    """Mass is the share of the attended tokens and the sink in the eager weights of transformers; with a full budget it
+    is one and there is no error."""
     model, ids = small("gpt_oss"), prompt_of(80)
     chosen = [Full(), Oracle(WHOLE), Oracle(SMALL)]
     full, whole, little = (found.means() for found in probe(prefill(model, ids, chosen), [7]))

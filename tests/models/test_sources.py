@@ -1,4 +1,4 @@
-"""Loading from folders, refusals in one line, the byte tokenizer, and models made of random weights."""
+"""Loading from folders, refusals in one line, the byte tokenizer, and models with random weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support import prompt_of
 
 
 def message(source: ModelSource) -> str:
-    """The one line that loading fails with, within seconds: nothing may wait for a network."""
+    """The one line with which loading fails, within seconds, since nothing may wait for a network."""
     began = time.perf_counter()
     with pytest.raises(ModelError) as caught:
         source.load()

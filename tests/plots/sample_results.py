@@ -1,4 +1,4 @@
-"""A small results folder with known numbers, written through pqbench.records.file, some of its text hostile."""
+"""A small results folder with known numbers, written by pqbench.records.file; some of its text is hostile."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def record(method: str, benchmark: str, task: str, sample: str, score: float, **
 
 
 def write(root: Path) -> Path:
-    """Needle (one task) and ruler (two tasks) with three methods; one hostile method, task, sample and prediction."""
+    """Write records of needle (one task) and ruler (two tasks) with three methods; one method, task, sample and
+    prediction are hostile."""
     for method, scores in SCORES.items():
         for benchmark, tasks in (("needle", ("number",) * 4), ("ruler", ("vt", "vt", "cwe", "cwe"))):
             store = {"store": {"link": "pcie4"}} if (method, benchmark) == ("pqcache", "ruler") else {}

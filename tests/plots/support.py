@@ -1,4 +1,4 @@
-"""Records as runs write them, with the settings behind their keys, in a few lines."""
+"""Makes records like those of runs, and the settings behind their keys, in a few lines."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class Results:
         self.known: dict[str, tuple[Settings, Settings]] = {}
 
     def run(self, method: str, target: str, rows: list[Row], options: Settings | None = None, **settings: Any) -> None:
-        """Add one run: ``target`` is a yaml of conf/method/, ``options`` are its fields; each row a sample's fields.
+        """Add one run: ``target`` is a yaml of conf/method/, ``options`` are its fields, and each row holds the fields
+        of a sample.
 
-        The run's settings name the class of that yaml in a module that no longer exists, and each method has a code of
-        its own, as in a real ``config.yaml``.
+        The settings of the run name the class of that yaml in a module that no longer exists. As in a real
+        ``config.yaml``, each method has a code fingerprint of its own.
         """
         key = f"{len(self.known):012x}"
         node = yaml.safe_load((ROOT / f"conf/method/{target}.yaml").read_text(encoding="utf-8"))
@@ -56,10 +57,10 @@ class Results:
 
     @property
     def table(self) -> pd.DataFrame:
-        """As ``python -m plots`` hands it to a figure."""
+        """The table as ``python -m plots`` passes it to a figure."""
         return with_settings(frame(self.rows), self.known)
 
 
 def texts(figure: Any) -> str:
-    """All that is written outside the panels: title, footer."""
+    """All text outside the panels: title and footer."""
     return "\n".join(text.get_text() for text in [*figure.texts, *([figure._suptitle] if figure._suptitle else [])])

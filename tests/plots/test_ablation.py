@@ -1,4 +1,4 @@
-"""The ablation grid holds each variant's mean in units of the exact top-k's."""
+"""The ablation grid holds the mean of each variant divided by the mean of the exact top-k."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = {"m": 2, "b": 6, "spread": False}
 
 
 def rows(*errors: float, **fields: Any) -> list[dict[str, Any]]:
-    """A record per document with these output errors; KL is ten times as much."""
+    """One record per document with these output errors; KL is ten times the error."""
     common = {
         "length": 2048,
         "steps": 32,
@@ -78,7 +78,7 @@ def test_no_grid_without_two_codebooks_and_two_tails(results: Results, tmp_path:
     assert ablation.draw(table.drop(columns="settings"), tmp_path) == []
     assert ablation.draw(table.assign(kind="scores"), tmp_path) == []
     results.run("e", "pqcache", rows(0.3), PARTS | {"codebook": "rotated", "tail": "mean", "iterations": 3})
-    assert len(ablation.draw(results.table, tmp_path)) == 2  # one that differs otherwise joins no grid and makes none
+    assert len(ablation.draw(results.table, tmp_path)) == 2  # a run that differs in other settings is in no grid
 
 
 def test_every_cell_and_its_unit_are_means_over_the_same_documents(results: Results) -> None:

@@ -1,4 +1,4 @@
-"""The attention figure stacks the records' phases, against the dense kernels of the same dtype."""
+"""The attention figure stacks the phases of the records, beside the dense kernels of the same dtype."""
 
 from __future__ import annotations
 

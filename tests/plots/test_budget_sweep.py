@@ -1,4 +1,5 @@
-"""The budget sweep draws means by the share of tokens attended, a line for each method that was swept."""
+"""The budget sweep draws means by the share of tokens attended, with a line for each method that has several
+budgets."""
 
 from __future__ import annotations
 

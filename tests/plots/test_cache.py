@@ -1,4 +1,4 @@
-"""The cache figure draws hit rate and change of TPOT by size and policy, with published numbers hollow."""
+"""The cache figure draws hit rate and change of TPOT by size and policy, and published numbers as hollow marks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The m x b grid holds each size's mean."""
+"""The m x b grid holds the mean of each codebook size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_cells_hold_means(results: Results, tmp_path: Path) -> None:
 
 def test_runs_that_differ_otherwise_are_not_mixed(results: Results, tmp_path: Path) -> None:
     results.run("pqcache", "pqcache", [{"score": 1}], {"m": 4, "b": 8, "iterations": 3})
-    assert len(codebook_sweep.draw(results.table, tmp_path)) == 2  # the odd one joins no grid and makes none
+    assert len(codebook_sweep.draw(results.table, tmp_path)) == 2  # the run that differs is in no grid
     only = results.table[results.table["method"] == "pqcache"]
     assert codebook_sweep.draw(only, tmp_path) == []
     assert codebook_sweep.draw(results.table.drop(columns="settings"), tmp_path) == []

@@ -1,4 +1,4 @@
-"""The modelled-latency figures: filled points are the records, dashed lines the model, and both say so."""
+"""The modelled-latency figures: filled points are records, dashed lines are the model, and the legend says so."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ def test_only_runs_the_model_can_read_are_drawn(tmp_path: Path, caplog: pytest.L
 
 
 def test_a_method_is_drawn_with_the_setting_of_most_contexts() -> None:
-    """Of two with as many the newest; a method at fewer contexts than full attention is not drawn."""
+    """Of two settings with equally many contexts, the newest is drawn; a method with fewer than full attention is
+    not."""
     table = made_by(EXACT, (1024, 2048, 4096))
     pq = table[table["method"] == "pq"]
     short = pq[pq["context"] > 1024]

@@ -1,4 +1,4 @@
-"""What the report says of a method comes from the source of its class, which is found by name and never imported."""
+"""The report describes a method from the source of its class, which is found by name and never imported."""
 
 from __future__ import annotations
 

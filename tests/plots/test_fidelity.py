@@ -1,4 +1,5 @@
-"""The fidelity figure shows the records' numbers: errors against bytes, bars by document, names, and their origin."""
+"""The fidelity figure shows the numbers of the records: errors against bytes, intervals over documents, names and
+origin."""
 
 from __future__ import annotations
 

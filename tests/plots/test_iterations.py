@@ -1,4 +1,4 @@
-"""The iterations figure draws fixed counts as a line and the adaptive choice where its count lies."""
+"""The iterations figure draws fixed counts as a line, and the adaptive choice at its count."""
 
 from __future__ import annotations
 

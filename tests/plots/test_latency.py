@@ -1,4 +1,4 @@
-"""The latency figure shows the records' numbers: medians, bands, units, names and where they come from."""
+"""The latency figure shows the numbers of the records: medians, bands, units, names and origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m plots``: every module with draw() is a figure; what cannot be drawn is one line that says what to run."""
+"""``python -m plots``: every module with draw() is a figure; for missing figures one line says which command to run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = {"benchmark": {"lengths": [1024]}, "method": {"_target_": "methods.fu
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Results with needle records of two lengths under full attention."""
+    """Results with needle records of full attention at two lengths."""
     file = RecordFile.create(tmp_path, "needle", "toy", "full", SETTINGS)
     for length in (1024, 2048):
         file.append(

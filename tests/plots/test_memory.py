@@ -1,4 +1,4 @@
-"""The memory figure: the formula left, measured bytes right."""
+"""The memory figure: the formula on the left, measured bytes on the right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The needle heatmap shows the records' numbers in the right cells."""
+"""The needle heatmap shows the numbers of the records in the right cells."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_one_length_one_depth_and_one_method_are_drawn(
 
 
 def test_of_several_runs_at_one_length_the_newest_is_drawn(table: pd.DataFrame, tmp_path: Path) -> None:
-    """They are points of a sweep. A run at more lengths is drawn instead, whatever is newer."""
+    """Such runs are points of a sweep. A run at several lengths is drawn instead, even if it is older."""
     points = [pd.DataFrame(rows("quest", key, "10 %", 1.0)) for key in ("cc", "dd")]
     swept = pd.concat([table, *[part[part["sample_id"].str.startswith("1024")] for part in points]])
     names = {path.name for path in needle.draw(swept, tmp_path) if path.suffix == ".png"}

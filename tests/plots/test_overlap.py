@@ -1,4 +1,4 @@
-"""The overlap figure: two bars per context up to the second token, and when the index was built."""
+"""The overlap figure: two bars per context up to the second token, and the time in which the index was built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results pages: they are what the command makes of the committed records, and their figures are right."""
+"""The results pages are those that the command makes from the committed records, and their figures are right."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_errors_on_the_page_are_means_over_documents() -> None:
 
 
 def test_recommended_methods_win_by_the_records() -> None:
-    """Computed again from the raw records: no other method of the same kind has a smaller error or a higher score."""
+    """No other method of the same kind has a smaller error or a higher score, computed again from the raw records."""
     found = choice(read(ROOT)["quick_suite"], read(ROOT)["fidelity"])
     suite, faith = records("quick_suite"), records("fidelity")
 
@@ -85,7 +85,7 @@ def test_recommended_methods_win_by_the_records() -> None:
     dropping = {"h2o", "snapkv", "pyramidkv", "tova", "streaming_llm"}
     assert set(found.candidates(True)) == dropping
     assert found.dropper() == min(dropping, key=error)
-    # Full, the exact top-k and a method that reads as many bytes as it are no recommendation; neither is chance.
+    # Full, the exact top-k, a method that reads as many bytes, and random tokens are never recommended.
     choosing = {r["method"] for r in suite} - dropping - {"full", "oracle", "magicpig", "random_tokens"}
     assert set(found.candidates(False)) == choosing
     assert found.faithful() == min(choosing, key=error)
@@ -152,7 +152,7 @@ def test_the_command_makes_a_checkout_without_pages_whole(tmp_path: Path, caplog
 
 
 def test_speed_needs_no_more_than_records(tmp_path: Path) -> None:
-    """The page of times is made as soon as there are records of times."""
+    """The page of times is made if there are records of times."""
     shutil.copytree(ROOT / "results" / "measured", tmp_path / "results" / "measured")
     shutil.copy(ROOT / "README.md", tmp_path)
     timed = tmp_path / "timed"

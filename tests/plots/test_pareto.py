@@ -1,4 +1,4 @@
-"""The Pareto figure: bytes of a step, undominated points, and samples that all runs share."""
+"""The Pareto figure: bytes of a step, the frontier, and the samples that all runs share."""
 
 from __future__ import annotations
 

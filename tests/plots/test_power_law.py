@@ -1,4 +1,4 @@
-"""The power-law figure draws what the records hold, and finds the exponent of a law that is one."""
+"""The power-law figure draws the numbers of the records, and finds the exponent of an exact power law."""
 
 from __future__ import annotations
 

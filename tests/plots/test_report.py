@@ -1,4 +1,4 @@
-"""The report's numbers against pandas, its limits, hostile and damaged records; read back with lxml, a real parser."""
+"""The report: its numbers against pandas, its limits, and hostile and damaged records. The page is parsed with lxml."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def lines(root: Path, name: str, records: list[dict[str, Any]]) -> None:
 
 
 def grid(table: html.HtmlElement) -> pd.DataFrame:
-    """A table as strings, by its headings without their units."""
+    """A table as strings, by headings without units."""
     heads = [cell.xpath("string(button/text() | text())").strip() for cell in table.xpath("thead/tr/th")]
     rows = [[cell.text_content().strip() for cell in row.xpath("th|td")] for row in table.xpath("tbody/tr")]
     return pd.DataFrame(rows, columns=heads)

@@ -1,4 +1,5 @@
-"""The report in headless Chromium, clicked for real: it sorts, filters, compares samples, and runs nothing hostile."""
+"""The report in headless Chromium with real clicks: it sorts, filters and compares samples, and runs no hostile
+script."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def page(browser: Chrome, address: str) -> Chrome:
 
 
 def rows(page: Chrome) -> list[list[str]]:
-    """Visible cells of the leaderboard."""
+    """The visible cells of the leaderboard."""
     found = page.find_elements(By.CSS_SELECTOR, "#runs tbody tr")
     return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th,td")] for row in found if row.is_displayed()]
 
@@ -80,7 +81,7 @@ def choose(page: Chrome, field: str, text: str) -> None:
 
 
 def ours(page: Chrome) -> list[str]:
-    """Methods of the visible rows in their order, without the hostile one."""
+    """The methods of the visible rows in order, without the hostile method."""
     return [name for row in rows(page) if (name := row[0].split(" ")[0]) in SCORES]
 
 

@@ -1,4 +1,4 @@
-"""The score figure draws a suite's averages, with published numbers for the same model alone."""
+"""The score figure draws the averages of a suite, with published numbers only for the same model."""
 
 from __future__ import annotations
 

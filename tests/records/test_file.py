@@ -1,4 +1,4 @@
-"""Records survive kills, other processes, hand edits and odd content."""
+"""Records survive kills, other processes, manual edits and unusual content."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_another_environment_is_added_and_told(
     RecordFile.create(tmp_path, "b", "m", "x", SETTINGS)
     assert json.loads((folder / "environment.json").read_text()) == [first, second]
     assert [message for message in caplog.messages if "another environment" in message] == [
-        f"{folder / 'environment.json'}: this run goes on in another environment: torch 1 -> 2"
+        f"{folder / 'environment.json'}: this run continues in another environment: torch 1 -> 2"
     ]
     assert differences(first, second | {"new": 1}) == ["torch 1 -> 2", "new None -> 1"]
 

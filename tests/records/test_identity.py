@@ -1,4 +1,4 @@
-"""What makes two runs the same: moving code or editing a comment changes no key, editing a method's code does."""
+"""When two runs are the same: moving code or editing a comment changes no key, editing the code of a method does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mine:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of methods of a user: one module, and a helper that it imports."""
+    """A user's package of methods: one module, and a helper that it imports."""
     folder = tmp_path / "own_methods"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
@@ -127,7 +127,7 @@ def test_older_code_is_told_left_out_and_shown_on_request(
     caplog.clear()
     new = RecordFile.create(tmp_path, "needle", "tiny", "mine", settings | {"code": "bbb"})
     new.append(record("a", key="2", score=75.0))
-    assert any("by other code of the method; this run measures anew" in message for message in caplog.messages)
+    assert any("by other code of the method; this run measures again" in message for message in caplog.messages)
     assert older_code(read_folders(tmp_path)) == {old.folder}
     assert [found["score"] for found in read_all(tmp_path)] == [75.0]
     assert tables([str(tmp_path)]) == 0
@@ -153,7 +153,7 @@ def test_records_of_the_first_format_are_read_and_measured_anew(
     assert [found["sample_id"] for found in read_all(tmp_path)] == ["a"]
     new = RecordFile.create(tmp_path, "needle", "tiny", "mine", settings | {"code": "bbb"})
     assert new.outcomes() == {}
-    assert any("by an older version of pqbench; this run measures anew" in message for message in caplog.messages)
+    assert any("by an older version of pqbench; this run measures again" in message for message in caplog.messages)
 
 
 def test_a_failure_of_other_code_runs_again_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``python -m pqbench.progress``: states, rates and remaining times of runs, from records and signs of life."""
+"""``python -m pqbench.progress``: states, rates and remaining times of runs, from records and heartbeats."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_states(tmp_path: Path) -> None:
 
 
 def test_rates_count_what_this_process_did(tmp_path: Path) -> None:
-    """4 of 10 in 120 s, one of them found there: 3 in 2 minutes, so 6 more take 4 minutes."""
+    """4 of 10 samples are done after 120 s, but one existed before: 3 in 2 minutes, so 6 more take 4 minutes."""
     sign(run_folder(tmp_path, "h2o", 3, failed=1), before=1)
     (run,) = read_runs(tmp_path)
     assert run.rate == pytest.approx(3 / 120, rel=1e-3)

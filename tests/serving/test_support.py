@@ -1,4 +1,4 @@
-"""The table of model types: outcomes of single types, faults that stay in their row, and the page itself."""
+"""The table of model types: results of single types, faults that affect only their own row, and the page itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_outcomes_of_types(kind: str, result: str, note: str) -> None:
 
 
 def faulty(kind: str) -> Outcome:
-    """What types at fault do."""
+    """The behaviour of faulty types."""
     if kind == "crash":
         os.kill(os.getpid(), 9)  # as hard an end as any
     if kind == "slow":

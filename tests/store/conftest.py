@@ -1,4 +1,4 @@
-"""Small chunks of host memory for every test here."""
+"""Small chunks of host memory for every test in this folder."""
 
 from __future__ import annotations
 

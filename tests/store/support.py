@@ -1,6 +1,6 @@
-"""Shared by the tests of host stores: data that carry their own address, budgets, selections, and a whole decode.
+"""Shared by the tests of host stores: data that contain their own position, budgets, selections, and whole decodes.
 
-Component 0 of a key is the position, so a wrong row cannot pass for the right one.
+Component 0 of a key is its position, so a wrong row is always noticed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CACHES = {
 
 
 class DirectLink(LocalLink):
-    """A link over which kernels read rows by themselves, as those of a GPU do."""
+    """A link over which kernels read rows directly, like the kernels of a GPU."""
 
     direct = True
 
@@ -69,8 +69,8 @@ def open_store(
 
 
 def selections(count: int = STEPS, seed: int = 1) -> Iterator[Tensor | None]:
-    """Rows of every step ``[B, H, n]``: sinks, window and a middle in which some places are asked for more often; at
-    times rows from anywhere, in any order and more than once, or all of them."""
+    """Rows of every step ``[B, H, n]``: sinks, window, and middle rows of which some are requested more often. Some
+    steps request arbitrary rows in any order and more than once, or all rows."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(count):
         length = PROMPT + step + 1
@@ -87,7 +87,7 @@ def selections(count: int = STEPS, seed: int = 1) -> Iterator[Tensor | None]:
 
 
 def fetched(store: Store, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows themselves, ``[B, H, n, D]``."""
+    """The fetched rows, ``[B, H, n, D]``."""
     keys, values, rows = store.fetch(indices)
     if rows is None:
         return keys.clone(), values.clone()
@@ -95,15 +95,15 @@ def fetched(store: Store, indices: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def wanted(twin: DeviceStore, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same from a device store."""
+    """The same rows from a device store."""
     if indices is None:
         return twin.keys(), twin.values()
     return gather_rows(twin.keys(), indices), gather_rows(twin.values(), indices)
 
 
 def run(store: HostStore, keys: Tensor, values: Tensor, seed: int = 1) -> list[tuple[int, int, int, int]]:
-    """Decode, comparing every step with a device store. Returns bytes to device and to host, hits and lookups so far
-    at each step."""
+    """Decode, and compare every step with a device store. Returns for each step the bytes to device and to host, hits
+    and lookups so far."""
     twin, meters = store_of(keys[:, :, :PROMPT], values[:, :, :PROMPT]), []
     for step, indices in enumerate(selections(seed=seed)):
         at = PROMPT + step

@@ -1,4 +1,4 @@
-"""Rows brought before the step that asks for them: always the right ones, and each at most once."""
+"""Rows that are fetched before the step that needs them: always the right rows, and each at most once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ STEPS = 120
 @pytest.mark.parametrize("cache", ["none", "lfu"])
 @pytest.mark.parametrize("captured", [False, True])
 def test_rows_that_were_asked_for_ahead(captured: bool, cache: str) -> None:
-    """Among them the token whose place in the ring the newest takes meanwhile, in a ring that is laid out anew."""
+    """This includes the token whose place in the ring is meanwhile taken by the newest token, in a ring that was
+    rebuilt."""
     keys, values = tokens(PROMPT + STEPS)
     generator, used = torch.Generator().manual_seed(2), 0
     with DirectLink(debug=True) as link:

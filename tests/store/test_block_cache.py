@@ -22,7 +22,7 @@ STEPS = st.lists(st.lists(st.integers(0, 11), unique=True, max_size=9), max_size
 
 
 class Model:
-    """What the policies promise, in the plainest way: a dict of counts and times of promotion."""
+    """The simplest implementation of the policies: a dict of counts and times of promotion."""
 
     def __init__(self, capacity: int, lfu: bool) -> None:
         self.capacity, self.lfu, self.clock = capacity, lfu, 0
@@ -51,7 +51,7 @@ class Model:
 def stepped(
     backend: ModuleType, residency: Residency, blocks: list[int], lfu: bool, admit: int = 99
 ) -> list[tuple[int, int]]:
-    """One step of one owner that wants blocks in this order: what entered which slot."""
+    """One step of one owner that requests blocks in this order. Returns which block entered which slot."""
     counts = torch.zeros_like(residency.where)
     for rank, block in enumerate(blocks):
         counts[0, block] = 50 - rank
@@ -64,7 +64,7 @@ def stepped(
 
 
 def empty(capacity: int, blocks: int = 12) -> Residency:
-    """A cache for a context of so many blocks."""
+    """A cache for a context of this many blocks."""
     return Residency.empty(1, capacity, CPU)._replace(where=torch.full((1, blocks), -1))
 
 
@@ -112,14 +112,14 @@ def test_among_equals_the_one_promoted_longest_ago_leaves(backend: ModuleType) -
 
 
 def owner_of(cache: BlockCache, head: int, heads: int, length: int) -> int:
-    """Which owner a head has, of ``heads`` counted over all sequences."""
+    """The owner of each head, with ``heads`` counted over all sequences."""
     return head // (heads // len(cache.table(length)))
 
 
 def asked(
     cache: BlockCache, rows: list[tuple[int, int]], length: int, on_host: int, heads: int
 ) -> list[tuple[int, int]]:
-    """One step that asks for (head, position); what was let in as (first head, block start)."""
+    """One step that requests (head, position). Returns the admitted blocks as (first head, block start)."""
     counts = torch.zeros_like(cache.table(length))
     for head, position in rows:
         counts[owner_of(cache, head, heads, length), position // cache.options.block] += 1

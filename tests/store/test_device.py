@@ -15,7 +15,7 @@ from tests.support import store_of
 
 
 def rows(start: int, count: int) -> Tensor:
-    """Keys ``[1, 2, count, 2]``: component 0 is the position, component 1 the head."""
+    """Keys ``[1, 2, count, 2]`` whose component 0 is the position and component 1 the head."""
     position = torch.arange(start, start + count).expand(1, 2, count)
     return torch.stack([position, torch.tensor([0, 1])[None, :, None].expand_as(position)], -1).float()
 

@@ -1,4 +1,4 @@
-"""A host store whose kernels read host memory by themselves, and numbers that only the device knows."""
+"""A host store whose kernels read host memory directly, with numbers that only the device knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory is held until whoever reads it is done."""
+"""Host memory is held until all its readers are done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pqbench.store.link.held import Held
 
 @dataclass
 class Place:
-    """A mark that is passed when told so, or when somebody waits."""
+    """An event that has passed if it is told so, or if it was waited for."""
 
     passed: bool = False
     waits: list[int] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Place:
 
 
 def buffer() -> tuple[list[torch.Tensor], weakref.ref[torch.Tensor]]:
-    """A buffer in a list that is its only holder."""
+    """A buffer in a list that holds the only reference to it."""
     rows = torch.zeros(3)
     return [rows], weakref.ref(rows)
 
@@ -42,7 +42,7 @@ def test_a_buffer_lives_until_the_last_of_its_marks_is_passed() -> None:
         held.hold([], [])
         assert alive() is not None
         place.passed = True
-    held.hold([], [])  # whoever comes next sweeps
+    held.hold([], [])  # the next call frees it
     gc.collect()
     assert alive() is None
     assert len(held) == 0

@@ -1,4 +1,4 @@
-"""The host store against the device store, bit for bit, while contexts grow, rings wrap and blocks come and go."""
+"""The host store against the device store, bit for bit, while contexts grow, rings wrap and blocks enter and leave."""
 
 from __future__ import annotations
 
@@ -259,20 +259,20 @@ def test_a_prompt_can_arrive_in_blocks() -> None:
 
 
 class Impatient(Outbox):
-    """An outbox that believes tokens to be on the host at once."""
+    """An outbox that treats tokens as copied to the host at once."""
 
     def land(self, stop: int) -> None:
         self._landed = self.sent
 
 
 def never_lands(store: HostStore) -> None:
-    """Have a store read host rows and overwrite ring slots without waiting for the copies."""
+    """Make a store read host rows and overwrite ring slots without waiting for the copies."""
     held = store._holdings
     held.outbox = Impatient(held.host, held.pool, store.length, held.traffic)
 
 
 def never_arrives(store: HostStore) -> None:
-    """Have a store use blocks before they are there."""
+    """Make a store use blocks before they have arrived."""
     finder = store._finder
     assert isinstance(finder, CachedFinder)
 
@@ -283,7 +283,7 @@ def never_arrives(store: HostStore) -> None:
 
 
 def decode(store: HostStore, keys: Tensor, values: Tensor) -> None:
-    """Decode and check, until something is wrong."""
+    """Decode and check until a row is wrong."""
     for step, indices in enumerate(selections()):
         at = PROMPT + step
         store.append(keys[:, :, at : at + 1], values[:, :, at : at + 1])

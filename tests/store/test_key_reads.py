@@ -1,4 +1,4 @@
-"""The store counts the keys that a selection reads, whatever the method declares."""
+"""The store counts the keys that a selection reads, regardless of the method's own declaration."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SilentState(LayerState):
         self.method = method
 
     def append(self, kv: KV) -> None:
-        self.method.read(kv)  # an index is brought up to date: that is not reading it
+        self.method.read(kv)  # updating an index does not count as reading it
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         self.method.read(kv)
@@ -69,7 +69,7 @@ class SilentState(LayerState):
 
 
 def decoded(method: Method, tier: Tier) -> Cohort:
-    """A few steps of one layer."""
+    """Decode a few steps with one layer."""
     data = case(PROMPT, STEPS, batch=BATCH, heads=HEADS, width=WIDTH)
     keys, values = (GrowingBuffer(part[:, :, :PROMPT]) for part in (data.keys, data.values))
     placement = tier.open(torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""Links: beside the caller, in order, counted, timed by the model, and with poison that shows who came too early."""
+"""Links: transfers run beside the caller, in order, are counted and take the modelled time; poison shows early
+reads."""
 
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ from pqbench.store.link.cuda import CudaLink
 from pqbench.store.link.emulated import PRESETS, Clock, EmulatedLink, Speed, speed
 from pqbench.store.link.local import LocalLink
 
-PATIENCE = 30.0  # seconds after which a test gives up; never waited for where the link works
+PATIENCE = 30.0  # seconds after which a test gives up
 LINKS = [LocalLink, lambda debug=False: EmulatedLink(PRESETS["pcie4"], debug)]
 
 
 @dataclass(frozen=True)
 class HeldCopy(Copy):
-    """A copy that starts, says so, and goes on only when it is let go."""
+    """A copy that reports its start, and continues only when the test allows it."""
 
     started: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
@@ -177,7 +178,7 @@ def test_emulated_transfers_of_one_direction_queue() -> None:
 
 
 class FakeTime:
-    """A clock that only sleeping moves, and that always sleeps 60 us too long."""
+    """A clock that advances only in sleeps, which always take 60 us too long."""
 
     def __init__(self) -> None:
         self.now = 1000.0

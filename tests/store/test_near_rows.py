@@ -1,4 +1,4 @@
-"""Rows of a prompt that are still on the device while it is copied out: the same rows, and nothing crosses the link."""
+"""Rows of a prompt that are still on the device while the prompt is copied to the host: they need no transfer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.store.test_host import PROMPT, STEPS, split_of, tokens
 
 @pytest.fixture
 def rows() -> tuple[Tensor, Tensor]:
-    """Keys and values of a whole prompt and the steps after it."""
+    """Keys and values of a whole prompt and of the steps after it."""
     return tokens(PROMPT + STEPS)
 
 
 def near_store(rows: tuple[Tensor, Tensor], link: Link) -> tuple[HostStore, HostPrompt]:
-    """A store whose prompt keeps its device rows, as behind a link to a GPU."""
+    """A store whose prompt keeps its device rows, as with a link to a GPU."""
     near = rows[0][:, :, :PROMPT].clone(), rows[1][:, :, :PROMPT].clone()
     prompt = HostPrompt.offload(link, *near)
     prompt.near = near

@@ -1,4 +1,4 @@
-"""Tiers: what they place where, and what they refuse in one line before anything is allocated."""
+"""Tiers: where they place rows, and what they refuse in one line before memory is allocated."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_page_locked_memory_that_the_driver_refuses_is_one_clear_line() -> None:
 
 
 def test_a_cache_larger_than_the_context_holds_the_context(caplog: pytest.LogCaptureFixture) -> None:
-    """A note says so once, and the cache takes no more memory than the context."""
+    """A note says this once, and the cache takes no more memory than the context."""
     caplog.set_level("INFO", "pqbench")
     tier = HostTier(cache_tokens=4096, cache_block=128)
     for tokens in (5000, 1000, 500):

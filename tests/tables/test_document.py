@@ -53,7 +53,7 @@ def record(sample: str, method: str = "full", score: float | None = 50.0, **fiel
 
 
 def cells(text: str, title: str) -> list[list[str]]:
-    """Rows of the markdown table under a title, headings first."""
+    """The rows of the markdown table under a title, beginning with the headings."""
     lines = text.split(f"### {title}", 1)[1].split("###", 1)[0].splitlines()
     rows = [line for line in lines if line.startswith("|")]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in [rows[0], *rows[2:]]]

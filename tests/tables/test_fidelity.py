@@ -1,4 +1,4 @@
-"""Tables of fidelity records: means by hand, intervals by document, ratios to the best, failures counted."""
+"""Tables of fidelity records: means worked out by hand, intervals over documents, ratios to a method, and failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables choose by the kind of a record; old records without one are told apart by their fields."""
+"""Tables choose records by their kind; the kind of old records is recognised by their fields."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_facts_hold_only_what_is_known() -> None:
 
 
 def printed(records: list[Record]) -> str:
-    """What a run prints, at the width it prints with."""
+    """The output of a run at its usual width."""
     console = Console(width=150)
     with console.capture() as captured:
         console.print(run_table(records))

@@ -1,4 +1,4 @@
-"""Rows in which a method had nothing to skip are marked in every table: they are full attention under another name."""
+"""Every table marks rows in which a method had nothing to skip, since these are full attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(results: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None
 def test_a_short_prompt_is_marked_and_a_longer_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """pqcache has 256 centroids, so it makes no index of 256 tokens; streaming_llm drops tokens of any prompt."""
+    """pqcache has 256 centroids, so it makes no index for 256 tokens; streaming_llm drops tokens of any prompt."""
     run(tmp_path, monkeypatch, "method=[full,pqcache,streaming_llm]", "benchmark.lengths=[256,1024]")
     shown = capsys.readouterr().out
     assert "2 (1 dense)" in next(line for line in shown.splitlines() if "pqcache" in line)

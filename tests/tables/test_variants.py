@@ -1,4 +1,4 @@
-"""Runs of one method are told apart by the settings in which they differ, and each configuration is read once."""
+"""Tables distinguish runs of one method by the settings in which they differ, and read each configuration once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def method(**options: Any) -> dict[str, Any]:
 
 
 def rows_of(text: str) -> list[list[str]]:
-    """The cells of the first markdown table of a text, heading and rule left out."""
+    """The cells of the first markdown table of a text, without heading and rule."""
     table = text.split("\n\n")[1].splitlines()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
 

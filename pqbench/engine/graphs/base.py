@@ -1,4 +1,4 @@
-"""What a captured graph does, whatever records it."""
+"""The interface of a captured graph, whatever records it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Graph(Protocol):
         """Run the work once without capturing it, so that kernels are compiled and libraries are opened."""
 
     def capture(self, work: Work) -> Tensor:
-        """Capture the work and return the tensor of its result, which only :meth:`replay` fills, every time anew."""
+        """Capture the work and return the tensor of its result. Only :meth:`replay` fills this tensor, and each replay
+        overwrites it."""
 
     def replay(self) -> None:
-        """Do the captured work again, with what its tensors hold now."""
+        """Do the captured work again with the present contents of its tensors."""

@@ -1,4 +1,4 @@
-"""A CUDA graph, which launches all kernels of a step by one launch."""
+"""A CUDA graph, in which one launch starts all kernels of a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CudaGraph:
         return result
 
     def capture(self, work: Work) -> Tensor:
-        """See :meth:`pqbench.engine.graphs.base.Graph.capture`. Other threads may use the GPU meanwhile."""
+        """See :meth:`pqbench.engine.graphs.base.Graph.capture`. Other threads may use the GPU during the capture."""
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             return work()
 

@@ -17,8 +17,8 @@ from pqbench.method import Plan
 
 
 def ready(cohorts: Sequence[Cohort], rows: int) -> bool:
-    """Get cohorts ready to be captured, with buffers for ``rows`` rows in all; False while some are not of the shape
-    that their further steps will have."""
+    """Prepare cohorts for the capture, with buffers for ``rows`` rows in all. Returns False while a cohort does not yet
+    have the shape that it will have in all further steps."""
     able = [cohort.state.reserve(cohort.store, rows) for cohort in cohorts]
     if all(able):
         for cohort in cohorts:
@@ -27,12 +27,12 @@ def ready(cohorts: Sequence[Cohort], rows: int) -> bool:
 
 
 class Engine:
-    """The steps of cohorts that are :func:`ready`, one cohort for each layer, as one graph.
+    """Runs the decode steps of cohorts that are :func:`ready`, one cohort for each layer, as one graph.
 
-    In a step the host first does its part for every cohort: it waits where it must, encodes tokens that leave the
-    window, and computes numbers. One copy brings all numbers to the device, and the graph is replayed. Then follows
-    what is due from time to time, such as sending tokens to the host. The first step rehearses the work and the second
-    one captures it.
+    In each step the host first does its part for every cohort: it waits where it must, encodes tokens that leave the
+    window, and computes numbers. One copy brings all numbers to the device, and the graph is replayed. After that the
+    host does work that is only due from time to time, such as sending tokens to the host store. The first step
+    rehearses the work and the second one captures it.
     """
 
     def __init__(self, cohorts: Sequence[Cohort], work: Work) -> None:
@@ -49,7 +49,7 @@ class Engine:
 
     @property
     def captured(self) -> bool:
-        """Whether the next step is nothing but a replay."""
+        """Whether the next step only replays the graph."""
         return self._result is not None
 
     def step(self) -> Tensor:
@@ -100,7 +100,7 @@ class Engine:
         return self._result
 
     def _whole(self) -> Tensor:
-        """Do what needs no query for all cohorts, then the work."""
+        """For all cohorts, do what needs no query; then do the work."""
         for cohort in self._cohorts:
             cohort.state.prefetch(cohort.store)
         return self._work()

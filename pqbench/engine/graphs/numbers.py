@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SLOTS = 4  # copies that may be under way, which is how many steps the host may run ahead of the device
+_SLOTS = 4  # copies that may be in progress at once: the host may run this many steps ahead of the device
 
 
 class Numbers:
-    """``count`` numbers in one int32 tensor on the device. They arrive by one copy that nobody waits for, from pinned
-    memory that is written again only once its copy has left."""
+    """``count`` numbers in one int32 tensor on the device. They arrive by one asynchronous copy from pinned memory. A
+    slot of pinned memory is written again only after its last copy is complete."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.values = torch.zeros(count, dtype=torch.int32, device=device)
@@ -23,11 +23,12 @@ class Numbers:
         self._next = 0
 
     def views(self, first: int, count: int) -> tuple[Tensor, ...]:
-        """Numbers ``first`` to ``first + count``, each as a tensor with one element."""
+        """The ``count`` numbers from ``first`` on, each as a tensor with one element."""
         return tuple(self.values[i : i + 1] for i in range(first, first + count))
 
     def send(self, numbers: Sequence[int]) -> None:
-        """Give these numbers to everything that is launched on the current stream from now on."""
+        """Send these numbers to the device. Everything that is launched on the current stream from now on reads
+        them."""
         slot, self._next = self._next, (self._next + 1) % len(self._host)
         left = self._left[slot]
         if left is not None:

@@ -1,8 +1,8 @@
-"""A recording that takes the place of a CUDA graph on the CPU: every operation of a step is recorded and done again.
+"""A recording that takes the place of a CUDA graph on the CPU: every operation of a step is recorded and repeated.
 
 A CUDA graph freezes everything that the host decided while it was captured: shapes, Python numbers and addresses. Only
-the contents of memory may change from one replay to the next. The recording freezes the same, so that a step which
-would go wrong in a CUDA graph goes wrong here, where it can be tested.
+the contents of memory may change from one replay to the next. The recording freezes the same things. A step that would
+go wrong in a CUDA graph therefore goes wrong here, where tests can find it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pqbench.engine.graphs.base import Work
 from pqbench.errors import ModelError
 from pqbench.kernels.backend import Kernels
 
-# What makes the host wait for what the device computes; so does indexing with bool, whose result has as many rows as
-# there are hits.
+# Operations that make the host wait for a result of the device. Indexing with a bool tensor does so too, because its
+# result has as many rows as there are hits.
 _READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation with the arguments that it had, and the tensors that it gave."""
+    """One operation with its arguments and the tensors that it returned."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -39,8 +39,7 @@ class Launch:
     name: str
 
     def again(self) -> None:
-        """Do the operation once more, and copy its results into the tensors of the first time, which later operations
-        read.
+        """Repeat the operation, and copy its results into the tensors of the first time, which later operations read.
 
         Raises:
             ModelError: the result has another shape now, which no graph can follow.
@@ -52,21 +51,21 @@ class Launch:
                     f"{self.name} gave {tuple(before.shape)} when it was captured and now gives "
                     f"{tuple(now.shape)}: its shape depends on the step"
                 )
-            if before.data_ptr() != now.data_ptr():  # else a view, or written in place
+            if before.data_ptr() != now.data_ptr():  # otherwise the result is a view or was written in place
                 before.copy_(now)
 
 
 class SoftwareGraph:
     """See :class:`pqbench.engine.graphs.base.Graph`.
 
-    Torch operations are recorded one by one. A kernel is recorded as what a GPU would be given: with Triton's
-    interpreter every launch, with other backends the call of the kernel, which reads its numbers when it runs.
+    Torch operations are recorded one by one. A kernel is recorded as the GPU would receive it: every launch with
+    Triton's interpreter, and the whole call with other backends. The kernel reads its numbers when it runs.
     """
 
     def __init__(self, backend: Kernels) -> None:
         self._backend = backend
         self._launches: list[Launch] = []
-        self._inside = False  # a kernel: what it is made of is no operation of its own
+        self._inside = False  # a kernel, whose operations are not recorded one by one
         self._done = False
 
     def rehearse(self, work: Work) -> Tensor:
@@ -94,12 +93,12 @@ class SoftwareGraph:
         self._done = False
 
     def _operation(self, run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """A torch operation."""
+        """Run a torch operation, and record it unless it is part of a kernel."""
         result = run(*arguments, **options)
         if not self._inside:
             name = str(run.name())  # type: ignore[attr-defined]
             if _waits(name.partition(".")[0], arguments):
-                raise ModelError(f"a step that is captured reads on the host what the device computes ({name})")
+                raise ModelError(f"a captured step reads on the host what the device computes ({name})")
             self._launches.append(Launch(run, arguments, options, _tensors(result), name))
         return result
 

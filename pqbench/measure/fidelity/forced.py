@@ -1,4 +1,5 @@
-"""Teacher-forced decoding with a method in all layers, so that its errors go on through the model as in generation."""
+"""Teacher-forced decoding with a method in all layers. The method's errors reach all later layers and steps, as in
+generation."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from pqbench.engine.steps import Forced, Steps
 
 
 class Drift:
-    """Compares next-token predictions with those of full attention, step by step. Nothing waits for the device before a
-    figure is asked for.
+    """Compares next-token predictions with those of full attention, step by step. It waits for the device only when a
+    figure is read.
 
     Attributes:
         full: ``[T, V]`` logits of full attention after each token read.
@@ -28,10 +29,11 @@ class Drift:
 
     def __init__(self, full: Tensor, targets: Sequence[int]) -> None:
         self.full, self.targets = full, targets
-        self._steps: list[Tensor] = []  # of each step: KL, agreement, log probabilities of both; float64 [4]
+        self._steps: list[Tensor] = []  # for each step, float64 [4]: KL, agreement, and both log probabilities
 
     def add(self, logits: Tensor) -> None:
-        """Count the next step: logits ``[V]``. In float64, for a difference of distributions that hardly differ."""
+        """Count the next step, given its logits ``[V]``. Computes in float64, because the distributions hardly
+        differ."""
         target = self.targets[len(self._steps)]
         exact, mine = self.full[len(self._steps)].double().log_softmax(-1), logits.double().log_softmax(-1)
         kl = (exact.exp() * (exact - mine)).nansum()  # 0 * (-inf + inf) where p is 0
@@ -45,17 +47,17 @@ class Drift:
 
     @property
     def agrees(self) -> list[bool]:
-        """Whether the most likely token is the same."""
+        """Whether the most likely token is that of full attention, for every step."""
         return [value > 0 for value in self._told(1)]
 
     @property
     def nll(self) -> list[float]:
-        """-log probability of the text's token, in nats."""
+        """-log probability of the text's next token under the method, in nats, for every step."""
         return [-value for value in self._told(2)]
 
     @property
     def nll_full(self) -> list[float]:
-        """The same of full attention."""
+        """-log probability of the text's next token under full attention, in nats, for every step."""
         return [-value for value in self._told(3)]
 
     def _told(self, column: int) -> list[float]:
@@ -75,7 +77,8 @@ def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callab
 
     Raises:
         ConfigError: the model computes NaN.
-        Exception: whatever the method's own code raises, or SelectionError when the method breaks its contract.
+        SelectionError: the method breaks its contract.
+        Exception: any other error of the method's own code.
     """
     (outcome,) = read_in_one_batch(prefilled, [method], tokens, [visit])
     if isinstance(outcome, Exception):
@@ -84,9 +87,9 @@ def read(prefilled: Prefilled, method: int, tokens: Sequence[int], visit: Callab
 
 
 class JoinedLayer(OurLayer):
-    """Sequences of one prompt, each with a method of its own: sequence i is answered by the i-th of ``layers``.
+    """Copies of one prompt as a batch, each with a method of its own: sequence i is answered by the i-th of ``layers``.
 
-    A method that fails is named in ``failed``, is asked no more and answers zeros; the others go on.
+    A method that fails is entered in ``failed``. From then on its output is zero, and the other methods continue.
     """
 
     def __init__(self, layers: Sequence[DecodeLayer], failed: dict[int, Exception]) -> None:
@@ -113,7 +116,8 @@ class JoinedLayer(OurLayer):
 
 @contextmanager
 def blamed(failed: dict[int, Exception], i: int) -> Iterator[None]:
-    """Run the block for method ``i``; its first failure goes into ``failed``, later ones follow from that."""
+    """Run the block for method ``i``. Its first failure is entered in ``failed``; later failures are ignored, because
+    they follow from the first."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - becomes the row of the method at fault
@@ -124,10 +128,12 @@ def blamed(failed: dict[int, Exception], i: int) -> Iterator[None]:
 def read_in_one_batch(
     prefilled: Prefilled, methods: Sequence[int], tokens: Sequence[int], visits: Sequence[Callable[[Tensor], None]]
 ) -> list[Generation | Exception]:
-    """Let methods read ``tokens`` after the prompt, all methods in one batch, so that a step reads the weights once.
+    """Let methods read ``tokens`` after the prompt, all methods in one batch, so that each step reads the weights only
+    once.
 
-    Each of ``visits`` gets its method's logits ``[V]`` after each token. One prompt of one sequence. Returns for each
-    method what it cost, as if the tokens had been generated (seconds are those of all together), or what went wrong.
+    The prompt has one sequence. Each of ``visits`` gets its method's logits ``[V]`` after each token. Returns for each
+    method its error or a :class:`Generation`, as if the method had generated the tokens. The seconds in it are those of
+    the whole batch.
     """
     failed: dict[int, Exception] = {}
     caches = {i: cache for i, method in enumerate(methods) if (cache := _forked(prefilled, method, i, failed))}
@@ -148,7 +154,7 @@ def read_in_one_batch(
 
 
 def _forked(prefilled: Prefilled, method: int, i: int, failed: dict[int, Exception]) -> LayeredCache | None:
-    """The cache with which one method goes on from the prompt."""
+    """The cache with which one method continues from the prompt; None if making it failed."""
     with blamed(failed, i):
         prefilled.build(method)
         return prefilled.fork(method)
@@ -162,7 +168,8 @@ def _steps(
     visits: Sequence[Callable[[Tensor], None]],
     failed: dict[int, Exception],
 ) -> list[float]:
-    """Read the tokens; seconds of every step. ``failed`` takes failures by place in ``caches``."""
+    """Read the tokens. Returns the seconds of every step. Failures are entered in ``failed`` by their place in
+    ``caches``."""
     count = len(caches)
     ours = {n: JoinedLayer([cache.selective[n] for cache in caches], failed) for n in prefilled.layers}
     joined = prefilled.cache(ours)
@@ -176,6 +183,6 @@ def _steps(
                     visit(step.logits[i])
     for i, cache in enumerate(caches):
         with blamed(failed, i):
-            check_logits(steps.logits[i : i + 1])  # Once is enough: NaN in a token's keys stays in the window.
+            check_logits(steps.logits[i : i + 1])  # One check is enough: NaN in a token's keys stays in the window.
             check_cohorts(cache.cohorts)
     return steps.seconds([cohort for cache in caches for cohort in cache.cohorts])[1]

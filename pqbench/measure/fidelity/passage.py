@@ -28,7 +28,7 @@ _Outcome = TypeVar("_Outcome")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with one of the budgets; ``ratio`` is None for a method without a budget."""
+    """A method with one of the budgets of the run; ``ratio`` is None for a method without a budget."""
 
     name: str
     method: Method
@@ -36,13 +36,14 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """For messages and the progress bar."""
+        """Its name in messages and in the progress bar."""
         return self.name if self.ratio is None else f"{self.name}, {100 * self.ratio:g} %"
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Variants to measure on one document at one length, cut to ``prompt`` tokens so that the steps fit the model."""
+    """The variants to measure on one document at one length. The prompt is shortened to ``prompt`` tokens so that the
+    steps fit the model."""
 
     document: Document
     length: int
@@ -60,8 +61,8 @@ class PassageRun:
     """A passage being measured.
 
     Attributes:
-        variants_per_prefill: how many variants share a prefill at most; None for all of them.
-        variants_per_batch: how many of these decode in one batch at most.
+        variants_per_prefill: the largest number of variants that share a prefill; None for all of them.
+        variants_per_batch: the largest number of these that decode in one batch.
     """
 
     passage: Passage
@@ -73,7 +74,8 @@ class PassageRun:
     variants_per_batch: int
 
     def measure(self) -> Iterator[Variant]:
-        """Measure and record every variant. Each is yielded before its work begins, the first before the prefill."""
+        """Measure and record every variant. Each variant is yielded before its work begins, and the first variant
+        before the prefill."""
         variants = self.passage.variants
         size = self.variants_per_prefill or len(variants)
         for start in range(0, len(variants), size):
@@ -90,7 +92,7 @@ class PassageRun:
             prefilled = prefill(self.model, context, methods, None, self.job.chunk, self.steps, self.job.setting)
             full = dense_logits(prefilled, tokens)
             clean = each_alone(prefilled, tokens, range(1, len(methods)))
-        except Exception as error:  # noqa: BLE001 - any failure of one document becomes rows, the run goes on
+        except Exception as error:  # noqa: BLE001 - any failure of one document becomes rows, the run continues
             for variant in variants:
                 self._failed(variant, error)
             self.job.setting.check_device(error)
@@ -109,7 +111,7 @@ class PassageRun:
         clean: Sequence[CleanFigures | Exception],
         full: Tensor,
     ) -> None:
-        """Decode with several methods of the prompt, and record all their figures, or their failures."""
+        """Decode with several methods of the prompt, and record the figures or the failure of each."""
         prompt, ids = self.passage.prompt, self.passage.document.ids
         tokens, targets = ids[prompt : prompt + self.steps], ids[prompt + 1 : prompt + self.steps + 1]
         drifts = [Drift(full, targets) for _ in variants]
@@ -130,7 +132,7 @@ class PassageRun:
         self.ledger.failed(variant.name, self.passage.sample_id(variant), error, self._facts(variant))
 
     def _facts(self, variant: Variant) -> Record:
-        """The facts of a record that are known before the measurement, so that a failure has them too."""
+        """The fields of a record that are known before the measurement, so that failures have them too."""
         return {
             "document": self.passage.document.name,
             "length": self.passage.length,
@@ -145,7 +147,7 @@ class PassageRun:
 
 
 def _sound(outcome: _Outcome | Exception) -> _Outcome:
-    """What was measured; raises what went wrong instead."""
+    """The outcome of a measurement. Raises the outcome if it is an error."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome

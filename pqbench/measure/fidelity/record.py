@@ -1,13 +1,13 @@
-"""What one record of ``benchmark=fidelity`` holds: figures of one method with one budget on one document.
+"""The contents of one record of ``benchmark=fidelity``: figures of one method with one budget on one document.
 
-Single figures, means over steps and layers unless said otherwise:
+Single figures. They are means over steps and layers unless the text says otherwise:
 
 =================  ====================================================================================================
 recall             share of the exact top-k that is attended (clean inputs), null without a budget
 mass               share of the exact attention probability that the attended tokens hold (clean inputs)
 output_error       ||o - o_full|| / ||o_full|| of a layer's attention output, all heads together (clean inputs)
 kl                 KL(full || method) of the next token in nats (the method in all layers)
-top1_agreement     share of the steps in which full attention's most likely token is the method's, too
+top1_agreement     share of the steps in which the method's most likely token is that of full attention
 nll, nll_full      -log probability of the text's next token, under the method and under full attention
 perplexity         exp(nll)
 bits_per_key       bits of the index that a step reads for each token of the context, KV head and layer
@@ -15,22 +15,22 @@ attended_tokens    tokens attended to per KV head
 skipped_nothing    whether every step attended to every token, in all layers
 index_bytes        bytes of the index read by a step, all layers
 attended_bytes     bytes of keys and values attended to by a step, all layers
-bytes_per_head     both together, for one KV head of one layer
+bytes_per_head     index_bytes and attended_bytes together, for one KV head of one layer
 =================  ====================================================================================================
 
-Nested:
+Nested figures:
 
-``layer``      ``[L]``, indices of the full-attention layers in the model, and
-``kv_head``    ``[H]``, of the KV heads. The next two are ordered by them.
-``layers``     ``{recall, mass, output_error: [L]}``, one value a layer (heads together).
-``heads``      ``{recall, mass, output_error, entropy: [L][H]}``, one value a KV head; entropy is the exact attention's,
-               in nats.
-``token_age``  ``{prompt, early, late: {recall, share}}``: recall among the tokens of the exact top-k that are of the
+``layer``      ``[L]``, indices of the full-attention layers in the model
+``kv_head``    ``[H]``, indices of the KV heads; ``layers`` and ``heads`` are ordered by ``layer`` and ``kv_head``
+``layers``     ``{recall, mass, output_error: [L]}``, one value per layer (all heads together)
+``heads``      ``{recall, mass, output_error, entropy: [L][H]}``, one value per KV head; entropy is that of exact
+               attention, in nats
+``token_age``  ``{prompt, early, late: {recall, share}}``: recall among the tokens of the exact top-k that belong to the
                prompt, or were decoded in the first or second half of the steps; ``share`` of such tokens in the top-k.
                Only tokens that have left the window compete, so the last two need more steps than the window is wide.
 ``entropy``    ``{low, middle, high: {output_error, nats}}``: means over the third of all KV heads (of all layers) with
-               the most concentrated exact attention, the middle and the last third.
-``steps_kl``   ``[T]``, kl by step.
+               the most concentrated exact attention, over the middle third and over the last third
+``steps_kl``   ``[T]``, kl of every step
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ THIRDS = ("low", "middle", "high")
 
 
 def clean_facts(figures: CleanFigures) -> Record:
-    """The part of a record that clean inputs give."""
+    """The fields of a record that come from clean inputs."""
     by_head = {"recall": figures.recall, "mass": figures.mass, "output_error": figures.output_error}
     layers = {"recall": figures.recall.nanmean(1), "mass": figures.mass.mean(1), "output_error": figures.layer_error}
     wanted = float(figures.age_wanted.sum())
@@ -89,13 +89,13 @@ def thirds(entropy: Tensor, errors: Tensor) -> dict[str, dict[str, float | None]
 
 
 def drift_facts(drift: Drift) -> Record:
-    """The part of a record that teacher-forced decoding gives."""
+    """The fields of a record that come from teacher-forced decoding."""
     return {
         "kl": fmean(drift.kl),
         "top1_agreement": fmean(drift.agrees),
         "nll": fmean(drift.nll),
         "nll_full": fmean(drift.nll_full),
-        "perplexity": math.exp(min(700.0, fmean(drift.nll))),  # beyond, a float is infinite and a record has none
+        "perplexity": math.exp(min(700.0, fmean(drift.nll))),  # larger values overflow, and a record holds no infinity
         "steps_kl": [rounded(value) for value in drift.kl],
     }
 
@@ -120,7 +120,7 @@ def cost_facts(generation: Generation, prompt: int) -> Record:
 
 
 def short(values: Tensor) -> list[Any]:
-    """A tensor as nested lists of numbers with five significant digits; NaN as None."""
+    """A tensor as nested lists of numbers with five significant digits. NaN becomes None."""
     return [rounded(value) if not isinstance(value, list) else _each(value) for value in values.tolist()]
 
 
@@ -129,5 +129,5 @@ def _each(values: Sequence[float]) -> list[float | None]:
 
 
 def rounded(value: float) -> float | None:
-    """Five significant digits, None for NaN."""
+    """The value with five significant digits; None for NaN."""
     return None if math.isnan(value) else float(f"{value:.{_DIGITS}g}")

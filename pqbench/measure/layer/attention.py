@@ -37,13 +37,13 @@ from pqbench.records.file import Record
 from pqbench.records.kinds import ATTENTION, DENSE
 from pqbench.store.tiers import DeviceTier
 
-SMALL = 2048  # tokens of the layer on which kernels are compiled
-SLACK = 1.2  # memory a layer may need, as a multiple of its keys and values
+SMALL = 2048  # tokens of the small layer on which kernels are compiled
+SLACK = 1.2  # memory that a layer may need, as a multiple of the bytes of its keys and values
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is timed in turns: every method with one budget, and the dense kernels."""
+    """One condition of the timing. In it, every method with one budget and all dense kernels are timed in turns."""
 
     dtype: str
     context: int
@@ -52,28 +52,29 @@ class Condition:
 
 @dataclass
 class Attention(Measurement):
-    """One attention layer with a long context: index build, and select, fetch, attend and append of each decode step.
+    """Times one attention layer with a long context: building the index, and select, fetch, attend and append of each
+    decode step.
 
-    The layer is built alone, directly in a store, so that a million tokens of an 8B model's layer fit a laptop.
-    Methods are built and stepped through the same code as in decoding. Full attention is timed with every dense
-    kernel there is, as rows of the method ``full``; one that a machine refuses is a row that says why. On a GPU these
-    rows read KV that lies on the device, whatever ``store`` says. Methods that watch the prefill see its last 64
-    queries only.
+    The layer is built alone, directly in a store, so that a layer of an 8B model with a million tokens fits a laptop.
+    Methods run through the same code as in decoding. Full attention is timed with every dense kernel, as rows of the
+    method ``full``. If a kernel does not run on this machine, its row gives the reason. On a GPU these rows read KV on
+    the device, whatever ``store`` says. Methods that observe the prefill see only its last 64 queries.
 
     Attributes:
         geometry: shape of the layer, see :mod:`pqbench.measure.geometries`.
         contexts: prompt lengths in tokens.
-        budgets: tokens (2 or more) or share of the context (at most 1), in place of the methods' own.
-        dtypes: float32, bfloat16, float16.
-        repeats: rounds; every method has its turn in each.
-        steps: decode steps per round, taken in turns.
-        warmup: steps before, not counted.
-        keys: ``real`` tiles what the configured model makes of prose; ``random`` draws clustered keys.
-        seed: of the keys, and of the order of turns.
-        sweep_mb: MB overwritten before each step, so that CPU caches hold nothing of the layer, as in a model with
-            many; 0 leaves them warm. What a method asks for a layer ahead (codes in host memory) crosses the link
-            meanwhile.
-        device: where; null for the model's device, or the CPU without a model.
+        budgets: numbers of tokens (2 or more) or shares of the context (at most 1), in place of the methods' own
+            budgets.
+        dtypes: dtypes of keys and values: float32, bfloat16 or float16.
+        repeats: number of rounds; every method has its turns in each round.
+        steps: number of decode steps per round, taken in turns.
+        warmup: number of steps before the first round that are not counted.
+        keys: ``real`` repeats the keys that the configured model computes for prose; ``random`` draws clustered keys.
+        seed: seed of the keys and of the order of turns.
+        sweep_mb: MB overwritten before each step, so that CPU caches hold nothing of the layer, as in a model with many
+            layers; 0 leaves the caches warm. What a method requests one layer ahead (codes in host memory) crosses the
+            link during this time.
+        device: the device to run on; null for the model's device, or for the CPU if there is no model.
 
     Raises:
         ConfigError: a value that cannot work; the message names the field.
@@ -115,11 +116,11 @@ class Attention(Measurement):
         return self.geometry
 
     def measure(self, job: Job) -> Measured:
-        """See the base class. Full attention is measured beside the methods whatever is asked for, but only put on
-        record when ``job.files`` has a file for it.
+        """See the base class. Full attention is always measured together with the methods, but only recorded when
+        ``job.files`` has a file for it.
 
         Raises:
-            ConfigError: an unknown budget for a method, or a context that needs more memory than there is.
+            ConfigError: a method cannot have one of the budgets, or a context needs more memory than is free.
         """
         device = self._device(job)
         check_kernels(job.setting.backend, device)
@@ -166,7 +167,7 @@ class Attention(Measurement):
         except DeviceError:
             self._put_failures(ledger, condition, subjects)
             raise
-        except Exception as error:  # noqa: BLE001 - a layer that cannot be made is a row of every method
+        except Exception as error:  # noqa: BLE001 - a layer that cannot be built is a row of every method
             for subject in subjects:
                 subject.error = error
         machine = roof.facts() | {"device": device_name(device), "peak_rss_bytes": peak_rss(), **peak_device(device)}
@@ -176,14 +177,15 @@ class Attention(Measurement):
         self._put_failures(ledger, condition, subjects)
         for subject in (subject for subject in subjects if subject.error is None):
             identity = self._facts(condition, subject)
-            if ledger.missing(subject.name, identity["sample_id"]):  # else on record, or measured for comparison alone
+            # Otherwise it is recorded already, or was measured only for comparison.
+            if ledger.missing(subject.name, identity["sample_id"]):
                 ledger.ok(subject.name, identity["sample_id"], identity | self._times(subject, fastest, roof) | machine)
         for subject in subjects:
             job.setting.check_device(subject.error)
             subject.close()
 
     def _put_failures(self, ledger: Ledger, condition: Condition, subjects: Sequence[Subject]) -> None:
-        """Record the subjects that failed, and those that this machine does not offer."""
+        """Record the subjects that failed, and those that this machine cannot run."""
         for subject in subjects:
             identity = self._facts(condition, subject)
             if subject.error is None or not ledger.missing(subject.name, identity["sample_id"]):
@@ -195,7 +197,7 @@ class Attention(Measurement):
 
     def _subjects(self, job: Job, condition: Condition, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
         device = self._device(job)
-        tier = DeviceTier() if device.type == "cuda" else None  # what methods on a host tier must beat on a GPU
+        tier = DeviceTier() if device.type == "cuda" else None  # what methods with a host tier are compared with
         dense = dense_kernels(body, self.shape.group, device)
         for kernel in [*dense, *([captured_kernel(body)] if job.setting.graphs else [])]:
             yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=DeviceTier() if kernel.captured else tier)
@@ -205,7 +207,7 @@ class Attention(Measurement):
                 yield Subject(name, body_name(body), method.budget_label, method)
 
     def _wanted(self, job: Job, ledger: Ledger, condition: Condition, body: Kernels) -> list[str]:
-        """The names that lack a record in a condition."""
+        """The names of methods that lack a record in a condition."""
         return list(
             dict.fromkeys(
                 subject.name
@@ -215,7 +217,7 @@ class Attention(Measurement):
         )
 
     def _facts(self, condition: Condition, subject: Subject) -> Record:
-        """The facts that tell a row from others, which a failure has too."""
+        """The fields that identify a row. Rows of failures have them too."""
         what = subject.kernel if subject.method is None else f"{condition.budget:g}"
         return {
             "sample_id": f"{condition.dtype}-{condition.context}-{what}",
@@ -234,8 +236,8 @@ class Attention(Measurement):
         }
 
     def _times(self, subject: Subject, fastest: Subject | None, roof: Bandwidth) -> Record:
-        """Times of one subject, compared with the ``fastest`` dense kernel; bandwidth counts the rows of keys and
-        values attended to."""
+        """Times of one subject, compared with the ``fastest`` dense kernel. The bandwidth counts the bytes of the keys
+        and values attended to."""
         if subject.cohort is None:
             raise RuntimeError("times of a subject that was never built")
         count, cohort = len(subject.steps), subject.cohort
@@ -286,12 +288,13 @@ class Attention(Measurement):
         return min(length, condition.context)
 
     def _check(self, job: Job, conditions: Sequence[Condition], device: torch.device) -> None:
-        # Rows of full attention are those of the dense kernels, wherever the methods keep theirs.
+        # Rows of full attention come from the dense kernels, whatever tier the methods use, so full attention is not
+        # checked.
         job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
         free = available_bytes(device)
         for condition in conditions:
             row = self.shape.row_bytes(torch_dtype(condition.dtype))
-            if job.setting.tier.offloads:  # every method keeps a copy on the host
+            if job.setting.tier.offloads:  # every method keeps a copy in host memory
                 job.setting.tier.check(condition.context, row * max(1, len(job.methods)))
             needed = SLACK * condition.context * row
             if needed > free:
@@ -315,7 +318,7 @@ class Attention(Measurement):
         except (ConfigError, ModelError) as error:
             raise type(error)(f"{name}: {error}") from error
         except MemoryError:
-            return  # becomes a row where it is measured
+            return  # the error is recorded when the method is measured
 
 
 def median_total(subject: Subject) -> float:

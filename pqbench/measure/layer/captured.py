@@ -1,4 +1,4 @@
-"""Steps of one layer that are replays of a captured one, as ``graphs=true`` decodes a whole model."""
+"""Steps of one layer that replay a captured step, as a whole model does with ``graphs=true``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 from pqbench.engine.cohort import Cohort
 from pqbench.engine.graphs.engine import Engine, ready
 
-STEPS = 3  # that come before the first replay: one that is not captured, the rehearsal, and the capture
+STEPS = 3  # steps before the first replay: one without a graph, the rehearsal, and the capture
 
 
 class CapturedSteps:
-    """The steps of a cohort, with places for the key and value ``[B, H, 1, D]`` and the query ``[B, H, G, D]``."""
+    """The steps of a cohort, with tensors that every replay reads: the key and value ``[B, H, 1, D]`` and the query
+    ``[B, H, G, D]``."""
 
     def __init__(self, cohort: Cohort, token: Sequence[Tensor]) -> None:
         self._places = [rows.clone() for rows in token]
@@ -27,14 +28,16 @@ class CapturedSteps:
 
     @classmethod
     def of(cls, cohort: Cohort, rows: int, token: Sequence[Tensor]) -> CapturedSteps | None:
-        """For a cohort that will hold at most so many rows; None while its steps change their shape."""
+        """The captured steps of a cohort that will hold at most ``rows`` rows; None while the shapes of its steps still
+        change."""
         return cls(cohort, token) if ready([cohort], rows) else None
 
     def place(self, token: Sequence[Tensor]) -> None:
-        """Put a step's key, value and query where the captured step reads them; a model makes them there."""
+        """Copy a step's key, value and query to where the captured step reads them. In a model, the captured step
+        itself computes them."""
         for place, rows in zip(self._places, token, strict=True):
             place.copy_(rows)
 
     def step(self) -> Tensor:
-        """The step of the token that was placed; the next one overwrites the result."""
+        """Do the step of the token that was placed. The next step overwrites the result."""
         return self._engine.step()

@@ -1,4 +1,5 @@
-"""``benchmark=attention_scores``: how exact attention spreads over tokens, from the heaviest to the lightest."""
+"""``benchmark=attention_scores``: how exact attention is spread over tokens, from the heaviest token to the
+lightest."""
 
 from __future__ import annotations
 
@@ -23,21 +24,22 @@ from pqbench.method import Geometry, LayerState, Method
 from pqbench.records.file import Record
 from pqbench.records.kinds import ATTENTION_SCORES, DENSE
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the tokens, for the mass that the heaviest of them hold
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of heaviest tokens whose probability is recorded
 
 
 @dataclass
 class AttentionScores(Measurement):
     """Sorted attention probabilities of the last queries of a prompt of prose, per layer and KV head.
 
-    The probabilities of every query are sorted from large to small; a record holds, for one layer, the mean over
-    queries and query heads at each of the ``ranks`` and the share of the probability that the heaviest tokens hold.
-    What methods decide plays no part: the records are those of full attention (PQCache's figure 6).
+    The probabilities of every query are sorted from large to small. A record holds, for one layer, their mean over
+    queries and query heads at each of the ``ranks``, and the share of the probability that the heaviest tokens hold.
+    The records describe full attention and do not depend on any method (PQCache's figure 6).
 
     Attributes:
         contexts: prompt lengths in tokens.
-        queries: last queries of the prompt that are looked at; with a prefill in blocks, those of the last block.
-        seed: of the prose.
+        queries: number of queries at the end of the prompt that are used; with a prefill in blocks, at most those of
+            the last block.
+        seed: seed of the prose.
 
     Raises:
         ConfigError: a value that cannot work; the message names the field.
@@ -65,7 +67,7 @@ class AttentionScores(Measurement):
         """See the base class.
 
         Raises:
-            ConfigError: a context beyond the model.
+            ConfigError: a context exceeds the model's limit.
         """
         if job.loaded is None:
             raise ConfigError("benchmark=attention_scores needs a model")
@@ -79,12 +81,13 @@ class AttentionScores(Measurement):
         missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
         with tracked(self.name, len(missing)) as follow:
+            # A context counts as measured once layer 0 has a record, so layer 0 is recorded last.
             for context in missing:
                 follow(f"{context} tokens")
                 ids = torch.tensor([prose_tokens(prompter, context, self.seed)], device=loaded.model.device)
                 setting = Setting(overlap=False, backend=job.setting.backend)
                 prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
-                for number, layer in reversed(list(enumerate(prefilled.layers))):  # what is missing is told by layer 0
+                for number, layer in reversed(list(enumerate(prefilled.layers))):
                     state: Any = prefilled.observer(0, layer, 0).state
                     facts = {
                         "budget": "all",
@@ -99,7 +102,8 @@ class AttentionScores(Measurement):
 
 
 def ranks_up_to(count: int) -> list[int]:
-    """1 to ``count`` in about eight steps per doubling at most: 1, 2, 3, ... then evenly on a logarithmic scale."""
+    """Ranks from 1 to ``count``: first 1, 2, 3, ..., then evenly spaced on a logarithmic scale, about eight per
+    doubling."""
     return sorted(
         {round(2 ** (step / 4)) for step in range(4 * count.bit_length()) if round(2 ** (step / 4)) <= count} | {count}
     )
@@ -112,7 +116,7 @@ def sorted_scores(q: Tensor, keys: Tensor, scaling: float) -> tuple[Tensor, Tens
     up to its own position.
     """
     count, total = q.shape[3], keys.shape[2]
-    most = total - count + 1  # ranks that every query has
+    most = total - count + 1  # ranks that exist for every query
     curve = torch.zeros(*q.shape[:2], most, device=q.device)
     mass = torch.zeros(*q.shape[:2], len(SHARES), device=q.device)
     for i in range(count):
@@ -127,7 +131,7 @@ def sorted_scores(q: Tensor, keys: Tensor, scaling: float) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class _Sorting(Method):
-    """Full attention that looks at the last queries of the prefill."""
+    """Full attention that sorts the probabilities of the last queries of the prefill."""
 
     queries: int = 64
 

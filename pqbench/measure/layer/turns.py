@@ -1,4 +1,5 @@
-"""One layer with a long context, the methods and dense kernels at work on it, and the turns in which they are timed."""
+"""One layer with a long context, the methods and dense kernels that run on it, and the turns in which they are
+timed."""
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ from pqbench.measure.source import Source, on
 from pqbench.method import Geometry, LayerState, Method
 from pqbench.store.tiers import Placement, Tier
 
-OBSERVED = 64  # last prompt queries that methods which watch the prefill are shown
+OBSERVED = 64  # number of last prompt queries shown to methods that observe the prefill
 SLOW = 1.0  # seconds
-_LOGITS = 1 << 28  # most logits of one observed block
+_LOGITS = 1 << 28  # largest number of logits of one observed block
 
 
 class Layer:
     """Keys and values of ``context`` tokens in one layer, filled block by block, with room for ``steps`` more.
 
-    Every method reads these same rows; stores of a device tier share them and write the same decoded tokens into the
-    same slack, so memory holds them once. A host tier keeps a copy per method.
+    Every method reads the same rows. Stores of a device tier share them and write the same decoded tokens into the same
+    free space, so that memory holds the rows once. A host tier keeps one copy per method.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class Layer:
         return self.context * self.shape.row_bytes(self.dtype)
 
     def observe(self, state: LayerState) -> None:
-        """Show a state the last :data:`OBSERVED` prompt queries: all would take time quadratic in the context."""
+        """Show a state the last :data:`OBSERVED` prompt queries. Showing all queries would take time quadratic in the
+        context."""
         count = min(OBSERVED, self.context)
         q = self.source.last_queries(count).to(self.dtype)
         width = self.shape.query_heads * self.context
@@ -77,7 +79,7 @@ class Layer:
             state.observe(q[:, :, :, start : start + block], self.keys.view(stop=end), self.values.view(stop=end))
 
     def token(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Key and value ``[1, H, 1, D]`` and query ``[1, H, G, D]`` of a decoded token."""
+        """Key and value, each ``[1, H, 1, D]``, and query ``[1, H, G, D]`` of a decoded token."""
         keys, values, queries = self.decoded
         return keys[:, :, step : step + 1], values[:, :, step : step + 1], queries[:, :, :, step]
 
@@ -85,7 +87,8 @@ class Layer:
 def geometry_of(
     shape: Shape, context: int, device: torch.device, setting: Setting, dense: DenseKernel | None = None
 ) -> Geometry:
-    """A layer of this shape as the harness would describe it; with ``dense`` that kernel serves full attention."""
+    """The geometry of a layer of this shape, as in decoding. If ``dense`` is given, that kernel computes full
+    attention."""
     return DenseGeometry(
         layer=0,
         batch=1,
@@ -106,7 +109,7 @@ def geometry_of(
 @dataclass
 class Subject:
     """A method, or full attention by one dense kernel, in one layer. ``steps`` holds the seconds of each timed step by
-    phase, and their total; ``tier`` is where its rows lie, None for where the setting says."""
+    phase and in total. ``tier`` is where its rows lie; None for the tier of the setting."""
 
     name: str
     kernel: str
@@ -123,15 +126,15 @@ class Subject:
     steps: list[dict[str, float]] = field(default_factory=list)
     attended: float = 0.0  # tokens per KV head over the timed steps
     index_bytes: int = 0  # read over the timed steps
-    captured: CapturedSteps | None = None  # where the setting asks for graphs, once the steps are replays
+    captured: CapturedSteps | None = None  # set if the setting asks for graphs, as soon as steps can be captured
 
     @property
     def slow(self) -> bool:
-        """Whether a step takes so long that a few are enough."""
+        """Whether a step takes so long that the turns of one round are enough."""
         return bool(self.steps) and min(step["total"] for step in self.steps) > SLOW
 
     def build(self, layer: Layer) -> Cohort:
-        """Make the state and its index, timed, ready for the first step."""
+        """Build the state and its index, time both, and make everything ready for the first step."""
         geometry = geometry_of(layer.shape, layer.context, layer.device, layer.setting, self.dense)
         method = Dense() if self.method is None else self.method
         state = method.layer(geometry)
@@ -155,7 +158,7 @@ class Subject:
         return self.cohort
 
     def close(self) -> None:
-        """Let go of the layer's rows, and end the link if there is one."""
+        """Drop the layer's rows, and close the link if there is one."""
         cohort, placement, self.cohort, self.placement = self.cohort, self.placement, None, None
         self.captured = None
         if cohort is not None:
@@ -164,11 +167,12 @@ class Subject:
             placement.close()
 
     def step(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """One decode step, exactly as decoding does it: seconds by phase and in total. It begins when the device is
-        idle, so that what the host takes to queue it shows.
+        """Do one decode step, exactly as in decoding, and return its seconds by phase and in total. It begins when the
+        device is idle, so that the time in which the host queues the work is included.
 
-        ``layer_before`` stands for the layer before, which is not timed: what a method asks for while that one computes
-        may arrive meanwhile. Asking is timed, as part of the selection. A step from a graph has a total alone.
+        ``layer_before`` takes the place of the previous layer and is not timed. Data that the method requests in
+        advance may arrive during this time. The request itself is timed as part of the selection. A replayed step only
+        has a total.
         """
         if self.cohort is None:
             raise RuntimeError("step() before build()")
@@ -188,7 +192,7 @@ class Subject:
             with whole:
                 self.cohort.append(key, value)
                 self.cohort.attend(q)
-            first = self.cohort.checking.total if self.cohort.meter.steps == 1 else 0.0  # the check is no part of it
+            first = self.cohort.checking.total if self.cohort.meter.steps == 1 else 0.0  # the check is not counted
             asked, total = asking.total, whole.total - first
         phases = {phase: self.cohort.meter.seconds[phase] - before[phase] for phase in PHASES}
         return phases | {"select": phases["select"] + asked, "total": total + asked}
@@ -206,11 +210,11 @@ class Subject:
             return {"total": whole.total}
 
     def _chosen(self) -> AbstractContextManager[None]:
-        """What must hold while a dense kernel computes; it is entered before the clock starts."""
+        """The context in which a dense kernel computes. It is entered before the clock starts."""
         return nullcontext() if self.dense is None else self.dense.chosen()
 
     def take_turn(self, layer: Layer, number: int, layer_before: Callable[[], None] = lambda: None) -> None:
-        """One step that counts."""
+        """Do one step and count it."""
         if self.cohort is None:
             raise RuntimeError("take_turn() before build()")
         meter = self.cohort.meter
@@ -232,14 +236,15 @@ def take_turns(
     seed: int = 0,
     follow: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Rehearse every subject on a ``small`` layer, where kernels are compiled, build it on the real one, and time it.
+    """Rehearse every subject on a ``small`` layer, where kernels are compiled. Then build it on the real layer and time
+    it.
 
-    Subjects take turns step by step, so that a drift of the machine hits all alike; each of the ``repeats`` rounds of
-    ``steps`` steps has an order of its own. One that is slow has its turns in the first round alone. A subject that
-    fails keeps its error and leaves the others alone.
+    Subjects take turns step by step, so that a change of the machine's speed affects all of them equally. Each of the
+    ``repeats`` rounds of ``steps`` steps has an order of its own. A slow subject takes part only in the first round. A
+    subject that fails keeps its error, and the others continue.
 
     Raises:
-        DeviceError: a GPU answers no more after the error that a subject keeps.
+        DeviceError: the GPU no longer answers after the error of a subject. The subject keeps its error.
     """
     for subject in subjects:
         follow(f"{subject.name}: building its index")
@@ -269,6 +274,6 @@ def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
 def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
     try:
         work()
-    except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others go on
+    except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others continue
         subject.error, subject.cohort = error, None
         layer.setting.check_device(error)

@@ -1,7 +1,7 @@
-"""``python -m tests.engine.graphs.interpreted FILE``: decoding by Triton's kernels in its interpreter, from a
-captured step whose launches are frozen, and by the reference. Writes the tokens of both as JSON.
+"""``python -m tests.engine.graphs.interpreted FILE``: decodes from a captured step with frozen launches, by Triton's
+kernels in its interpreter, and also by the reference. It writes the tokens of both as JSON.
 
-A process of its own, because Triton reads ``TRITON_INTERPRET`` when it is imported.
+It runs in a process of its own, because Triton reads ``TRITON_INTERPRET`` when it is imported.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def model() -> PreTrainedModel:
 
 
 def tokens(name: str, body: str, graphs: bool) -> list[int]:
-    """Continuation of a short prompt."""
+    """The continuation of a short prompt."""
     method, tier, ahead = CASES[name]
-    # The interpreter serves one thread at a time: no index is built beside the prefill.
+    # The interpreter supports only one thread at a time, so no index is built beside the prefill.
     setting = Setting(tier, overlap=False, backend=body, graphs=graphs, select_ahead=ahead, correction=0.3)
     found = generate(model(), prompt_of(60, seed=6), method, max_new_tokens=NEW, setting=setting)
     return [int(token) for token in found[0]]

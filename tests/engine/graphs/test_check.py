@@ -1,4 +1,5 @@
-"""What cannot be captured, or select ahead, is refused by name before anything runs."""
+"""Methods and settings that do not support captured steps or selection ahead are refused by name before anything
+runs."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ def test_the_command_says_so_in_one_line(
 def test_the_key_of_a_run_holds_an_option_that_is_on(
     options: list[str], kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is what it was before there were any where they are off: results are found again."""
+    """With both options off, the key is the same as before the options existed, so older results are found."""
     words = [*RUN[1:], "method=pqcache", "methods.pqcache.b=4", "kernels=reference", "threads=1", f"results={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["pqbench", *words, *options])
     with pytest.raises(SystemExit) as end:

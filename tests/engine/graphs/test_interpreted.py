@@ -1,4 +1,4 @@
-"""The step that a GPU would capture, with every launch of Triton frozen, in Triton's interpreter."""
+"""Captured steps in Triton's interpreter, with every launch of Triton frozen as in a CUDA graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recording that stands for a CUDA graph: it freezes what a graph freezes, and nothing else."""
+"""The recording that replaces a CUDA graph on the CPU: it freezes exactly what a graph freezes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_replay_computes_from_what_the_tensors_hold_now() -> None:
         x.mul_(0.5)
         before = total.clone()
         if step == 1:
-            x.mul_(2.0)  # recording has done the first step already
+            x.mul_(2.0)  # the first step ran while it was recorded
             before.zero_()
         graph.replay()
         expected = torch.cat([x.t()[1:].exp(), (before + x.sum(1))[None]]) @ torch.ones(2, 2)

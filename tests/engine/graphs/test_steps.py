@@ -1,4 +1,5 @@
-"""Decoding from a captured step: the same tokens as step by step, and a step that would go wrong in a graph does."""
+"""Decoding from a captured step gives the same tokens as ordinary steps; a step that is wrong in a graph is wrong here
+too."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ TIERS: dict[str, Tier] = {
 
 
 def decoded(model: PreTrainedModel, ids: Tensor, method: Method, setting: Setting, question: int = 0) -> Generation:
-    """Continuation by one method; the prompt's last ``question`` tokens go through it one by one."""
+    """The continuation by one method; the last ``question`` tokens of the prompt go through the method one by one."""
     known = ids[0, ids.shape[1] - question :].tolist()
     prefilled = prefill(model, ids[:, : ids.shape[1] - question], [method], None, None, NEW + question, setting)
     generation = decode(prefilled, 0, NEW, question=known, spend=True)
@@ -49,7 +50,7 @@ def decoded(model: PreTrainedModel, ids: Tensor, method: Method, setting: Settin
 
 
 def same(first: Generation, second: Generation) -> None:
-    """The same tokens, and the same counted on the way."""
+    """Check that tokens and counters are equal."""
     assert torch.equal(first.tokens, second.tokens)
     for one, other in zip(first.cohorts(), second.cohorts(), strict=True):
         assert (one.meter.steps, one.meter.attended) == (other.meter.steps, other.meter.attended)
@@ -86,7 +87,8 @@ def test_with_selection_ahead(llama: PreTrainedModel, tier: Tier) -> None:
 
 
 def test_a_question_a_batch_and_a_short_context(llama: PreTrainedModel) -> None:
-    """Steps before the first answer token are captured too; an index that comes late is waited for step by step."""
+    """Question tokens are captured steps too. For a short context, ordinary steps are used until the index can be
+    made."""
     method = PQCache(GROWING, m=2, b=4)
     cases = ((prompt_of(120, seed=1), 9), (prompt_of(100, seed=2, batch=3), 0), (prompt_of(20, seed=4), 0))
     for ids, question in cases:
@@ -112,7 +114,7 @@ class Frozen(PQCache):
 
 
 class FrozenState(PQCacheState):
-    """Hands numbers of the host to the kernels, or reads one of the device."""
+    """Passes Python numbers to the kernels, or reads a number of the device."""
 
     def select(self, q: Tensor, kv: KV) -> Selection:
         fault: Any = self.method

@@ -1,4 +1,4 @@
-"""Jobs over the tiny model, and a text file long enough for them."""
+"""Jobs on the tiny model, and a text file that is long enough for them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def measure(tmp_path: Path, loaded: LoadedModel) -> Run:
-    """Runs a measurement into one folder; returns what it did and all records there are."""
+    """Runs a measurement into one folder; returns its summary and all records of the folder."""
 
     def call(
         benchmark: FidelityBenchmark, methods: dict[str, Method], model: LoadedModel | None = loaded, **options: Any

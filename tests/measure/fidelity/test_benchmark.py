@@ -1,4 +1,5 @@
-"""The benchmark: complete records from one prefill per document, resumed; failures are rows, mistakes are lines."""
+"""The fidelity benchmark: one prefill per document gives complete records, runs resume, failures become records, and
+wrong options end in one line."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ class Hungry(Method):
 
 @dataclass(frozen=True)
 class Idle(Method):
-    """Has a budget and attends to everything."""
+    """Has a budget, but attends to all tokens."""
 
     budget: Budget = field(default_factory=lambda: OWN)
 
@@ -198,7 +199,7 @@ def test_killed_and_started_again_nothing_is_measured_twice(tmp_path: Path, book
 
 
 def count_lines(results: Path) -> list[int]:
-    """Complete records of every method."""
+    """The number of complete records of every method."""
     return sorted(path.read_bytes().count(b"\n") for path in results.rglob("records.jsonl"))
 
 

@@ -1,4 +1,5 @@
-"""Figures by layer and KV head against transformers' own attention matrices, and against the benchmarks' probe."""
+"""Clean figures by layer and KV head against the attention matrices of transformers, and against the probe of
+benchmarks."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ PROMPT, STEPS = 60, 10
 
 
 def chosen_tokens(context: int) -> list[int]:
-    """Sinks, the odd tokens from 41 on, the window."""
+    """Sinks, the odd tokens from 41 on, and the window."""
     return [0, 1, 2, *range(41, context - 2, 2), context - 2, context - 1]
 
 
@@ -74,7 +75,7 @@ def figures_of(model: PreTrainedModel, *methods: Method) -> list[CleanFigures]:
 
 
 def brute_force(model: PreTrainedModel) -> dict[str, Any]:
-    """Figures of :class:`Odd` straight from their definitions: arrays ``[L, H]`` and lists by age."""
+    """The figures of :class:`Odd` directly from their definitions: arrays ``[L, H]``, and lists by age."""
     ids = torch.cat([prompt_of(PROMPT), torch.tensor([answer()])], 1)
     attentions, values = exact(model, ids)
     shape = (len(attentions), 2, STEPS)  # [L, H, T]
@@ -144,7 +145,7 @@ def test_thirds_are_ordered_by_entropy() -> None:
 
 
 def test_all_methods_at_once_equal_the_probe_of_the_benchmarks(model: PreTrainedModel) -> None:
-    """Evicting methods, too: they are measured against the whole context."""
+    """This includes evicting methods, which are measured against the whole context."""
     methods: list[Method] = [Oracle(BUDGET), H2O(BUDGET), StreamingLLM(BUDGET), SparQ(BUDGET, rank=4), Dense()]
     facts = [clean_facts(figures) for figures in figures_of(model, *methods)]
     for found, other in zip(facts, probe(prefill(model, prompt_of(PROMPT), methods), answer()), strict=True):

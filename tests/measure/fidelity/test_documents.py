@@ -1,4 +1,4 @@
-"""Documents: whole speeches or pieces of a file, exactly as long as asked for, each text under a name of its own."""
+"""Documents are speeches or parts of a file with exactly the requested length, and each text has a name of its own."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_byte_order_mark_is_no_text(prompter: Prompter, tmp_path: Path) -> Non
 
 
 class Words(Prompter):
-    """A token is a line, which is longer than one expects of a token."""
+    """A tokenizer whose tokens are whole lines, which are unusually long."""
 
     def encode(self, text: str) -> list[int]:
         return [int(line.split()[1]) for line in text.splitlines() if len(line.split()) > 5]

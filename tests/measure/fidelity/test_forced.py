@@ -1,4 +1,4 @@
-"""Teacher-forced decoding against two forward passes of transformers' own model, whole sequence at once."""
+"""Teacher-forced decoding against two forward passes of transformers over the whole sequence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LateState(LayerState):
 
 @dataclass(frozen=True)
 class Late(Method):
-    """Full attention until it fails, half way through the answer."""
+    """Full attention that fails half way through the answer."""
 
     def layer(self, geometry: Geometry) -> LayerState:
         return LateState(geometry)
@@ -51,7 +51,8 @@ def drift_of(model: PreTrainedModel, method: Method) -> Drift:
 
 
 def transformers_logits(model: PreTrainedModel, mask: Tensor | None = None) -> np.ndarray:
-    """``[T, V]`` after each token of the answer, from one pass over everything; ``mask`` is additive ``[S, S]``."""
+    """Logits ``[T, V]`` after each token of the answer, from one pass over all tokens; ``mask`` is additive, ``[S,
+    S]``."""
     ids = torch.cat([prompt_of(PROMPT), torch.tensor([answer()])], 1)
     with torch.inference_mode():
         logits = model(ids, attention_mask=None if mask is None else mask[None, None]).logits
@@ -59,7 +60,7 @@ def transformers_logits(model: PreTrainedModel, mask: Tensor | None = None) -> n
 
 
 def only_chosen() -> Tensor:
-    """Causal over the prompt; each token of the answer sees what :class:`Odd` selects for it."""
+    """A mask that is causal over the prompt; each token of the answer sees the tokens that :class:`Odd` selects."""
     total = PROMPT + STEPS
     seen = torch.ones(total, total, dtype=torch.bool).tril()
     for row in range(PROMPT, total):
@@ -110,7 +111,7 @@ def test_reading_a_method_s_own_tokens_repeats_its_decoding(llama: PreTrainedMod
 
 
 def test_methods_in_one_batch_equal_each_alone(model: PreTrainedModel) -> None:
-    """Evicting and selecting ones, twice the same one, and one that fails on the way."""
+    """The methods drop or select tokens; one is there twice, and one fails on the way."""
     methods: list[Method] = [Dense(), H2O(BUDGET), Odd(), Late(), StreamingLLM(BUDGET), Oracle(BUDGET), Odd()]
     prefilled = prefill(model, prompt_of(PROMPT), methods)
     seen: list[list[Tensor]] = [[] for _ in methods]
@@ -148,7 +149,7 @@ def test_a_model_that_computes_nan_is_refused(llama: PreTrainedModel) -> None:
 
 
 def test_bytes_follow_from_shapes(llama: PreTrainedModel) -> None:
-    """Two layers of two KV heads of 16 float32; contexts 61 to 70."""
+    """Two layers with two KV heads of 16 float32 numbers; contexts of 61 to 70 tokens."""
     prefilled = prefill(llama, prompt_of(PROMPT), [Dense(), Oracle(BUDGET)])
     full, oracle = (cost_facts(read(prefilled, i, answer(), lambda _: None), PROMPT) for i in range(2))
     row, context = 2 * 16 * 4, PROMPT + (STEPS + 1) / 2

@@ -1,4 +1,4 @@
-"""Random tokens: uniform over the middle, without replacement, and the same in every run."""
+"""Random tokens are uniform over the middle, without replacement, and the same in every run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUDGET = Budget(sink=2, window=3, tokens=15, ratio=None)
 
 
 def tops(layer: int = 0, seed: int = 0, length: int = 45, batch: int = 2) -> Tensor:
-    """Middle tokens that it selects, ``[B, H, 10]``."""
+    """The selected middle tokens, ``[B, H, 10]``."""
     data = case(length, 0, batch=batch)
     geometry = Geometry(layer, batch, 2, 2, 16, 0.25, length)
     selection = RandomTokens(BUDGET, seed).layer(geometry).select(data.q[:, :, :, -1], store_of(data.keys, data.values))
