@@ -21,10 +21,11 @@ from pqbench.engine.layers import LayeredCache, PrefillLayer, sliding_layers
 from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.rehearsal import profile
 from pqbench.engine.setting import Setting
-from pqbench.engine.shapes import PromptShape, devices, frequencies, geometry, working_bytes
+from pqbench.engine.shapes import PromptShape, devices, frequencies, geometry, row_bytes, working_bytes
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Geometry, Method
+from pqbench.models.devices import available_bytes
 from pqbench.store.tiers import Need
 
 
@@ -139,8 +140,9 @@ def _open(
         ]
         prefilled.layers[i] = layer
     working = working_bytes(model, shape, chunk)
-    need = Need(model.device, len(known.layers), reserve * len(shape.mask), working)
-    setting.tier.check((shape.columns + reserve) * len(shape.mask), known.row_numbers * model.dtype.itemsize, need)
+    free = available_bytes(model.device)
+    need = Need(model.device, len(known.layers), free, reserve * len(shape.mask), working)
+    setting.tier.check((shape.columns + reserve) * len(shape.mask), row_bytes(model), need)
     return prefilled
 
 

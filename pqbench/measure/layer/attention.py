@@ -10,7 +10,7 @@ import torch
 
 from pqbench.benchmarks.grid import whole
 from pqbench.engine.meter import PHASES
-from pqbench.errors import ConfigError, DeviceError, ModelError
+from pqbench.errors import ConfigError, DeviceError, ModelError, RoomError
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
@@ -120,7 +120,7 @@ class Attention(Measurement):
         ``job.files`` has a file for it.
 
         Raises:
-            ConfigError: a method cannot have one of the budgets, or a context needs more memory than is free.
+            ConfigError: a method cannot have one of the budgets.
         """
         device = self._device(job)
         check_kernels(job.setting.backend, device)
@@ -159,6 +159,7 @@ class Attention(Measurement):
         forget_peak(device)
         small = self._rehearsal([s.method for s in subjects if s.method], condition)
         try:
+            self._check_room(job, condition, device)
             layers = [
                 Layer(self.shape, torch_dtype(condition.dtype), length, count, source, device, job.setting)
                 for length in (condition.context, small)
@@ -291,17 +292,7 @@ class Attention(Measurement):
         # Rows of full attention come from the dense kernels, whatever tier the methods use, so full attention is not
         # checked.
         job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
-        free = available_bytes(device)
         for condition in conditions:
-            row = self.shape.row_bytes(torch_dtype(condition.dtype))
-            if job.setting.tier.offloads:  # every method keeps a copy in host memory
-                job.setting.tier.check(condition.context, row * max(1, len(job.methods)))
-            needed = SLACK * condition.context * row
-            if needed > free:
-                raise ConfigError(
-                    f"benchmark.contexts has {condition.context}: {condition.dtype} keys and values of one "
-                    f"{self.geometry} layer need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
-                )
             if condition.budget >= condition.context:
                 raise ConfigError(
                     f"benchmark.budgets has {condition.budget:g} tokens, which is all of a context of "
@@ -314,11 +305,24 @@ class Attention(Measurement):
         try:
             method = with_budget(job.methods[name], condition.budget)
             method.split(condition.context, condition.context)
+            self._check_room(job, condition, device)
             method.layer(geometry_of(self.shape, condition.context, device, job.setting))
-        except (ConfigError, ModelError) as error:
-            raise type(error)(f"{name}: {error}") from error
         except MemoryError:
             return  # the error is recorded when the method is measured
+        except (ConfigError, ModelError) as error:
+            raise type(error)(f"{name}: {error}") from error
+
+    def _check_room(self, job: Job, condition: Condition, device: torch.device) -> None:
+        """Raises RoomError when the layer does not fit this machine."""
+        row, free = self.shape.row_bytes(torch_dtype(condition.dtype)), available_bytes(device)
+        if job.setting.tier.offloads:  # every method keeps a copy in host memory
+            job.setting.tier.check(condition.context, row * max(1, len(job.methods)))
+        needed = SLACK * condition.context * row
+        if needed > free:
+            raise RoomError(
+                f"benchmark.contexts has {condition.context}: {condition.dtype} keys and values of one "
+                f"{self.geometry} layer need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
+            )
 
 
 def median_total(subject: Subject) -> float:
