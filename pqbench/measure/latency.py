@@ -23,7 +23,7 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, outcome, tracked
 from pqbench.measure.checks import attended_all, check_alive, check_methods, check_split
-from pqbench.measure.dense import body_name
+from pqbench.measure.dense import backend_name
 from pqbench.measure.machine import (
     Bandwidth,
     bandwidth,
@@ -105,9 +105,9 @@ class Latency(Measurement):
         """
         if job.loaded is None:
             raise ConfigError("benchmark=latency needs a model")
-        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
-        body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self, loaded.name, job, body_name(body))
+        loaded, backend = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
+        backend.use_threads(torch.get_num_threads())
+        ledger = Ledger(self, loaded.name, job, backend_name(backend))
         turns = self._turns(job.methods, loaded.max_length)
         self._check(job, loaded.model, turns)
         missing = [turn for turn in turns if ledger.missing(turn.method, turn.sample_id)]

@@ -69,15 +69,15 @@ def test_a_missing_gpu_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("body", ["gpu", "auto"])
-def test_a_card_that_is_too_old_says_what_is_needed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+@pytest.mark.parametrize("backend", ["gpu", "auto"])
+def test_a_card_that_is_too_old_says_what_is_needed(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     with pytest.raises(ModelError, match=r"compute capability 8\.0, and Tesla T4 has 7\.5: set kernels=reference"):
-        check_kernels(body, torch.device("cuda"))
+        check_kernels(backend, torch.device("cuda"))
     check_kernels("reference", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    check_kernels(body, torch.device("cuda"))
+    check_kernels(backend, torch.device("cuda"))
 
 
 def test_a_gpu_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import with_budget
 from pqbench.measure.checks import check_methods, check_split
-from pqbench.measure.dense import body_name
+from pqbench.measure.dense import backend_name
 from pqbench.measure.fidelity.documents import file_documents, speech_documents
 from pqbench.measure.fidelity.passage import Passage, PassageRun, Variant
 from pqbench.method import Method
@@ -90,7 +90,7 @@ class FidelityBenchmark(Measurement):
         backend.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
         self._check(job, loaded, variants)
-        ledger = Ledger(self, loaded.name, job, body_name(backend))
+        ledger = Ledger(self, loaded.name, job, backend_name(backend))
         passages = list(self._passages(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
         with tracked(self.name, sum(len(passage.variants) for passage in passages)) as follow:
             for passage in passages:

@@ -15,7 +15,7 @@ from pqbench.kernels.backend import Kernels, kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
 from pqbench.measure.checks import attended_all
-from pqbench.measure.dense import RefusedError, body_name, captured_kernel, dense_kernels
+from pqbench.measure.dense import RefusedError, backend_name, captured_kernel, dense_kernels
 from pqbench.measure.geometries import Shape, shape_of
 from pqbench.measure.layer.captured import STEPS as CAPTURING
 from pqbench.measure.layer.turns import Layer, Subject, geometry_of, take_turns
@@ -125,11 +125,11 @@ class Attention(Measurement):
         device = self._device(job)
         check_kernels(job.setting.backend, device)
         conditions = [Condition(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
-        body = kernels(device, job.setting.backend)
-        body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self, self.geometry, job, body_name(body))
+        backend = kernels(device, job.setting.backend)
+        backend.use_threads(torch.get_num_threads())
+        ledger = Ledger(self, self.geometry, job, backend_name(backend))
         self._check(job, conditions, device)
-        wanted = {condition: self._wanted(job, ledger, condition, body) for condition in conditions}
+        wanted = {condition: self._wanted(job, ledger, condition, backend) for condition in conditions}
         if not any(wanted.values()):
             return ledger.close()
         source = captured(job.loaded, self.shape, self.seed) if job.loaded else synthetic(self.shape, self.seed)
@@ -138,7 +138,7 @@ class Attention(Measurement):
             for condition, names in wanted.items():
                 if names:
                     follow(f"{condition.dtype}, {condition.context} tokens, budget {condition.budget:g}")
-                    self._measure_condition(job, ledger, condition, names, source, body, device, roof)
+                    self._measure_condition(job, ledger, condition, names, source, backend, device, roof)
         return ledger.close()
 
     def _measure_condition(
@@ -148,12 +148,12 @@ class Attention(Measurement):
         condition: Condition,
         names: Sequence[str],
         source: Source,
-        body: Kernels,
+        backend: Kernels,
         device: torch.device,
         roof: Bandwidth,
     ) -> None:
         """Time the methods ``names`` and all dense kernels in turns, and append their records."""
-        subjects = list(self._subjects(job, condition, names, body))
+        subjects = list(self._subjects(job, condition, names, backend))
         warmup = max(self.warmup, CAPTURING) if job.setting.graphs else self.warmup
         count = warmup + self.repeats * self.steps
         forget_peak(device)
@@ -196,23 +196,23 @@ class Attention(Measurement):
             else:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
 
-    def _subjects(self, job: Job, condition: Condition, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
+    def _subjects(self, job: Job, condition: Condition, names: Sequence[str], backend: Kernels) -> Iterator[Subject]:
         device = self._device(job)
         tier = DeviceTier() if device.type == "cuda" else None  # what methods with a host tier are compared with
-        dense = dense_kernels(body, self.shape.group, device)
-        for kernel in [*dense, *([captured_kernel(body)] if job.setting.graphs else [])]:
+        dense = dense_kernels(backend, self.shape.group, device)
+        for kernel in [*dense, *([captured_kernel(backend)] if job.setting.graphs else [])]:
             yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=DeviceTier() if kernel.captured else tier)
         for name in names:
             if name != DENSE:
                 method = with_budget(job.methods[name], condition.budget)
-                yield Subject(name, body_name(body), method.budget_label, method)
+                yield Subject(name, backend_name(backend), method.budget_label, method)
 
-    def _wanted(self, job: Job, ledger: Ledger, condition: Condition, body: Kernels) -> list[str]:
+    def _wanted(self, job: Job, ledger: Ledger, condition: Condition, backend: Kernels) -> list[str]:
         """The names of methods that lack a record in a condition."""
         return list(
             dict.fromkeys(
                 subject.name
-                for subject in self._subjects(job, condition, list(job.methods), body)
+                for subject in self._subjects(job, condition, list(job.methods), backend)
                 if ledger.missing(subject.name, self._facts(condition, subject)["sample_id"])
             )
         )

@@ -18,7 +18,7 @@ from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
-from pqbench.measure.dense import body_name
+from pqbench.measure.dense import backend_name
 from pqbench.measure.machine import device_name
 from pqbench.measure.source import prose_tokens
 from pqbench.method import Geometry, LayerState, Method
@@ -78,8 +78,8 @@ class AttentionScores(Measurement):
             raise ConfigError(
                 f"benchmark.contexts has {max(self.contexts)}, but the model takes {loaded.max_length} tokens at most"
             )
-        body = kernels(loaded.model.device, job.setting.backend)
-        ledger = Ledger(self, loaded.name, job, body_name(body))
+        backend = kernels(loaded.model.device, job.setting.backend)
+        ledger = Ledger(self, loaded.name, job, backend_name(backend))
         missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
         with tracked(self.name, len(missing)) as follow:
