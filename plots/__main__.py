@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error(error)
         return 1
     wanted = {name: drawable[name] for name in options.figures or drawable}
-    drawn = {name: module.draw(table, options.results / "figures") for name, module in wanted.items()}
+    try:
+        drawn = {name: module.draw(table, options.results / "figures") for name, module in wanted.items()}
+    except OSError as error:
+        log.error("cannot write figures to %s: %s", options.results / "figures", error.strerror or error)
+        return 1
     for path in [path for paths in drawn.values() for path in paths if path.suffix == ".png"]:
         log.info("figure %s", path)
     good = int((table["status"] == "ok").sum())

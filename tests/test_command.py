@@ -158,6 +158,8 @@ def test_a_yaml_that_would_be_left_out_is_named(tmp_path: Path, caplog: pytest.L
     (tmp_path / "method" / "mine.yaml").write_text(f"{first}\n_target_: x\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: its first line must be `# @package methods\.mine`"):
         check_yamls(tmp_path, {}, {"_target_": "x"})
+    with pytest.raises(ConfigError, match=r"mine\.yaml: its first line must be `# @package methods\.mine`"):
+        check_yamls(tmp_path, {"good": {"_target_": "x"}}, None, ["good", "mine"])
     caplog.clear()
     check_yamls(tmp_path, {"good": {"_target_": "x"}})
     (message,) = caplog.messages

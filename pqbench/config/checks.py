@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from pqbench.config.compose import check_yamls, model_source
+from pqbench.config.compose import check_yamls, chosen_methods, model_source
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import BACKENDS
 from pqbench.models.devices import check_device, check_kernels
@@ -21,7 +21,7 @@ SWITCHES = ("overlap", "retry_failed", "debug", "graphs", "select_ahead")
 
 def check_options(config: DictConfig) -> None:
     """Raises ConfigError when an option of the run itself cannot work."""
-    check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"))
+    check_yamls(conf_folder(), config.get("methods") or {}, config.get("method"), chosen_methods())
     if not config.get("methods"):
         raise ConfigError("no method is named: use e.g. method=pqcache or method=[full,pqcache]")
     if config.kernels not in BACKENDS:

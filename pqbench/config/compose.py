@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -83,13 +84,27 @@ def model_source(fields: Mapping[str, Any]) -> ModelSource:
     return source
 
 
-def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, Any] | None = None) -> None:
+def chosen_methods() -> list[str]:
+    """The files of the group ``method`` that this run asked for by name; none outside of Hydra."""
+    if not HydraConfig.initialized():
+        return []
+    values = [text.partition("=")[2] for text in HydraConfig.get().overrides.task if text.startswith("method=")]
+    return [name.strip(" '\"") for name in values[-1].strip("[]").split(",")] if values else []
+
+
+def check_yamls(
+    folder: Path,
+    methods: Mapping[str, Any],
+    stray: Mapping[str, Any] | None = None,
+    chosen: Sequence[str] = (),
+) -> None:
     """Look for method yamls under ``folder``/method whose first line does not name their place in the configuration.
     Such a yaml is named in a warning if this run does not use it.
 
     Args:
         methods: the methods of the run.
         stray: fields outside of ``methods``, which come from a used yaml without that line.
+        chosen: the yamls that the run asks for by name.
 
     Raises:
         ConfigError: a method of this run would be left out silently, because its yaml lacks the line or its fields name
@@ -98,7 +113,7 @@ def check_yamls(folder: Path, methods: Mapping[str, Any], stray: Mapping[str, An
     for path in sorted((folder / "method").glob("*.yaml")):
         wanted = f"# @package methods.{path.stem}"
         if path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].rstrip() != wanted:
-            if stray:
+            if path.stem in chosen or (stray and not chosen):
                 raise ConfigError(f"{path}: its first line must be `{wanted}`, otherwise its method is left out")
             log.warning("%s: its first line must be `%s`; nothing here uses it", path, wanted)
     for name, fields in methods.items():

@@ -6,12 +6,15 @@ the class of an old record is the class with the same name in a yaml of ``conf/`
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from pqbench.records.identity import class_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,11 @@ def described(group: str) -> dict[str, Described]:
     of a class are left out."""
     found: dict[str, Described] = {}
     for path in sorted((conf_folder() / group).glob("*.yaml")):
-        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            node = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            log.warning("%s is no yaml file that can be read: its class is not known", path)
+            continue
         target = str(node.get("_target_", "")) if isinstance(node, dict) else ""
         name = class_name(target)
         if name and target.endswith(f".{name}"):
