@@ -62,7 +62,7 @@ def main() -> None:
             lines = run_config(config)
         except DeviceError:
             raise  # this process cannot measure any further cell
-        except Exception as error:  # a sweep continues after a cell that fails
+        except (Exception, SystemExit) as error:  # a sweep continues after a cell that fails
             if config.debug is True:
                 raise
             lines = [explain(error)]

@@ -136,6 +136,16 @@ def test_bad_input_is_one_line(command: Command, tmp_path: Path, overrides: list
     assert measured(tmp_path) == {}
 
 
+def test_a_file_that_ends_the_process_when_it_is_imported_is_an_error(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outcome = command("method=full", "++methods.mine._target_=leaving.Mine")
+    assert outcome.code == 1
+    assert "calls sys.exit() when its file is imported" in outcome.errors[-1]
+
+
 def test_bad_input_loses_nothing_measured(command: Command, tmp_path: Path) -> None:
     assert command("method=[full,pqcache]").code == 0
     before = measured(tmp_path)

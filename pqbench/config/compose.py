@@ -191,6 +191,8 @@ def _fields(path: Path) -> list[str]:
 def explain(error: BaseException) -> str:
     """One line for an error: the message of the pqbench error that caused it, if there is one, and otherwise a line
     made from the message of Hydra or OmegaConf."""
+    if isinstance(error, SystemExit):
+        return "a method or benchmark of this run calls sys.exit() when its file is imported: remove that call"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group == "hydra/launcher":
