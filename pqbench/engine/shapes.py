@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from pqbench.engine.rehearsal import Profile, profile
 from pqbench.engine.rotary import layer_frequencies
 from pqbench.engine.setting import Setting
 from pqbench.method import Geometry, Method
+from pqbench.models.devices import available_bytes
 from pqbench.store.tiers import Need
 
 
@@ -83,17 +84,28 @@ def geometry(
     )
 
 
-def needs(known: Profile, reserve: int, working: int) -> list[tuple[int, Need]]:
+def needs(
+    known: Profile, reserve: int, working: int, free: Callable[[torch.device], int] = available_bytes
+) -> list[tuple[int, Need]]:
     """What each device that holds full-attention layers must have room for: how many numbers the keys and values of one
     token are in the layers there, and the rest of the need. See :class:`pqbench.store.tiers.Need` for ``reserve`` and
-    ``working``; every device runs layers of the prefill, so ``working`` counts on each."""
+    ``working``; every device runs layers of the prefill, so ``working`` counts on each. ``free`` says how many bytes
+    can still be allocated on a device."""
     placed: dict[torch.device, list[Shape]] = {}
     for layer in known.layers.values():
         placed.setdefault(layer.device, []).append(layer)
     return [
-        (Profile(dict(enumerate(layers))).row_numbers, Need(device, len(layers), reserve, working))
+        (
+            Profile(dict(enumerate(layers))).row_numbers,
+            Need(device, len(layers), free(device), reserve, working),
+        )
         for device, layers in placed.items()
     ]
+
+
+def row_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token in all full-attention layers."""
+    return profile(model).row_numbers * model.dtype.itemsize
 
 
 def working_bytes(model: PreTrainedModel, shape: PromptShape, block: int) -> int:

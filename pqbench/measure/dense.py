@@ -22,7 +22,7 @@ Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
-class Backend:
+class SdpaBackend:
     """An SDPA back-end that torch offers on a GPU. ``widened`` is the size of its float32 copies of K and V, in units
     of the bytes of K and V. ``repeats`` says whether it repeats KV heads for the query heads that share them."""
 
@@ -38,10 +38,10 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("flash", SDPBackend.FLASH_ATTENTION),
-    Backend("cudnn", SDPBackend.CUDNN_ATTENTION),
-    Backend("efficient", SDPBackend.EFFICIENT_ATTENTION, repeats=True),
-    Backend("math", SDPBackend.MATH, widened=2, repeats=True),
+    SdpaBackend("flash", SDPBackend.FLASH_ATTENTION),
+    SdpaBackend("cudnn", SDPBackend.CUDNN_ATTENTION),
+    SdpaBackend("efficient", SDPBackend.EFFICIENT_ATTENTION, repeats=True),
+    SdpaBackend("math", SDPBackend.MATH, widened=2, repeats=True),
 )
 
 
@@ -110,30 +110,30 @@ class DenseGeometry(Geometry):
     @property
     def kernels(self) -> Kernels:
         """The backend's kernels, with the dense one replaced if a kernel was given."""
-        body = super().kernels
-        return body if self.dense is None else cast(Kernels, WithDense(body, self.dense))
+        backend = super().kernels
+        return backend if self.dense is None else cast(Kernels, WithDense(backend, self.dense))
 
 
 class WithDense:
     """A backend whose dense attention is another kernel. It has the interface of
     :class:`pqbench.kernels.backend.Kernels`."""
 
-    def __init__(self, body: Kernels, kernel: DenseKernel) -> None:
+    def __init__(self, backend: Kernels, kernel: DenseKernel) -> None:
         self.__name__ = kernel.name
-        self._body, self._kernel = body, kernel
+        self._backend, self._kernel = backend, kernel
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._body, name)
+        return getattr(self._backend, name)
 
     def dense_attention(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, *count: Any) -> Tensor:
         """Attention over all rows. It runs inside a timed step, so everything that can be checked before is checked in
         :meth:`DenseKernel.check`. If a ``count`` of rows is given, the backend's own kernel computes."""
         if count and count[0] is not None:
-            return self._body.dense_attention(q, keys, values, scaling, *count)
+            return self._backend.dense_attention(q, keys, values, scaling, *count)
         return self._kernel.run(q, keys, values, scaling)
 
 
-def dense_kernels(body: Kernels, group: int, device: torch.device) -> list[DenseKernel]:
+def dense_kernels(backend: Kernels, group: int, device: torch.device) -> list[DenseKernel]:
     """All ways to compute full attention on a device: torch's two forms with the back-end that torch chooses, on a GPU
     also with each back-end that torch has, and the backend's own kernel if it has one. ``group`` query heads share a KV
     head."""
@@ -144,20 +144,20 @@ def dense_kernels(body: Kernels, group: int, device: torch.device) -> list[Dense
             DenseKernel(f"torch sdpa {known.name} {form}", run, known.copies(copies), known.backend)
             for known, (form, run, copies) in product(BACKENDS, forms)
         ]
-    name = body_name(body)
+    name = backend_name(backend)
     if name != "reference":
-        found.append(DenseKernel(f"{name} dense", body.dense_attention))
+        found.append(DenseKernel(f"{name} dense", backend.dense_attention))
     return found
 
 
-def captured_kernel(body: Kernels) -> DenseKernel:
+def captured_kernel(backend: Kernels) -> DenseKernel:
     """The backend's own kernel in a captured step. No other kernel can read the number of rows on the device."""
-    return DenseKernel(f"{body_name(body)} dense captured", body.dense_attention, captured=True)
+    return DenseKernel(f"{backend_name(backend)} dense captured", backend.dense_attention, captured=True)
 
 
-def body_name(body: Kernels) -> str:
+def backend_name(backend: Kernels) -> str:
     """The short name of a backend, such as ``cpu`` for ``pqbench.kernels.cpu``."""
-    return body.__name__.rpartition(".")[2]
+    return backend.__name__.rpartition(".")[2]
 
 
 def _grouped(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

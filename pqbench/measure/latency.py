@@ -16,16 +16,14 @@ from transformers import PreTrainedModel
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
 from pqbench.engine.decode import Generation, decode
-from pqbench.engine.layers import layer_types
 from pqbench.engine.meter import PHASES
 from pqbench.engine.prefill import prefill
 from pqbench.engine.prefilled import Prefilled
-from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, outcome, tracked
-from pqbench.measure.checks import check_alive, check_methods, check_split
-from pqbench.measure.dense import body_name
+from pqbench.measure.checks import attended_all, check_alive, check_methods, check_split
+from pqbench.measure.dense import backend_name
 from pqbench.measure.machine import (
     Bandwidth,
     bandwidth,
@@ -39,15 +37,10 @@ from pqbench.measure.machine import (
 from pqbench.measure.profile import TOKENS, phases, profile_facts, profiled, read_trace
 from pqbench.measure.source import timing_tokens
 from pqbench.method import Method
-from pqbench.models.devices import available_bytes
 from pqbench.records.file import Record
 from pqbench.records.kinds import LATENCY
-from pqbench.store.tiers import Need
 
 log = logging.getLogger(__name__)
-
-LAYERS_AWAY = 4  # layers whose keys and values lie on the device at the same time during a prefill with a host tier
-INDEX_SHARE = 0.05  # share of the bytes of keys and values: 36 to 100 bits, where a row has 4096 bits in half precision
 
 
 @dataclass(frozen=True)
@@ -112,9 +105,9 @@ class Latency(Measurement):
         """
         if job.loaded is None:
             raise ConfigError("benchmark=latency needs a model")
-        loaded, body = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
-        body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self, loaded.name, job, body_name(body))
+        loaded, backend = job.loaded, kernels(job.loaded.model.device, job.setting.backend)
+        backend.use_threads(torch.get_num_threads())
+        ledger = Ledger(self, loaded.name, job, backend_name(backend))
         turns = self._turns(job.methods, loaded.max_length)
         self._check(job, loaded.model, turns)
         missing = [turn for turn in turns if ledger.missing(turn.method, turn.sample_id)]
@@ -152,9 +145,6 @@ class Latency(Measurement):
         check_methods(job.methods, model, job.setting)
         for turn in turns:
             check_split(turn.method, job.methods[turn.method], turn.prompt)
-        longest, row = max(turn.prompt for turn in turns), row_bytes(model)
-        job.setting.tier.check(longest + self.new_tokens, row, Need(model.device, reserve=self.new_tokens))
-        check_memory(job, model, longest, self.new_tokens, row)
 
     def _warm(self, job: Job, model: PreTrainedModel, name: str, prompt: list[int]) -> float:
         """Do the warm-up runs and return their seconds. A failure is ignored here, because it happens again later and
@@ -274,6 +264,7 @@ def step_costs(generation: Generation, model: PreTrainedModel, roof: Bandwidth) 
     return {
         **(phases if generation.replays is None else {}),  # the phases of a captured step cannot be timed
         "attended_tokens": attended,
+        "skipped_nothing": attended_all(cohorts),
         "weight_bytes": weights,
         "attended_bytes": kv_bytes,
         "index_bytes": index_bytes,
@@ -312,49 +303,3 @@ def weight_bytes(model: PreTrainedModel) -> int:
     untied = head is not None and embedding.weight is not head.weight
     skipped = {id(embedding.weight)} if untied else set()
     return sum(p.nbytes for p in model.parameters() if id(p) not in skipped)  # a tied weight is listed once
-
-
-def check_memory(job: Job, model: PreTrainedModel, prompt: int, new_tokens: int, row: int) -> None:
-    """Check that the prefill and the decoding of a prompt fit into the free memory of the device.
-
-    Three parts are counted: keys and values, of which only :data:`LAYERS_AWAY` layers lie on the device with a host
-    tier; the index, as a share of all keys and values; and what a block of the prefill computes in one layer.
-
-    Args:
-        job: the present job, for its tier and the size of its prefill blocks.
-        model: the loaded model.
-        prompt: number of tokens of the prompt.
-        new_tokens: number of tokens that are generated.
-        row: bytes of the keys and values of one token in all layers.
-
-    Raises:
-        ConfigError: they do not fit. The message contains the bytes and the options that lower them.
-    """
-    config = model.config.get_text_config()
-    layers = max(1, len(layer_types(config)))
-    kept = min(LAYERS_AWAY, layers) / layers if job.setting.tier.offloads else 1.0
-    rows = (prompt + new_tokens) * row
-    block = min(prompt, job.chunk or prompt)
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    width = 4 * config.hidden_size + 3 * wide + row // (layers * model.dtype.itemsize)
-    parts = {
-        "keys and values": kept * rows,
-        "the index": INDEX_SHARE * rows,
-        "the prefill of a block": float(block * width * model.dtype.itemsize),
-    }
-    needed, free = sum(parts.values()), available_bytes(model.device)
-    if needed > free:
-        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-        chunk = f"chunk={max(1, block // 8)}" if parts["the prefill of a block"] > needed / 4 else ""
-        away = "" if job.setting.tier.offloads or model.device.type == "cpu" else "store=host"
-        remedy = " or ".join(filter(None, (chunk, away, "shorter benchmark.contexts")))
-        raise ConfigError(
-            f"benchmark.contexts has {prompt}: in addition to its weights the model "
-            f"needs {needed / 1e9:.1f} GB on {model.device} ({listed}) and {free / 1e9:.1f} GB are free: "
-            f"use {remedy}"
-        )
-
-
-def row_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token in all full-attention layers."""
-    return profile(model).row_numbers * model.dtype.itemsize

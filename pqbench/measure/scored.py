@@ -18,8 +18,8 @@ from pqbench.engine.prefilled import Prefilled
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import COMPILING, Job, Ledger, Measured, Measurement, tracked
-from pqbench.measure.checks import check_alive, check_budgets, check_methods
-from pqbench.measure.dense import body_name
+from pqbench.measure.checks import attended_all, check_alive, check_budgets, check_methods
+from pqbench.measure.dense import backend_name
 from pqbench.measure.probe import probe
 from pqbench.models.sources import LoadedModel
 from pqbench.records.claims import tell_of_waiting
@@ -78,12 +78,12 @@ class Scored(Measurement):
         samples = list(self.benchmark.samples(prompter))
         check_budgets(job.methods, samples)
         check_methods(job.methods, loaded.model, job.setting)
-        body = kernels(loaded.model.device, job.setting.backend)
-        ledger = Ledger(self, loaded.name, job, body_name(body))
+        backend = kernels(loaded.model.device, job.setting.backend)
+        ledger = Ledger(self, loaded.name, job, backend_name(backend))
         wanted = [(sample, [name for name in job.methods if ledger.missing(name, sample.id)]) for sample in samples]
         work = [(sample, names) for sample, names in wanted if names]
         if work:
-            ledger.done.seconds[COMPILING] = body.warm_up()
+            ledger.done.seconds[COMPILING] = backend.warm_up()
         with tracked(self.name, len(work)) as follow:
             told: set[str] = set()
             while work:
@@ -279,6 +279,7 @@ def generation_facts(generation: Generation) -> Record:
         "tpot_s": generation.tpot_s,
         "index_build_s": generation.index_s,
         "attended_tokens": sum(meter.attended for meter in meters) / steps,
+        "skipped_nothing": attended_all(cohorts),
         "kv_tokens": sum(cohort.store.length for cohort in cohorts) / len(cohorts),
         "index_bytes": sum(meter.index_bytes for meter in meters) * layers // steps,
         "index_resident_bytes": sum(cohort.state.resident_bytes for cohort in cohorts),

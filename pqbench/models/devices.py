@@ -42,19 +42,19 @@ def check_device(device: str, option: str = "model.device") -> None:
         raise ModelError(f"{option}={device}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0")
 
 
-def check_kernels(body: str, device: torch.device) -> None:
+def check_kernels(backend: str, device: torch.device) -> None:
     """Raises ModelError when a backend cannot compute on a device. The Triton backend needs a GPU of compute capability
     :data:`CAPABILITY`; on the CPU it works only in Triton's interpreter."""
-    if body == "gpu" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "gpu" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         remedy = (
             "set model.device=cuda, or kernels=auto"
             if torch.cuda.is_available()
             else "there is none here, set kernels=auto"
         )
         raise ModelError(f"kernels=gpu computes on a GPU, not on {device.type}: {remedy}")
-    if body == "gpu" or (body == "auto" and device.type == "cuda"):
+    if backend == "gpu" or (backend == "auto" and device.type == "cuda"):
         _check_triton()
-    if device.type == "cuda" and body in ("gpu", "auto"):
+    if device.type == "cuda" and backend in ("gpu", "auto"):
         found = torch.cuda.get_device_capability(device)
         if found < CAPABILITY:
             raise ModelError(

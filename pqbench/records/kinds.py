@@ -45,10 +45,19 @@ def budget_of(record: Mapping[str, Any]) -> Any:
 
 
 def skipped_nothing(record: Mapping[str, Any]) -> bool:
-    """Whether a method with a budget attended to its whole prompt in every step, because the prompt was too short to
-    leave anything out. Its figures are then those of full attention."""
+    """Whether a method that has a budget attended to its whole context in every step, since the context was too short
+    for the method to leave anything out. Its figures are those of full attention.
+
+    Records hold this as ``skipped_nothing``. For records that were written before, the mean over the steps is compared
+    with the length of the prompt.
+    """
+    if record.get("budget") in _EVERYTHING:
+        return False
+    known = record.get("skipped_nothing")
+    if isinstance(known, bool):
+        return known
     attended = record.get("attended_tokens")
     prompt = next((record[name] for name in ("prompt_tokens", "context", "length") if record.get(name)), None)
     if not isinstance(attended, int | float) or not isinstance(prompt, int | float):
         return False
-    return record.get("budget") not in _EVERYTHING and attended >= prompt
+    return attended >= prompt

@@ -72,12 +72,14 @@ class Need:
     Attributes:
         device: where the model runs.
         layers: number of layers that hold the rows.
+        free: bytes that can still be allocated on the device.
         reserve: how many of the tokens are added by decoding.
         working: bytes that the prefill needs on the device, for its duration, in addition to keys and values.
     """
 
     device: torch.device
-    layers: int = 1
+    layers: int
+    free: int
     reserve: int = 0
     working: int = 0
 
@@ -87,21 +89,13 @@ class Need:
         parts = (part * row_bytes // self.layers for part in (tokens - self.reserve, self.reserve))
         return self.layers * sum(1 << max(size - 1, 0).bit_length() for size in parts if size > 0)
 
-    def free(self) -> int:
-        """Free bytes of memory on the device."""
-        if self.device.type != "cuda":
-            return psutil.virtual_memory().available
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + kept
-
     def check_device(self, tokens: int, needed: int, advice: str) -> None:
         """Raises RoomError when the device has fewer free bytes than ``needed`` for ``tokens`` tokens plus those that
         the prefill works with. The message ends with ``advice``."""
-        free, both = self.free(), needed + self.working
-        if both > free:
+        if needed + self.working > self.free:
             raise RoomError(
                 f"{tokens} tokens of KV need {needed / 2**30:.1f} GiB of memory on {self.device}, their prefill "
-                f"{self.working / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: {advice}"
+                f"{self.working / 2**30:.1f} GiB, and {self.free / 2**30:.1f} GiB are free: {advice}"
             )
 
 

@@ -49,12 +49,28 @@ class Mean:
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its labels, and its records, one per document."""
+    """One row: its labels, and its records, one per document.
+
+    Attributes:
+        group: length and ratio; only rows that agree in both are compared.
+    """
 
     labels: dict[str, str]
-    group: tuple[Any, ...]  # length and ratio; only rows that agree in both are compared
+    group: tuple[Any, ...]
     good: Sequence[Record]
     failed: int
+
+    @property
+    def mark(self) -> str:
+        """What is written behind the budget, or behind a figure in its column, where nothing could be skipped in any
+        document; otherwise nothing."""
+        short = bool(self.good) and all(TOO_SHORT in str(record.get("budget")) for record in self.good)
+        return f" ({TOO_SHORT})" if short else ""
+
+    @property
+    def shown(self) -> list[str]:
+        """The labels, the budget marked."""
+        return [value + (self.mark if name == "ratio" else "") for name, value in self.labels.items()]
 
     def mean(self, field: str) -> Mean | None:
         """Mean of a field over documents; None if no record has the field."""
@@ -111,8 +127,6 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
         good = [row for row in rows if row["status"] == "ok"]
         named = {name: str(value) for name, value in zip(names, key, strict=True)}
         named["ratio"] = "all" if key[1] is None else f"{100 * key[1]:g} %"
-        if good and all(TOO_SHORT in str(row.get("budget")) for row in good):
-            named["method"] += f" ({TOO_SHORT})"
         lines.append(Line(named, key[:2], good, len(rows) - len(good)))
     return sorted(lines, key=lambda line: (line.group[0] or 0, line.group[1] or 0))
 
@@ -151,15 +165,17 @@ def _pivots(title: str, lines: Sequence[Line], columns: Sequence[Column]) -> lis
         count = " to ".join(str(number) for number in sorted({min(counts, default=0), max(counts, default=0)}))
         for field, heading, factor, form, _ in columns:
             rows = [
-                [
-                    *method,
-                    *(_cell(at[ratio].mean(field) if ratio in at else None, factor, form, True) for ratio in ratios),
-                ]
+                [*method, *(_at_budget(at.get(ratio), field, factor, form) for ratio in ratios)]
                 for method, at in by_method.items()
             ]
             about = f"{title}: {heading} at {length} tokens by budget, {count} documents [95 % interval]"
             found.append(Section(about, [*names, *ratios], rows, len(names)))
     return found
+
+
+def _at_budget(line: Line | None, field: str, factor: float, form: str) -> str:
+    """The cell of a method at one budget, marked where nothing could be skipped."""
+    return "-" if line is None else _cell(line.mean(field), factor, form, True) + line.mark
 
 
 def _figures(title: str, lines: Sequence[Line]) -> Section:
@@ -169,7 +185,7 @@ def _figures(title: str, lines: Sequence[Line]) -> Section:
         count = f"{len(line.good)}" + (f" (+{line.failed} failed)" if line.failed else "")
         means = [line.mean(field) for field, *_ in FIGURES]
         cells = [_cell(mean, *column[2:]) for mean, column in zip(means, FIGURES, strict=True)]
-        rows.append([*line.labels.values(), count, cells[0], _times_best(line, lines), *cells[1:]])
+        rows.append([*line.shown, count, cells[0], _times_best(line, lines), *cells[1:]])
     headings = [*labels, "n", FIGURES[0][1], "x best", *(heading for _, heading, *_ in FIGURES[1:])]
     return Section(title, headings, rows, len(labels), WIDE)
 
@@ -193,7 +209,7 @@ def _parts(title: str, lines: Sequence[Line]) -> Section:
             continue
         recalls = [_aged(line, age) for age in AGES]
         errors = [_cell(line.mean(f"entropy.{third}.output_error"), 1, "{:.3f}", False) for third in THIRDS]
-        rows.append([*line.labels.values(), *recalls, *errors])
+        rows.append([*line.shown, *recalls, *errors])
     headings = [*labels, *(f"recall {name}" for name in AGES.values()), *(f"error {third} entropy" for third in THIRDS)]
     return Section(title, headings, rows, len(labels))
 

@@ -56,9 +56,9 @@ def test_a_calibration_is_measured_once_for_a_machine_and_a_shape(
 
 def test_what_clusters_is_what_is_timed(llama: PreTrainedModel, tmp_path: Path) -> None:
     """Keys lie on the device of the model, so its backend there is timed. Each backend has times of its own."""
-    for body in ("reference", "cpu"):
-        found = calibrate(llama, body, tmp_path)
-        assert (found.device, found.backend) == (llama.device, kernels(llama.device, body))
+    for backend in ("reference", "cpu"):
+        found = calibrate(llama, backend, tmp_path)
+        assert (found.device, found.backend) == (llama.device, kernels(llama.device, backend))
         found.clustering(4, 8, 16)
     names = [name for name in json.loads((tmp_path / "calibration.json").read_text()) if "kmeans" in name]
     assert sorted(name.split("kmeans-")[1] for name in names) == ["cpu-4x8x16", "reference-4x8x16"]

@@ -83,7 +83,7 @@ def test_only_copies_of_keys_and_values_need_memory(monkeypatch: pytest.MonkeyPa
 def test_refused_kernels_are_rows_and_the_fastest_of_the_others_is_named(
     measure: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(attention, "dense_kernels", lambda body, group, _: dense_kernels(body, group, GPU))
+    monkeypatch.setattr(attention, "dense_kernels", lambda backend, group, _: dense_kernels(backend, group, GPU))
     done, records = measure(Attention(**SMALL), METHODS)
     full = rows(records, "full")
     refused = {r["kernel"]: r["reason"] for r in full if r["status"] == "refused"}
@@ -125,16 +125,16 @@ def test_a_timed_step_asks_for_no_memory_and_collects_no_garbage(monkeypatch: py
 def test_where_rows_are_counted_on_the_device_the_body_computes() -> None:
     asked: list[Any] = []
 
-    class Body:
+    class Backend:
         __name__ = "pqbench.kernels.some"
 
         def dense_attention(self, *arguments: Any) -> str:
             asked.append(arguments)
-            return "by the body"
+            return "by the backend"
 
-    body: Any = Body()
-    replaced: Any = WithDense(body, DenseKernel("other", lambda *_: torch.zeros(1)))
-    assert replaced.dense_attention(1, 2, 3, 0.5, 7) == "by the body"
+    backend: Any = Backend()
+    replaced: Any = WithDense(backend, DenseKernel("other", lambda *_: torch.zeros(1)))
+    assert replaced.dense_attention(1, 2, 3, 0.5, 7) == "by the backend"
     assert asked == [(1, 2, 3, 0.5, 7)]
     assert torch.equal(replaced.dense_attention(1, 2, 3, 0.5), torch.zeros(1))
     assert torch.equal(replaced.dense_attention(1, 2, 3, 0.5, None), torch.zeros(1))

@@ -45,6 +45,7 @@ FIELDS = (
     "wait_s",
     "index_build_s",
     "attended_tokens",
+    "skipped_nothing",
     "index_bytes",
     "device_bytes",
     "host_bytes",

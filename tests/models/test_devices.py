@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ import torch
 from methods.full import Full
 from methods.pqcache import PQCache
 from pqbench.engine.setting import Setting
-from pqbench.errors import ConfigError, ModelError
-from pqbench.measure import latency
+from pqbench.errors import ModelError
 from pqbench.measure.base import Job
-from pqbench.measure.latency import Latency, check_memory
 from pqbench.measure.layer import attention
 from pqbench.measure.layer.attention import Attention
 from pqbench.method import Method
 from pqbench.models import devices
 from pqbench.models.devices import check_kernels, check_room
-from pqbench.store.tiers import DeviceTier, HostTier, Tier
+from pqbench.store.tiers import HostTier
 from pqbench.support.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,15 +69,15 @@ def test_a_missing_gpu_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("body", ["gpu", "auto"])
-def test_a_card_that_is_too_old_says_what_is_needed(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+@pytest.mark.parametrize("backend", ["gpu", "auto"])
+def test_a_card_that_is_too_old_says_what_is_needed(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     with pytest.raises(ModelError, match=r"compute capability 8\.0, and Tesla T4 has 7\.5: set kernels=reference"):
-        check_kernels(body, torch.device("cuda"))
+        check_kernels(backend, torch.device("cuda"))
     check_kernels("reference", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    check_kernels(body, torch.device("cuda"))
+    check_kernels(backend, torch.device("cuda"))
 
 
 def test_a_gpu_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,82 +99,11 @@ def test_a_model_larger_than_the_device_is_refused_before_it_is_moved(monkeypatc
         load_model("tiny")
 
 
-def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(latency, "available_bytes", lambda _: size)
-
-
-# Of the tiny model: 2 layers x K and V x 2 heads x 16 x 4 bytes = 512 bytes a token.
-@pytest.mark.parametrize(
-    ("size", "tier", "chunk", "words"),
-    [
-        (
-            1_000_000,
-            DeviceTier(),
-            None,
-            ["benchmark.contexts has 2000", "keys and values 0.0", "chunk=250", "shorter benchmark.contexts"],
-        ),
-        (1_000_000, DeviceTier(), 20, ["shorter benchmark.contexts"]),
-        (700_000, HostTier(), None, ["chunk=250", "shorter benchmark.contexts"]),
-    ],
-)
-def test_memory_of_a_prefill_is_looked_at_before_it(
-    monkeypatch: pytest.MonkeyPatch, size: int, tier: Tier, chunk: int | None, words: list[str]
-) -> None:
-    loaded = load_model("tiny")
-    job = Job(loaded, METHODS, {}, Setting(tier, backend="reference"), chunk=chunk)
-    free(monkeypatch, size)
-    with pytest.raises(ConfigError) as caught:
-        check_memory(job, loaded.model, 2000, 8, 512)
-    text = str(caught.value)
-    assert [word for word in words if word not in text] == []
-    assert ("chunk=" in text) == any("chunk=" in word for word in words)
-    assert "GB are free: use" in text
-    free(monkeypatch, 10**9)
-    check_memory(job, loaded.model, 2000, 8, 512)
-
-
-def test_what_a_prefill_needs_grows_with_keys_values_and_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least accepted memory, found by bisection, is compared with a sum by hand for a chunk of one token."""
-    loaded = load_model("tiny")
-
-    def least(chunk: int | None, tier: Tier) -> int:
-        job = Job(loaded, METHODS, {}, Setting(tier, backend="reference"), chunk=chunk)
-        low, high = 0, 1 << 34
-        while high - low > 1:
-            middle = (low + high) // 2
-            free(monkeypatch, middle)
-            enough = accepted(lambda: check_memory(job, loaded.model, 2000, 8, 512))
-            low, high = (low, middle) if enough else (middle, high)
-        return high
-
-    kept = 2008 * 512
-    assert kept <= least(1, DeviceTier()) <= 1.2 * kept
-    assert least(None, DeviceTier()) - least(1, DeviceTier()) >= 1999 * 4 * (3 * 128 + 2 * 64)
-    assert least(1, HostTier()) <= least(1, DeviceTier())
-
-
-def accepted(check: Callable[[], None]) -> bool:
-    try:
-        check()
-    except ConfigError:
-        return False
-    return True
-
-
-def test_latency_looks_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = load_model("tiny")
-    free(monkeypatch, 1000)
-    monkeypatch.setattr(latency, "run_once", lambda *_: pytest.fail("something ran"))
-    with pytest.raises(ConfigError, match=r"needs 0\.0 GB on cpu .* and 0\.0 GB are free: use"):
-        Latency(contexts=[128], new_tokens=4).measure(Job(loaded, METHODS, {}, Setting(backend="reference")))
-
-
 def test_one_layer_on_the_host_needs_room_for_a_copy_per_method(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(HostTier, "check", lambda _, tokens, row_bytes: asked.append((tokens, row_bytes)))
     monkeypatch.setattr(attention, "take_turns", lambda *_: None)
     benchmark = Attention(geometry="tiny", contexts=[512], budgets=[0.25])
-    conditions = [attention.Condition("float32", 512, 0.25)]
     job: Any = Job(None, METHODS, {}, Setting(HostTier(), backend="reference"))
-    benchmark._check(job, conditions, torch.device("cpu"))
+    benchmark._check_room(job, attention.Condition("float32", 512, 0.25), torch.device("cpu"))
     assert asked == [(512, 2 * (2 * 2 * 16 * 4))]

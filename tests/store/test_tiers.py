@@ -100,15 +100,8 @@ def test_too_little_memory_is_noticed_before_it_is_taken() -> None:
     HostTier().check(1, free // 4)
 
 
-class Card(Need):
-    """A GPU with 10 GiB free."""
-
-    def free(self) -> int:
-        return 10 << 30
-
-
 def test_too_little_memory_of_a_device_is_said_with_the_bytes_and_the_way_out() -> None:
-    card = Card(torch.device("cuda"), layers=32)
+    card = Need(torch.device("cuda"), layers=32, free=10 << 30)
     row = 32 * 2 * 8 * 128 * 2  # bytes
     DeviceTier().check(65536, row, card)
     with pytest.raises(ConfigError, match=r"131072 tokens of KV need 16\.0 GiB .* and 10\.0 GiB .* store=host"):
@@ -118,17 +111,31 @@ def test_too_little_memory_of_a_device_is_said_with_the_bytes_and_the_way_out() 
     with pytest.raises(RoomError, match=r"8\.0 GiB of memory on cuda, their prefill 3\.0 GiB, and 10\.0 GiB are free"):
         DeviceTier().check(65536, row, replace(card, working=3 << 30))
     with pytest.raises(RoomError, match=r"on cpu, their prefill 0\.0 GiB, and [\d.]+ GiB are free: use a shorter"):
-        DeviceTier().check(1 << 40, row, Need(CPU))
+        DeviceTier().check(1 << 40, row, Need(CPU, 1, 1 << 30))
+
+
+def test_a_long_prompt_fits_a_host_tier_whose_device_holds_two_copies_of_a_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """300000 tokens of an 8B model in half precision are 37 GiB, of which a GPU with 60 GiB sees one layer at a time.
+    Taken for one layer they would be 73 GiB there, so nothing may guess the number of layers."""
+    plenty = psutil.virtual_memory()._replace(available=512 << 30)
+    monkeypatch.setattr("pqbench.store.tiers.psutil.virtual_memory", lambda: plenty)
+    row = 32 * 2 * 8 * 128 * 2  # bytes
+    HostTier().check(300_000, row, Need(torch.device("cuda"), layers=32, free=60 << 30, reserve=32))
+    needless: Any = Need
+    with pytest.raises(TypeError, match="layers"):
+        needless(torch.device("cuda"), free=60 << 30, reserve=32)
 
 
 def test_page_locked_memory_is_counted_as_it_is_taken() -> None:
-    need = Need(torch.device("cuda"), layers=4, reserve=3)
+    need = Need(torch.device("cuda"), layers=4, free=0, reserve=3)
     assert need.page_locked(1024 + 3, 4 * 512) == 4 * (1024 * 512 + 4 * 512)  # powers of two are taken as they are
     assert need.page_locked(1025 + 3, 4 * 512) == 4 * (2048 * 512 + 4 * 512)
-    assert Need(torch.device("cuda")).page_locked(100, 3) == 512
+    assert Need(torch.device("cuda"), layers=1, free=0).page_locked(100, 3) == 512
     free = psutil.virtual_memory().available
     with pytest.raises(ConfigError, match=r"page-locked host memory \(taken in powers of two\)"):
-        HostTier().check(3, free // 2, Card(torch.device("cuda"), layers=1 << 10))
+        HostTier().check(3, free // 2, Need(torch.device("cuda"), layers=1 << 10, free=10 << 30))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver that gives it")

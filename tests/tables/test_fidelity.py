@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pqbench.records.file import VERSION, encode
+from pqbench.records.kinds import TOO_SHORT
 from pqbench.tables.fidelity import fidelity_sections, lines_of, multiples
 
 ERRORS = {("oracle", 0.1): (0.1, 0.3), ("oracle", 0.2): (0.05, 0.15), ("h2o", 0.1): (0.4, 0.6), ("full", None): (0, 0)}
@@ -100,6 +101,20 @@ def test_the_best_is_that_of_the_same_length_and_budget() -> None:
     assert found["oracle", "20 %"]["x best"] == "1.00"
     longer = cells(records() + records(length=8192, output_error=0.01, method="other"))
     assert longer["h2o", "10 %"]["x best"] == "2.50"
+
+
+def test_a_budget_at_which_nothing_was_skipped_is_marked_where_it_is_shown() -> None:
+    """h2o with 20 % attended to everything, with 10 % it did not: one row, of which one cell is marked."""
+    short = {"budget": f"20 % ({TOO_SHORT})", "ratio": 0.2, "output_error": 0.0}
+    found = records() + [row | short for row in records() if row["method"] == "h2o"]
+    for pivot in fidelity_sections(found)[:PIVOTS]:
+        (row,) = [row for row in pivot.rows if row[0] == "h2o"]
+        assert [TOO_SHORT in cell for cell in row] == [False, False, True]
+        assert pivot.headings[1:] == ["10 %", "20 %"]
+    for section in fidelity_sections(found)[PIVOTS:]:
+        marked = [row for row in section.rows if any(TOO_SHORT in cell for cell in row)]
+        named = [dict(zip(section.headings, row, strict=True)) for row in marked]
+        assert [(row["method"], row["ratio"]) for row in named] == [("h2o", f"20 % ({TOO_SHORT})")]
 
 
 def test_parts_show_ages_and_thirds() -> None:

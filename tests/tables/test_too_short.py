@@ -40,6 +40,16 @@ def test_a_short_prompt_is_marked_and_a_longer_one_is_not(
     assert attended["pqcache", False] == attended["full", False]
 
 
+@pytest.mark.parametrize("override", ["question=select", "benchmark.max_new_tokens=1"])
+def test_a_short_prompt_is_marked_wherever_its_question_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    """Steps that read the question see less than the whole prompt, and all of what there is; or there is no step."""
+    run(tmp_path, monkeypatch, "method=[full,pqcache]", "benchmark.lengths=[256]", override)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "(1 dense)" in line] == ["pqcache"]
+    assert {record["skipped_nothing"] for record in read_all(tmp_path)} == {True}
+
+
 def test_a_method_that_exceeds_its_budget_by_design_is_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +69,9 @@ def test_a_method_that_exceeds_its_budget_by_design_is_marked(
         ({"budget": "all", "prompt_tokens": 100, "attended_tokens": 101}, False),
         ({"budget": "100 %", "prompt_tokens": 100, "attended_tokens": 101}, False),
         ({"budget": "10 %", "status": "error"}, False),
+        ({"budget": "1024 tokens", "prompt_tokens": 1000, "attended_tokens": 1020, "skipped_nothing": False}, False),
+        ({"budget": "10 %", "prompt_tokens": 100, "attended_tokens": 90, "skipped_nothing": True}, True),
+        ({"budget": "100 %", "prompt_tokens": 100, "attended_tokens": 101, "skipped_nothing": True}, False),
     ],
 )
 def test_which_records_are_marked(fields: Record, marked: bool) -> None:

@@ -11,19 +11,18 @@ import torch
 
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import fits, whole
+from pqbench.engine.rehearsal import profile
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import with_budget
 from pqbench.measure.checks import check_methods, check_split
-from pqbench.measure.dense import body_name
+from pqbench.measure.dense import backend_name
 from pqbench.measure.fidelity.documents import file_documents, speech_documents
 from pqbench.measure.fidelity.passage import Passage, PassageRun, Variant
-from pqbench.measure.latency import row_bytes
 from pqbench.method import Method
 from pqbench.models.sources import LoadedModel
 from pqbench.records.kinds import FIDELITY
-from pqbench.store.tiers import Need
 
 
 @dataclass
@@ -91,7 +90,7 @@ class FidelityBenchmark(Measurement):
         backend.use_threads(torch.get_num_threads())
         variants = self._variants(job.methods)
         self._check(job, loaded, variants)
-        ledger = Ledger(self, loaded.name, job, body_name(backend))
+        ledger = Ledger(self, loaded.name, job, backend_name(backend))
         passages = list(self._passages(ledger, Prompter(loaded.tokenizer, loaded.max_length), variants))
         with tracked(self.name, sum(len(passage.variants) for passage in passages)) as follow:
             for passage in passages:
@@ -118,8 +117,7 @@ class FidelityBenchmark(Measurement):
             raise ConfigError(
                 f"benchmark.steps is {self.steps}, but the model takes {loaded.max_length} tokens at most"
             )
-        row = row_bytes(loaded.model)
-        if not row:
+        if not profile(loaded.model).layers:
             raise ConfigError(f"model {loaded.name} has no full-attention layer that a method could serve")
         for variant in variants:
             if variant.method.own_prefill:
@@ -129,8 +127,6 @@ class FidelityBenchmark(Measurement):
         for variant in variants:
             for prompt in prompts:
                 check_split(variant.label, variant.method, prompt)
-        need = Need(loaded.model.device, reserve=self.steps)
-        job.setting.tier.check(max(prompts) + self.steps, row, need)
 
     def _passages(self, ledger: Ledger, prompter: Prompter, variants: Sequence[Variant]) -> Iterator[Passage]:
         """The passages to measure, length by length."""

@@ -12,6 +12,7 @@ nll, nll_full      -log probability of the text's next token, under the method a
 perplexity         exp(nll)
 bits_per_key       bits of the index that a step reads for each token of the context, KV head and layer
 attended_tokens    tokens attended to per KV head
+skipped_nothing    whether every step attended to every token, in all layers
 index_bytes        bytes of the index read by a step, all layers
 attended_bytes     bytes of keys and values attended to by a step, all layers
 bytes_per_head     index_bytes and attended_bytes together, for one KV head of one layer
@@ -43,6 +44,7 @@ import numpy as np
 from torch import Tensor
 
 from pqbench.engine.decode import Generation
+from pqbench.measure.checks import attended_all
 from pqbench.measure.fidelity.clean import AGES, CleanFigures
 from pqbench.measure.fidelity.forced import Drift
 from pqbench.records.file import Record
@@ -109,6 +111,7 @@ def cost_facts(generation: Generation, prompt: int) -> Record:
     context = prompt + (steps + 1) / 2  # mean over the steps, the current token included
     return {
         "attended_tokens": attended,
+        "skipped_nothing": attended_all(cohorts),
         "index_bytes": index_bytes,
         "attended_bytes": attended_bytes,
         "bytes_per_head": (index_bytes + attended_bytes) / (layers * known.kv_heads),

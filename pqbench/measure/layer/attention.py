@@ -10,11 +10,12 @@ import torch
 
 from pqbench.benchmarks.grid import whole
 from pqbench.engine.meter import PHASES
-from pqbench.errors import ConfigError, DeviceError, ModelError
+from pqbench.errors import ConfigError, DeviceError, ModelError, RoomError
 from pqbench.kernels.backend import Kernels, kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
 from pqbench.measure.budgets import budgets_of, dtypes_of, selects, with_budget
-from pqbench.measure.dense import RefusedError, body_name, captured_kernel, dense_kernels
+from pqbench.measure.checks import attended_all
+from pqbench.measure.dense import RefusedError, backend_name, captured_kernel, dense_kernels
 from pqbench.measure.geometries import Shape, shape_of
 from pqbench.measure.layer.captured import STEPS as CAPTURING
 from pqbench.measure.layer.turns import Layer, Subject, geometry_of, take_turns
@@ -119,16 +120,16 @@ class Attention(Measurement):
         ``job.files`` has a file for it.
 
         Raises:
-            ConfigError: a method cannot have one of the budgets, or a context needs more memory than is free.
+            ConfigError: a method cannot have one of the budgets.
         """
         device = self._device(job)
         check_kernels(job.setting.backend, device)
         conditions = [Condition(d, c, b) for d in self.dtypes for c in self.contexts for b in self.budgets]
-        body = kernels(device, job.setting.backend)
-        body.use_threads(torch.get_num_threads())
-        ledger = Ledger(self, self.geometry, job, body_name(body))
+        backend = kernels(device, job.setting.backend)
+        backend.use_threads(torch.get_num_threads())
+        ledger = Ledger(self, self.geometry, job, backend_name(backend))
         self._check(job, conditions, device)
-        wanted = {condition: self._wanted(job, ledger, condition, body) for condition in conditions}
+        wanted = {condition: self._wanted(job, ledger, condition, backend) for condition in conditions}
         if not any(wanted.values()):
             return ledger.close()
         source = captured(job.loaded, self.shape, self.seed) if job.loaded else synthetic(self.shape, self.seed)
@@ -137,7 +138,7 @@ class Attention(Measurement):
             for condition, names in wanted.items():
                 if names:
                     follow(f"{condition.dtype}, {condition.context} tokens, budget {condition.budget:g}")
-                    self._measure_condition(job, ledger, condition, names, source, body, device, roof)
+                    self._measure_condition(job, ledger, condition, names, source, backend, device, roof)
         return ledger.close()
 
     def _measure_condition(
@@ -147,17 +148,18 @@ class Attention(Measurement):
         condition: Condition,
         names: Sequence[str],
         source: Source,
-        body: Kernels,
+        backend: Kernels,
         device: torch.device,
         roof: Bandwidth,
     ) -> None:
         """Time the methods ``names`` and all dense kernels in turns, and append their records."""
-        subjects = list(self._subjects(job, condition, names, body))
+        subjects = list(self._subjects(job, condition, names, backend))
         warmup = max(self.warmup, CAPTURING) if job.setting.graphs else self.warmup
         count = warmup + self.repeats * self.steps
         forget_peak(device)
         small = self._rehearsal([s.method for s in subjects if s.method], condition)
         try:
+            self._check_room(job, condition, device)
             layers = [
                 Layer(self.shape, torch_dtype(condition.dtype), length, count, source, device, job.setting)
                 for length in (condition.context, small)
@@ -194,23 +196,23 @@ class Attention(Measurement):
             else:
                 ledger.failed(subject.name, identity["sample_id"], subject.error, identity)
 
-    def _subjects(self, job: Job, condition: Condition, names: Sequence[str], body: Kernels) -> Iterator[Subject]:
+    def _subjects(self, job: Job, condition: Condition, names: Sequence[str], backend: Kernels) -> Iterator[Subject]:
         device = self._device(job)
         tier = DeviceTier() if device.type == "cuda" else None  # what methods with a host tier are compared with
-        dense = dense_kernels(body, self.shape.group, device)
-        for kernel in [*dense, *([captured_kernel(body)] if job.setting.graphs else [])]:
+        dense = dense_kernels(backend, self.shape.group, device)
+        for kernel in [*dense, *([captured_kernel(backend)] if job.setting.graphs else [])]:
             yield Subject(DENSE, kernel.name, "all", dense=kernel, tier=DeviceTier() if kernel.captured else tier)
         for name in names:
             if name != DENSE:
                 method = with_budget(job.methods[name], condition.budget)
-                yield Subject(name, body_name(body), method.budget_label, method)
+                yield Subject(name, backend_name(backend), method.budget_label, method)
 
-    def _wanted(self, job: Job, ledger: Ledger, condition: Condition, body: Kernels) -> list[str]:
+    def _wanted(self, job: Job, ledger: Ledger, condition: Condition, backend: Kernels) -> list[str]:
         """The names of methods that lack a record in a condition."""
         return list(
             dict.fromkeys(
                 subject.name
-                for subject in self._subjects(job, condition, list(job.methods), body)
+                for subject in self._subjects(job, condition, list(job.methods), backend)
                 if ledger.missing(subject.name, self._facts(condition, subject)["sample_id"])
             )
         )
@@ -257,6 +259,7 @@ class Attention(Measurement):
             "warmup_s": subject.warmup_s,
             "timed_steps": count,
             "attended_tokens": attended,
+            "skipped_nothing": attended_all([cohort]),
             "attended_bytes": moved,
             "index_bytes": subject.index_bytes / count,
             "index_resident_bytes": cohort.state.resident_bytes,
@@ -289,17 +292,7 @@ class Attention(Measurement):
         # Rows of full attention come from the dense kernels, whatever tier the methods use, so full attention is not
         # checked.
         job.setting.check({name: method for name, method in job.methods.items() if name != DENSE})
-        free = available_bytes(device)
         for condition in conditions:
-            row = self.shape.row_bytes(torch_dtype(condition.dtype))
-            if job.setting.tier.offloads:  # every method keeps a copy in host memory
-                job.setting.tier.check(condition.context, row * max(1, len(job.methods)))
-            needed = SLACK * condition.context * row
-            if needed > free:
-                raise ConfigError(
-                    f"benchmark.contexts has {condition.context}: {condition.dtype} keys and values of one "
-                    f"{self.geometry} layer need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
-                )
             if condition.budget >= condition.context:
                 raise ConfigError(
                     f"benchmark.budgets has {condition.budget:g} tokens, which is all of a context of "
@@ -312,11 +305,24 @@ class Attention(Measurement):
         try:
             method = with_budget(job.methods[name], condition.budget)
             method.split(condition.context, condition.context)
+            self._check_room(job, condition, device)
             method.layer(geometry_of(self.shape, condition.context, device, job.setting))
-        except (ConfigError, ModelError) as error:
-            raise type(error)(f"{name}: {error}") from error
         except MemoryError:
             return  # the error is recorded when the method is measured
+        except (ConfigError, ModelError) as error:
+            raise type(error)(f"{name}: {error}") from error
+
+    def _check_room(self, job: Job, condition: Condition, device: torch.device) -> None:
+        """Raises RoomError when the layer does not fit this machine."""
+        row, free = self.shape.row_bytes(torch_dtype(condition.dtype)), available_bytes(device)
+        if job.setting.tier.offloads:  # every method keeps a copy in host memory
+            job.setting.tier.check(condition.context, row * max(1, len(job.methods)))
+        needed = SLACK * condition.context * row
+        if needed > free:
+            raise RoomError(
+                f"benchmark.contexts has {condition.context}: {condition.dtype} keys and values of one "
+                f"{self.geometry} layer need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: shorten it"
+            )
 
 
 def median_total(subject: Subject) -> float:

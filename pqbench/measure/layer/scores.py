@@ -13,14 +13,16 @@ from torch import Tensor
 from pqbench.benchmarks.base import Prompter
 from pqbench.benchmarks.grid import whole
 from pqbench.engine.prefill import prefill
+from pqbench.engine.rehearsal import profile
 from pqbench.engine.setting import Setting
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.measure.base import Job, Ledger, Measured, Measurement, at_least, tracked
-from pqbench.measure.dense import body_name
+from pqbench.measure.dense import backend_name
 from pqbench.measure.machine import device_name
 from pqbench.measure.source import prose_tokens
 from pqbench.method import Geometry, LayerState, Method
+from pqbench.models.sources import LoadedModel
 from pqbench.records.file import Record
 from pqbench.records.kinds import ATTENTION_SCORES, DENSE
 
@@ -76,29 +78,38 @@ class AttentionScores(Measurement):
             raise ConfigError(
                 f"benchmark.contexts has {max(self.contexts)}, but the model takes {loaded.max_length} tokens at most"
             )
-        body = kernels(loaded.model.device, job.setting.backend)
-        ledger = Ledger(self, loaded.name, job, body_name(body))
+        backend = kernels(loaded.model.device, job.setting.backend)
+        ledger = Ledger(self, loaded.name, job, backend_name(backend))
         missing = [context for context in self.contexts if ledger.missing(DENSE, f"{context}-0")]
         prompter = Prompter(loaded.tokenizer, loaded.max_length)
         with tracked(self.name, len(missing)) as follow:
-            # A context counts as measured once layer 0 has a record, so layer 0 is recorded last.
             for context in missing:
                 follow(f"{context} tokens")
-                ids = torch.tensor([prose_tokens(prompter, context, self.seed)], device=loaded.model.device)
-                setting = Setting(overlap=False, backend=job.setting.backend)
-                prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
-                for number, layer in reversed(list(enumerate(prefilled.layers))):
-                    state: Any = prefilled.observer(0, layer, 0).state
-                    facts = {
-                        "budget": "all",
-                        "context": context,
-                        "layer": layer,
-                        "dtype": str(loaded.model.dtype)[6:],
-                        "device": device_name(loaded.model.device),
-                    }
-                    ledger.ok(DENSE, f"{context}-{number}", facts | state.figures)
-                prefilled.close()
+                self._measure_context(job, loaded, ledger, prose_tokens(prompter, context, self.seed))
         return ledger.close()
+
+    def _measure_context(self, job: Job, loaded: LoadedModel, ledger: Ledger, tokens: Sequence[int]) -> None:
+        """Record every layer on one prompt, or one failure. A context counts as measured once layer 0 has a record, so
+        layer 0 is recorded last."""
+        facts = {
+            "budget": "all",
+            "context": len(tokens),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": device_name(loaded.model.device),
+        }
+        setting = Setting(overlap=False, backend=job.setting.backend)
+        try:
+            ids = torch.tensor([tokens], device=loaded.model.device)
+            prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
+        except Exception as error:  # noqa: BLE001 - the failure of one context becomes a row, the run goes on
+            first = next(iter(profile(loaded.model).layers), 0)
+            ledger.failed(DENSE, f"{len(tokens)}-0", error, facts | {"layer": first})
+            job.setting.check_device(error)
+            return
+        for number, layer in reversed(list(enumerate(prefilled.layers))):
+            state: Any = prefilled.observer(0, layer, 0).state
+            ledger.ok(DENSE, f"{len(tokens)}-{number}", facts | {"layer": layer} | state.figures)
+        prefilled.close()
 
 
 def ranks_up_to(count: int) -> list[int]:

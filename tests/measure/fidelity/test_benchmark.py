@@ -51,6 +51,7 @@ FIELDS = (
     "perplexity",
     "bits_per_key",
     "attended_tokens",
+    "skipped_nothing",
     "index_bytes",
     "attended_bytes",
     "bytes_per_head",
@@ -223,6 +224,14 @@ def test_a_prefill_that_fails_fails_every_method(
     done, records = measure(replace(small, lengths=[200], documents=1), {"full": Full(), "h2o": H2O(OWN)})
     assert [r["error"] for r in records] == ["RuntimeError: no luck"] * 3
     assert (done.measured, len(done.failures)) == (0, 3)
+
+
+def test_rows_that_are_full_attention_say_so(measure: Run, small: FidelityBenchmark) -> None:
+    """256 centroids are more than 200 keys to cluster, and fewer than 320."""
+    methods: dict[str, Method] = {"full": Full(), "pqcache": PQCache(OWN, m=2, b=8), "h2o": H2O(OWN)}
+    _, records = measure(replace(small, documents=1, ratios=[0.5]), methods)
+    told = {(r["method"], r["length"]): r["skipped_nothing"] for r in records}
+    assert [place for place, nothing in told.items() if nothing] == [("full", 200), ("full", 320), ("pqcache", 200)]
 
 
 def test_a_whole_budget_changes_nothing(measure: Run, small: FidelityBenchmark) -> None:

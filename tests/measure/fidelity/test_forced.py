@@ -155,6 +155,7 @@ def test_bytes_follow_from_shapes(llama: PreTrainedModel) -> None:
     row, context = 2 * 16 * 4, PROMPT + (STEPS + 1) / 2
     assert full == {
         "attended_tokens": context,
+        "skipped_nothing": True,
         "index_bytes": 0,
         "attended_bytes": context * row * 4,
         "bytes_per_head": context * row,
@@ -162,4 +163,5 @@ def test_bytes_follow_from_shapes(llama: PreTrainedModel) -> None:
     }
     assert oracle["bits_per_key"] == pytest.approx(16 * 32)  # it reads every key
     assert oracle["attended_tokens"] == 20
+    assert oracle["skipped_nothing"] is False
     assert oracle["bytes_per_head"] == pytest.approx(20 * row + context * 16 * 4)
