@@ -144,7 +144,7 @@ class Cohort:
     @outlives_exit
     def prefetch(self) -> None:
         """Let the method ask for what it will need, since the layer before starts its step."""
-        self.reads.ahead(lambda: self.state.prefetch(self.store))
+        self.state.prefetch(self.store)
 
     @outlives_exit
     def select(self, q: Tensor) -> Selection:
