@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pqbench.records.file import FINISHED, READABLE, Record, newest_of, read_lines
-from pqbench.records.folders import older_code, read_folders
+from pqbench.records.folders import measured_again, read_folders
 from pqbench.tables.kinds import has_scores
 from pqbench.tables.summaries import frame
 from pqbench.tables.variants import with_variants
@@ -85,17 +85,17 @@ def load(root: Path) -> Loaded:
     """
     loaded = Loaded(root)
     folders = read_folders(root)
-    outdated = older_code(folders)
-    for folder in folders:
-        path = folder.path
-        lines = list(read_lines(path / "records.jsonl"))
-        kept, versions = newest_of(lines)
-        if path in outdated:
-            loaded.old_code += len(kept)
+    files = [list(read_lines(folder.path / "records.jsonl")) for folder in folders]
+    read = [newest_of(lines) for lines in files]
+    older = measured_again(folders, [newest for newest, _ in read])
+    for folder, lines, (newest, versions), hidden in zip(folders, files, read, older, strict=True):
+        kept = [record for record in newest if record["sample_id"] not in hidden]
+        loaded.old_code += len(hidden)
+        if hidden and not kept:
             continue
         loaded.foreign.update(str(version)[:20] for version in versions)
-        loaded.older += len(lines) - len(kept) - len(versions)
-        loaded.broken += _written(path / "records.jsonl") - len(lines)
+        loaded.older += len(lines) - len(newest) - len(versions)
+        loaded.broken += _written(folder.path / "records.jsonl") - len(lines)
         loaded.owner += [len(loaded.folders)] * len(kept)
         loaded.records += kept
         loaded.folders.append(Folder(folder.settings, folder.environments))

@@ -90,7 +90,11 @@ def check_method(method: Any) -> None:
 
 def outlives_exit(work: Callable[Given, Found]) -> Callable[Given, Found]:
     """Wrap ``work`` so that SystemExit becomes RuntimeError. A method that calls ``sys.exit`` then loses one sample and
-    does not end the run."""
+    does not end the run. Every place where the harness enters a method's code is wrapped, in all measurements.
+
+    Raises:
+        RuntimeError: the work raised SystemExit; the message holds its code.
+    """
 
     @wraps(work)
     def lasting(*given: Given.args, **named: Given.kwargs) -> Found:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.clock import Clock, HostClock, Spans
 from pqbench.engine.contract import Contract
 from pqbench.engine.meter import Meter
+from pqbench.engine.reads import KeyReads
 from pqbench.errors import ModelError
 from pqbench.kernels import reference
 from pqbench.kernels.buffers import gather_rows
@@ -48,6 +50,7 @@ class Observer:
         """Seconds that :meth:`observe` took so far. Waits for the device."""
         return self._spans.total
 
+    @outlives_exit
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         """Show the state the cohort's part of a block. q ``[B, H, G, n, D]`` holds the block's queries of all
         sequences; keys and values ``[B, H, S, D]`` hold all tokens so far, of all sequences."""
@@ -59,6 +62,7 @@ class Observer:
         with self._spans:
             self.state.observe(q[index, :, :, skipped:], keys[index, :, padding:], values[index, :, padding:])
 
+    @outlives_exit
     def answer(self, q: Tensor, keys: Tensor, values: Tensor, output: Tensor) -> None:
         """Compute the cohort's part of a block by the method's own attention and write it into ``output``
         ``[B, H, G, n, D]``. The other arguments are those of :meth:`observe`. The output at padding is not changed."""
@@ -93,7 +97,8 @@ class Cohort:
         self.meter = Meter(self.clock)
         self.contract = Contract(self.method, self.state.geometry)
         self.checking = Spans(self.clock)  # the seconds that the check of the first step takes
-        self._captured_read = 0  # bytes of keys that the captured selection reads in every replay
+        self.reads = KeyReads(self.store.usage, self.state.geometry.prompt)
+        self._row_bytes = 1  # of the keys of one token, known once there is one
 
     def check(self, keys: Tensor, scaling: float) -> None:
         """Raises ModelError when an attention call differs from the prompt's calls in KV heads, head width or
@@ -109,27 +114,54 @@ class Cohort:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Begin a step: store the keys and values of the new token, each ``[B, H, 1, D]``, and tell the method."""
         self.meter.begin()
+        self._row_bytes = keys.nbytes
         with self.meter.phase("append"):
             self.store.append(keys, values)
-            self.state.append(self.store)
+            self.update()
 
+    @outlives_exit
+    def update(self) -> None:
+        """Tell the method that the token of the step was stored."""
+        self.state.append(self.store)
+
+    @outlives_exit
+    def prefetch(self) -> None:
+        """Let the method ask for what it will need, since the layer before starts its step."""
+        self.reads.ahead(lambda: self.state.prefetch(self.store))
+
+    @outlives_exit
+    def select(self, q: Tensor) -> Selection:
+        """The method's selection for the query ``[B, H, G, D]``."""
+        return self.reads.selecting(lambda: self.state.select(q, self.store))
+
+    @outlives_exit
+    def reserve(self, rows: int) -> bool:
+        """See :meth:`pqbench.method.LayerState.reserve`."""
+        return self.state.reserve(self.store, rows)
+
+    @outlives_exit
+    def plan(self) -> Plan:
+        """The method's part of the captured step that follows, on the host."""
+        return self.state.plan(self.store, self.store.length + 1)
+
+    @outlives_exit
     def attend(self, q: Tensor) -> Tensor:
         """Do the rest of the step: select, fetch, attend and merge. q and the result are ``[B, H, G, D]``.
 
         Raises:
             SelectionError: the first step's selection breaks the method's contract.
         """
-        usage = self.store.usage
-        before = usage.key_bytes_read
         with self.meter.phase("select"):
-            selection = self.state.select(q, self.store)
-        read = usage.key_bytes_read - before  # Keys that a selection reads are part of its index, declared or not.
+            selection = self.select(q)
+        read = self.reads.step(self._row_bytes)  # Keys that a method reads are part of its index, declared or not.
         if not self.meter.steps:
             with self.checking:
                 self.contract.check(selection, self.store)
-        self.meter.count(selection, self.store.length, self.state.index_bytes + read)
+        limit = None if selection.visible is None else self.method.limit(self.store.seen, self.state.geometry)
+        self.meter.count(selection, self.store.length, self.state.index_bytes + read, limit)
         return self.answer(q, selection)
 
+    @outlives_exit
     def answer(self, q: Tensor, selection: Selection) -> Tensor:
         """Attend to a selection and let an evicting method drop rows."""
         with self.meter.phase("fetch"):
@@ -144,26 +176,26 @@ class Cohort:
 
     def attend_captured(self, q: Tensor) -> Tensor:
         """Do the part of :meth:`attend` that runs on the device alone, so that a CUDA graph can repeat it."""
-        usage = self.store.usage
-        before = usage.key_bytes_read
-        selection = self.state.select(q, self.store)
-        self._captured_read = usage.key_bytes_read - before
+        selection = self.select(q)
         keys, values, rows = self.store.fetch(selection.indices, selection.count, selection.anew)
         return self._attention(q, selection, keys, values, rows)[0]
 
+    @outlives_exit
     def replayed(self, plan: Plan) -> None:
         """Count a step that a CUDA graph has replayed."""
         held = self.store.length
         attended = held if plan.attended is None else plan.attended
-        self.meter.replayed(attended, held, self.state.index_bytes + self._captured_read)
+        self.meter.replayed(attended, held, self.state.index_bytes + self.reads.step(self._row_bytes, repeats=True))
 
-    def check_steps(self, ragged: float) -> None:
-        """Compare every step so far with the budget. ``ragged`` is the value of :attr:`Meter.ragged`.
+    @outlives_exit
+    def check_steps(self, excess: int) -> None:
+        """Compare every step so far with the budget. ``excess`` is the largest element of :attr:`Meter.excess`, or 0
+        where that is None.
 
         Raises:
             SelectionError: a step attended to more tokens than the method's limit.
         """
-        self.contract.check_steps(self.meter.counts, self.meter.held, ragged, self.store.seen)
+        self.contract.check_steps(self.meter.counts, self.meter.held, excess, self.store.seen)
 
     def _attention(
         self, q: Tensor, selection: Selection, keys: Tensor, values: Tensor, rows: Tensor | None
@@ -200,7 +232,7 @@ def check_cohorts(cohorts: Sequence[Cohort]) -> None:
         SelectionError: a step attended to more tokens than its method's limit; the message names method, layer and
             step.
     """
-    counted = [sums for cohort in cohorts if (sums := cohort.meter.ragged) is not None]
-    told = iter(torch.stack([sums.to(counted[0].device) for sums in counted]).tolist() if counted else ())
+    counted = [beyond.max() for cohort in cohorts if (beyond := cohort.meter.excess) is not None]
+    told = iter(torch.stack([most.to(counted[0].device) for most in counted]).tolist() if counted else ())
     for cohort in cohorts:
-        cohort.check_steps(0.0 if cohort.meter.ragged is None else next(told))
+        cohort.check_steps(0 if cohort.meter.excess is None else next(told))

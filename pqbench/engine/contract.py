@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.errors import SelectionError
 from pqbench.method import Geometry, Method, Selection
 from pqbench.store.base import Store
@@ -26,13 +27,14 @@ class Contract:
     method: Method
     geometry: Geometry
 
+    @outlives_exit
     def check(self, selection: object, store: Store) -> None:
         """Verify what a method selected from a store whose last row is the current token. Waits for the device once.
 
         Raises:
             SelectionError: the object is not a selection, its indices are not of shape ``[B, H, n]``, rows are out of
-                range or selected twice, the current token is missing, or there are more tokens than the budget allows.
-                The message names the method, the layer and the step.
+                range or selected twice, the current token is missing or seen by no query head of a KV head, or there
+                are more tokens than the budget allows. The message names the method, the layer and the step.
         """
         if not isinstance(selection, Selection):
             self._refuse(store, f"select() returned {type(selection).__name__} instead of a Selection")
@@ -44,41 +46,43 @@ class Contract:
         if limit is not None and visible is None and size > limit:
             self._refuse(store, f"the selection has {size} tokens, but the budget allows {limit}")
         faults = {} if indices is None else _faults(indices, held - 1)
-        if limit is not None and visible is not None:
-            most = visible.any(2).sum(-1).max()  # Rows that no query head sees are padding.
-            faults[f"the selection has more tokens than the {limit} that the budget allows"] = most > limit
+        if visible is not None:
+            attended = visible[..., :size].any(2)  # [B, H, size]; rows that no query head sees are padding
+            current = attended[..., -1] if indices is None else (attended & (indices == held - 1)).any(-1)
+            faults[f"no query head of a KV head sees the current token, row {held - 1}"] = current.all().logical_not()
+            if limit is not None:
+                most = attended.sum(-1).max()
+                faults[f"the selection has more tokens than the {limit} that the budget allows"] = most > limit
         if faults:
             sound = torch.stack(list(faults.values())).logical_not().tolist()  # The only wait for the device.
             for reason, good in zip(faults, sound, strict=True):
                 if not good:
                     self._refuse(store, reason)
 
-    def check_steps(self, attended: Sequence[int | None], held: Sequence[int], ragged: float, seen: int) -> None:
+    def check_steps(self, attended: Sequence[int | None], held: Sequence[int], excess: int, seen: int) -> None:
         """Compare all steps of a decode with the budget.
 
         Args:
             attended: tokens that a KV head attended to in each step; None where only the device knew the number.
             held: rows that the store held in each step.
-            ragged: the sum of the numbers that only the device knew, as a mean over KV heads.
+            excess: where only the device knew the number, the most tokens by which a KV head exceeded the limit of a
+                step, see :attr:`pqbench.engine.meter.Meter.excess`; 0 or less if none did.
             seen: length of the context after the last step.
 
         Raises:
             SelectionError: a step attended to more tokens than its budget, or an evicting method held more.
         """
-        first, allowed, comparable = seen - len(attended) + 1, 0, True
+        first = seen - len(attended) + 1
         for context, (count, rows) in enumerate(zip(attended, held, strict=True), start=first):
             limit = self.method.limit(context, self.geometry)
-            if count is None:
-                allowed, comparable = allowed + (limit or 0), comparable and limit is not None
             most = max(count or 0, rows if self.method.evicts else 0)
             if limit is not None and most > limit:
                 raise SelectionError(
                     f"{self._where(context)}: attended to {most} tokens, but the budget allows {limit}"
                 )
-        if comparable and ragged > allowed:
+        if excess > 0:
             raise SelectionError(
-                f"{self._where(seen)} and before: attended to {ragged:.0f} tokens in all steps together, but the "
-                f"budget allows {allowed}"
+                f"{self._where(seen)} or before: a KV head attended to {excess} tokens more than the budget allows"
             )
 
     def _counted(self, selection: Selection, store: Store) -> Tensor | None:

@@ -210,12 +210,11 @@ def generate(
     setting = Setting.of(setting)
     if not method.own_prefill:
         check_length(model, input_ids.shape[-1] + max_new_tokens, setting.max_length)
-    prefilled = prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting)
-    sampler = sampling.sampler(model, input_ids, attention_mask, max_new_tokens) if do_sample else None
-    with sampling.seeded(model.device):
-        generation = decode(prefilled, 0, max_new_tokens, spend=True, sampler=sampler)
-    generation.settle()
-    prefilled.close()
+    with prefill(model, input_ids, [method], attention_mask, chunk, max_new_tokens, setting) as prefilled:
+        sampler = sampling.sampler(model, input_ids, attention_mask, max_new_tokens) if do_sample else None
+        with sampling.seeded(model.device):
+            generation = decode(prefilled, 0, max_new_tokens, spend=True, sampler=sampler)
+        generation.settle()
     return generation.tokens
 
 

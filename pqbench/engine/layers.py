@@ -293,7 +293,7 @@ class DecodeLayer(OurLayer):
         """Let the methods request what they will need, because the layer before this one starts its step. Nothing can
         be requested while an index is still being built."""
         for cohort in self.__dict__.get("cohorts", ()):
-            cohort.state.prefetch(cohort.store)
+            cohort.prefetch()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         following = None if self.following is None else self.following()

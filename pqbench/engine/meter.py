@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from pqbench.engine.clock import Clock
@@ -25,6 +26,9 @@ class Meter:
         held: rows that the store held in each step.
         ragged: float64 ``[]`` on the device, the sum of the numbers that only the device knows, each a mean over
             sequences and KV heads; None while there are none.
+        excess: int64 ``[B, H]`` on the device, over the steps whose numbers only the device knows: the most tokens that
+            a KV head attended to beyond the limit of the step, negative where it stayed below; None while there are no
+            such steps with a limit.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -32,6 +36,7 @@ class Meter:
         self.counts: list[int | None] = []
         self.held: list[int] = []
         self.ragged: Tensor | None = None
+        self.excess: Tensor | None = None
         self._clock, self._sampled, self._attended = clock, False, 0
         self._phases = {phase: clock.spans(phase) for phase in PHASES}
 
@@ -43,14 +48,19 @@ class Meter:
         """Time the enclosed work as a phase of the step, if the phases of this step are timed."""
         return self._phases[name] if self._sampled else _UNTIMED
 
-    def count(self, selection: Selection, held: int, index_bytes: int) -> None:
-        """Add one step. Rows that no query head of a KV head sees are padding and are not counted."""
+    def count(self, selection: Selection, held: int, index_bytes: int, limit: int | None = None) -> None:
+        """Add one step. Rows that no query head of a KV head sees are padding and are not counted. ``limit`` is the
+        largest number of tokens that a KV head may attend to, needed where only the device knows that number."""
         self.timed += self._sampled
         if selection.visible is None:
             self._add(held if selection.indices is None else selection.indices.shape[2], held, index_bytes)
             return
-        seen = selection.visible.any(2).sum(-1).float().mean().double()
-        self.ragged = seen if self.ragged is None else self.ragged + seen
+        seen = selection.visible.any(2).sum(-1)  # [B, H]
+        mean = seen.mean(dtype=torch.float64)
+        self.ragged = mean if self.ragged is None else self.ragged + mean
+        if limit is not None:
+            beyond = seen - limit
+            self.excess = beyond if self.excess is None else torch.maximum(self.excess, beyond)
         self._add(None, held, index_bytes)
 
     def replayed(self, attended: int, held: int, index_bytes: int) -> None:

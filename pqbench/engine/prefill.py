@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -21,12 +22,10 @@ from pqbench.engine.layers import LayeredCache, PrefillLayer, sliding_layers
 from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.rehearsal import profile
 from pqbench.engine.setting import Setting
-from pqbench.engine.shapes import PromptShape, devices, frequencies, geometry, row_bytes, working_bytes
+from pqbench.engine.shapes import PromptShape, devices, frequencies, geometry, needs, working_bytes
 from pqbench.errors import ConfigError
 from pqbench.kernels.backend import kernels
 from pqbench.method import Geometry, Method
-from pqbench.models.devices import available_bytes
-from pqbench.store.tiers import Need
 
 
 @outlives_exit
@@ -69,22 +68,31 @@ def prefill(
     if setting.graphs:
         check_batch_captured(shape.cohorts, shape.padded)
     prefilled = _open(model, methods, shape, reserve, setting, chunk)
+    with ExitStack() as unfinished:
+        unfinished.push(prefilled)
+        _add_layers(prefilled, shape, reserve, setting)
+        _run(prefilled, input_ids, mask, shape, chunk)
+        unfinished.pop_all()  # From here on the caller closes it.
+    return prefilled
+
+
+def _run(prefilled: Prefilled, input_ids: Tensor, mask: Tensor, shape: PromptShape, chunk: int) -> None:
+    """Let the model read the prompts ``[B, S]``, ``chunk`` tokens at a time."""
     both: dict[int, CacheLayerMixin] = {**prefilled.layers, **prefilled.sliding}
     cache = LayeredCache([both[i] for i in range(len(both))])
     positions = shape.positions
     took = prefilled.clock.spans("prefill")
-    with attached(model), took:
+    with attached(prefilled.model), took:
         for start in range(0, shape.columns, chunk):
             seen = None if prefilled.mask is None else mask[:, : start + chunk]
             block = slice(start, start + chunk)
-            logits = forward(model, input_ids[:, block], cache, seen, positions[:, block])
+            logits = forward(prefilled.model, input_ids[:, block], cache, seen, positions[:, block])
     check_logits(logits)  # The only time that the host waits: everything before this has only been queued.
     prefilled.logits = logits
-    for m in range(len(methods)):
+    for m in range(len(prefilled.methods)):
         own = [observer for layer in prefilled.layers.values() for observer in layer.observers[m]]
         prefilled.observe_seconds.append(sum(observer.seconds for observer in own))
     prefilled.seconds = took.total - sum(prefilled.observe_seconds)
-    return prefilled
 
 
 def check_own_prefill(methods: Sequence[Method]) -> bool:
@@ -105,18 +113,24 @@ def _open(
     setting: Setting,
     chunk: int,
 ) -> Prefilled:
-    """Prepare everything that a prompt needs before its first token is prefilled."""
+    """Check that there is room for a prompt, and open the place where it will be stored.
+
+    Raises:
+        ConfigError: this model or this machine cannot use the tier.
+        RoomError: a device or the host has too little memory.
+    """
     backend, streams = kernels(model.device, setting.backend), streams_of(model.device, setting.streams)
     backend.use_threads(torch.get_num_threads())
-    known = profile(model)
     if setting.tier.offloads and len(devices(model)) > 1:
         raise ConfigError("store=host serves models on one device: use store=device, or a model that fits one GPU")
+    row = model.dtype.itemsize
+    for numbers, need in needs(profile(model), reserve * len(shape.mask), working_bytes(model, shape, chunk)):
+        setting.tier.check((shape.columns + reserve) * len(shape.mask), numbers * row, need)
     placement = setting.tier.open(model.device, setting.backend)
-    rotary = frequencies(model, methods)
     beside: Beside | None = None
     if setting.overlap and len(methods) == 1:
         beside = IdleCores.of(backend) if streams is None else SideStream(streams)
-    prefilled = Prefilled(
+    return Prefilled(
         model,
         methods,
         shape.cohorts,
@@ -130,8 +144,14 @@ def _open(
         beside,
         setting.graphs,
     )
-    for i in known.layers:
-        layer = PrefillLayer(shape.columns, reserve, shape.cohorts, placement, partial(prefilled.start, i))
+
+
+def _add_layers(prefilled: Prefilled, shape: PromptShape, reserve: int, setting: Setting) -> None:
+    """Add the layers that hold the prompt, with an observer for every method."""
+    model, methods = prefilled.model, prefilled.methods
+    rotary = frequencies(model, methods)
+    for i in profile(model).layers:
+        layer = PrefillLayer(shape.columns, reserve, shape.cohorts, prefilled.placement, partial(prefilled.start, i))
         layer.own = any(method.own_prefill for method in methods)
         facts = [geometry(model, i, rows, shape.columns, rotary.get(i), setting) for rows in shape.cohorts]
         layer.observers = [
@@ -139,11 +159,6 @@ def _open(
             for method in methods
         ]
         prefilled.layers[i] = layer
-    working = working_bytes(model, shape, chunk)
-    free = available_bytes(model.device)
-    need = Need(model.device, len(known.layers), free, reserve * len(shape.mask), working)
-    setting.tier.check((shape.columns + reserve) * len(shape.mask), row_bytes(model), need)
-    return prefilled
 
 
 def _observer(method: Method, known: Geometry, rows: Rows, setting: Setting) -> Observer:

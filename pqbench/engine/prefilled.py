@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.batch import check_indices
 from pqbench.engine.beside import Beside, Finished, Pending, tensors_of
 from pqbench.engine.clock import Clock, Spans, Streams, clock_of
@@ -42,8 +47,29 @@ class Built:
     stores: list[Store]
 
 
+class Closing(ABC):
+    """A context manager that closes itself at the end of the block. An error in the block is raised even where closing
+    fails as well."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        with suppress(Exception):  # What an interrupted decode left under way must not hide the error itself.
+            self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what runs in the background."""
+
+
 @dataclass
-class Prefilled:
+class Prefilled(Closing):
     """A prompt's keys and values with every method's state, ready to be decoded by each method in turn."""
 
     model: PreTrainedModel
@@ -84,6 +110,7 @@ class Prefilled:
             work = partial(self._build, method, layer, cohort)
             self._built[method, layer, cohort] = self.beside.submit(work, state.geometry.device, uses)
 
+    @outlives_exit
     def build(self, method: int) -> float:
         """Build a method's indices unless that is done, wait for them and check them. Returns the seconds that building
         took, beside the prefill or not.
@@ -134,6 +161,7 @@ class Prefilled:
         layers = {**copy_sliding(self.sliding), **ours}
         return LayeredCache([layers[i] for i in range(len(layers))])
 
+    @outlives_exit
     def cohort(
         self, method: int, layer: int, cohort: int, shared: Store | None = None, *, spend: bool = False
     ) -> Cohort:
@@ -177,14 +205,17 @@ class Prefilled:
         Raises:
             OrderingError: a debugged link found transfers that nobody waited for.
         """
-        if self.beside is not None:
-            self.beside.close()
-        self.placement.close()
+        try:
+            if self.beside is not None:
+                self.beside.close()
+        finally:
+            self.placement.close()
 
     def _cohorts_of(self, method: int, layer: int, *, spend: bool) -> list[Cohort]:
         """The cohorts of one layer, all served by one method."""
         return [self.cohort(method, layer, cohort, spend=spend) for cohort in range(len(self.cohorts))]
 
+    @outlives_exit
     @torch.inference_mode()
     def _build(self, method: int, layer: int, cohort: int) -> Built:
         store, observer = self.store(layer, cohort, method), self.observer(method, layer, cohort)

@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from pqbench.engine.batch import rows_by_length
 from pqbench.engine.cohort import Rows
-from pqbench.engine.rehearsal import profile
+from pqbench.engine.layers import Shape
+from pqbench.engine.rehearsal import Profile, profile
 from pqbench.engine.rotary import layer_frequencies
 from pqbench.engine.setting import Setting
 from pqbench.method import Geometry, Method
+from pqbench.models.devices import available_bytes
+from pqbench.store.tiers import Need
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,20 @@ def geometry(
     )
 
 
-def row_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token in all full-attention layers."""
-    return profile(model).row_numbers * model.dtype.itemsize
+def needs(known: Profile, reserve: int, working: int) -> list[tuple[int, Need]]:
+    """What each device that holds full-attention layers must have room for: how many numbers the keys and values of one
+    token are in the layers there, and the rest of the need. See :class:`pqbench.store.tiers.Need` for ``reserve`` and
+    ``working``; every device runs layers of the prefill, so ``working`` counts on each."""
+    placed: dict[torch.device, list[Shape]] = {}
+    for layer in known.layers.values():
+        placed.setdefault(layer.device, []).append(layer)
+    return [
+        (
+            Profile(dict(enumerate(layers))).row_numbers,
+            Need(device, len(layers), available_bytes(device), reserve, working),
+        )
+        for device, layers in placed.items()
+    ]
 
 
 def working_bytes(model: PreTrainedModel, shape: PromptShape, block: int) -> int:

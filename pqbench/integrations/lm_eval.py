@@ -116,9 +116,10 @@ class PqbenchLM(HFLM):
         mask = options.pop("attention_mask", None)
         check_greedy(options)
         room = max_length - context.shape[1]
-        prefilled = prefill(self.model, context, [self.method], mask, self.chunk, room, self.setting)
         criteria = stop_sequences_criteria(self.tokenizer, stop, 0, context.shape[0])
-        generation = decode(prefilled, 0, room, finished=stopping(criteria, context[:, :0]))
+        with prefill(self.model, context, [self.method], mask, self.chunk, room, self.setting) as prefilled:
+            generation = decode(prefilled, 0, room, finished=stopping(criteria, context[:, :0]))
+            generation.settle()
         return torch.cat([context, generation.tokens], 1)
 
     def _loglikelihood_tokens(
@@ -143,13 +144,13 @@ class PqbenchLM(HFLM):
             for prompt, members in groups.items():
                 longest = max(len(requests[i][2]) for i in members)
                 ids = torch.tensor([prompt], device=self.device)
-                prefilled = prefill(self.model, ids, [self.method], None, self.chunk, longest, self.setting)
-                for i in members:
-                    texts, _, continuation = requests[i]
-                    answers[i] = likelihood(prefilled, continuation)
-                    if texts is not None:
-                        self.cache_hook.add_partial("loglikelihood", texts, answers[i])
-                    bar.update()
+                with prefill(self.model, ids, [self.method], None, self.chunk, longest, self.setting) as prefilled:
+                    for i in members:
+                        texts, _, continuation = requests[i]
+                        answers[i] = likelihood(prefilled, continuation)
+                        if texts is not None:
+                            self.cache_hook.add_partial("loglikelihood", texts, answers[i])
+                        bar.update()
         return [answers[i] for i in range(len(requests))]
 
 
@@ -193,6 +194,8 @@ def likelihood(prefilled: Prefilled, continuation: Sequence[int]) -> tuple[float
         for step in steps:
             tell(step.logits)
     check_cohorts(cache.cohorts)
+    for cohort in cache.cohorts:
+        cohort.store.settle()
     rows = torch.stack(told).tolist() if told else []
     return sum((row[0] for row in rows), 0.0), all(row[1] for row in rows)
 

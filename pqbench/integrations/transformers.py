@@ -102,18 +102,17 @@ class Decoding:
         sampler = Sampler(input_ids, logits_processor or LogitsProcessorList(), draw)
         steps = Steps(input_ids, stopping_criteria or StoppingCriteriaList(), streamer or handed_streamer)
         chunk = generation_config.prefill_chunk_size
-        prefilled = prefill(model, input_ids, [self.method], mask, chunk, reserve=new)
-        generation = decode(
-            prefilled,
-            0,
-            new,
-            finished=steps.finished if steps.wanted else None,
-            config=generation_config,
-            spend=True,
-            sampler=sampler if draw or sampler.processors else None,
-        )
-        generation.settle()
-        prefilled.close()
+        with prefill(model, input_ids, [self.method], mask, chunk, reserve=new) as prefilled:
+            generation = decode(
+                prefilled,
+                0,
+                new,
+                finished=steps.finished if steps.wanted else None,
+                config=generation_config,
+                spend=True,
+                sampler=sampler if draw or sampler.processors else None,
+            )
+            generation.settle()
         steps.end(generation.tokens)
         sequences = torch.cat([input_ids, generation.tokens], 1)
         if generation_config.return_dict_in_generate:

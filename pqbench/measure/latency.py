@@ -216,13 +216,10 @@ def run_once(
     """Prefill with one method alone, decode ``new_tokens``, and end all background work."""
     gc.collect()
     ids = torch.tensor([prompt], device=model.device)
-    prefilled = prefill(model, ids, [method], None, job.chunk, new_tokens, job.setting)
-    try:
+    with prefill(model, ids, [method], None, job.chunk, new_tokens, job.setting) as prefilled:
         with undisturbed():
             generation = decode(prefilled, 0, new_tokens, min_new_tokens=new_tokens, spend=True)
         generation.settle()
-    finally:
-        prefilled.close()
     return generation, prefilled
 
 

@@ -135,7 +135,7 @@ class ProbeLayer(OurLayer):
         for cohort in self.cohorts:
             cohort.check(k, scaling)
             if cohort.store is self.dense:
-                cohort.state.append(cohort.store)
+                cohort.update()
             else:
                 cohort.append(k, v)
         batch, heads, _, width = q.shape
@@ -149,7 +149,7 @@ class ProbeLayer(OurLayer):
             sunk = (1 - left_by_sinks(lse, known)).mean(2)
         exact = Exact(cast(Tensor, weights), full, 0.0 if sunk is None else sunk)
         for cohort, fidelity, split in zip(self.cohorts, self.fidelities, self.splits, strict=True):
-            selection = cohort.state.select(grouped, cohort.store)
+            selection = cohort.select(grouped)
             cohort.contract.check(selection, cohort.store)
             seen = _seen(selection, cohort.store)
             output = cohort.answer(grouped, selection)

@@ -22,6 +22,7 @@ from pqbench.measure.checks import attended_all, check_alive, check_budgets, che
 from pqbench.measure.dense import backend_name
 from pqbench.measure.probe import probe
 from pqbench.models.sources import LoadedModel
+from pqbench.records.claims import tell_of_waiting
 from pqbench.records.file import Record
 from pqbench.records.kinds import SCORES
 
@@ -84,6 +85,7 @@ class Scored(Measurement):
         if work:
             ledger.done.seconds[COMPILING] = backend.warm_up()
         with tracked(self.name, len(work)) as follow:
+            told: set[str] = set()
             while work:
                 busy: list[tuple[Sample, list[str]]] = []
                 for sample, names in work:
@@ -93,6 +95,7 @@ class Scored(Measurement):
                             SampleRun(self, job, loaded, prompter, ledger, sample).measure(mine)
                     busy += [(sample, others)] if others else []
                 if len(busy) == len(work):  # other processes are measuring all that is left
+                    tell_of_waiting([sample.id for sample, _ in busy], told)
                     time.sleep(WAIT_S)
                 work = busy
         return ledger.close()
@@ -178,8 +181,13 @@ class SampleRun:
         prompt = ids.shape[1] - held_back
         question = ids[0, prompt:].tolist()
         reserve = sample.max_new_tokens + held_back + self.scored.probe_tokens
-        prefilled = prefill(model, ids[:, :prompt], methods, None, job.chunk, reserve, job.setting)
-        seconds["prefill"] += prefilled.seconds
+        with prefill(model, ids[:, :prompt], methods, None, job.chunk, reserve, job.setting) as prefilled:
+            seconds["prefill"] += prefilled.seconds
+            return self._decoded(prefilled, names, question)
+
+    def _decoded(self, prefilled: Prefilled, names: Sequence[str], question: Sequence[int]) -> list[Answer]:
+        """The answers of the methods ``names`` of a prefilled prompt, see :meth:`_evaluate`."""
+        sample, seconds = self.sample, self.ledger.done.seconds
         answers = []
         for i, name in enumerate(names):
             began = time.perf_counter()
@@ -193,17 +201,16 @@ class SampleRun:
                     extra_ends=sample.end_tokens,
                 )
                 generation.settle()
-                check_alive(methods[i], generation, prompt)
+                check_alive(prefilled.methods[i], generation, len(sample.input_ids) - len(question))
                 answers.append(Answer(name, self._success(name, generation)))
             except Exception as error:  # noqa: BLE001 - the other methods of this prefill still count
                 answers.append(Answer(name, error=error))
-                if not job.setting.device_answers():
+                if not self.job.setting.device_answers():
                     return answers
             index = answers[-1].facts.get("index_build_s", 0.0)
             seconds["decode"] += time.perf_counter() - began - (index - prefilled.observe_seconds[i])
             seconds["index"] += index
         self._add_fidelity(prefilled, answers)
-        prefilled.close()
         return answers
 
     def _add_fidelity(self, prefilled: Prefilled, answers: list[Answer]) -> None:

@@ -31,8 +31,7 @@ def converted_folder(package: str, file: str, version: str) -> Path:
         ModelError: the package or the file is missing, another version is installed, or the file cannot be converted.
     """
     source = packaged_file(package, file, version)
-    with source.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()[:_DIGITS]
+    digest = _digest(source)
     folder = cache_folder() / f"{package}-{source.name}-{digest}"
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
@@ -40,6 +39,23 @@ def converted_folder(package: str, file: str, version: str) -> Path:
             with one_line(f"cannot read {source} as a GGUF model", f"install {distribution(package)} again"):
                 _convert(source, folder)
     return folder
+
+
+def content_fingerprint(package: str, file: str, version: str) -> str | None:
+    """The hash of a file whose package has no version that could tell it from a changed one. None where the package has
+    a version, which is then the one asked for, and where the file cannot be found, which loading it says."""
+    if _version(package) is not None:
+        return None
+    try:
+        return _digest(packaged_file(package, file, version))
+    except ModelError:
+        return None
+
+
+def _digest(file: Path) -> str:
+    """Hexadecimal digits of the hash of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:_DIGITS]
 
 
 def packaged_file(package: str, file: str, version: str) -> Path:
@@ -51,17 +67,22 @@ def packaged_file(package: str, file: str, version: str) -> Path:
         spec = None
     if spec is None or spec.origin is None:
         raise ModelError(f"the model package {package!r} (model.package) is missing: {install}")
-    try:
-        found = installed_version(distribution(package))
-    except PackageNotFoundError:  # a package that is not installed, such as one in the working folder, has no version
-        found = version
-    if found != version:
+    found = _version(package)
+    if found not in (None, version):
         raise ModelError(f"model.version is {version}, but {distribution(package)} {found} is installed: {install}")
     folder = Path(spec.origin).parent
     if not (folder / file).is_file():
         held = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "no GGUF file at all"
         raise ModelError(f"there is no file {file!r} in the package {package}: set model.file to what it holds, {held}")
     return folder / file
+
+
+def _version(package: str) -> str | None:
+    """The installed version of a package; None for one that lies beside the caller's own code."""
+    try:
+        return installed_version(distribution(package))
+    except (PackageNotFoundError, ValueError):  # the latter for an empty name
+        return None
 
 
 def distribution(package: str) -> str:

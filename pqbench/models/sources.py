@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from pqbench.errors import ModelError
 from pqbench.models.devices import check_device, check_room
-from pqbench.models.gguf import converted_folder, packaged_file
+from pqbench.models.gguf import content_fingerprint, converted_folder, packaged_file
 from pqbench.models.lengths import learned_positions, length_dependent, longest_context
 from pqbench.models.loading import check_files, hub_reachable, load_folder
 from pqbench.models.weights import folder_fingerprint, hub_fingerprint
@@ -213,6 +213,10 @@ class PackagedGGUF(ModelSource):
     def check(self) -> None:
         super().check()
         packaged_file(self.package, self.file, self.version)
+
+    @property
+    def fingerprint(self) -> str | None:
+        return content_fingerprint(self.package, self.file, self.version)
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_folder(str(converted_folder(self.package, self.file, self.version)), dtype, self.placement)

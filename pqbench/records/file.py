@@ -22,14 +22,17 @@ from filelock import FileLock
 
 from pqbench.errors import DataError
 from pqbench.records.environment import differences, environment
-from pqbench.records.folders import RunFolder, environments, key_of, older_code, read_folders, tell_of_older
+from pqbench.records.folders import RunFolder, environments, key_of, measured_again, read_folders, tell_of_older
 from pqbench.records.identity import class_names, harness_code
+from pqbench.records.stamp import NAME as STAMP
+from pqbench.records.stamp import Stamp
 
 log = logging.getLogger(__name__)
 
 VERSION = 2  # version of the record format; part of every key, so that no file mixes formats
 READABLE = (1, 2)  # formats that tables and plots understand
 Record = dict[str, Any]
+TAIL = 256  # bytes before the offset that are compared to see whether a file is still the same
 FINISHED = ("ok", "refused")  # statuses that are not failures; refused: this machine cannot run what was to be measured
 
 
@@ -44,9 +47,9 @@ def run_key(settings: Mapping[str, Any]) -> str:
 class RecordFile:
     """The records of one method on one benchmark and model, at ``root/<benchmark>/<model>/<method>-<key>/``.
 
-    The folder also holds ``config.yaml``, the settings behind the key, written once, and ``environment.json``, a list
-    of all different environments in which the run was measured, oldest first. ``planned`` is the number of samples that
-    the present job wants here; None until it is known.
+    The folder also holds ``config.yaml``, the settings behind the key, written once, ``environment.json``, a list of
+    all different environments in which the run was measured, oldest first, and ``run.json``, the :class:`Stamp` of the
+    folder. ``planned`` is the number of samples that the present job wants here; None until it is known.
     """
 
     folder: Path
@@ -54,7 +57,8 @@ class RecordFile:
     _written: dict[str, tuple[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _offset: int = field(default=0, init=False, repr=False)
     _inode: int = field(default=-1, init=False, repr=False)
-    _home: int | None = field(default=None, init=False, repr=False)  # inode of the folder that create() prepared
+    _tail: bytes = field(default=b"", init=False, repr=False)  # the last bytes of the file before the offset
+    _token: str | None = field(default=None, init=False, repr=False)  # of the folder that create() prepared
 
     @classmethod
     def create(cls, root: Path, benchmark: str, model: str, method: str, settings: Mapping[str, Any]) -> RecordFile:
@@ -74,7 +78,9 @@ class RecordFile:
                     write_atomically(config, yaml.safe_dump(dict(settings), sort_keys=False).encode())
                 file._note_environment()
                 file.path.open("ab").close()  # fail now rather than after the first measurement
-            file._home = file.folder.stat().st_ino
+                stamp = Stamp.now(Stamp.of(file.folder))
+                write_atomically(file.folder / STAMP, stamp.encode())
+                file._token = stamp.token
         except OSError as error:
             raise unwritable(file.folder, error) from error
         return file
@@ -121,11 +127,13 @@ class RecordFile:
         """Whether a sample has a record now, also one of another process, and its error as in :meth:`outcomes`.
 
         Raises:
-            DataError: the folder cannot be written, which is needed to take its lock.
+            DataError: the folder cannot be written, which is needed to take its lock; or records that this process has
+                seen were deleted.
         """
+        self._check_folder()
         try:
             with self.lock():
-                self._catch_up()
+                self._catch_up(sample_id)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         status, (error_text, code) = self._written.get(sample_id, (None, (None, None)))
@@ -137,16 +145,18 @@ class RecordFile:
         the case when another process has finished the sample since then, or when it failed again in the same way.
 
         Raises:
-            DataError: the file cannot be written, or the disk is full.
+            DataError: the file cannot be written, the disk is full, or what this process has seen in the file was
+                deleted.
         """
         record = record | {"version": VERSION}
         if record["status"] != "ok":
             record["code"] = harness_code()
         line = encode(record)
-        self._check_home()
+        self._check_folder()
         try:
             with self.lock():
-                self._catch_up()
+                self._check_folder()  # again, since another process may have held the lock and changed it
+                self._catch_up(record["sample_id"])
                 known = self._written.get(record["sample_id"])
                 if known and (known[0] == "ok" or known == _outcome(record)):
                     return False
@@ -157,43 +167,61 @@ class RecordFile:
                     os.fsync(file.fileno())
                     self._inode = os.fstat(file.fileno()).st_ino
                 self._offset += len(line)
+                self._tail = line[-TAIL:]
                 self._written[record["sample_id"]] = _outcome(record)
         except OSError as error:
             raise unwritable(self.folder, error) from error
         return True
 
-    def _check_home(self) -> None:
+    def _check_folder(self) -> None:
         """Raises DataError when the folder was deleted or replaced after it was prepared. Earlier records are then
         gone, and a new record would lie in a folder without its configuration."""
-        present = self.folder.stat().st_ino if self.folder.is_dir() else None
-        if self._home is not None and present != self._home:
-            raise DataError(
-                f"{self.folder} was deleted or replaced while this run wrote to it; {len(self._written)} record(s) of "
-                "it are gone: the same command measures them again"
-            )
+        if self._token is None:
+            return
+        stamp = Stamp.of(self.folder)
+        if stamp is None or stamp.token != self._token:
+            raise _deleted(self.folder, len(self._written))
 
-    def _catch_up(self) -> None:
-        """Read the lines that were added to the file since the last call; the first call reads all lines. The caller
-        must hold the lock."""
+    def _catch_up(self, due: str) -> None:
+        """Read the lines that were added to the file since the last call. The first call reads all lines, and so does a
+        call after the file was rewritten. The caller must hold the lock.
+
+        Args:
+            due: the sample that the caller asks about. If its record is gone, the sample is measured again, so that
+                nothing is lost.
+
+        Raises:
+            DataError: records of other samples are gone.
+        """
         if not self.path.exists():
-            self._written, self._offset, self._inode = {}, 0, -1
+            self._check_lost(due, {})
+            self._written, self._offset, self._inode, self._tail = {}, 0, -1, b""
             return
         with self.path.open("rb+") as file:
-            file.seek(max(0, self._offset - 1))
-            stat = os.fstat(file.fileno())
-            same = stat.st_ino == self._inode and stat.st_size >= self._offset
-            if not same or (self._offset and file.read(1) != b"\n"):  # rewritten, or edited by hand
-                self._written, self._offset, self._inode = {}, 0, stat.st_ino
-                file.seek(0)
+            inode = os.fstat(file.fileno()).st_ino
+            file.seek(self._offset - len(self._tail))
+            same = inode == self._inode and file.read(len(self._tail)) == self._tail
+            start = self._offset if same else 0  # it was rewritten, or edited by hand
+            file.seek(start)
             data = file.read()
             whole, newline, rest = data.rpartition(b"\n")
             if parse(rest):  # a whole record that lacks only its newline, which some editors remove
                 file.write(b"\n")
                 whole, newline = data, b"\n"
-        self._offset += len(whole) + len(newline)
-        for record in filter(None, map(parse, whole.split(b"\n"))):
-            if record.get("version") == VERSION:
-                self._written[record["sample_id"]] = _outcome(record)
+        records = [record for record in map(parse, whole.split(b"\n")) if record and record.get("version") == VERSION]
+        found = {record["sample_id"]: _outcome(record) for record in records}
+        if not same:
+            self._check_lost(due, found)
+            self._written, self._tail = {}, b""
+        self._written |= found
+        self._offset, self._inode = start + len(whole) + len(newline), inode
+        self._tail = (self._tail + whole + newline)[-TAIL:]
+
+    def _check_lost(self, due: str, found: Mapping[str, Any]) -> None:
+        """Raises DataError when records that were written are not found any more, except that of the sample due."""
+        lost = self._written.keys() - found.keys() - {due}
+        if lost:
+            raise _deleted(self.path, len(lost))
 
     def _note_environment(self) -> None:
         path, present = self.folder / "environment.json", environment()
@@ -246,7 +274,7 @@ def read_lines(path: Path) -> Iterator[Record]:
 
 def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | None = None) -> list[Record]:
     """Every record under a results folder. Records of another format version are left out with one warning. So are
-    records of older code whose run was measured again.
+    records of older code whose sample was measured again: see :func:`measured_again`.
 
     Args:
         root: the results folder.
@@ -256,22 +284,20 @@ def read_all(root: Path, all_code: bool = False, folders: Sequence[RunFolder] | 
     Raises:
         DataError: the folder does not exist, or a file in it cannot be read.
     """
-    records: list[Record] = []
-    foreign: list[Any] = []
     known = read_folders(root) if folders is None else folders
-    older, hidden = older_code(known), 0
-    for folder in known:
-        newest, others = newest_of(read_lines(RecordFile(folder.path).path))
-        foreign += others
-        if folder.path not in older:
-            records += newest
-        elif all_code:
-            records += [record | {"method": f"{record.get('method')} (older code)"} for record in newest]
-        else:
-            hidden += len(newest)
-    if hidden:
+    read = [newest_of(read_lines(RecordFile(folder.path).path)) for folder in known]
+    older = measured_again(known, [newest for newest, _ in read])
+    records: list[Record] = []
+    for (newest, _), hidden in zip(read, older, strict=True):
+        for record in newest:
+            if record["sample_id"] not in hidden:
+                records.append(record)
+            elif all_code:
+                records.append(record | {"method": f"{record.get('method')} (older code)"})
+    count, foreign = sum(map(len, older)), [version for _, others in read for version in others]
+    if count and not all_code:
         how = "`python -m pqbench.tables --all-code` shows them"
-        log.warning("%s: left out %d record(s) of older code, measured again since: %s", root, hidden, how)
+        log.warning("%s: left out %d record(s) of older code, measured again since: %s", root, count, how)
     if foreign:
         log.warning("%s: left out %s", root, _other_version(foreign))
     return records
@@ -316,6 +342,14 @@ def unwritable(folder: Path, error: OSError) -> DataError:
     """The error for a results folder that cannot be written."""
     return DataError(
         f"cannot write results to {folder}: {error.strerror or error}; set results=FOLDER to one you may write"
+    )
+
+
+def _deleted(place: Path, count: int) -> DataError:
+    """The error of records that were deleted while a run wrote beside them."""
+    return DataError(
+        f"{place} was deleted or replaced while this run wrote to it; {count} record(s) of it are gone: the same "
+        "command measures them again"
     )
 
 

@@ -1,11 +1,11 @@
-"""Run folders, which hold records, settings and environments, and the search for runs that were measured again with
+"""Run folders, which hold records, settings and environments, and the search for records that were measured again with
 other code."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import yaml
 
 from pqbench.errors import DataError
 from pqbench.records.identity import class_names
+from pqbench.records.stamp import last_started
 
 log = logging.getLogger(__name__)
 
 CONFIG_LIMIT = 1 << 20  # largest size in bytes of a configuration that is read; ours have about two thousand
+_WORTH = {"ok": 2, "refused": 1}  # of a record by its status; a failure is worth 0
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both accept the same files; the C loader is ten times as fast
 
 
@@ -74,16 +76,38 @@ def environments(path: Path) -> list[dict[str, Any]]:
     return [one for one in listed if isinstance(one, dict)]
 
 
-def older_code(folders: Iterable[RunFolder]) -> set[Path]:
-    """The folders for which a later folder has the same settings, but was measured with other code of the method or by
-    another version of pqbench."""
-    runs: dict[str, list[Path]] = {}
-    for folder in folders:
+def measured_again(folders: Sequence[RunFolder], records: Sequence[Sequence[Mapping[str, Any]]]) -> list[set[str]]:
+    """The samples of each folder that were measured again with other code of the method or by another version of
+    pqbench. That is the case if another folder has the same settings, its run was started later, and its record of the
+    sample is worth at least as much: a measurement is worth more than a refusal, and a refusal more than a failure.
+
+    Args:
+        folders: the folders to compare.
+        records: for each folder, the newest record of every sample.
+    """
+    runs: dict[str, list[int]] = {}
+    for i, folder in enumerate(folders):
         if folder.settings:
             place = [str(folder.path.parent), folder.path.name.rpartition("-")[0]]
-            runs.setdefault(json.dumps([*place, _bare(folder.settings)], sort_keys=True), []).append(folder.path)
-    ordered = [sorted(folders, key=_begun) for folders in runs.values()]
-    return {folder for folders in ordered for folder in folders[:-1]}
+            runs.setdefault(json.dumps([*place, _bare(folder.settings)], sort_keys=True), []).append(i)
+    hidden: list[set[str]] = [set() for _ in folders]
+    kept = 0
+    for members in runs.values():
+        best: dict[str, int] = {}
+        newest_first = sorted(members, key=lambda i: last_started(folders[i].path), reverse=True)
+        for i in newest_first:
+            for record in records[i]:
+                worth, sample = _WORTH.get(record["status"], 0), record["sample_id"]
+                if worth <= best.get(sample, -1):
+                    hidden[i].add(sample)
+                else:
+                    best[sample] = worth
+                    kept += i != newest_first[0]
+    if kept:
+        log.warning(
+            "%d record(s) of older code are kept, since the code of the newest run has not finished their samples", kept
+        )
+    return hidden
 
 
 def tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -93,11 +117,6 @@ def tell_of_older(folder: Path, settings: Mapping[str, Any]) -> None:
         if path.parent != folder and known and _bare(known) == _bare(settings):
             reason = "by other code of the method" if "code" in known else "by an older version of pqbench"
             log.warning("%s: measured %s; this run measures again in %s", path.parent, reason, folder.name)
-
-
-def _begun(folder: Path) -> float:
-    """The time when the run in a folder began, which is the time when its configuration was written."""
-    return (folder / "config.yaml").stat().st_mtime
 
 
 def _bare(settings: Mapping[str, Any]) -> Any:

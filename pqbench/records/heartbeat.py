@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pqbench.records.file import RecordFile, write_atomically
+from pqbench.records.stamp import PROGRESS as NAME
 
 log = logging.getLogger(__name__)
 
-NAME = "progress.json"
 INTERVAL_S = 10.0  # seconds between two beats
 SILENCE_S = 60.0  # seconds without a beat after which the process is taken to be gone
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 OWN = __name__.partition(".")[0]  # the harness, whose code does not count as code of a method
+INSTALLED = ("site-packages", "dist-packages")  # folders in which unrelated packages lie side by side
 
 
 def class_names(settings: Any) -> Any:
@@ -35,10 +36,15 @@ def class_name(target: Any) -> str:
 
 
 def method_code(method: Any) -> str:
-    """Twelve hex digits that depend on the source of a method and of the methods in its fields."""
+    """Twelve hex digits that depend on the source of a method, of its base classes outside the harness, and of the
+    methods in its fields."""
+    own = type(method).__module__
+    modules = dict.fromkeys(base.__module__ for base in type(method).__mro__)
+    reached = {own, *_sources(own)}
+    bases = [name for name in modules if name not in reached and _outside(name)]
     inner = [getattr(method, field.name) for field in fields(method)]
-    others = [one for one in inner if is_dataclass(one) and type(one).__module__.partition(".")[0] != OWN]
-    codes = [source_code(type(method).__module__), *map(method_code, others)]
+    others = [one for one in inner if is_dataclass(one) and _top(type(one).__module__) != OWN]
+    codes = [*map(source_code, [own, *bases]), *map(method_code, others)]
     return codes[0] if len(codes) == 1 else _digest(codes)
 
 
@@ -51,44 +57,63 @@ def harness_code() -> str:
 
 @cache
 def source_code(module: str) -> str:
-    """Twelve hex digits that depend on the source of a module and of the modules of the same package that it imports,
-    directly or indirectly. Comments, docstrings, layout and the places of imported modules do not count. The result is
-    ``unknown`` if there is no source file."""
+    """Twelve hex digits that depend on the source of a module and of the modules that it imports, directly or
+    indirectly, from the same package. For a module that is in no package they are those in the same folder. Comments,
+    docstrings, layout and the places of imported modules do not count. The result is ``unknown`` if there is no source
+    file."""
+    found = _sources(module)
+    return _digest(sorted(found.values())) if found else "unknown"
+
+
+def _sources(module: str) -> dict[str, str]:
+    """The plain source of all modules that :func:`source_code` takes, by name; empty if there is no source file."""
     found = getattr(sys.modules.get(module), "__file__", None)
     if found is None or not Path(found).is_file():
-        return "unknown"
-    root = Path(found).parents[module.count(".") - (Path(found).name != "__init__.py")] if "." in module else None
+        return {}
+    path = Path(found)
+    root = path.parents[module.count(".") + (path.name == "__init__.py")]
+    single = "." not in module and path.name != "__init__.py" and root.name not in INSTALLED
     seen: dict[str, str] = {}
-    waiting = [(module, Path(found))]
+    waiting = [(module, path)]
     while waiting:
         name, path = waiting.pop()
         if name in seen:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if root is not None:
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            waiting += _siblings(tree, package, module.partition(".")[0], root)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for imported in _imported(tree, package):
+            if _outside(imported) if single else _top(imported) == _top(module) != imported:
+                waiting += [(imported, place) for place in _places(root, imported)]
         seen[name] = _plain(tree)
-    return _digest([seen[name] for name in sorted(seen, key=seen.__getitem__)])
+    return seen
 
 
-def _siblings(tree: ast.Module, package: str, top: str, root: Path) -> Iterator[tuple[str, Path]]:
-    """The modules of the package ``top`` that a module of ``package`` imports. ``root`` is the folder of ``top``."""
+def _top(module: str) -> str:
+    """The package or module at the beginning of a dotted name."""
+    return module.partition(".")[0]
+
+
+def _outside(module: str) -> bool:
+    """Whether a module belongs neither to the harness nor to Python itself."""
+    return _top(module) not in {"", OWN, *sys.stdlib_module_names}
+
+
+def _places(root: Path, module: str) -> list[Path]:
+    """The files of a module under the folder ``root``."""
+    place = root.joinpath(*module.split("."))
+    return [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
+
+
+def _imported(tree: ast.Module, package: str) -> Iterator[str]:
+    """Names of all modules that a module of ``package`` may import; for ``from a import b`` both a and a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             parent = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
             base = ".".join([*parent, *([node.module] if node.module else [])])
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            place = root.joinpath(*name.split(".")[1:])
-            if name.partition(".")[0] == top and name != top:
-                for path in (place.with_suffix(".py"), place / "__init__.py"):
-                    if path.is_file():
-                        yield name, path
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 class _Bare(ast.NodeTransformer):

@@ -137,6 +137,20 @@ FAULTS: dict[str, tuple[Choice, str]] = {
     ),
     "all of them": (lambda *_: Selection(), "513 tokens, but the budget allows 64"),
     "65 that heads see": (unseen(65), "more tokens than the 64"),
+    "a current token that no head sees": (
+        lambda q, kv: Selection(
+            rows(q, list(range(kv.length - 20, kv.length))),
+            (torch.arange(20) < 19).expand(*q.shape[:3], -1),
+        ),
+        "no query head of a KV head sees the current token, row 512",
+    ),
+    "a current token that one KV head does not see": (
+        lambda q, kv: Selection(
+            rows(q, list(range(kv.length - 20, kv.length))),
+            (torch.arange(20) < torch.tensor([20, 19])[:, None, None]).expand(1, 2, q.shape[2], 20),
+        ),
+        "no query head of a KV head sees the current token, row 512",
+    ),
     "one head sees more": (
         lambda q, kv: Selection(
             rows(q, list(range(kv.length - 100, kv.length))),
@@ -175,7 +189,26 @@ def test_a_drift_that_only_the_device_counts_is_found_at_the_end() -> None:
     def choose(q: Tensor, kv: KV) -> Selection:
         return unseen(64 + max(0, kv.length - PROMPT - 1))(q, kv)
 
-    with pytest.raises(SelectionError, match=r"layer 1, step 5 and before: attended to 330 tokens .* allows 320"):
+    with pytest.raises(SelectionError, match=r"layer 1, step 5 or before: a KV head attended to 4 tokens more"):
+        run(Faulty(choose))
+
+
+def test_steps_far_below_the_budget_make_up_for_none_above_it() -> None:
+    def choose(q: Tensor, kv: KV) -> Selection:
+        return unseen(250 if kv.length == PROMPT + 4 else 1)(q, kv)
+
+    with pytest.raises(SelectionError, match=r"layer 1, step 5 or before: a KV head attended to 186 tokens more"):
+        run(Faulty(choose))
+
+
+def test_heads_far_below_the_budget_make_up_for_none_above_it() -> None:
+    def choose(q: Tensor, kv: KV) -> Selection:
+        selection = unseen(100 if kv.length > PROMPT + 1 else 1)(q, kv)
+        visible = torch.as_tensor(selection.visible).clone()
+        visible[:, 1:, :, :-1] = False  # The second KV head sees the current token alone.
+        return Selection(selection.indices, visible)
+
+    with pytest.raises(SelectionError, match=r"layer 1, step 5 or before: a KV head attended to 36 tokens more"):
         run(Faulty(choose))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import shutil
 import sys
@@ -195,6 +197,27 @@ def test_no_file_is_answered_by_the_conversion_of_another(package: Path, monkeyp
     assert not torch.equal(first_weight(source(file="b.gguf")), first)
     (package / "a.gguf").write_bytes(b"a newer release")
     assert not torch.equal(first_weight(source()), first)
+
+
+def test_a_changed_file_of_a_package_without_a_version_changes_the_fingerprint(package: Path) -> None:
+    first = source().fingerprint
+    assert first is not None
+    assert hashlib.sha256(b"no model").hexdigest().startswith(first)
+    (package / "a.gguf").write_bytes(b"another")
+    assert source().fingerprint not in (first, None)
+    (package / "a.gguf").write_bytes(b"no model")
+    assert source().fingerprint == first
+
+
+def test_a_version_that_is_installed_tells_files_apart(package: Path) -> None:
+    for version in ("1", "2"):
+        info = package.parent / f"held_models-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: held-models\nVersion: {version}\n")
+        importlib.invalidate_caches()
+        assert source(version=version).fingerprint is None
+        source(version=version).check()
+        shutil.rmtree(info)
 
 
 def test_an_interrupted_conversion_is_made_again(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ def test_config_and_environment_are_written_once(tmp_path: Path) -> None:
         "environment.json",
         "records.jsonl",
         "records.jsonl.lock",
+        "run.json",
     ]
 
 
@@ -90,6 +91,48 @@ def test_a_folder_that_is_deleted_meanwhile_stops_the_run(tmp_path: Path, again:
     with pytest.raises(DataError, match=r"was deleted or replaced while this run wrote to it; 1 record\(s\)"):
         file.append(row("b"))
     assert not (file.folder / "records.jsonl").exists()
+
+
+def test_a_folder_made_anew_by_another_process_stops_the_run(tmp_path: Path) -> None:
+    """A file system may give the new folder the inode of the old one, so that inodes cannot tell them apart."""
+    file = RecordFile.create(tmp_path, "b", "m", "x", SETTINGS)
+    assert file.append(row("a"))
+    kept = [(path, path.read_bytes()) for path in file.folder.iterdir()]
+    for path, _ in kept:
+        path.unlink()  # the folder keeps its inode
+    other = RecordFile.create(tmp_path, "b", "m", "x", SETTINGS)
+    assert other.append(row("c"))
+    with pytest.raises(DataError, match=r"deleted or replaced while this run wrote to it; 1 record\(s\)"):
+        file.append(row("b"))
+    assert ids(other) == ["c"]
+    for path, content in kept:
+        path.write_bytes(content)  # the folder as it was
+    assert file.append(row("b"))
+
+
+KEPT = [None, b"", encode(row("b")), encode(row("c")) + encode(row("d"))]
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=["nothing", "empty", "one record", "other records"])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "replaced"])
+def test_records_that_are_deleted_meanwhile_stop_the_run(tmp_path: Path, kept: bytes | None, in_place: bool) -> None:
+    file = RecordFile.create(tmp_path, "b", "m", "x", SETTINGS)
+    assert file.append(row("a"))
+    assert file.append(row("b"))
+    if not in_place:
+        file.path.rename(tmp_path / "elsewhere")
+    if kept is not None:
+        file.path.write_bytes(kept)
+    elif in_place:
+        file.path.unlink()
+    gone = 1 if kept == encode(row("b")) else 2
+    for _ in range(2):  # and it goes on saying so
+        with pytest.raises(DataError, match=rf"records.jsonl was deleted or replaced .*; {gone} record\(s\)"):
+            file.append(row("e"))
+        with pytest.raises(DataError, match="was deleted or replaced"):
+            file.outcome("e")
+    again = RecordFile.create(tmp_path, "b", "m", "x", SETTINGS)
+    assert again.append(row("a"))
 
 
 def test_append_and_read_back(file: RecordFile) -> None:

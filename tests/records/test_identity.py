@@ -15,7 +15,6 @@ from methods.h2o import H2O
 from methods.pqcache import PQCache
 from methods.vattention import VAttention
 from pqbench.records.file import RecordFile, read_all, run_key
-from pqbench.records.folders import older_code, read_folders
 from pqbench.records.identity import class_names, harness_code, method_code, source_code
 from pqbench.tables.command import main as tables
 
@@ -104,6 +103,110 @@ def test_the_code_of_a_method_around_another_holds_both() -> None:
     assert method_code(H2O()) not in codes
 
 
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for modules of a user that are in no package, and what a test put there is forgotten again."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def code_of(module: str, name: str = "Mine") -> str:
+    """The code of a method whose class a user wrote."""
+    source_code.cache_clear()
+    importlib.invalidate_caches()
+    return method_code(getattr(importlib.import_module(module), name)())
+
+
+METHOD = """from dataclasses import dataclass
+from {base_module} import {base}
+
+@dataclass(frozen=True)
+class Mine({base}):
+    extra: int = 1
+"""
+
+
+def test_the_code_of_a_base_class_of_another_package_counts(modules: Path) -> None:
+    for package in ("first_own", "second_own", "third_own"):
+        (modules / package).mkdir()
+        (modules / package / "__init__.py").touch()
+    (modules / "third_own/low.py").write_text(METHOD.format(base_module="methods.h2o", base="H2O"))
+    (modules / "second_own/far.py").write_text("def far():\n    return 1\n")
+    middle = "from second_own.far import far\n" + METHOD.format(base_module="third_own.low", base="Mine as Low")
+    (modules / "second_own/middle.py").write_text(middle.replace("Mine(Mine as Low)", "Mine(Low)"))
+    top = METHOD.format(base_module="second_own.middle", base="Mine as Middle").replace("(Mine as Middle)", "(Middle)")
+    (modules / "first_own/top.py").write_text(top)
+    codes = [code_of("first_own.top")]
+    for path in ("third_own/low.py", "second_own/far.py", "second_own/middle.py", "first_own/top.py"):
+        (modules / path).write_text((modules / path).read_text() + "\nmore = 1\n")
+        codes.append(code_of("first_own.top"))
+    assert len(set(codes)) == 5
+    (modules / "third_own/low.py").write_text((modules / "third_own/low.py").read_text() + "# a comment\n")
+    assert code_of("first_own.top") == codes[-1]
+
+
+def test_a_base_class_that_the_package_hands_on_counts(modules: Path) -> None:
+    (modules / "own_hands").mkdir()
+    (modules / "own_hands/low.py").write_text(METHOD.format(base_module="methods.h2o", base="H2O"))
+    (modules / "own_hands/__init__.py").write_text("from own_hands.low import Mine as Low\n")
+    (modules / "own_hands/top.py").write_text(METHOD.format(base_module="own_hands", base="Low"))
+    before = code_of("own_hands.top")
+    (modules / "own_hands/low.py").write_text((modules / "own_hands/low.py").read_text() + "\nmore = 1\n")
+    assert code_of("own_hands.top") != before
+
+
+def test_a_base_class_in_the_same_package_changes_no_key_of_the_methods_here() -> None:
+    assert method_code(H2O()) == source_code("methods.h2o")
+    assert method_code(PQCache()) == source_code(PQCache.__module__)
+
+
+def test_helpers_beside_a_module_that_is_in_no_package_count(modules: Path) -> None:
+    (modules / "own_helper.py").write_text("from own_tools import deep\n\ndef twice(x):\n    return 2 * x\n")
+    (modules / "own_tools").mkdir()
+    (modules / "own_tools/__init__.py").touch()
+    (modules / "own_tools/deep.py").write_text("import own_method\nx = 1\n")  # in a circle
+    (modules / "own_unused.py").write_text("x = 1\n")
+    (modules / "own_method.py").write_text("import own_helper\n" + METHOD.format(base_module="methods.h2o", base="H2O"))
+    codes = [code_of("own_method")]
+    for name in ("own_helper.py", "own_tools/deep.py", "own_tools/__init__.py", "own_method.py"):
+        (modules / name).write_text((modules / name).read_text() + "\nmore = 1\n")
+        codes.append(code_of("own_method"))
+    assert len(set(codes)) == 5
+    (modules / "own_unused.py").write_text("x = 2\n")
+    assert code_of("own_method") == codes[-1]
+
+
+def test_helpers_of_a_method_in_the_file_of_its_package_count(modules: Path) -> None:
+    (modules / "own_package").mkdir()
+    (modules / "own_package/tool.py").write_text("x = 1\n")
+    (modules / "own_package/__init__.py").write_text(
+        "from .tool import x\n" + METHOD.format(base_module="methods.h2o", base="H2O")
+    )
+    before = code_of("own_package")
+    (modules / "own_package/tool.py").write_text("x = 2\n")
+    assert code_of("own_package") != before
+
+
+def test_software_that_is_installed_beside_a_module_does_not_count(modules: Path) -> None:
+    folder = modules / "site-packages"
+    folder.mkdir()
+    (folder / "own_helper_2.py").write_text("x = 1\n")
+    (folder / "own_method_2.py").write_text(
+        "import own_helper_2\n" + METHOD.format(base_module="methods.h2o", base="H2O")
+    )
+    sys.path.insert(0, str(folder))
+    try:
+        before = code_of("own_method_2")
+    finally:
+        sys.path.remove(str(folder))
+    (folder / "own_helper_2.py").write_text("x = 2\n")
+    assert code_of("own_method_2") == before
+
+
 def record(sample: str, **fields: Any) -> dict[str, Any]:
     return {
         "benchmark": "needle",
@@ -128,7 +231,6 @@ def test_older_code_is_told_left_out_and_shown_on_request(
     new = RecordFile.create(tmp_path, "needle", "tiny", "mine", settings | {"code": "bbb"})
     new.append(record("a", key="2", score=75.0))
     assert any("by other code of the method; this run measures again" in message for message in caplog.messages)
-    assert older_code(read_folders(tmp_path)) == {old.folder}
     assert [found["score"] for found in read_all(tmp_path)] == [75.0]
     assert tables([str(tmp_path)]) == 0
     assert "older code" not in capsys.readouterr().out
@@ -138,8 +240,8 @@ def test_older_code_is_told_left_out_and_shown_on_request(
 
 def test_runs_with_other_settings_are_not_older_code(tmp_path: Path) -> None:
     for settings in ({"m": 1, "code": "aaa"}, {"m": 2, "code": "aaa"}, {"m": 2, "store": 1, "code": "bbb"}):
-        RecordFile.create(tmp_path, "needle", "tiny", "mine", settings)
-    assert older_code(read_folders(tmp_path)) == set()
+        RecordFile.create(tmp_path, "needle", "tiny", "mine", settings).append(record("a"))
+    assert len(read_all(tmp_path)) == 3
 
 
 def test_records_of_the_first_format_are_read_and_measured_anew(

@@ -19,7 +19,7 @@ from pqbench.method import Plan
 def ready(cohorts: Sequence[Cohort], rows: int) -> bool:
     """Prepare cohorts for the capture, with buffers for ``rows`` rows in all. Returns False while a cohort does not yet
     have the shape that it will have in all further steps."""
-    able = [cohort.state.reserve(cohort.store, rows) for cohort in cohorts]
+    able = [cohort.reserve(rows) for cohort in cohorts]
     if all(able):
         for cohort in cohorts:
             cohort.store.writer.reserve(rows)
@@ -61,7 +61,7 @@ class Engine:
         plans, numbers = [], []
         for cohort in self._cohorts:
             cohort.store.writer.prepare(1)
-            plan = cohort.state.plan(cohort.store, cohort.store.length + 1)
+            plan = cohort.plan()
             plans.append(plan)
             numbers += [cohort.store.length, cohort.store.length + 1, *plan.numbers]
         if self._numbers is None:
@@ -102,7 +102,7 @@ class Engine:
     def _whole(self) -> Tensor:
         """For all cohorts, do what needs no query; then do the work."""
         for cohort in self._cohorts:
-            cohort.state.prefetch(cohort.store)
+            cohort.prefetch()
         return self._work()
 
     def _addresses(self) -> list[int]:

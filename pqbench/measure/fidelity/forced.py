@@ -97,7 +97,7 @@ class JoinedLayer(OurLayer):
         self.layers, self.failed, self.seen = layers, failed, layers[0].seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        for i, layer in enumerate(self.layers):
+        for i, layer in self._asked():
             with blamed(self.failed, i):
                 layer.update(key_states[i : i + 1], value_states[i : i + 1])
         self.seen += 1
@@ -108,10 +108,14 @@ class JoinedLayer(OurLayer):
     ) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``."""
         output = torch.zeros_like(q.transpose(1, 2))
-        for i, layer in enumerate(self.layers):
+        for i, layer in self._asked():
             with blamed(self.failed, i):
                 output[i : i + 1] = layer.attention(module, q[i : i + 1], k[i : i + 1], v[i : i + 1], None, scaling)
         return output
+
+    def _asked(self) -> list[tuple[int, DecodeLayer]]:
+        """The layers of the methods that have not failed, each with its sequence."""
+        return [(i, layer) for i, layer in enumerate(self.layers) if i not in self.failed]
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pqbench.engine.arguments import outlives_exit
 from pqbench.engine.batch import check_indices
 from pqbench.engine.clock import Spans, clock_of, streams_of
-from pqbench.engine.cohort import Cohort, Rows
+from pqbench.engine.cohort import Cohort, Rows, check_cohorts
 from pqbench.engine.dense import Dense
 from pqbench.engine.meter import PHASES
 from pqbench.engine.setting import Setting
@@ -186,7 +187,7 @@ class Subject:
         with self._chosen(), undisturbed():
             layer.now()
             with asking:
-                self.cohort.state.prefetch(self.cohort.store)
+                self.cohort.prefetch()
             layer_before()
             layer.now()
             with whole:
@@ -240,8 +241,9 @@ def take_turns(
     it.
 
     Subjects take turns step by step, so that a change of the machine's speed affects all of them equally. Each of the
-    ``repeats`` rounds of ``steps`` steps has an order of its own. A slow subject takes part only in the first round. A
-    subject that fails keeps its error, and the others continue.
+    ``repeats`` rounds of ``steps`` steps has an order of its own. A slow subject takes part only in the first round.
+    After all turns, every step of each subject is compared with its budget. A subject that fails keeps its error, and
+    the others continue.
 
     Raises:
         DeviceError: the GPU no longer answers after the error of a subject. The subject keeps its error.
@@ -257,6 +259,9 @@ def take_turns(
             for subject in [subject for subject in present if subject.error is None and not (repeat and subject.slow)]:
                 number = warmup + repeat * steps + step
                 _guarded(subject, layer, partial(subject.take_turn, layer, number, sweeper.sweep))
+    for subject in subjects:
+        if subject.cohort is not None:
+            _guarded(subject, layer, partial(check_cohorts, [subject.cohort]))
 
 
 def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
@@ -273,7 +278,7 @@ def _prepare(subject: Subject, layer: Layer, small: Layer, warmup: int) -> None:
 
 def _guarded(subject: Subject, layer: Layer, work: Callable[[], None]) -> None:
     try:
-        work()
+        outlives_exit(work)()
     except Exception as error:  # noqa: BLE001 - any failure of one subject becomes its row, the others continue
         subject.error, subject.cohort = error, None
         layer.setting.check_device(error)
