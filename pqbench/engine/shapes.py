@@ -103,11 +103,6 @@ def needs(
     ]
 
 
-def row_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the keys and values of one token in all full-attention layers."""
-    return profile(model).row_numbers * model.dtype.itemsize
-
-
 def working_bytes(model: PreTrainedModel, shape: PromptShape, block: int) -> int:
     """Estimate of the bytes that the prefill temporarily needs at its peak, in addition to weights, keys and values.
     They are the activations of one layer for ``block`` tokens of each sequence, the mask that padding needs, and two
