@@ -36,11 +36,20 @@ class Rows:
 
 @dataclass
 class Observer:
-    """One method's state for one cohort during prefill, and a timer for the method's own work."""
+    """One method's state for one cohort during prefill, and a timer for the method's own work.
+
+    Attributes:
+        rows: the sequences of the cohort.
+        state: the method's state in this layer.
+        clock: times the method's work.
+        fault: what the method's code raised while it observed. Other methods share the prefill, so that it goes on; the
+            method fails when its index is built.
+    """
 
     rows: Rows
     state: LayerState
     clock: Clock = field(default_factory=HostClock)
+    fault: Exception | None = None
 
     def __post_init__(self) -> None:
         self._spans = self.clock.spans("observe")
@@ -50,10 +59,18 @@ class Observer:
         """Seconds that :meth:`observe` took so far. Waits for the device."""
         return self._spans.total
 
-    @outlives_exit
     def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Show the state the cohort's part of a block. q ``[B, H, G, n, D]`` holds the block's queries of all
-        sequences; keys and values ``[B, H, S, D]`` hold all tokens so far, of all sequences."""
+        """Show the state the cohort's part of a block, until its code fails. q ``[B, H, G, n, D]`` holds the block's
+        queries of all sequences; keys and values ``[B, H, S, D]`` hold all tokens so far, of all sequences."""
+        if self.fault is not None:
+            return
+        try:
+            self._observe(q, keys, values)
+        except Exception as error:  # noqa: BLE001 - the fault of this method, and of no other
+            self.fault = error
+
+    @outlives_exit
+    def _observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         columns = q.shape[3]
         skipped = max(0, self.rows.padding - (keys.shape[2] - columns))  # padding columns inside this block
         if skipped >= columns:
@@ -127,7 +144,7 @@ class Cohort:
     @outlives_exit
     def prefetch(self) -> None:
         """Let the method ask for what it will need, since the layer before starts its step."""
-        self.reads.ahead(lambda: self.state.prefetch(self.store))
+        self.state.prefetch(self.store)
 
     @outlives_exit
     def select(self, q: Tensor) -> Selection:

@@ -218,7 +218,10 @@ class Prefilled(Closing):
     @outlives_exit
     @torch.inference_mode()
     def _build(self, method: int, layer: int, cohort: int) -> Built:
-        store, observer = self.store(layer, cohort, method), self.observer(method, layer, cohort)
+        observer = self.observer(method, layer, cohort)
+        if observer.fault is not None:
+            raise observer.fault
+        store = self.store(layer, cohort, method)
         took, stores = observer.clock.spans("index"), []
         with took:
             rows = observer.state.finish_prefill(store)

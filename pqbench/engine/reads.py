@@ -25,32 +25,24 @@ class KeyReads:
         """``prompt`` is the length of the prompt in tokens."""
         self._usage, self._unread = usage, prompt
         self._known = usage.key_bytes_read  # bytes that are accounted for
-        self._ahead = self._selecting = 0
-
-    def ahead(self, work: Callable[[], None]) -> None:
-        """Run the method's prefetch for the next step."""
-        _, self._ahead = self._watched(work)
+        self._selecting = 0
 
     def selecting(self, work: Callable[[], _Found]) -> _Found:
         """Run the method's selection."""
-        found, self._selecting = self._watched(work)
+        before = self._usage.key_bytes_read
+        found = work()
+        self._selecting = self._usage.key_bytes_read - before
+        self._known += self._selecting
         return found
 
     def step(self, row_bytes: int, repeats: bool = False) -> int:
         """Bytes that the step read. ``row_bytes`` are those of one token's keys. With ``repeats`` the device does the
-        same prefetch and selection again in the next step, without the host."""
+        same selection again in the next step, without the host."""
         self._unread += 1
         other, self._known = self._usage.key_bytes_read - self._known, self._usage.key_bytes_read
         counted = max(0, other - max(UPKEEP, self._unread) * row_bytes)
         self._unread = max(0, self._unread - other // row_bytes)
-        read = self._ahead + self._selecting + counted
+        read = self._selecting + counted
         if not repeats:
-            self._ahead = self._selecting = 0
+            self._selecting = 0
         return read
-
-    def _watched(self, work: Callable[[], _Found]) -> tuple[_Found, int]:
-        before = self._usage.key_bytes_read
-        found = work()
-        read = self._usage.key_bytes_read - before
-        self._known += read
-        return found, read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,17 +84,20 @@ def geometry(
     )
 
 
-def needs(known: Profile, reserve: int, working: int) -> list[tuple[int, Need]]:
+def needs(
+    known: Profile, reserve: int, working: int, free: Callable[[torch.device], int] = available_bytes
+) -> list[tuple[int, Need]]:
     """What each device that holds full-attention layers must have room for: how many numbers the keys and values of one
     token are in the layers there, and the rest of the need. See :class:`pqbench.store.tiers.Need` for ``reserve`` and
-    ``working``; every device runs layers of the prefill, so ``working`` counts on each."""
+    ``working``; every device runs layers of the prefill, so ``working`` counts on each. ``free`` says how many bytes
+    can still be allocated on a device."""
     placed: dict[torch.device, list[Shape]] = {}
     for layer in known.layers.values():
         placed.setdefault(layer.device, []).append(layer)
     return [
         (
             Profile(dict(enumerate(layers))).row_numbers,
-            Need(device, len(layers), available_bytes(device), reserve, working),
+            Need(device, len(layers), free(device), reserve, working),
         )
         for device, layers in placed.items()
     ]

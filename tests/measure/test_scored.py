@@ -77,6 +77,19 @@ class Broken(Lazy):
         return BrokenState(geometry)
 
 
+class BlindState(LayerState):
+    def observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        raise ValueError("observe broke")
+
+
+@dataclass(frozen=True)
+class Blind(Lazy):
+    """Fails while it watches the prefill that it shares with others."""
+
+    def layer(self, geometry: Geometry) -> LayerState:
+        return BlindState(geometry)
+
+
 class TwiceState(LayerState):
     def select(self, q: Tensor, kv: KV) -> Selection:
         last = torch.tensor([kv.length - 1, kv.length - 1])
@@ -227,8 +240,9 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(loaded: LoadedModel, tmp_pa
 
 
 def test_a_failing_method_costs_the_others_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
-    done = job(loaded, tmp_path, {"full": Full(), "broken": Broken(), "twice": Twice()})
+    done = job(loaded, tmp_path, {"full": Full(), "broken": Broken(), "blind": Blind(), "twice": Twice()})
     run(done)
+    assert {r["error"] for r in records(done, "blind")} == {"ValueError: observe broke"}
     assert {r["status"] for r in records(done, "broken")} == {"oom"}
     assert {r["status"] for r in records(done, "full")} == {"ok"}
     assert all(r["mass"] == pytest.approx(1, abs=1e-5) for r in records(done, "full"))
