@@ -59,7 +59,6 @@ def test_each_device_needs_room_for_its_own_layers() -> None:
     assert found == [(3 * 2 * 8 * 128, first, 3), (2 * 2 * 64, second, 1)]
     for _, need in needs(Profile(wide | narrow), 16, 1000, free):
         assert (need.reserve, need.working) == (16, 1000)
-        assert need.free == (5000 if need.device == first else 7000)
 
 
 def test_nothing_runs_when_it_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
