@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pqbench.kernels.sinks import probabilities
+from pqbench.kernels.unions import union_of
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection
 
 _RULES = ("kv_head", "query_head", "top_p")
@@ -91,10 +92,7 @@ def _smallest_set(weights: Tensor, wanted: Tensor) -> Tensor:
 
 def _ragged(chosen: Tensor, around: object, first: int, length: int) -> Selection:
     """A selection of the sets ``[B, H, G, M]`` of query heads: their union per KV head, padded to the largest."""
-    union = chosen.any(2)  # [B, H, M]
-    size = int(union.sum(-1).max())
-    top = union.to(torch.int8).topk(size, dim=-1).indices  # members first, then padding that no head sees
+    top, visible_top = union_of(chosen)
     indices = around(first + top, length)  # type: ignore[operator]
-    visible_top = chosen.gather(3, top[:, :, None].expand(*chosen.shape[:3], size))  # [B, H, G, size]
-    sink, window = first, indices.shape[2] - first - size
+    sink, window = first, indices.shape[2] - first - top.shape[2]
     return Selection(indices, torch.nn.functional.pad(visible_top, (sink, window), value=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from pqbench.kernels.voting import Votes, oldest_generated
+from pqbench.kernels.voting import Votes, oldest_generated, refused
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Split
 
 
@@ -42,12 +42,9 @@ class PyramidKV(Method):
     evict_generated: bool = True
 
     def __post_init__(self) -> None:
-        if self.observation < 1:
-            raise ConfigError(f"pyramidkv.observation is {self.observation}: at least 1 query must vote")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"pyramidkv.kernel is {self.kernel}: it must be odd, 1 for no pooling")
-        if self.pooling not in ("avg", "max"):
-            raise ConfigError(f"pyramidkv.pooling is {self.pooling!r}: use avg or max")
+        reason = refused(self.observation, self.kernel, self.pooling)
+        if reason:
+            raise ConfigError(f"pyramidkv.{reason}")
         if self.beta < 1:
             raise ConfigError(f"pyramidkv.beta is {self.beta}: it must be at least 1")
 

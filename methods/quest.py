@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pqbench.kernels.buffers import GrowingBuffer
+from pqbench.kernels.unions import union_of
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method, Selection, Split
 
 
@@ -162,8 +163,5 @@ def _union(tokens: Tensor, split: Split, length: int) -> Selection:
     first, stop = split.middle(length)
     chosen = torch.zeros(*tokens.shape[:3], stop - first, dtype=torch.bool, device=tokens.device)
     chosen.scatter_(3, tokens, True)  # [B, H, G, middle]
-    union = chosen.any(2)
-    size = int(union.sum(-1).max())
-    top = union.to(torch.int8).topk(size, dim=-1).indices  # members first
-    seen = chosen.gather(3, top[:, :, None].expand(-1, -1, tokens.shape[2], -1))  # [B, H, G, size]
+    top, seen = union_of(chosen)
     return Selection(split.around(first + top, length), functional.pad(seen, (split.sink, split.window), value=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from pqbench.kernels.voting import Votes, oldest_generated
+from pqbench.kernels.voting import Votes, oldest_generated, refused
 from pqbench.method import KV, Budget, ConfigError, Geometry, LayerState, Method
 
 
@@ -43,12 +43,9 @@ class SnapKV(Method):
     evict_generated: bool = True
 
     def __post_init__(self) -> None:
-        if self.observation < 1:
-            raise ConfigError(f"snapkv.observation is {self.observation}: at least 1 query must vote")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"snapkv.kernel is {self.kernel}: it must be odd, 1 for no pooling")
-        if self.pooling not in ("avg", "max"):
-            raise ConfigError(f"snapkv.pooling is {self.pooling!r}: use avg or max")
+        reason = refused(self.observation, self.kernel, self.pooling)
+        if reason:
+            raise ConfigError(f"snapkv.{reason}")
 
     def layer(self, geometry: Geometry) -> LayerState:
         return SnapKVState(self, geometry)

@@ -18,6 +18,15 @@ def pooled(votes: Tensor, kernel: int, kind: str) -> Tensor:
     return pool(votes, kernel, stride=1, padding=kernel // 2)
 
 
+def refused(observation: int, kernel: int, pooling: str) -> str | None:
+    """Why votes cannot be taken and pooled in this way, as ``field is value: remedy``; None if they can."""
+    if observation < 1:
+        return f"observation is {observation}: at least 1 query must vote"
+    if kernel < 1 or kernel % 2 == 0:
+        return f"kernel is {kernel}: it must be odd, 1 for no pooling"
+    return None if pooling in ("avg", "max") else f"pooling is {pooling!r}: use avg or max"
+
+
 class Votes:
     """Holds the last queries ``[B, H, G, w, D]`` during the prefill, and at its end their votes ``[B, H, S]``."""
 
