@@ -60,8 +60,8 @@ tables: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# All tests, and then the slow ones: every compile target of the kernels, and the launchers of sweeps that are
-# installed.
+# All tests, and then the slow ones: the kernels in Triton's interpreter and for every compile target, runs that are
+# killed, a wheel in a fresh environment, and the launchers of sweeps that are installed.
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m slow
 

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install pqbench[gpu]")
 
+pytestmark = pytest.mark.slow
+
 
 def test_kernels_compile_and_nothing_spills(tmp_path: Path) -> None:
     from tests.kernels.gpu_compile import check

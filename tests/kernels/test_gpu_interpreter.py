@@ -40,6 +40,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return Outcome(results, process.stdout + process.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_triton_equals_the_reference(name: str, outcome: Outcome) -> None:
     assert name in outcome.results, f"the process ended before this check: {outcome.said}"

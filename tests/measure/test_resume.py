@@ -96,6 +96,7 @@ def moments(seconds: float) -> Iterator[float]:
         yield generator.uniform(0.02, seconds)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path) -> None:
     expected, seconds = undisturbed
     kills, finished, with_progress = 0, 0, 0
@@ -140,6 +141,7 @@ def wait_for_records(process: subprocess.Popen[str], results: Path, lines: int) 
     raise AssertionError("nothing was measured within a minute")
 
 
+@pytest.mark.slow
 def test_the_command_killed(forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path) -> None:
     expected, _ = undisturbed
     generator = random.Random(7)
@@ -153,6 +155,7 @@ def test_the_command_killed(forks: ForkServerContext, undisturbed: tuple[Records
     assert completed(forks, tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_the_command_interrupted(forks: ForkServerContext, undisturbed: tuple[Records, float], tmp_path: Path) -> None:
     expected, _ = undisturbed
     for attempt in range(5):  # on a busy machine this process may see the first record after the last
