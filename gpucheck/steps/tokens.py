@@ -161,12 +161,11 @@ def _bodies(result: Result, model: PreTrainedModel, ids: Tensor, name: str, meth
 @torch.inference_mode()
 def forced(model: PreTrainedModel, ids: Tensor, method: Method, setting: Setting, tokens: Tensor) -> Tensor:
     """Logits ``[n, V]`` after each of the given tokens ``[1, n]``, decoded by a method."""
-    prefilled = prefill(model, ids, [method], reserve=tokens.shape[1], setting=setting)
-    prefilled.build(0)
-    cache = prefilled.fork(0, spend=True)
-    with Steps(prefilled, cache, Forced(tokens[0].tolist(), prefilled.lengths)) as steps:
-        found = [step.logits[0].float() for step in steps]
-    for cohort in cache.cohorts:
-        cohort.store.settle()
-    prefilled.close()
+    with prefill(model, ids, [method], reserve=tokens.shape[1], setting=setting) as prefilled:
+        prefilled.build(0)
+        cache = prefilled.fork(0, spend=True)
+        with Steps(prefilled, cache, Forced(tokens[0].tolist(), prefilled.lengths)) as steps:
+            found = [step.logits[0].float() for step in steps]
+        for cohort in cache.cohorts:
+            cohort.store.settle()
     return torch.stack(found)

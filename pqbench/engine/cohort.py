@@ -42,8 +42,8 @@ class Observer:
         rows: the sequences of the cohort.
         state: the method's state in this layer.
         clock: times the method's work.
-        fault: what the method's code raised while it observed. Other methods share the prefill, so that it goes on; the
-            method fails when its index is built.
+        fault: what the method's code raised while it observed. Other methods share the prefill, so that it goes on;
+            :meth:`pqbench.engine.prefilled.Prefilled.observer` raises it.
     """
 
     rows: Rows

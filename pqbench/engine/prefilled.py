@@ -137,8 +137,11 @@ class Prefilled(Closing):
         return self._built[key].result()
 
     def observer(self, method: int, layer: int, cohort: int) -> Observer:
-        """A method's observer of one cohort in one layer."""
-        return self.layers[layer].observers[method][cohort]
+        """A method's observer of one cohort in one layer. Raises what the method's code raised while it observed."""
+        observer = self.layers[layer].observers[method][cohort]
+        if observer.fault is not None:
+            raise observer.fault
+        return observer
 
     def fork(self, method: int, *, spend: bool = False) -> LayeredCache:
         """A cache that continues from the prompt with one method and does not change the prompt. With ``spend`` the
@@ -218,10 +221,7 @@ class Prefilled(Closing):
     @outlives_exit
     @torch.inference_mode()
     def _build(self, method: int, layer: int, cohort: int) -> Built:
-        observer = self.observer(method, layer, cohort)
-        if observer.fault is not None:
-            raise observer.fault
-        store = self.store(layer, cohort, method)
+        store, observer = self.store(layer, cohort, method), self.observer(method, layer, cohort)
         took, stores = observer.clock.spans("index"), []
         with took:
             rows = observer.state.finish_prefill(store)

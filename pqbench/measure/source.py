@@ -101,10 +101,11 @@ def captured(loaded: LoadedModel, shape: Shape, seed: int) -> Source:
     limit = min(BASE, loaded.max_length)
     prompt = torch.tensor([prose_tokens(Prompter(loaded.tokenizer, loaded.max_length), limit, seed)])
     setting = Setting(overlap=False, backend="reference")
-    prefilled = prefill(loaded.model, prompt.to(loaded.model.device), [Capture()], reserve=1, setting=setting)
-    layers = sorted(prefilled.layers)
-    ordered = layers[len(layers) // 2 :] + layers[: len(layers) // 2]
-    seen = [prefilled.observer(0, layer, 0).state for layer in ordered]
+    ids = prompt.to(loaded.model.device)
+    with prefill(loaded.model, ids, [Capture()], reserve=1, setting=setting) as prefilled:
+        layers = sorted(prefilled.layers)
+        ordered = layers[len(layers) // 2 :] + layers[: len(layers) // 2]
+        seen = [prefilled.observer(0, layer, 0).state for layer in ordered]
     keys, values, queries = (
         _heads([part for state in seen for part in _parts(state, name)], shape) for name in ("keys", "values", "q")
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from pqbench.errors import ConfigError
 from pqbench.measure.layer.scores import SHARES, AttentionScores, ranks_up_to, sorted_scores
@@ -56,6 +57,21 @@ def test_a_record_for_every_layer(measure: Run, loaded: LoadedModel) -> None:
     assert [row[:2] for row in section.rows] == [["128", "2"], ["256", "2"]]
     masses = np.array([record["mass"] for record in records if record["context"] == 128])  # [layers, heads, shares]
     assert section.rows[0][2:] == [f"{mass:.3f}" for mass in masses.mean((0, 1))]
+
+
+def test_a_failure_while_the_prompt_is_observed_is_a_row_and_the_other_contexts_are_measured(
+    measure: Run, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(q: Tensor, keys: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        if keys.shape[2] == 128:
+            raise MemoryError("no room to sort")
+        return sorted_scores(q, keys, scaling)
+
+    monkeypatch.setattr("pqbench.measure.layer.scores.sorted_scores", broken)
+    done, records = measure(AttentionScores([128, 256], queries=16), {}, loaded)
+    assert [(r["context"], r["status"]) for r in records] == [(128, "oom"), (256, "ok"), (256, "ok")]
+    assert len(done.failures) == 1
+    assert "no room to sort" in done.failures[0]
 
 
 @pytest.mark.parametrize(("chunk", "seen"), [(64, 8), (180, 16)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -88,20 +89,21 @@ class PassageRun:
         tokens = ids[prompt : prompt + self.steps]
         methods = [Dense(), *(variant.method for variant in variants)]
         context = torch.tensor([ids[:prompt]], device=self.model.device)
-        try:
-            prefilled = prefill(self.model, context, methods, None, self.job.chunk, self.steps, self.job.setting)
-            full = dense_logits(prefilled, tokens)
-            clean = each_alone(prefilled, tokens, range(1, len(methods)))
-        except Exception as error:  # noqa: BLE001 - any failure of one document becomes rows, the run continues
-            for variant in variants:
-                self._failed(variant, error)
-            self.job.setting.check_device(error)
-            return
-        for start in range(0, len(variants), self.variants_per_batch):
-            places = range(len(variants))[start : start + self.variants_per_batch]
-            yield from (variants[i] for i in places if i)
-            self._read(prefilled, places, [variants[i] for i in places], [clean[i] for i in places], full)
-        prefilled.close()
+        with ExitStack() as opened:
+            try:
+                made = prefill(self.model, context, methods, None, self.job.chunk, self.steps, self.job.setting)
+                prefilled = opened.enter_context(made)
+                full = dense_logits(prefilled, tokens)
+                clean = each_alone(prefilled, tokens, range(1, len(methods)))
+            except Exception as error:  # noqa: BLE001 - any failure of one document becomes rows, the run continues
+                for variant in variants:
+                    self._failed(variant, error)
+                self.job.setting.check_device(error)
+                return
+            for start in range(0, len(variants), self.variants_per_batch):
+                places = range(len(variants))[start : start + self.variants_per_batch]
+                yield from (variants[i] for i in places if i)
+                self._read(prefilled, places, [variants[i] for i in places], [clean[i] for i in places], full)
 
     def _read(
         self,

@@ -100,16 +100,15 @@ class AttentionScores(Measurement):
         setting = Setting(overlap=False, backend=job.setting.backend)
         try:
             ids = torch.tensor([tokens], device=loaded.model.device)
-            prefilled = prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting)
+            with prefill(loaded.model, ids, [_Sorting(self.queries)], None, job.chunk, 1, setting) as prefilled:
+                states: dict[int, Any] = {layer: prefilled.observer(0, layer, 0).state for layer in prefilled.layers}
         except Exception as error:  # noqa: BLE001 - the failure of one context becomes a row, the run goes on
             first = next(iter(profile(loaded.model).layers), 0)
             ledger.failed(DENSE, f"{len(tokens)}-0", error, facts | {"layer": first})
             job.setting.check_device(error)
             return
-        for number, layer in reversed(list(enumerate(prefilled.layers))):
-            state: Any = prefilled.observer(0, layer, 0).state
+        for number, (layer, state) in reversed(list(enumerate(states.items()))):
             ledger.ok(DENSE, f"{len(tokens)}-{number}", facts | {"layer": layer} | state.figures)
-        prefilled.close()
 
 
 def ranks_up_to(count: int) -> list[int]:
