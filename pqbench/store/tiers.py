@@ -266,8 +266,9 @@ class HostTier(Tier):
             )
         needed, kind = tokens * row_bytes, "host memory"
         if need is not None and need.device.type != "cuda":
-            need.check_device(tokens, needed, f"use {LESS}")
-        elif need is not None:
+            need.check_device(tokens, needed, f"use {LESS}")  # its memory is that of the host
+            return
+        if need is not None:
             needed, kind = need.page_locked(tokens, row_bytes), "page-locked host memory (taken in powers of two)"
             layer = tokens * row_bytes // need.layers
             need.check_device(tokens, 2 * layer, f"use {LESS}")  # the copy to the host stacks keys and values

@@ -30,19 +30,23 @@ class CachedFinder(Finder):
 
     @property
     def bytes_admitted(self) -> int:
+        """Bytes of the blocks that entered the block cache."""
         return self._admitted + self.admitted_directly
 
     @property
     def admitted_directly(self) -> int:
+        """The part of :attr:`bytes_admitted` that kernels copied and that no transfer of the link counted."""
         owners, held = len(self._blocks.table(0)), self._holdings
         return held.counted[2] * self._blocks.options.block * (held.row_bytes // owners)
 
     @property
     def cache_lookups(self) -> int:
+        """See :attr:`pqbench.store.base.Usage.cache_lookups`."""
         return self._asked + self._holdings.counted[1]
 
     @property
     def cache_hits(self) -> int:
+        """See :attr:`pqbench.store.base.Usage.cache_hits`."""
         copied, asked, _ = self._holdings.counted
         return self._hits + asked - copied
 

@@ -18,26 +18,6 @@ class Finder:
         self._holdings = holdings
         self._ahead: tuple[Tensor, Number] | None = None  # table rows of tokens fetched ahead, and their number
 
-    @property
-    def bytes_admitted(self) -> int:
-        """Bytes of the blocks that entered the block cache."""
-        return 0
-
-    @property
-    def admitted_directly(self) -> int:
-        """The part of :attr:`bytes_admitted` that kernels copied and that no transfer of the link counted."""
-        return 0
-
-    @property
-    def cache_lookups(self) -> int:
-        """See :attr:`pqbench.store.base.Usage.cache_lookups`."""
-        return 0
-
-    @property
-    def cache_hits(self) -> int:
-        """See :attr:`pqbench.store.base.Usage.cache_hits`."""
-        return 0
-
     def arrive(self) -> None:
         """Wait for all transfers into the pool."""
 

@@ -21,7 +21,7 @@ from pqbench.store.host.kept import KeptRows
 from pqbench.store.host.layout import Layout
 from pqbench.store.host.rows import HostPrompt
 from pqbench.store.host.scratch import Scratch
-from pqbench.store.host.usage import HostUsage
+from pqbench.store.host.usage import CachedUsage, HostUsage
 from pqbench.store.host.writer import HostWriter
 from pqbench.store.link.base import Arriving, Copy, Direction
 
@@ -66,10 +66,13 @@ class HostStore(Store):
             blocks = BlockCache(cache, prompt.rows.shape[0], prompt.rows.shape[1], prompt.device, found)
             blocks.table(prompt.length + reserve)  # large enough from the start, so that it does not move
         self._holdings = held = Holdings(prompt, overlap, found, blocks, reserve)
-        self._finder = Finder(held) if blocks is None else CachedFinder(held, blocks)
         self._scratch = Scratch() if scratch is None else scratch
         self._arriving: Arriving | None = None
-        usage = HostUsage(held, self._finder, self._scratch if scratch is None else None)
+        own = self._scratch if scratch is None else None
+        self._finder, usage = Finder(held), HostUsage(held, own)
+        if blocks is not None:
+            self._finder = cached = CachedFinder(held, blocks)
+            usage = CachedUsage(held, own, cached)
         self._layout = Layout(held, self._finder, usage, split, margin)
         super().__init__(held.extent, prompt.device, usage, HostWriter(held, self._layout, self._finder))
 
