@@ -14,6 +14,7 @@ from pqbench.errors import ConfigError
 from pqbench.kernels.backend import BACKENDS
 from pqbench.models.devices import check_device, check_kernels
 from pqbench.records.classes import conf_folder
+from pqbench.typed import shown
 
 MOST_THREADS = 16  # largest accepted number of threads per core; more threads would only wait for each other
 SWITCHES = ("overlap", "retry_failed", "debug", "graphs", "select_ahead")
@@ -33,7 +34,11 @@ def check_options(config: DictConfig) -> None:
             raise ConfigError(f"{option} is {config[option]!r}: use true or false")
     if type(config.correction) not in (int, float):
         raise ConfigError(f"correction is {config.correction!r}: use a number from -1 to 1")
-    if not isinstance(config.results, str) or not config.results.strip():
+    if not -1 <= config.correction <= 1:
+        raise ConfigError(f"correction is {config.correction}: it is a cosine, from -1 to 1")
+    if not isinstance(config.results, str | None):
+        raise ConfigError(f"results is {shown(config.results)}: name the folder that records go to, results=results")
+    if config.results is None or not config.results.strip():
         raise ConfigError("results is empty: name the folder that records go to, e.g. results=results")
     for option, least in (("threads", 1), ("chunk", 1), ("probe_tokens", 0)):
         value, optional = config[option], option != "probe_tokens"

@@ -35,10 +35,6 @@ def check_shape(config: DictConfig) -> None:
         if not isinstance(fields, Mapping):
             raise ConfigError(f"methods.{name}.budget is {shown(fields)}: use the fields of a budget, {{name: value}}")
     check_prompts(config.model)
-    if type(config.correction) in (int, float) and not -1 <= config.correction <= 1:
-        raise ConfigError(f"correction is {config.correction}: it is a cosine, from -1 to 1")
-    if not isinstance(config.results, str | None):
-        raise ConfigError(f"results is {shown(config.results)}: name the folder that records go to, results=results")
 
 
 def check_prompts(model: Mapping[str, Any]) -> None:
