@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from plots.data import measured
-from plots.style import HEAT, footer, save, style
+from plots.style import HEAT, footer, save, style, tokens
 from pqbench.records.file import plain_name
 
 BASELINE = "full"
@@ -118,7 +118,7 @@ def grid(part: pd.DataFrame) -> pd.DataFrame:
 def heatmap(axis: Axes, cells: pd.DataFrame) -> AxesImage:
     """Draw one grid with its values written in the cells."""
     image = axis.imshow(cells.to_numpy(), cmap=HEAT, vmin=0, vmax=100, aspect="auto")
-    axis.set_xticks(range(cells.shape[1]), [_tokens(int(length)) for length in cells.columns])
+    axis.set_xticks(range(cells.shape[1]), [tokens(int(length)) for length in cells.columns])
     axis.set_yticks(range(cells.shape[0]), [f"{depth:g}" for depth in cells.index])
     axis.set_xlabel("context length (tokens)")
     axis.spines[:].set_visible(False)
@@ -133,7 +133,3 @@ def heatmap(axis: Axes, cells: pd.DataFrame) -> AxesImage:
                     x, y, f"{value:.0f}", ha="center", va="center", fontsize=9, color="white" if value < 50 else "black"
                 )
     return image
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}K" if count % 1024 == 0 else str(count)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from plots.pages import fidelity, quick
 from plots.pages.packed import Measured
-from plots.pages.source import WIDTH, good, mean, shown
+from plots.pages.source import WIDTH, good, mean
 from pqbench.records.file import Record
+from pqbench.tables.section import shown
 from pqbench.terminal import markdown_table
 
 DENSE, EXACT = "full", "oracle"  # the reference, and the method that attends to the exact top-k
@@ -156,7 +157,7 @@ def overview(found: Choice) -> str:
         rows.append(
             [
                 method,
-                *(shown(score, "{:.0f}") for score in scores),
+                *(shown(score, 1, "{:.0f}") for score in scores),
                 f"{found.error(method):.3f}" if measured else "-",
                 f"{found.bits(method):.0f}" if measured else "-",
                 "-" if held is None or not dense else f"{100 * held / dense:.0f} %",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from plots.fidelity import draw
 from plots.pages.packed import Measured
-from plots.pages.source import filled, good, heading, mean, origin, picture, shown
+from plots.pages.source import filled, good, heading, mean, origin, picture
 from plots.style import tokens
 from pqbench.records.file import Record
 from pqbench.tables.fidelity import lines_of, multiples
+from pqbench.tables.section import shown
 from pqbench.terminal import markdown_table
 
 TITLE = "Fidelity to full attention"
@@ -65,10 +66,9 @@ def main_table(records: Sequence[Record]) -> str:
     headings = ["method", "bits per key", *(f"{name} at {100 * r:g} %" for _, name, *_ in COLUMNS for r in ratios)]
     rows = []
     for method in methods_of(records):
-        cells = [shown(mean(at(records, method, ratio), "bits_per_key"), "{:.0f}")]
+        cells = [shown(mean(at(records, method, ratio), "bits_per_key"), 1, "{:.0f}")]
         for field, _, factor, form in COLUMNS:
-            values = [mean(at(records, method, r), field) for r in ratios]
-            cells += [shown(v if v is None else v * factor, form) for v in values]
+            cells += [shown(mean(at(records, method, r), field), factor, form) for r in ratios]
         rows.append([method, *cells])
     return markdown_table(headings, rows, 1)
 
@@ -91,7 +91,7 @@ def verdict(records: Sequence[Record]) -> str:
     mine, exact = (mean(at(records, name, ratio), "output_error") for name in (best, BASE))
     if mine is None or not exact:
         return ""
-    bits = shown(mean(at(records, best, ratio), "bits_per_key"), "{:.0f}")
+    bits = shown(mean(at(records, best, ratio), "bits_per_key"), 1, "{:.0f}")
     return (
         f"At a budget of {100 * ratio:g} %, `{best}` has the smallest error: {mine / exact:.2f} times that of the "
         f"exact top-k, with {bits} bits of index per key."

@@ -18,8 +18,8 @@ import pandas as pd
 
 from plots.data import with_settings
 from pqbench.errors import DataError
-from pqbench.records.file import READABLE, Record, newest_of, read_lines, write_atomically
-from pqbench.records.folders import environments, run_folders, settings_of
+from pqbench.records.file import READABLE, Record, RecordFile, newest_of, read_lines, write_atomically
+from pqbench.records.folders import read_folders
 from pqbench.tables.summaries import frame
 
 SUFFIX = ".jsonl.gz"
@@ -49,16 +49,13 @@ def pack(results: Path, path: Path, command: str) -> int:
     Raises:
         DataError: the folder does not exist or holds no records.
     """
-    folders = run_folders(results)
     lines: list[dict[str, Any]] = []
     count, newest = 0, 0.0
-    for folder in folders:
-        records, _ = newest_of(read_lines(folder / "records.jsonl"))
-        newest = max(newest, (folder / "records.jsonl").stat().st_mtime)
-        lines.append(
-            {"settings": settings_of(folder), "environments": environments(folder / "environment.json")}
-            | {"key": folder.name.rpartition("-")[2]}
-        )
+    for folder in read_folders(results):
+        file = RecordFile(folder.path).path
+        records, _ = newest_of(read_lines(file))
+        newest = max(newest, file.stat().st_mtime)
+        lines.append({"settings": folder.settings, "environments": folder.environments, "key": folder.key})
         lines += [{"record": {name: value for name, value in r.items() if name not in DROPPED}} for r in records]
         count += len(records)
     if not count:

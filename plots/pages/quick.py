@@ -7,9 +7,10 @@ from pathlib import Path
 
 from plots.needle import placed, row
 from plots.pages.packed import Measured
-from plots.pages.source import good, heading, mean, origin, picture, shown
+from plots.pages.source import good, heading, mean, origin, picture
 from plots.style import save, style
 from pqbench.records.file import Record
+from pqbench.tables.section import shown
 from pqbench.terminal import markdown_table
 
 TITLE = "Quick suite: scores of all methods"
@@ -68,7 +69,7 @@ def needles(records: Sequence[Record], method: str) -> list[Record]:
 
 def scores_table(records: Sequence[Record], methods: Sequence[str]) -> str:
     """A row for each method: its score on each benchmark."""
-    rows = [[m, *(shown(score_of(records, m, name), "{:.1f}") for name in NAMES)] for m in methods]
+    rows = [[m, *(shown(score_of(records, m, name), 1, "{:.1f}") for name in NAMES)] for m in methods]
     return markdown_table(["method", *NAMES.values()], rows, 1)
 
 
@@ -77,8 +78,7 @@ def costs_table(records: Sequence[Record], methods: Sequence[str]) -> str:
     rows = []
     for method in methods:
         found = needles(records, method)
-        cells = [(mean(found, field), factor, form) for field, _, factor, form in COSTS]
-        rows.append([method, *(shown(v if v is None else v * f, form) for v, f, form in cells)])
+        rows.append([method, *(shown(mean(found, field), factor, form) for field, _, factor, form in COSTS)])
     return markdown_table(["method", *(name for _, name, _, _ in COSTS)], rows, 1)
 
 

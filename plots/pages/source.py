@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from plots.pages.packed import Measured
 from pqbench.records.file import Record
@@ -80,11 +79,6 @@ def mean(records: Sequence[Record], field: str) -> float | None:
     """The mean of a field over the records in which it is a number; None if there is no such record."""
     values = [record[field] for record in records if isinstance(record.get(field), int | float)]
     return fmean(values) if values else None
-
-
-def shown(value: Any, form: str) -> str:
-    """A number in the given format; a dash for None."""
-    return "-" if value is None else form.format(value)
 
 
 def picture(text: str, name: str) -> list[str]:
