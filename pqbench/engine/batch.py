@@ -47,6 +47,11 @@ def check_prompt(
     return mask
 
 
+def positions_of(mask: Tensor) -> Tensor:
+    """Position of every token within its own sequence ``[B, S]``, for a validity mask ``[B, S]``; 0 on padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
 def check_length(model: PreTrainedModel, tokens: int, max_length: int | None = None) -> None:
     """Raises ConfigError when ``tokens`` exceed both the model's own limit and ``max_length``."""
     limit = max(longest_context(model.config), max_length or 0)

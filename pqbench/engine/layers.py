@@ -311,14 +311,24 @@ class DecodeLayer(OurLayer):
         for cohort in self.cohorts:
             cohort.check(k, scaling)
             cohort.append(k[cohort.rows.index], v[cohort.rows.index])
-        batch, heads, _, width = q.shape
-        grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
+        grouped = by_kv_head(q, k)
         if len(self.cohorts) == 1:
-            return self.cohorts[0].attend(grouped).reshape(batch, 1, heads, width)
+            return by_query(self.cohorts[0].attend(grouped))
         output = torch.empty_like(grouped)
         for cohort in self.cohorts:
             output[cohort.rows.index] = cohort.attend(grouped[cohort.rows.index])
-        return output.reshape(batch, 1, heads, width)
+        return by_query(output)
+
+
+def by_kv_head(q: Tensor, k: Tensor) -> Tensor:
+    """One query per sequence ``[B, Hq, 1, D]``, by the KV heads of k ``[B, H, S, D]``: ``[B, H, G, D]``."""
+    batch, heads, _, width = q.shape
+    return q.view(batch, k.shape[1], heads // k.shape[1], width)
+
+
+def by_query(output: Tensor) -> Tensor:
+    """Attention outputs ``[B, H, G, D]`` as transformers takes them, ``[B, 1, Hq, D]``."""
+    return output.reshape(len(output), 1, -1, output.shape[3])
 
 
 def check_rows(k: Tensor, expected: int) -> None:

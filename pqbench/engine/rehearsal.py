@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from pqbench.engine.attention import attached, forward
-from pqbench.engine.batch import rows_by_length
+from pqbench.engine.batch import positions_of, rows_by_length
 from pqbench.engine.cohort import Cohort, Rows
 from pqbench.engine.dense import Dense
 from pqbench.engine.layers import DecodeLayer, LayeredCache, PrefillLayer, Shape, layer_types, sliding_layers
@@ -206,7 +206,7 @@ def _by_layers(
     rows, placement = rows_by_length(mask.bool()), DeviceTier().open(model.device)
     prompt = {i: PrefillLayer(_COLUMNS, 1, rows, placement) for i, kind in enumerate(types) if kind == "full_attention"}
     sliding = sliding_layers(config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     with attached(model):
         cache = _cache({**sliding, **prompt})
         padded = None if bool(mask.all()) else mask

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pqbench.engine.batch import rows_by_length
+from pqbench.engine.batch import positions_of, rows_by_length
 from pqbench.engine.cohort import Rows
 from pqbench.engine.layers import Shape
 from pqbench.engine.rehearsal import Profile, profile
@@ -52,7 +52,7 @@ class PromptShape:
     @property
     def positions(self) -> Tensor:
         """Position of every token within its own sequence, ``[B, S]``; 0 on padding."""
-        return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+        return positions_of(self.mask)
 
 
 def devices(model: PreTrainedModel) -> set[torch.device]:

@@ -15,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from pqbench.engine.arguments import check_ids, check_method
+from pqbench.engine.batch import positions_of
 from pqbench.engine.decode import decode
 from pqbench.engine.prefill import prefill
 from pqbench.engine.sampling import Sampler
@@ -220,8 +221,7 @@ def check_inputs(input_ids: Tensor, mask: Tensor | None, inputs: Mapping[str, An
 
 def usual(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """The usual positions ``[B, S]`` of a left-padded batch, which our loop uses too."""
-    present = torch.ones_like(input_ids) if mask is None else mask.long()
-    return (present.cumsum(-1) - 1).clamp(min=0)
+    return positions_of(torch.ones_like(input_ids) if mask is None else mask)
 
 
 def stopping(criteria: Callable[..., Any], prompt: Tensor) -> Callable[[Tensor], Tensor]:

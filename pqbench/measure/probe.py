@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pqbench.engine.cohort import Cohort
-from pqbench.engine.layers import OurLayer, check_rows
+from pqbench.engine.layers import OurLayer, by_kv_head, by_query, check_rows
 from pqbench.engine.prefilled import Prefilled
 from pqbench.engine.steps import Forced, Steps
 from pqbench.kernels import reference
@@ -138,8 +138,7 @@ class ProbeLayer(OurLayer):
                 cohort.update()
             else:
                 cohort.append(k, v)
-        batch, heads, _, width = q.shape
-        grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
+        grouped = by_kv_head(q, k)
         full, lse, weights = reference.attention(
             grouped, self.dense.keys(), self.dense.values(), scaling, need_weights=True
         )
@@ -154,7 +153,7 @@ class ProbeLayer(OurLayer):
             seen = _seen(selection, cohort.store)
             output = cohort.answer(grouped, selection)
             fidelity.add(exact, output, seen, split(self.dense.length))
-        return full.reshape(batch, 1, heads, width)
+        return by_query(full)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pqbench.engine.layers import DecodeLayer, OurLayer, check_rows
+from pqbench.engine.layers import DecodeLayer, OurLayer, by_kv_head, by_query, check_rows
 
 
 class CapturedLayer(OurLayer):
@@ -28,6 +28,4 @@ class CapturedLayer(OurLayer):
         check_rows(k, 1)
         self.cohort.check(k, scaling)
         self.cohort.store.writer.write(k, v)
-        batch, heads, _, width = q.shape
-        grouped = q.view(batch, k.shape[1], heads // k.shape[1], width)  # [B, H, G, D]
-        return self.cohort.attend_captured(grouped).reshape(batch, 1, heads, width)
+        return by_query(self.cohort.attend_captured(by_kv_head(q, k)))
