@@ -64,26 +64,18 @@ def placed(table: pd.DataFrame) -> pd.DataFrame:
 
 def pair(full: pd.DataFrame, run: pd.DataFrame) -> Figure:
     """The figure of one run; without full attention on the same samples, the left panel is left out."""
-    panels = [part for part in (full, run) if not part.empty]
-    grids = [grid(part) for part in panels]
-    rows, columns = grids[-1].shape
-    figure = Figure(figsize=(1.6 + len(panels) * max(2.6, 0.95 * columns), 1.7 + 0.5 * rows), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
-    for axis, part, cells in zip(axes, panels, grids, strict=True):
-        image = heatmap(axis, cells)
-        mean = part["score"].astype(float).mean()
+    parts, cells = [part for part in (full, run) if not part.empty], grid(run)
+    rows, columns = cells.shape
+    figure = Figure(figsize=(1.6 + len(parts) * max(2.6, 0.95 * columns), 1.7 + 0.5 * rows), layout="constrained")
+    titles = []
+    for part in parts:
         budget = part["budget"].iloc[0]
         title = part["method"].iloc[0] + ("" if budget == "all" else f", budget {budget}")
-        axis.set_title(f"{title}\nmean score {mean:.1f} %", parse_math=False)
-    axes[0].set_ylabel("needle depth (% of context)")
-    figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.9)
+        titles.append(f"{title}\nmean score {mean_score(part):.1f} %")
+    panels(figure, parts, titles)
     count = run["sample_id"].nunique()
-    footer(
-        figure,
-        f"{run['model'].iloc[0]}, {count} prompts, one per cell"
-        if count == grids[-1].size
-        else f"{run['model'].iloc[0]}, {count} prompts, mean per cell",
-    )
+    each = "one" if count == cells.size else "mean"
+    footer(figure, f"{run['model'].iloc[0]}, {count} prompts, {each} per cell")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # type: ignore[union-attr, call-arg]
     return figure
 
@@ -97,16 +89,25 @@ def row(cells: pd.DataFrame, methods: Sequence[str]) -> Figure:
     """
     parts = [part for part in (cells[cells["method"] == method] for method in methods) if not part.empty]
     figure = Figure(figsize=(1.4 + 2.6 * len(parts), 3.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(parts), sharey=True))
-    for axis, part in zip(axes, parts, strict=True):
-        image = heatmap(axis, grid(part))
-        mean = part["score"].astype(float).mean()
-        axis.set_title(f"{part['method'].iloc[0]}: {mean:.0f} %", parse_math=False)
-    axes[0].set_ylabel("needle depth (% of context)")
-    figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.9)
+    panels(figure, parts, [f"{part['method'].iloc[0]}: {mean_score(part):.0f} %" for part in parts])
     budgets = ", ".join(dict.fromkeys(part["budget"].iloc[0] for part in parts if part["budget"].iloc[0] != "all"))
     footer(figure, f"{parts[0]['model'].iloc[0]}, {len(parts[0])} prompts, budget {budgets} of the context (full: all)")
     return figure
+
+
+def panels(figure: Figure, parts: Sequence[pd.DataFrame], titles: Sequence[str]) -> None:
+    """Draw one heatmap for each part, side by side, with one scale of depths and one of colours."""
+    axes = np.atleast_1d(figure.subplots(1, len(parts), sharey=True))
+    for axis, part, title in zip(axes, parts, titles, strict=True):
+        image = heatmap(axis, grid(part))
+        axis.set_title(title, parse_math=False)
+    axes[0].set_ylabel("needle depth (% of context)")
+    figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.9)
+
+
+def mean_score(part: pd.DataFrame) -> float:
+    """Mean score in percent."""
+    return float(part["score"].astype(float).mean())
 
 
 def grid(part: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from pqbench.models.devices import check_kernels
 
 log = logging.getLogger(__name__)
 
-ROUNDING = 1e-6  # relative error of a mean over sequences and KV heads that a device computes in float32
+ROUNDING = 1e-6  # relative error that is allowed for a sum of means over sequences and KV heads
 
 
 def check_split(name: str, method: Method, length: int) -> None:
