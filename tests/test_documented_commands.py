@@ -17,7 +17,7 @@ import pytest
 
 import plots.__main__
 import plots.report.__main__
-import pqbench.progress
+import pqbench.progress.command
 import pqbench.tables.command
 from pqbench.__main__ import main as pqbench_main
 from pqbench.models.sources import byte_tokenizer
@@ -187,7 +187,7 @@ def results(started: Callable[..., str], tmp_path: Path, saved: Path) -> Path:
 def test_documented_commands_on_results_make_what_they_promise(started: Callable[..., str], results: Path) -> None:
     mains: dict[str, Callable[..., object]] = {
         "pqbench.tables": pqbench.tables.command.main,
-        "pqbench.progress": pqbench.progress.main,
+        "pqbench.progress": pqbench.progress.command.main,
         "plots": plots.__main__.main,
         "plots.report": plots.report.__main__.main,
     }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from pqbench.progress import read_runs
+from pqbench.progress.runs import read_runs
 from pqbench.records.file import parse
 
 # Four runs. The runs of both budgets write to the same folder of ``full``, which has no budget; that tests a race.

@@ -23,7 +23,7 @@ from pqbench.measure.layer.attention import Attention
 from pqbench.measure.layer.turns import Layer, Subject
 from pqbench.measure.source import on, synthetic
 from pqbench.method import Method
-from pqbench.progress import read_runs
+from pqbench.progress.runs import read_runs
 from pqbench.store.device import DeviceStore
 from pqbench.store.tiers import DeviceTier, HostTier
 from tests.measure.conftest import Run

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pqbench.progress import duration, main, read_runs
+from pqbench.progress.command import duration, main
+from pqbench.progress.runs import read_runs
 from pqbench.records.file import RecordFile
 from pqbench.records.heartbeat import NAME, SILENCE_S, Beat, heartbeat, read_beat
 

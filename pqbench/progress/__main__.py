@@ -1,0 +1,7 @@
+"""``python -m pqbench.progress``; see :mod:`pqbench.progress.command`."""
+
+import sys
+
+from pqbench.progress.command import main
+
+sys.exit(main())
